@@ -1,0 +1,88 @@
+"""Errors for users: what is wrong, why, what to do; one class per exit code.
+
+Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 130/143 stopped by a signal.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+
+class SmedjanError(ValueError):
+    """An error that a user can mend. `what` happened, `why`, and `fix`: what to do; each one sentence."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, why: str = "", fix: str = ""):
+        self.what, self.why, self.fix = what, why, fix
+        super().__init__(" ".join(part for part in (what, why, fix) if part))
+
+
+class ConfigError(SmedjanError):
+    """A model or training configuration that cannot work; raised before anything is allocated."""
+
+
+class DataError(SmedjanError):
+    """An input text, token file or tokenizer that cannot be read or does not fit."""
+
+
+class CheckpointError(SmedjanError):
+    """A checkpoint that is cut short, corrupted, of another model or of a newer format."""
+
+
+class OutOfMemoryError(SmedjanError):
+    """The device or the machine has too little memory."""
+
+    exit_code = 3
+
+
+class NotFiniteError(SmedjanError):
+    """The loss or the gradients became infinite or NaN."""
+
+    exit_code = 4
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint that lists the known names nearest to `name`, or all of them when none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+
+
+def run_command(function: Callable[[], int | None]) -> int:
+    """Run a command's body and turn what it raises into an exit code and three plain sentences on standard error.
+
+    With SMEDJAN_DEBUG=1 the traceback is printed as well.
+    """
+    try:
+        return function() or 0
+    except SmedjanError as error:
+        return _report(error, error.exit_code, error.what, error.why, error.fix)
+    except MemoryError as error:
+        return _report(error, 3, "The machine ran out of memory.", str(error), "Lower --batch-size or --size.")
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        return 0
+    except OSError as error:
+        where = f" {error.filename!r}" if error.filename else ""
+        return _report(error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", _OS_FIXES.get(error.errno or 0, "Check the path."))
+    except KeyboardInterrupt:
+        return _report(None, 130, "Stopped by SIGINT.", "", "")
+
+
+_OS_FIXES = {
+    1: "Choose a place you may write to.",
+    2: "Check the path.",
+    13: "Choose a place you may read and write.",
+    20: "Check the path: a part of it is a file.",
+    28: "Free some space or choose another disk.",
+    30: "Choose a disk that is writable.",
+}
+
+
+def _report(error: BaseException | None, code: int, *sentences: str) -> int:
+    if error is not None and os.environ.get("SMEDJAN_DEBUG") == "1":
+        traceback.print_exception(error)
+    print("error: " + "\n       ".join(s for s in sentences if s), file=sys.stderr, flush=True)
+    return code
