@@ -66,7 +66,9 @@ def run_command(function: Callable[[], int | None]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
-        return _report(error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", _OS_FIXES.get(error.errno or 0, "Check the path."))
+        return _report(
+            error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", _OS_FIXES.get(error.errno or 0, "Check the path.")
+        )
     except KeyboardInterrupt:
         return _report(None, 130, "Stopped by SIGINT.", "", "")
 

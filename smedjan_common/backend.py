@@ -1,0 +1,98 @@
+"""What a backend gives to the training loop and to generation: the array work and nothing else.
+
+A backend is made for one (ModelConfig, TrainConfig). Its train state is opaque here; on the host everything is NumPy,
+keyed by the names of the parameter table. Nothing but `read`, `save`, `block` and `Decoder.feed` waits for the device.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig, TrainConfig
+
+State = Any  # parameters, optimizer state and step, as the backend keeps them
+Metrics = dict[str, Any]  # name -> scalar, perhaps still being computed
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run happens. Unknown figures are None."""
+
+    backend: str
+    kind: str  # "gpu" or "cpu"
+    name: str
+    count: int = 1
+    memory_bytes: int | None = None
+    peak_flops: float | None = None  # dense bf16, one device
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A train state on the host: float32 parameters, optimizer arrays by `{slot}.{parameter}` ("mu.…", "nu.…"), steps done."""
+
+    step: int
+    params: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+
+
+class Decoder(Protocol):
+    """Token-by-token inference for one sequence, with its decode state on the device."""
+
+    def feed(self, ids: list[int]) -> np.ndarray:
+        """Consume one or more tokens; returns the logits after the last one, float32 [vocab_size]."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything that was fed."""
+        ...
+
+
+class Backend(Protocol):
+    """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target of -1 does not count."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+
+    def describe(self) -> Device:
+        """The device, its memory and peak FLOP/s, and the versions of the frameworks."""
+        ...
+
+    def init(self, params: dict[str, np.ndarray]) -> State:
+        """A fresh train state at step 0 around these float32 parameters."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> State:
+        """The train state of a snapshot, bit for bit."""
+        ...
+
+    def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
+        """One optimizer step (gradient accumulation inside). Metrics: loss (mean over counted tokens, nats), grad_norm (before
+        clipping), tokens. Returns at once; the old state is consumed."""
+        ...
+
+    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray) -> Metrics:
+        """Metrics of one batch: loss_sum (nats) and tokens. Returns at once."""
+        ...
+
+    def read(self, metrics: Metrics) -> dict[str, float]:
+        """Wait for metrics and bring them to the host."""
+        ...
+
+    def save(self, state: State) -> Snapshot:
+        """Wait for the state and bring it to the host."""
+        ...
+
+    def decoder(self, params: dict[str, Any], max_len: int) -> Decoder:
+        """A decoder over host or device parameters (a snapshot's `params`, or `params_of(state)`)."""
+        ...
+
+    def params_of(self, state: State) -> dict[str, Any]:
+        """The parameters inside a state, where they are."""
+        ...
+
+    def peak_memory(self) -> int | None:
+        """Largest device memory in use so far, bytes; None when it is not known."""
+        ...

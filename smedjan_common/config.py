@@ -1,0 +1,228 @@
+"""What a model is (ModelConfig) and how it is trained (TrainConfig): frozen, validated, to and from JSON.
+
+Both backends read these and nothing else. `validate()` refuses what cannot work before anything is allocated.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from smedjan_common.errors import ConfigError, near
+from smedjan_common.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS, VOCAB_MULTIPLE
+
+
+class _Json:
+    """Dataclass <-> dict of JSON values; unknown and missing keys are refused by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.", "The file may come from a newer smedjan.", near(key, known))
+        for name, f in known.items():
+            if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{cls.__name__} lacks the field {name!r}.", "The file is incomplete.", "Restore it from a good copy.")
+        config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        config.validate()  # type: ignore[attr-defined]
+        return config
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Json):
+    """A pre-norm decoder: embedding, `layers` blocks of (mixer, feed-forward), final norm, tied head."""
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    context_length: int = 1024
+    mixer: tuple[str, ...] = ("attention",)
+    ffn: tuple[str, ...] = ("swiglu",)
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original_len: int = 0
+    init_std: float = 0.02
+
+    @classmethod
+    def preset(cls, size: str, vocab_size: int = DEFAULT_VOCAB_SIZE, **changes: Any) -> Self:
+        """The model of a named size; `changes` replace single values.
+
+        `ffn_mult` may be given instead of `ffn_dim`; `kv_heads` follows `heads` unless it is given.
+        Raises ConfigError for an unknown size or an impossible model.
+        """
+        if size not in PRESETS:
+            raise ConfigError(f"There is no size {size!r}.", "Sizes are rows of a table.", near(size, [*PRESETS, "custom"]))
+        return cls.build(vocab_size=vocab_size, **{**PRESETS[size]._asdict(), **changes})
+
+    @classmethod
+    def build(cls, *, vocab_size: int, dim: int, layers: int, heads: int, ffn_mult: float = DEFAULT_FFN_MULT, **changes: Any) -> Self:
+        """A model from its free choices: fills in `kv_heads` and `ffn_dim`, then validates. Raises ConfigError."""
+        if ffn_mult <= 0:
+            raise ConfigError(f"--ffn-mult {ffn_mult} is not positive.", "It is the feed-forward width over --dim.", "Take 2.67.")
+        changes.setdefault("kv_heads", heads)
+        changes.setdefault("ffn_dim", ffn_width(dim, ffn_mult))
+        config = cls(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, **changes)
+        config.validate()
+        return config
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head, K."""
+        return self.dim // self.heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 64, which tensor cores want."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def mixer_of(self, layer: int) -> str:
+        """Name of the mixer in `layer`: the pattern repeats over the depth."""
+        return self.mixer[layer % len(self.mixer)]
+
+    def ffn_of(self, layer: int) -> str:
+        """Name of the feed-forward in `layer`: the pattern repeats over the depth."""
+        return self.ffn[layer % len(self.ffn)]
+
+    def num_params(self) -> int:
+        """Exact number of trained values (the tied head counts once)."""
+        from smedjan_common.params import count_params
+
+        return count_params(self)
+
+    def validate(self) -> None:
+        """Raises ConfigError, with the fix, for a model that cannot be built."""
+        from smedjan_common.mixers import FFNS, MIXERS
+
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "context_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
+        if self.dim % self.heads:
+            fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0 and self.dim // h % 2 == 0]
+            closest = sorted(fits, key=lambda h: abs(h - self.heads))[:2]
+            raise ConfigError(
+                f"--dim {self.dim} does not divide into --heads {self.heads}.",
+                "Every head gets the same number of features.",
+                f"Take --heads {' or '.join(map(str, sorted(closest)))}." if closest else "Take an even --dim.",
+            )
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise ConfigError(
+                f"--rope-scaling {self.rope_scaling!r} is unknown.", "It names a formula.", near(self.rope_scaling, ROPE_SCALINGS)
+            )
+        if self.rope_scaling != "none" and self.rope_factor <= 1:
+            raise ConfigError(
+                f"--rope-factor {self.rope_factor:g} does not extend the context.",
+                f"--rope-scaling {self.rope_scaling} stretches positions by a factor over 1.",
+                "Take --rope-factor 4, say, or --rope-scaling none.",
+            )
+        if self.rope_scaling == "none" and self.rope_factor != 1:
+            raise ConfigError(
+                f"--rope-factor {self.rope_factor:g} would do nothing.", "--rope-scaling is none.", "Add --rope-scaling yarn (or ntk)."
+            )
+        for table, names, flag in ((MIXERS, self.mixer, "--mixer"), (FFNS, self.ffn, "feed-forward")):
+            if not names:
+                raise ConfigError(f"{flag} is empty.", "Every layer needs one.", f"Known: {', '.join(table)}.")
+            for name in names:
+                if name not in table:
+                    raise ConfigError(f"{flag} {name!r} is unknown.", "It must be a row of the table.", near(name, table))
+                table[name].validate(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Json):
+    """How a model is trained. One optimizer step sees `batch_size` sequences of `seq_len` tokens."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    seed: int = 0
+    warmup: int = 0
+    lr_schedule: str = "cosine"
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    optimizer: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    grad_accum: int = 1
+    gradient_checkpointing: str = "none"
+    dtype: str = "float32"
+    attention: str = "auto"
+
+    def validate(self) -> None:
+        """Raises ConfigError, with the fix, for a run that cannot work."""
+        from smedjan_common.schedule import SCHEDULES
+
+        for name in ("steps", "batch_size", "seq_len", "grad_accum"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
+        for name in ("lr", "eps"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be a positive number.", "Take --lr 1e-3, say.")
+        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_ratio", 0, 1), ("decay_fraction", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(
+                    f"{_flag(name)} is {getattr(self, name)}.", f"It must lie in {low} to {high}.", "Leave it out for the default."
+                )
+        for name in ("weight_decay", "clip_norm", "warmup", "seed"):
+            if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must not be negative.", "Take 0 to switch it off.")
+        if self.batch_size % self.grad_accum:
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ConfigError(
+                f"--batch-size {self.batch_size} does not divide into --grad-accum {self.grad_accum} parts.",
+                "Every part has the same number of sequences.",
+                f"Take --grad-accum {min(fits, key=lambda n: abs(n - self.grad_accum))}.",
+            )
+        if self.warmup > self.steps:
+            raise ConfigError(
+                f"--warmup {self.warmup} is longer than --steps {self.steps}.", "The learning rate would never arrive.", "Lower --warmup."
+            )
+        for name, known in (
+            ("lr_schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("gradient_checkpointing", GRADIENT_CHECKPOINTING),
+            ("dtype", DTYPES),
+            ("attention", ATTENTION),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{_flag(name)} {getattr(self, name)!r} is unknown.", "It must be a name of the list.", near(getattr(self, name), known)
+                )
+
+
+ROPE_SCALINGS = ("none", "ntk", "yarn")
+OPTIMIZERS = ("adamw",)
+GRADIENT_CHECKPOINTING = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "fused", "plain")
+
+
+def ffn_width(dim: int, ffn_mult: float) -> int:
+    """Feed-forward width: dim * ffn_mult rounded up to a multiple of 256."""
+    return math.ceil(dim * ffn_mult / FFN_MULTIPLE) * FFN_MULTIPLE
+
+
+def default_lr(dim: int) -> float:
+    """Peak AdamW learning rate by width, 3e-4 * sqrt(4096 / dim) to two digits: 1.7e-3 at 128, 3e-4 at 4096 (Llama's)."""
+    return float(f"{3e-4 * math.sqrt(4096 / dim):.1e}")
+
+
+def parse_pattern(text: str) -> tuple[str, ...]:
+    """`ssm,ssm,attention` -> its names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

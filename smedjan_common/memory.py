@@ -1,0 +1,50 @@
+"""Estimated device memory to train and to infer, in bytes. Estimates, for choosing a size: the run reports the real peak.
+
+Training holds float32 parameters, their gradients and two AdamW moments (16 bytes a parameter), a bf16 copy of the
+weights in use, the activations that the backward pass needs, and the logits.
+"""
+
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.mixers import MIXERS
+from smedjan_common.params import count_params
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def training_bytes(config: ModelConfig, train: TrainConfig) -> int:
+    """Peak memory of a training step: state + activations of one micro-batch + logits."""
+    width = _BYTES[train.dtype]
+    params = count_params(config)
+    state = params * 16 + (params * width if train.dtype != "float32" else 0)
+    tokens = train.batch_size // train.grad_accum * train.seq_len
+    logits = min(tokens * config.padded_vocab_size * 6, 3 << 30)
+    return state + tokens * activation_values_per_token(config, train.gradient_checkpointing) * width + logits
+
+
+def activation_values_per_token(config: ModelConfig, gradient_checkpointing: str) -> int:
+    """Values kept per token from the forward for the backward pass."""
+    kv = config.kv_heads * config.head_dim
+    residual = config.dim
+    dots = config.dim * 3 + kv * 2 + config.ffn_dim * 2  # q, attention output, o / down output, k, v, gate, up
+    elementwise = config.dim * 3 + kv + config.ffn_dim  # two norms, rotated q and k, the product in the feed-forward
+    per_layer = {"none": residual * 2 + dots + elementwise, "dots": residual + dots, "full": residual}[gradient_checkpointing]
+    recomputed = 0 if gradient_checkpointing == "none" else dots + elementwise
+    return config.layers * per_layer + recomputed
+
+
+def inference_bytes(config: ModelConfig, batch: int, max_len: int, dtype: str) -> int:
+    """Weights in `dtype` and the decode state of all layers."""
+    width = _BYTES[dtype]
+    return count_params(config) * width + state_bytes(config, batch, max_len, dtype)
+
+
+def state_bytes(config: ModelConfig, batch: int, max_len: int, dtype: str) -> int:
+    """Decode state of all layers."""
+    total = 0
+    for layer in range(config.layers):
+        for array in MIXERS[config.mixer_of(layer)].state(config, batch, max_len):
+            size = 1
+            for extent in array.shape:
+                size *= extent
+            total += size * _BYTES[dtype if array.dtype == "compute" else array.dtype]
+    return total

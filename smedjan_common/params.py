@@ -1,0 +1,114 @@
+"""The parameter table: the one place that knows names, shapes, initial values, decay and sharding axes.
+
+    embed.weight [V, D]                   (also the output head)          norm.weight [D]
+    layers.{i}.mixer_norm.weight [D]      layers.{i}.ffn_norm.weight [D]
+    layers.{i}.mixer.*                    layers.{i}.ffn.*                (rows of smedjan_common.mixers)
+
+Weights are [out, in]. A tensor's initial value is drawn by NumPy's Philox keyed by (seed, name), so it depends on
+neither backend, order nor device.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+
+
+class ParamSpec(NamedTuple):
+    """One tensor of the tree.
+
+    name: dotted path, equal to the attribute path in both backends and the key in checkpoints.
+    shape: extents, weights [out, in].
+    axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn): what a mesh shards by.
+    init: name of a row of INITIALIZERS. scale: its parameter (the standard deviation of "normal").
+    decay: whether weight decay applies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"
+    scale: float = 0.02
+    decay: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter of the model, by name, in the order of the forward pass."""
+    from smedjan_common.mixers import FFNS, MIXERS
+
+    embed = ParamSpec("embed.weight", (config.padded_vocab_size, config.dim), ("vocab", "embed"), "normal", config.init_std)
+    specs = [embed]
+    for layer in range(config.layers):
+        at = f"layers.{layer}."
+        specs.append(norm_spec(f"{at}mixer_norm.weight", config.dim))
+        specs += [spec._replace(name=f"{at}mixer.{spec.name}") for spec in MIXERS[config.mixer_of(layer)].parameters(config, layer)]
+        specs.append(norm_spec(f"{at}ffn_norm.weight", config.dim))
+        specs += [spec._replace(name=f"{at}ffn.{spec.name}") for spec in FFNS[config.ffn_of(layer)].parameters(config, layer)]
+    specs.append(norm_spec("norm.weight", config.dim))
+    return {spec.name: spec for spec in specs}
+
+
+def norm_spec(name: str, dim: int) -> ParamSpec:
+    """The weight of an RMSNorm over `dim` features: ones, never decayed."""
+    return ParamSpec(name, (dim,), ("embed",), "ones", 1.0, decay=False)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Exact number of values in the tree."""
+    return sum(spec.size for spec in parameter_table(config).values())
+
+
+def decay_mask(config: ModelConfig) -> dict[str, bool]:
+    """name -> whether weight decay applies."""
+    return {name: spec.decay for name, spec in parameter_table(config).items()}
+
+
+def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Initial values, float32, by name. Tensors are drawn in parallel threads; the result does not depend on that."""
+    table = parameter_table(config)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(table, pool.map(lambda spec: initial_value(spec, seed), table.values()), strict=True))
+
+
+def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
+    """The tensor's initial value, float32 [*shape]: a pure function of (seed, name, shape, init, scale)."""
+    key = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=16).digest()
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+
+
+def _constant(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    return np.full(shape, scale, np.float32)
+
+
+INITIALIZERS: dict[str, Callable[[np.random.Generator, tuple[int, ...], float], np.ndarray]] = {
+    "normal": _normal,
+    "ones": _constant,
+}
+
+
+def check_tree(config: ModelConfig, tensors: dict[str, Any]) -> list[str]:
+    """Names the differences between `tensors` (name -> anything with .shape) and the table; empty when they agree."""
+    table = parameter_table(config)
+    missing = [f"{name} is missing" for name in table if name not in tensors]
+    extra = [f"{name} is not a parameter of this model" for name in tensors if name not in table]
+    wrong = [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {spec.shape}"
+        for name, spec in table.items()
+        if name in tensors and tuple(tensors[name].shape) != spec.shape
+    ]
+    return missing + extra + wrong

@@ -1,0 +1,66 @@
+"""Rotary position embedding (Su et al., 2021) with NTK-aware and YaRN (Peng et al., 2023) scaling: closed forms.
+
+    theta_i = base^(-2i/K), i < K/2                     plain
+    base' = base * s^(K/(K-2))                          NTK-aware
+    theta' = theta (1 - ramp) + (theta / s) ramp        YaRN; cos and sin times m = 0.1 ln s + 1
+
+K: head size, s: factor, L: original context. Half-split layout (Llama): feature i turns with feature i + K/2.
+Computed once in float64; both backends and the reference start from these numbers.
+"""
+
+import math
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position, float64 [K/2]."""
+    return _SCALINGS[config.rope_scaling](config)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
+    return 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
+
+
+def tables(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor."""
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies(config)[None, :]
+    m = attention_factor(config)
+    return (np.cos(angles) * m).astype(np.float32), (np.sin(angles) * m).astype(np.float32)
+
+
+def original_length(config: ModelConfig) -> int:
+    """L: the context that the model was trained at before it was extended."""
+    return config.rope_original_len or max(1, round(config.context_length / config.rope_factor))
+
+
+def _plain(config: ModelConfig, base: float | None = None) -> np.ndarray:
+    head_dim = config.head_dim
+    return (base or config.rope_base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def _ntk(config: ModelConfig) -> np.ndarray:
+    head_dim = config.head_dim
+    exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
+    return _plain(config, config.rope_base * config.rope_factor**exponent)
+
+
+def _yarn(config: ModelConfig) -> np.ndarray:
+    head_dim, length = config.head_dim, original_length(config)
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low = max(math.floor(dimension(BETA_FAST)), 0)
+    high = min(math.ceil(dimension(BETA_SLOW)), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / max(high - low, 0.001), 0, 1)
+    theta = _plain(config)
+    return theta * (1 - ramp) + theta / config.rope_factor * ramp
+
+
+_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn}
