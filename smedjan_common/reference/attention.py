@@ -1,0 +1,63 @@
+"""Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
+
+    q, k, v = x Wq^T, x Wk^T, x Wv^T;  q, k turned by their positions
+    p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   y_t = (sum_s p_ts v_s) Wo^T
+
+Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
+"""
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.reference.rope import rotate
+
+State = dict[str, np.ndarray]
+
+
+def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray) -> np.ndarray:
+    """The whole sequence at once, [B, T, D] -> [B, T, D]."""
+    query, key, value = _project(config, params, x_BxTxD, start=0)
+    length = x_BxTxD.shape[1]
+    return _attend(config, params, query, key, value, visible_TxS=np.tril(np.ones((length, length), bool)))
+
+
+def initial_state(config: ModelConfig, batch: int) -> State:
+    """No token seen yet: keys and values [B, 0, Hk, K]."""
+    empty = np.zeros((batch, 0, config.kv_heads, config.head_dim))
+    return {"key": empty, "value": empty}
+
+
+def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, state: State) -> tuple[np.ndarray, State]:
+    """One more token: [B, D] and the state -> [B, D] and the next state, which holds every key and value so far."""
+    seen = state["key"].shape[1]
+    query, key, value = _project(config, params, x_BxD[:, None], start=seen)
+    state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
+    y_Bx1xD = _attend(config, params, query, state["key"], state["value"], visible_TxS=np.ones((1, seen + 1), bool))
+    return y_Bx1xD[:, 0], state
+
+
+def _project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
+    def heads(name: str, count: int) -> np.ndarray:
+        return (x_BxTxD @ params[f"{name}.weight"].T).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
+
+    query = rotate(heads("q_proj", config.heads), config, start)
+    key = rotate(heads("k_proj", config.kv_heads), config, start)
+    return query, key, heads("v_proj", config.kv_heads)
+
+
+def _attend(
+    config: ModelConfig,
+    params: dict[str, np.ndarray],
+    query_BxTxHxK: np.ndarray,
+    key_BxSxHkxK: np.ndarray,
+    value_BxSxHkxK: np.ndarray,
+    visible_TxS: np.ndarray,
+) -> np.ndarray:
+    serves = np.arange(config.heads) // (config.heads // config.kv_heads)
+    key_BxSxHxK, value_BxSxHxK = key_BxSxHkxK[:, :, serves], value_BxSxHkxK[:, :, serves]
+    score_BxHxTxS = np.einsum("bthk,bshk->bhts", query_BxTxHxK, key_BxSxHxK) / np.sqrt(config.head_dim)
+    score_BxHxTxS = np.where(visible_TxS, score_BxHxTxS, -np.inf)
+    weight_BxHxTxS = np.exp(score_BxHxTxS - score_BxHxTxS.max(axis=-1, keepdims=True))
+    weight_BxHxTxS /= weight_BxHxTxS.sum(axis=-1, keepdims=True)
+    mixed_BxTxHxK = np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)
+    return mixed_BxTxHxK.reshape(*query_BxTxHxK.shape[:2], config.dim) @ params["o_proj.weight"].T

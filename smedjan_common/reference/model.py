@@ -1,0 +1,81 @@
+"""The whole model: embedding, pre-norm blocks, final norm, tied head.
+
+    x = embed[tokens]
+    x = x + mixer(rms_norm(x)); x = x + ffn(rms_norm(x))        for every layer
+    logits = rms_norm(x) embed^T
+
+Mixers and feed-forwards come from the rows of smedjan_common.mixers, so a new row needs its file beside this one and nothing here.
+"""
+
+import importlib
+from types import ModuleType
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.reference.loss import mean_cross_entropy
+from smedjan_common.reference.norm import rms_norm
+
+Params = dict[str, np.ndarray]
+
+
+def forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
+    """Logits [B, T, padded V], float64."""
+    return hidden(config, params, tokens_BxT) @ as_float64(params["embed.weight"]).T
+
+
+def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
+    """What the output head reads, [B, T, D], float64."""
+    params = {name: as_float64(value) for name, value in params.items()}
+    x = params["embed.weight"][tokens_BxT]
+    for layer in range(config.layers):
+        mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
+        normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
+        x = x + mixer.forward(config, under(params, f"{at}mixer."), normed)
+        normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
+        x = x + ffn.forward(config, under(params, f"{at}ffn."), normed)
+    return rms_norm(x, params["norm.weight"], config.norm_eps)
+
+
+def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
+    """The same logits, one token at a time through the mixers' recurrent form."""
+    params = {name: as_float64(value) for name, value in params.items()}
+    states = [mixer_module(config, layer).initial_state(config, len(tokens_BxT)) for layer in range(config.layers)]
+    logits = []
+    for tokens_B in tokens_BxT.T:
+        x = params["embed.weight"][tokens_B]
+        for layer in range(config.layers):
+            mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
+            normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
+            mixed, states[layer] = mixer.step(config, under(params, f"{at}mixer."), normed, states[layer])
+            x = x + mixed
+            normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
+            x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None])[:, 0]
+        logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) @ params["embed.weight"].T)
+    return np.stack(logits, axis=1)
+
+
+def loss(config: ModelConfig, params: Params, inputs_BxT: np.ndarray, targets_BxT: np.ndarray) -> float:
+    """Mean cross-entropy over the counted tokens, nats."""
+    return mean_cross_entropy(forward(config, params, inputs_BxT), targets_BxT)
+
+
+def mixer_module(config: ModelConfig, layer: int) -> ModuleType:
+    """The definition of the mixer of a layer."""
+    return importlib.import_module(f"smedjan_common.reference.{MIXERS[config.mixer_of(layer)].module}")
+
+
+def ffn_module(config: ModelConfig, layer: int) -> ModuleType:
+    """The definition of the feed-forward of a layer."""
+    return importlib.import_module(f"smedjan_common.reference.{FFNS[config.ffn_of(layer)].module}")
+
+
+def under(params: Params, prefix: str) -> Params:
+    """The parameters whose names start with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def as_float64(value: np.ndarray) -> np.ndarray:
+    """A float64 view or copy."""
+    return np.asarray(value, dtype=np.float64)
