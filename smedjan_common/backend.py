@@ -96,3 +96,13 @@ class Backend(Protocol):
     def peak_memory(self) -> int | None:
         """Largest device memory in use so far, bytes; None when it is not known."""
         ...
+
+
+def power_of_two_chunks(ids: list[int], largest: int) -> list[list[int]]:
+    """`ids` cut into pieces whose lengths are powers of two, at most `largest`, falling: few shapes are ever compiled."""
+    pieces, start = [], 0
+    while start < len(ids):
+        length = min(largest, 1 << ((len(ids) - start).bit_length() - 1))
+        pieces.append(ids[start : start + length])
+        start += length
+    return pieces

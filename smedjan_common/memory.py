@@ -9,6 +9,7 @@ from smedjan_common.mixers import MIXERS
 from smedjan_common.params import count_params
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+LOGITS_BYTES = 5 << 29  # float32 logits held at once; medium at 64 x 1024 x 8192 stays whole, larger losses go in chunks
 
 
 def training_bytes(config: ModelConfig, train: TrainConfig) -> int:
@@ -17,8 +18,14 @@ def training_bytes(config: ModelConfig, train: TrainConfig) -> int:
     params = count_params(config)
     state = params * 16 + (params * width if train.dtype != "float32" else 0)
     tokens = train.batch_size // train.grad_accum * train.seq_len
-    logits = min(tokens * config.padded_vocab_size * 6, 3 << 30)
+    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size * (4 + width)
     return state + tokens * activation_values_per_token(config, train.gradient_checkpointing) * width + logits
+
+
+def loss_chunks(tokens: int, vocab: int) -> int:
+    """The fewest equal chunks of tokens whose float32 logits stay under LOGITS_BYTES each."""
+    least = -(-tokens * vocab * 4 // LOGITS_BYTES)
+    return next(n for n in range(max(1, least), tokens + 1) if tokens % n == 0)
 
 
 def activation_values_per_token(config: ModelConfig, gradient_checkpointing: str) -> int:

@@ -28,9 +28,12 @@ def attention_factor(config: ModelConfig) -> float:
 
 
 def tables(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor."""
-    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies(config)[None, :]
-    m = attention_factor(config)
+    """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor.
+
+    Angles are float32 products, as everywhere in the field and as mx.fast.rope computes them.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(config).astype(np.float32)[None, :]
+    angles, m = angles.astype(np.float64), attention_factor(config)
     return (np.cos(angles) * m).astype(np.float32), (np.sin(angles) * m).astype(np.float32)
 
 

@@ -1,0 +1,1 @@
+"""The JAX/Flax backend (NVIDIA GPU, CPU)."""

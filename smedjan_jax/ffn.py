@@ -1,0 +1,44 @@
+"""Feed-forwards in JAX; `ffn_class` finds the class that a row of smedjan_common.mixers.FFNS names.
+
+swiglu: down(silu(gate(x)) * up(x))        (Shazeer, 2020)
+"""
+
+import importlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers import FFNS
+from smedjan_jax.modules import Linear, Params
+
+
+def ffn_class(name: str) -> Any:
+    """The class of the feed-forward `name`, a key of FFNS."""
+    return getattr(importlib.import_module(f"smedjan_jax.{FFNS[name].module}"), FFNS[name].class_name)
+
+
+class SwiGLU(nnx.Module):
+    """The feed-forward `swiglu`."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str):
+        self.gate_proj = Linear(params, f"{name}.gate_proj")
+        self.up_proj = Linear(params, f"{name}.up_proj")
+        self.down_proj = Linear(params, f"{name}.down_proj")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.mix(self.project(x_BTD))
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gate and up, [B, T, F] each."""
+        return self.gate_proj(x_BTD), self.up_proj(x_BTD)
+
+    def mix(self, projected: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """What `project` gave, multiplied and projected back to [B, T, D]."""
+        return self.down_proj(swiglu(*projected))
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, in the dtype of the arguments."""
+    return jax.nn.silu(gate) * up

@@ -1,0 +1,87 @@
+"""Cross-entropy of the tied head without keeping the logits: loss and its gradients in one pass, in chunks of tokens.
+
+    loss = sum over counted tokens of logsumexp(x E^T) - (x E^T)[target];   dlogits = softmax - onehot
+
+The forward pass of the derivative computes dx = dlogits E and dE = dlogits^T x at once, so the backward pass only scales
+them: three matmuls, no logits kept, nothing computed twice. Logits, logsumexp and the sum are float32; dlogits is cast
+to the compute dtype, or both gradient matmuls would run at float32 speed (PERFORMANCE.md).
+
+Shapes: N tokens, D width, V vocabulary. A target of -1 does not count.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from smedjan_common.memory import loss_chunks
+
+
+def cross_entropy(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Summed loss over targets >= 0 in nats, float32 scalar, to differentiate. Divide by the counted tokens for the mean."""
+    return _summed(*_flat(hidden_BTD, embed_VD, targets_BT))
+
+
+def forward_loss(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """The same value for evaluation: no gradient is computed along the way."""
+    x_ND, embed_VD, targets_N, chunks = _flat(hidden_BTD, embed_VD, targets_BT)
+    weight_VD = embed_VD.astype(x_ND.dtype)
+
+    def add(total, chunk):
+        return total + _token_losses(_logits(chunk[0], weight_VD), chunk[1])[0].sum(), None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _split(x_ND, targets_N, chunks))[0]
+
+
+def _flat(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    tokens = targets_BT.size
+    return hidden_BTD.reshape(tokens, -1), embed_VD, targets_BT.reshape(tokens), loss_chunks(tokens, embed_VD.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(x_ND: jax.Array, embed_VD: jax.Array, targets_N: jax.Array, chunks: int) -> jax.Array:
+    return _forward(x_ND, embed_VD, targets_N, chunks)[0]
+
+
+def _forward(x_ND, embed_VD, targets_N, chunks):
+    weight_VD = embed_VD.astype(x_ND.dtype)
+
+    def add(carry, chunk):
+        total, dembed_VD = carry
+        x_CD, targets_C = chunk
+        logits_CV = _logits(x_CD, weight_VD)
+        losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
+        dlogits_CV = jnp.where((targets_C >= 0)[:, None], jnp.exp(logits_CV - lse_C[:, None]) - hit_CV, 0.0).astype(x_CD.dtype)
+        dembed_VD += jnp.matmul(dlogits_CV.T, x_CD, preferred_element_type=jnp.float32)
+        return (total + losses_C.sum(), dembed_VD), dlogits_CV @ weight_VD
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(embed_VD.shape, jnp.float32))
+    if chunks == 1:  # the same without a loop, which XLA fuses better
+        (total, dembed_VD), dx = add(start, (x_ND, targets_N))
+    else:
+        (total, dembed_VD), dx = jax.lax.scan(add, start, _split(x_ND, targets_N, chunks))
+    return total, (dx.reshape(x_ND.shape), dembed_VD)
+
+
+def _backward(chunks, saved, cotangent):
+    dx_ND, dembed_VD = saved
+    return (dx_ND * cotangent).astype(dx_ND.dtype), dembed_VD * cotangent, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _split(x_ND: jax.Array, targets_N: jax.Array, chunks: int) -> tuple[jax.Array, jax.Array]:
+    return x_ND.reshape(chunks, -1, x_ND.shape[1]), targets_N.reshape(chunks, -1)
+
+
+def _logits(x_ND: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    return jnp.matmul(x_ND, weight_VD.T, preferred_element_type=jnp.float32)
+
+
+def _token_losses(logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss of every token (0 where the target is negative), logsumexp, and the one-hot targets."""
+    lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    hit_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == targets_N[:, None]
+    target_logit_N = jnp.where(hit_NV, logits_NV, 0.0).sum(axis=-1)  # a compare fuses into the reduction, a gather does not
+    return jnp.where(targets_N >= 0, lse_N - target_logit_N, 0.0), lse_N, hit_NV

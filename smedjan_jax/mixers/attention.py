@@ -1,0 +1,96 @@
+"""Causal softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
+
+    o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
+
+Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32.
+
+Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, K head size, R = H / G.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import ConfigError
+from smedjan_jax.modules import Linear, Params, Rope
+
+State = dict[str, jax.Array]
+
+
+class Attention(nnx.Module):
+    """The mixer `attention`: projections, RoPE, causal attention, output projection."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
+        self.q_proj = Linear(params, f"{name}.q_proj")
+        self.k_proj = Linear(params, f"{name}.k_proj")
+        self.v_proj = Linear(params, f"{name}.v_proj")
+        self.o_proj = Linear(params, f"{name}.o_proj")
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.implementation = implementation
+
+    def __call__(self, x_BTD: jax.Array, rope: Rope) -> jax.Array:
+        """Training: all positions at once."""
+        return self.mix(self.project(x_BTD), rope)
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned."""
+        B, T, _ = x_BTD.shape
+        query = self.q_proj(x_BTD).reshape(B, T, self.heads, self.head_dim)
+        key = self.k_proj(x_BTD).reshape(B, T, self.kv_heads, self.head_dim)
+        value = self.v_proj(x_BTD).reshape(B, T, self.kv_heads, self.head_dim)
+        return query, key, value
+
+    def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> jax.Array:
+        """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        q_BTHK, k_BTGK, v_BTGK = projected
+        return self._output(causal_attention(rope(q_BTHK), rope(k_BTGK), v_BTGK, self.implementation))
+
+    def step(self, x_BTD: jax.Array, rope: Rope, state: State, position: jax.Array) -> tuple[jax.Array, State]:
+        """Decoding: T new tokens after `position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
+        new = {"key": rope(k_BTGK).swapaxes(1, 2), "value": v_BTGK.swapaxes(1, 2)}
+        state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
+        T, L = x_BTD.shape[1], state["key"].shape[2]
+        seen_TL = jnp.arange(L)[None, :] <= position + jnp.arange(T)[:, None]
+        out = masked_attention(rope(q_BTHK), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
+        return self._output(out), state
+
+    def _output(self, out_BTHK: jax.Array) -> jax.Array:
+        B, T, _, _ = out_BTHK.shape
+        return self.o_proj(out_BTHK.reshape(B, T, self.heads * self.head_dim))
+
+
+def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, implementation: str = "auto") -> jax.Array:
+    """Attention of every position to itself and the earlier ones, [B, T, H, K].
+
+    Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
+    """
+    obstacle = _fused_obstacle(q_BTHK)
+    if implementation == "fused" and obstacle:
+        raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
+    if implementation == "plain" or obstacle:
+        T = q_BTHK.shape[1]
+        return masked_attention(q_BTHK, k_BTGK, v_BTGK, jnp.tril(jnp.ones((T, T), bool)))
+    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
+
+
+def masked_attention(q_BTHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, seen_TL: jax.Array) -> jax.Array:
+    """The plain form: float32 scores and softmax over the positions that `seen_TL` allows, [B, T, H, K]."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BLGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,blgk->bgrtl", q_BTGRK, k_BLGK, preferred_element_type=jnp.float32) * K**-0.5
+    weights = jax.nn.softmax(jnp.where(seen_TL, scores, -jnp.inf), axis=-1).astype(q_BTHK.dtype)
+    return jnp.einsum("bgrtl,blgk->btgrk", weights, v_BLGK).reshape(B, T, H, K)
+
+
+def _fused_obstacle(q_BTHK: jax.Array) -> str:
+    """Why cuDNN's attention cannot take these arrays; empty when it can."""
+    if jax.default_backend() != "gpu":
+        return "cuDNN attention needs an NVIDIA GPU."
+    if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return "cuDNN attention needs --dtype bfloat16."
+    if q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > 128:
+        return "cuDNN attention needs a head size that is a multiple of 8, at most 128."
+    return ""

@@ -1,0 +1,104 @@
+"""The decoder in JAX: embedding, pre-norm blocks, final norm, tied head.
+
+    x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T
+
+`Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.params) into Flax NNX modules. Building it
+moves no data, so a step builds it anew inside its trace and differentiates with respect to the dict.
+
+Shapes: B batch, T positions, D width, V padded vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smedjan_common import rope as rope_tables
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers import MIXERS
+from smedjan_jax.ffn import ffn_class
+from smedjan_jax.mixers import mixer_class
+from smedjan_jax.modules import Block, Embedding, Params, RMSNorm, Rope
+
+State = dict[str, Any]
+
+
+class Model(nnx.Module):
+    """A decoder-only language model.
+
+    params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain.
+    gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        dtype: str = "float32",
+        attention: str = "auto",
+        gradient_checkpointing: str = "none",
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.embed = Embedding(params, "embed")
+        self.layers = nnx.List([_block(config, params, layer, attention) for layer in range(config.layers)])
+        self.norm = RMSNorm(params, "norm", config.norm_eps)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of the next token at every position, float32 [B, T, V]."""
+        return self.embed.logits(self.hidden(tokens_BT))
+
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """What the head reads, [B, T, D] in the compute dtype."""
+        rope = _rope(self.config, tokens_BT.shape[1])
+        apply = CHECKPOINTED[self.gradient_checkpointing]
+        x_BTD = self.embed(tokens_BT, self.dtype)
+        for block in self.layers:
+            x_BTD = apply(block, x_BTD, rope)
+        return self.norm(x_BTD)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """An empty decode state for `max_len` positions: {"position", "layers": [arrays by name, …]}."""
+        layers = []
+        for layer in range(self.config.layers):
+            specs = MIXERS[self.config.mixer_of(layer)].state(self.config, batch, max_len)
+            layers.append({s.name: jnp.zeros(s.shape, self.dtype if s.dtype == "compute" else s.dtype) for s in specs})
+        return {"position": jnp.zeros((), jnp.int32), "layers": layers}
+
+    def step(self, tokens_BT: jax.Array, state: State, max_len: int) -> tuple[jax.Array, State]:
+        """Consume T >= 1 new tokens: logits after the last one, float32 [B, V], and the new state."""
+        position, T = state["position"], tokens_BT.shape[1]
+        rope = _rope(self.config, max_len).at(position, T)
+        x_BTD, layers = self.embed(tokens_BT, self.dtype), []
+        for block, layer_state in zip(self.layers, state["layers"], strict=True):
+            x_BTD, layer_state = block.step(x_BTD, rope, layer_state, position)
+            layers.append(layer_state)
+        logits_BV = self.embed.logits(self.norm(x_BTD[:, -1:]))[:, 0]
+        return logits_BV, {"position": position + T, "layers": layers}
+
+
+def _block(config: ModelConfig, params: Params, layer: int, attention: str) -> Block:
+    at = f"layers.{layer}"
+    return Block(
+        RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
+        mixer_class(config.mixer_of(layer))(config, params, f"{at}.mixer", attention),
+        RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
+        ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
+    )
+
+
+def _rope(config: ModelConfig, length: int) -> Rope:
+    return Rope(*(jnp.asarray(table) for table in rope_tables.tables(config, length)))
+
+
+def _apply(block: Block, x_BTD: jax.Array, rope: Rope) -> jax.Array:
+    return block(x_BTD, rope)
+
+
+CHECKPOINTED = {
+    "none": _apply,
+    "dots": jax.checkpoint(_apply, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint(_apply),
+}
