@@ -27,12 +27,12 @@ class SwiGLU(nnx.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.mix(self.project(x_BTD))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mix(self.project(x))
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gate and up, [B, T, F] each."""
-        return self.gate_proj(x_BTD), self.up_proj(x_BTD)
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gate and up, [B, T, F] each, of x [B, T, D]."""
+        return self.gate_proj(x), self.up_proj(x)
 
     def mix(self, projected: tuple[jax.Array, jax.Array]) -> jax.Array:
         """What `project` gave, multiplied and projected back to [B, T, D]."""

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from smedjan_common.memory import loss_chunks
 
 
-def cross_entropy(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def cross_entropy(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> jax.Array:
     """Summed loss over targets >= 0 in nats, float32 scalar, to differentiate. Divide by the counted tokens for the mean."""
-    return _summed(*_flat(hidden_BTD, embed_VD, targets_BT))
+    return _summed(*_flat(hidden, embed, targets))
 
 
-def forward_loss(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def forward_loss(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> jax.Array:
     """The same value for evaluation: no gradient is computed along the way."""
-    x_ND, embed_VD, targets_N, chunks = _flat(hidden_BTD, embed_VD, targets_BT)
+    x_ND, embed_VD, targets_N, chunks = _flat(hidden, embed, targets)
     weight_VD = embed_VD.astype(x_ND.dtype)
 
     def add(total, chunk):
@@ -33,9 +33,9 @@ def forward_loss(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Arr
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), _split(x_ND, targets_N, chunks))[0]
 
 
-def _flat(hidden_BTD: jax.Array, embed_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
-    tokens = targets_BT.size
-    return hidden_BTD.reshape(tokens, -1), embed_VD, targets_BT.reshape(tokens), loss_chunks(tokens, embed_VD.shape[0])
+def _flat(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    tokens = targets.size
+    return hidden.reshape(tokens, -1), embed, targets.reshape(tokens), loss_chunks(tokens, embed.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import MIXERS
 from smedjan_jax.ffn import ffn_class
@@ -46,15 +45,15 @@ class Model(nnx.Module):
         self.layers = nnx.List([_block(config, params, layer, attention) for layer in range(config.layers)])
         self.norm = RMSNorm(params, "norm", config.norm_eps)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits of the next token at every position, float32 [B, T, V]."""
-        return self.embed.logits(self.hidden(tokens_BT))
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of the next token at every position of int tokens [B, T], float32 [B, T, V]."""
+        return self.embed.logits(self.hidden(tokens))
 
-    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+    def hidden(self, tokens: jax.Array) -> jax.Array:
         """What the head reads, [B, T, D] in the compute dtype."""
-        rope = _rope(self.config, tokens_BT.shape[1])
+        rope = Rope(self.config, tokens.shape[1])
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD = self.embed(tokens_BT, self.dtype)
+        x_BTD = self.embed(tokens, self.dtype)
         for block in self.layers:
             x_BTD = apply(block, x_BTD, rope)
         return self.norm(x_BTD)
@@ -67,11 +66,11 @@ class Model(nnx.Module):
             layers.append({s.name: jnp.zeros(s.shape, self.dtype if s.dtype == "compute" else s.dtype) for s in specs})
         return {"position": jnp.zeros((), jnp.int32), "layers": layers}
 
-    def step(self, tokens_BT: jax.Array, state: State, max_len: int) -> tuple[jax.Array, State]:
+    def step(self, tokens: jax.Array, state: State, max_len: int) -> tuple[jax.Array, State]:
         """Consume T >= 1 new tokens: logits after the last one, float32 [B, V], and the new state."""
-        position, T = state["position"], tokens_BT.shape[1]
-        rope = _rope(self.config, max_len).at(position, T)
-        x_BTD, layers = self.embed(tokens_BT, self.dtype), []
+        position, T = state["position"], tokens.shape[1]
+        rope = Rope(self.config, max_len, position)
+        x_BTD, layers = self.embed(tokens, self.dtype), []
         for block, layer_state in zip(self.layers, state["layers"], strict=True):
             x_BTD, layer_state = block.step(x_BTD, rope, layer_state, position)
             layers.append(layer_state)
@@ -87,10 +86,6 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str) -> B
         RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
     )
-
-
-def _rope(config: ModelConfig, length: int) -> Rope:
-    return Rope(*(jnp.asarray(table) for table in rope_tables.tables(config, length)))
 
 
 def _apply(block: Block, x_BTD: jax.Array, rope: Rope) -> jax.Array:

@@ -3,7 +3,7 @@
 A module takes its tensors out of the flat parameter dict by name and is a JAX pytree, so plain JAX transforms apply.
 Master weights are float32; they are cast to the dtype of the activations where they are used.
 
-Shapes: B batch, T positions, D width, H query heads, K head size, F = K/2 rotary pairs.
+Shapes: B batch, T positions, L positions of a table, D width, H heads, K head size, F = K/2 rotary pairs, V vocabulary.
 """
 
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from smedjan_common import rope as rope_tables
+from smedjan_common.config import ModelConfig
 
 Params = dict[str, jax.Array]
 
@@ -44,13 +47,13 @@ class Embedding(nnx.Module):
     def __init__(self, params: Params, name: str):
         self.weight = nnx.data(params[f"{name}.weight"])
 
-    def __call__(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         # cast after the look-up: the gradient is then summed over repeated tokens in float32
-        return self.weight[tokens_BT].astype(dtype)
+        return self.weight[tokens].astype(dtype)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
         """Scores of every token, accumulated and returned in float32 [B, T, V]."""
-        return jnp.matmul(x_BTD, self.weight.astype(x_BTD.dtype).T, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, self.weight.astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
 class Block(nnx.Module):
@@ -62,35 +65,38 @@ class Block(nnx.Module):
         self.ffn_norm = ffn_norm
         self.ffn = ffn
 
-    def __call__(self, x_BTD: jax.Array, rope: "Rope") -> jax.Array:
+    def __call__(self, x: jax.Array, rope: "Rope") -> jax.Array:
+        """Training: x [B, T, D] -> [B, T, D]."""
         # the barriers keep XLA from fusing the residual into both neighbours and computing it twice (PERFORMANCE.md)
-        x_BTD = jax.lax.optimization_barrier(x_BTD + self.mixer(self.mixer_norm(x_BTD), rope))
-        return jax.lax.optimization_barrier(x_BTD + self.ffn(self.ffn_norm(x_BTD)))
+        x = jax.lax.optimization_barrier(x + self.mixer(self.mixer_norm(x), rope))
+        return jax.lax.optimization_barrier(x + self.ffn(self.ffn_norm(x)))
 
-    def step(self, x_BTD: jax.Array, rope: "Rope", state: dict[str, jax.Array], position: jax.Array):
+    def step(self, x: jax.Array, rope: "Rope", state: dict[str, jax.Array], position: jax.Array):
         """The same for T new tokens that follow `position` earlier ones; returns (x, state)."""
-        mixed, state = self.mixer.step(self.mixer_norm(x_BTD), rope, state, position)
-        x_BTD = x_BTD + mixed
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), state
+        mixed, state = self.mixer.step(self.mixer_norm(x), rope, state, position)
+        x = x + mixed
+        return x + self.ffn(self.ffn_norm(x)), state
 
 
 class Rope(nnx.Module):
-    """cos and sin of the positions at hand, float32 [T, F], scaled by the attention factor."""
+    """Rotary position embedding of the positions from `position` (0 when None) on: tables for `max_len` positions."""
 
-    def __init__(self, cos_TF: jax.Array, sin_TF: jax.Array):
-        self.cos = nnx.data(cos_TF)
-        self.sin = nnx.data(sin_TF)
+    def __init__(self, config: ModelConfig, max_len: int, position: jax.Array | None = None):
+        cos_LF, sin_LF = rope_tables.tables(config, max_len)
+        self.cos, self.sin = nnx.data(jnp.asarray(cos_LF)), nnx.data(jnp.asarray(sin_LF))
+        self.position = nnx.data(position)
 
-    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
-        """Turn feature i with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
-        B, T, H, K = x_BTHK.shape
-        pairs = x_BTHK.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
-        cos = self.cos[:, None, None, :]
-        sin = jnp.stack([-self.sin, self.sin], axis=1)[:, None]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Turn feature i of x [B, T, H, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        B, T, H, K = x.shape
+        pairs = x.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
+        cos_TF, sin_TF = self._at(self.cos, T), self._at(self.sin, T)
+        signed_sin = jnp.stack([-sin_TF, sin_TF], axis=1)[:, None]
         # reversing the pair axis is a copy that fuses; concatenating halves is not (PERFORMANCE.md)
-        turned = pairs * cos + jax.lax.rev(pairs, (3,)) * sin
-        return turned.reshape(B, T, H, K).astype(x_BTHK.dtype)
+        turned = pairs * cos_TF[:, None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin
+        return turned.reshape(B, T, H, K).astype(x.dtype)
 
-    def at(self, position: jax.Array, length: int) -> "Rope":
-        """The `length` positions from `position` on."""
-        return Rope(*(jax.lax.dynamic_slice_in_dim(table, position, length) for table in (self.cos, self.sin)))
+    def _at(self, table_LF: jax.Array, length: int) -> jax.Array:
+        if self.position is None:
+            return table_LF[:length]
+        return jax.lax.dynamic_slice_in_dim(table_LF, self.position, length)

@@ -29,68 +29,67 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.implementation = implementation
 
-    def __call__(self, x_BTD: jax.Array, rope: Rope) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
         """Training: all positions at once."""
-        return self.mix(self.project(x_BTD), rope)
+        return self.mix(self.project(x), rope)
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned."""
-        B, T, _ = x_BTD.shape
-        query = self.q_proj(x_BTD).reshape(B, T, self.heads, self.head_dim)
-        key = self.k_proj(x_BTD).reshape(B, T, self.kv_heads, self.head_dim)
-        value = self.v_proj(x_BTD).reshape(B, T, self.kv_heads, self.head_dim)
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, of x [B, T, D]."""
+        B, T, _ = x.shape
+        query = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
+        key = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        value = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         return query, key, value
 
     def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> jax.Array:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        q_BTHK, k_BTGK, v_BTGK = projected
-        return self._output(causal_attention(rope(q_BTHK), rope(k_BTGK), v_BTGK, self.implementation))
+        query, key, value = projected
+        return self._output(causal_attention(rope(query), rope(key), value, self.implementation))
 
-    def step(self, x_BTD: jax.Array, rope: Rope, state: State, position: jax.Array) -> tuple[jax.Array, State]:
+    def step(self, x: jax.Array, rope: Rope, state: State, position: jax.Array) -> tuple[jax.Array, State]:
         """Decoding: T new tokens after `position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
-        new = {"key": rope(k_BTGK).swapaxes(1, 2), "value": v_BTGK.swapaxes(1, 2)}
+        query, key, value = self.project(x)
+        new = {"key": rope(key).swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
-        T, L = x_BTD.shape[1], state["key"].shape[2]
+        T, L = x.shape[1], state["key"].shape[2]
         seen_TL = jnp.arange(L)[None, :] <= position + jnp.arange(T)[:, None]
-        out = masked_attention(rope(q_BTHK), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
-        return self._output(out), state
+        return self._output(masked_attention(rope(query), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)), state
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:
         B, T, _, _ = out_BTHK.shape
         return self.o_proj(out_BTHK.reshape(B, T, self.heads * self.head_dim))
 
 
-def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, implementation: str = "auto") -> jax.Array:
-    """Attention of every position to itself and the earlier ones, [B, T, H, K].
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto") -> jax.Array:
+    """Attention of every position to itself and the earlier ones, [B, T, H, K]; key and value are [B, T, G, K].
 
     Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
     """
-    obstacle = _fused_obstacle(q_BTHK)
+    obstacle = _fused_obstacle(query)
     if implementation == "fused" and obstacle:
         raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
     if implementation == "plain" or obstacle:
-        T = q_BTHK.shape[1]
-        return masked_attention(q_BTHK, k_BTGK, v_BTGK, jnp.tril(jnp.ones((T, T), bool)))
-    return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
+        T = query.shape[1]
+        return masked_attention(query, key, value, jnp.tril(jnp.ones((T, T), bool)))
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
 
 
-def masked_attention(q_BTHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, seen_TL: jax.Array) -> jax.Array:
-    """The plain form: float32 scores and softmax over the positions that `seen_TL` allows, [B, T, H, K]."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BLGK.shape[2]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("btgrk,blgk->bgrtl", q_BTGRK, k_BLGK, preferred_element_type=jnp.float32) * K**-0.5
-    weights = jax.nn.softmax(jnp.where(seen_TL, scores, -jnp.inf), axis=-1).astype(q_BTHK.dtype)
-    return jnp.einsum("bgrtl,blgk->btgrk", weights, v_BLGK).reshape(B, T, H, K)
+def masked_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
+    """The plain form: float32 scores and softmax over the positions that `seen` [T, L] allows, [B, T, H, K]."""
+    B, T, H, K = query.shape
+    G = key.shape[2]
+    q_BTGRK = query.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,blgk->bgrtl", q_BTGRK, key, preferred_element_type=jnp.float32) * K**-0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(query.dtype)
+    return jnp.einsum("bgrtl,blgk->btgrk", weights, value).reshape(B, T, H, K)
 
 
-def _fused_obstacle(q_BTHK: jax.Array) -> str:
+def _fused_obstacle(query: jax.Array) -> str:
     """Why cuDNN's attention cannot take these arrays; empty when it can."""
     if jax.default_backend() != "gpu":
         return "cuDNN attention needs an NVIDIA GPU."
-    if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
         return "cuDNN attention needs --dtype bfloat16."
-    if q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > 128:
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
         return "cuDNN attention needs a head size that is a multiple of 8, at most 128."
     return ""
