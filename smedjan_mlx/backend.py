@@ -1,0 +1,164 @@
+"""The MLX backend: compiled training, evaluation and decoding over flat dicts of arrays (protocol: smedjan_common.backend).
+
+One compilation per shape, on GPUs; on a CPU mx.compile costs half a minute and gains nothing (NUMERICS.md), so steps run
+as they are.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_two_chunks
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import ConfigError, OutOfMemoryError
+from smedjan_common.flops import peak_flops
+from smedjan_mlx import optim
+from smedjan_mlx.loss import cross_entropy, forward_loss
+from smedjan_mlx.model import Model
+
+
+class MlxBackend:
+    """Trains and decodes one model with MLX on the default device."""
+
+    name = "mlx"
+
+    def __init__(self, model: ModelConfig, train: TrainConfig):
+        if train.dtype != "float32" and not on_gpu():
+            why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
+            raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
+        self.model, self.train = model, train
+        compiled = mx.compile if on_gpu() else lambda function: function
+        self._train_step = compiled(self._step)
+        self._part = compiled(mx.value_and_grad(self._loss))
+        self._finish = compiled(self._apply)
+        self._eval_step = compiled(self._evaluate)
+
+    def describe(self) -> Device:
+        info = mx.device_info()
+        name = str(info.get("device_name", info.get("architecture", "unknown")))
+        memory = info.get("memory_size", info.get("total_memory"))
+        versions = {package: importlib.metadata.version(package) for package in ("mlx", "numpy")}
+        return Device("mlx", "gpu" if on_gpu() else "cpu", name, 1, int(memory) if memory else None, peak_flops(name), versions)
+
+    def init(self, params: dict[str, np.ndarray]) -> State:
+        device_params = {name: mx.array(np.asarray(value, np.float32)) for name, value in params.items()}
+        state = {"params": device_params, "slots": optim.init(self.train, device_params), "step": mx.array(0, mx.int32)}
+        mx.eval(state)
+        return state
+
+    def restore(self, snapshot: Snapshot) -> State:
+        state = self.init(snapshot.params)
+        slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in state["params"]} for slot in state["slots"]}
+        return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
+
+    def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
+        batch = mx.array(inputs), mx.array(targets)
+        new, metrics = _guarded(
+            self._split_step if self.train.grad_accum > 1 else self._train_step, state, *batch, mx.array(lr, mx.float32)
+        )
+        state.clear()  # the last reference to the old arrays: their memory is used for the new ones
+        _guarded(mx.async_eval, new, metrics)
+        return new, metrics
+
+    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray) -> Metrics:
+        metrics = _guarded(self._eval_step, state["params"], mx.array(inputs), mx.array(targets))
+        _guarded(mx.async_eval, metrics)
+        return metrics
+
+    def read(self, metrics: Metrics) -> dict[str, float]:
+        _guarded(mx.eval, metrics)
+        return {name: float(value.item()) for name, value in metrics.items()}
+
+    def save(self, state: State) -> Snapshot:
+        _guarded(mx.eval, state)
+        optimizer = {f"{slot}.{name}": np.array(value) for slot, tensors in state["slots"].items() for name, value in tensors.items()}
+        return Snapshot(int(state["step"].item()), {name: np.array(value) for name, value in state["params"].items()}, optimizer)
+
+    def params_of(self, state: State) -> dict[str, Any]:
+        return state["params"]
+
+    def decoder(self, params: dict[str, Any], max_len: int) -> "MlxDecoder":
+        return MlxDecoder(self.model, params, self.train.dtype, max_len)
+
+    def peak_memory(self) -> int | None:
+        return mx.get_peak_memory()
+
+    def _loss(self, params: dict[str, mx.array], inputs: mx.array, targets: mx.array, tokens: mx.array) -> mx.array:
+        model = Model(self.model, params, self.train.dtype, self.train.attention, self.train.gradient_checkpointing)
+        return cross_entropy(model.hidden(inputs), params["embed.weight"], targets) / tokens
+
+    def _step(self, state: State, inputs: mx.array, targets: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+        tokens = mx.sum(targets >= 0)
+        loss, grads = mx.value_and_grad(self._loss)(state["params"], inputs, targets, mx.maximum(tokens, 1).astype(mx.float32))
+        return self._apply(state, loss, grads, tokens, lr)
+
+    def _split_step(self, state: State, inputs: mx.array, targets: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+        """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
+        tokens, parts = mx.sum(targets >= 0), self.train.grad_accum
+        count = mx.maximum(tokens, 1).astype(mx.float32)
+        total = (mx.array(0.0), tree_map(mx.zeros_like, state["params"]))
+        for part_inputs, part_targets in zip(mx.split(inputs, parts), mx.split(targets, parts), strict=True):
+            total = tree_map(mx.add, total, self._part(state["params"], part_inputs, part_targets, count))
+            mx.async_eval(total)
+        return self._finish(state, *total, tokens, lr)
+
+    def _apply(self, state: State, loss: mx.array, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+        norm = optim.global_norm(grads)
+        grads = optim.clip(grads, norm, self.train.clip_norm)
+        params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
+        return {"params": params, "slots": slots, "step": state["step"] + 1}, {"loss": loss, "grad_norm": norm, "tokens": tokens}
+
+    def _evaluate(self, params: dict[str, mx.array], inputs: mx.array, targets: mx.array) -> Metrics:
+        model = Model(self.model, params, self.train.dtype, self.train.attention)
+        return {"loss_sum": forward_loss(model.hidden(inputs), params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
+
+
+class MlxDecoder:
+    """Decodes one sequence. Prompts are fed in chunks whose lengths are powers of two, so few shapes are compiled."""
+
+    largest_chunk = 512
+
+    def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
+        self.model, self.dtype, self.max_len = model, dtype, max_len
+        self._params = {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}
+        self._compiled = mx.compile(self._step) if on_gpu() else self._step
+        self.reset()
+
+    def reset(self) -> None:
+        self._state = Model(self.model, self._params, self.dtype).init_state(1, self.max_len)
+
+    def feed(self, ids: list[int]) -> np.ndarray:
+        logits = mx.zeros((1, self.model.vocab_size))
+        for chunk in power_of_two_chunks(ids, self.largest_chunk):
+            logits, self._state = _guarded(self._compiled, self._params, mx.array([chunk], mx.int32), self._state)
+            _guarded(mx.eval, logits, self._state)
+        return np.array(logits)[0, : self.model.vocab_size]
+
+    def _step(self, params: dict[str, mx.array], tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
+        return Model(self.model, params, self.dtype).step(tokens, state, self.max_len)
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if on_gpu() else "float32"
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU (Metal or CUDA)."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _guarded(function: Callable, *args: Any) -> Any:
+    """Call and turn MLX's out-of-memory errors into ours."""
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text.lower() for sign in ("unable to allocate", "out of memory", "insufficient memory", "[malloc")):
+            raise
+        fix = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
+        raise OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200] + ".", fix) from error

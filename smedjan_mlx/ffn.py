@@ -1,0 +1,45 @@
+"""Feed-forwards in MLX; `ffn_class` finds the class that a row of smedjan_common.mixers.FFNS names.
+
+swiglu: down(silu(gate(x)) * up(x))        (Shazeer, 2020)
+"""
+
+import importlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers import FFNS
+from smedjan_mlx.modules import Linear, Params
+
+
+def ffn_class(name: str) -> Any:
+    """The class of the feed-forward `name`, a key of FFNS."""
+    return getattr(importlib.import_module(f"smedjan_mlx.{FFNS[name].module}"), FFNS[name].class_name)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward `swiglu`."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str):
+        super().__init__()
+        self.gate_proj = Linear(params, f"{name}.gate_proj")
+        self.up_proj = Linear(params, f"{name}.up_proj")
+        self.down_proj = Linear(params, f"{name}.down_proj")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.mix(self.project(x))
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Gate and up, [B, T, F] each, of x [B, T, D]."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def mix(self, projected: tuple[mx.array, mx.array]) -> mx.array:
+        """What `project` gave, multiplied and projected back to [B, T, D]."""
+        return self.down_proj(swiglu(*projected))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, in the dtype of the arguments."""
+    return nn.silu(gate) * up

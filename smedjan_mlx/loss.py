@@ -1,0 +1,68 @@
+"""Cross-entropy of the tied head without keeping the logits: loss and its gradients in one pass, in chunks of tokens.
+
+    loss = sum over counted tokens of logsumexp(x E^T) - (x E^T)[target];   dlogits = softmax - onehot
+
+The forward pass of the derivative computes dx = dlogits E and dE = dlogits^T x at once, so the backward pass only scales
+them: three matmuls, no logits kept, nothing computed twice. Logsumexp and the sum are float32; dlogits is cast to the
+compute dtype, or both gradient matmuls would run at float32 speed (PERFORMANCE.md).
+
+Shapes: N tokens, D width, V vocabulary. A target of -1 does not count.
+"""
+
+import mlx.core as mx
+
+from smedjan_common.memory import loss_chunks
+
+
+def cross_entropy(hidden: mx.array, embed: mx.array, targets: mx.array) -> mx.array:
+    """Summed loss over targets >= 0 in nats, float32 scalar, to differentiate. Divide by the counted tokens for the mean."""
+    return _summed(*_flat(hidden, embed, targets))[0]
+
+
+def forward_loss(hidden: mx.array, embed: mx.array, targets: mx.array) -> mx.array:
+    """The same value for evaluation: no gradient is computed along the way."""
+    x_ND, embed_VD, targets_N = _flat(hidden, embed, targets)
+    weight_VD = embed_VD.astype(x_ND.dtype)
+    chunks = loss_chunks(targets_N.size, embed_VD.shape[0])
+    parts = zip(mx.split(x_ND, chunks), mx.split(targets_N, chunks), strict=True)
+    return sum((_token_losses(_logits(x_CD, weight_VD), targets_C)[0].sum() for x_CD, targets_C in parts), mx.array(0.0))
+
+
+def _flat(hidden: mx.array, embed: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    tokens = targets.size
+    return hidden.reshape(tokens, -1), embed, targets.reshape(tokens)
+
+
+@mx.custom_function
+def _summed(x_ND: mx.array, embed_VD: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The loss, and beside it its gradients with respect to x and E, which `_backward` takes from here."""
+    weight_VD = embed_VD.astype(x_ND.dtype)
+    chunks = loss_chunks(targets_N.size, embed_VD.shape[0])
+    total, dembed_VD, dx = mx.array(0.0), mx.zeros(embed_VD.shape), []
+    for x_CD, targets_C in zip(mx.split(x_ND, chunks), mx.split(targets_N, chunks), strict=True):
+        logits_CV = _logits(x_CD, weight_VD)
+        losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
+        dlogits_CV = mx.where((targets_C >= 0)[:, None], mx.exp(logits_CV - lse_C[:, None]) - hit_CV, 0.0).astype(x_CD.dtype)
+        total = total + losses_C.sum()
+        dembed_VD = dembed_VD + (dlogits_CV.T @ x_CD).astype(mx.float32)
+        dx.append(dlogits_CV @ weight_VD)
+    return total, mx.concatenate(dx), dembed_VD
+
+
+@_summed.vjp
+def _backward(primals, cotangents, outputs):
+    _, dx_ND, dembed_VD = outputs
+    cotangent = cotangents[0]
+    return (dx_ND * cotangent).astype(dx_ND.dtype), dembed_VD * cotangent, mx.zeros_like(primals[2])
+
+
+def _logits(x_ND: mx.array, weight_VD: mx.array) -> mx.array:
+    return (x_ND @ weight_VD.T).astype(mx.float32)
+
+
+def _token_losses(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Loss of every token (0 where the target is negative), logsumexp, and the one-hot targets."""
+    lse_N = mx.logsumexp(logits_NV, axis=-1)
+    hit_NV = mx.arange(logits_NV.shape[1])[None, :] == targets_N[:, None]
+    target_logit_N = mx.where(hit_NV, logits_NV, 0.0).sum(axis=-1)
+    return mx.where(targets_N >= 0, lse_N - target_logit_N, 0.0), lse_N, hit_NV

@@ -1,0 +1,11 @@
+"""Sequence mixers in MLX, one file each; `mixer_class` finds the class that a row of smedjan_common.mixers names."""
+
+import importlib
+from typing import Any
+
+from smedjan_common.mixers import MIXERS
+
+
+def mixer_class(name: str) -> Any:
+    """The class of the mixer `name`, a key of MIXERS."""
+    return getattr(importlib.import_module(f"{__name__}.{MIXERS[name].module}"), MIXERS[name].class_name)

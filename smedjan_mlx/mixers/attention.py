@@ -1,0 +1,82 @@
+"""Causal softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
+
+    o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
+
+Implementations: "fused" is mx.fast.scaled_dot_product_attention (Metal and CUDA kernels; on a CPU MLX composes it);
+"plain" is matmul, softmax, matmul, in float32.
+
+Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, K head size, R = H / G.
+MLX keeps heads before positions, [B, H, T, K]; JAX keeps positions first.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from smedjan_common.config import ModelConfig
+from smedjan_mlx.modules import Linear, Params, Rope
+
+State = dict[str, mx.array]
+
+
+class Attention(nn.Module):
+    """The mixer `attention`: projections, RoPE, causal attention, output projection."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
+        super().__init__()
+        self.q_proj = Linear(params, f"{name}.q_proj")
+        self.k_proj = Linear(params, f"{name}.k_proj")
+        self.v_proj = Linear(params, f"{name}.v_proj")
+        self.o_proj = Linear(params, f"{name}.o_proj")
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.implementation = implementation
+
+    def __call__(self, x: mx.array, rope: Rope) -> mx.array:
+        """Training: all positions at once."""
+        return self.mix(self.project(x), rope)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, of x [B, T, D]."""
+        B, T, _ = x.shape
+        query = self.q_proj(x).reshape(B, T, self.heads, self.head_dim).swapaxes(1, 2)
+        key = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim).swapaxes(1, 2)
+        value = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim).swapaxes(1, 2)
+        return query, key, value
+
+    def mix(self, projected: tuple[mx.array, mx.array, mx.array], rope: Rope) -> mx.array:
+        """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        query, key, value = projected
+        return self._output(causal_attention(rope(query), rope(key), value, self.implementation))
+
+    def step(self, x: mx.array, rope: Rope, state: State, position: mx.array) -> tuple[mx.array, State]:
+        """Decoding: T new tokens after `position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
+        query, key, value = self.project(x)
+        new = {"key": rope(key), "value": value}
+        state = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (2,)) for n in new}
+        T, L = x.shape[1], state["key"].shape[2]
+        seen_TL = mx.arange(L)[None, :] <= position + mx.arange(T)[:, None]
+        return self._output(masked_attention(rope(query), state["key"], state["value"], seen_TL)), state
+
+    def _output(self, out_BHTK: mx.array) -> mx.array:
+        B, _, T, _ = out_BHTK.shape
+        return self.o_proj(out_BHTK.swapaxes(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+
+def causal_attention(query: mx.array, key: mx.array, value: mx.array, implementation: str = "auto") -> mx.array:
+    """Attention of every position to itself and the earlier ones, [B, H, T, K]; key and value are [B, G, T, K].
+
+    "auto" and "fused" take MLX's own kernel, which exists on every device.
+    """
+    if implementation == "plain":
+        T = query.shape[2]
+        return masked_attention(query, key, value, mx.tril(mx.ones((T, T), dtype=mx.bool_)))
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** -0.5, mask="causal")
+
+
+def masked_attention(query: mx.array, key: mx.array, value: mx.array, seen: mx.array) -> mx.array:
+    """The plain form: float32 scores and softmax over the positions that `seen` [T, L] allows, [B, H, T, K]."""
+    B, H, T, K = query.shape
+    G = key.shape[1]
+    q_BGRTK = query.reshape(B, G, H // G, T, K)
+    scores = (q_BGRTK @ key[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * K**-0.5
+    weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1).astype(query.dtype)
+    return (weights @ value[:, :, None]).reshape(B, H, T, K)

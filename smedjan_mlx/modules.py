@@ -1,0 +1,95 @@
+"""The parts of the decoder in MLX: linear map, RMSNorm, rotary embedding, block.
+
+A module takes its tensors out of the flat parameter dict by name. Master weights are float32; they are cast to the dtype
+of the activations where they are used.
+
+Shapes: B batch, T positions, L positions of a table, D width, H heads, K head size, F = K/2 rotary pairs, V vocabulary.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from smedjan_common import rope as rope_tables
+from smedjan_common.config import ModelConfig
+
+Params = dict[str, mx.array]
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; W is [out, in]."""
+
+    def __init__(self, params: Params, name: str):
+        super().__init__()
+        self.weight = params[f"{name}.weight"]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), in float32, cast back, times the weight (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, params: Params, name: str, eps: float):
+        super().__init__()
+        self.weight = params[f"{name}.weight"]
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, None, self.eps) * self.weight.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a table [V, D]; the same table is the output head."""
+
+    def __init__(self, params: Params, name: str):
+        super().__init__()
+        self.weight = params[f"{name}.weight"]
+
+    def __call__(self, tokens: mx.array, dtype: Any) -> mx.array:
+        # cast after the look-up: the gradient is then summed over repeated tokens in float32
+        return self.weight[tokens].astype(dtype)
+
+    def logits(self, x: mx.array) -> mx.array:
+        """Scores of every token, returned in float32 [B, T, V]."""
+        return (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, mixer_norm: RMSNorm, mixer: nn.Module, ffn_norm: RMSNorm, ffn: nn.Module):
+        super().__init__()
+        self.mixer_norm = mixer_norm
+        self.mixer = mixer
+        self.ffn_norm = ffn_norm
+        self.ffn = ffn
+
+    def __call__(self, x: mx.array, rope: "Rope") -> mx.array:
+        """Training: x [B, T, D] -> [B, T, D]."""
+        x = x + self.mixer(self.mixer_norm(x), rope)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, x: mx.array, rope: "Rope", state: dict[str, mx.array], position: mx.array):
+        """The same for T new tokens that follow `position` earlier ones; returns (x, state)."""
+        mixed, state = self.mixer.step(self.mixer_norm(x), rope, state, position)
+        x = x + mixed
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class Rope(nn.Module):
+    """Rotary position embedding of the positions from `position` (0 when None) on; `max_len` of them are enough."""
+
+    def __init__(self, config: ModelConfig, max_len: int, position: mx.array | None = None):
+        super().__init__()
+        # mx.fast.rope takes wavelengths over 2 pi, the reciprocal of the angle per position
+        self._periods = mx.array((1.0 / rope_tables.frequencies(config)).astype(np.float32))
+        self._factor = rope_tables.attention_factor(config)
+        self._position = 0 if position is None else position
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Turn feature i of x [B, H, T, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        turned = mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=self._position, freqs=self._periods)
+        return turned if self._factor == 1.0 else turned * self._factor
