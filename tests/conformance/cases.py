@@ -1,0 +1,103 @@
+"""The combinations that the suite walks, from the rows of smedjan_common.mixers: a new row is in every test by itself.
+
+Every mixer meets every feed-forward; the options (key/value heads, RoPE scaling) go with the first feed-forward, and all mixers
+together make one repeating pattern. What a row's own `validate` refuses is no combination. The models are tiny, because what
+is compared is arithmetic and not scale, and their weights are wider than in training (init_std 0.15), so that attention is
+far from uniform and an error in it shows.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from smedjan_common.config import ROPE_SCALINGS, ModelConfig, TrainConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.mixers import FFNS, MIXERS, Tolerance
+from smedjan_common.params import initial_params
+
+HEADS = {"mha": 4, "gqa": 2}  # key/value heads for 4 query heads
+BATCH, LENGTH, STEPS = 4, 17, 20  # an odd length: no chunk divides it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination: a model and how the 20-step runs train it."""
+
+    id: str
+    model: ModelConfig
+    train: TrainConfig
+
+    @cached_property
+    def params(self) -> dict[str, np.ndarray]:
+        """Initial values; those that start constant (norms) are perturbed, so that a forgotten weight shows."""
+        rng = np.random.default_rng(0)
+        start = initial_params(self.model, seed=1)
+        return {
+            name: value if np.ptp(value) else (value + 0.2 * rng.standard_normal(value.shape)).astype(np.float32)
+            for name, value in start.items()
+        }
+
+    @cached_property
+    def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(inputs, targets) of every step, int32 [BATCH, LENGTH]; some targets, unevenly spread over the rows, do not count."""
+        rng = np.random.default_rng(7)
+        batches = []
+        for _ in range(self.train.steps):
+            tokens = rng.integers(0, self.model.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
+            targets = tokens[:, 1:].copy()
+            targets[rng.random(targets.shape) < np.linspace(0.0, 0.5, BATCH)[:, None]] = -1
+            batches.append((tokens[:, :-1].copy(), targets))
+        return batches
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The inputs of the first step, [BATCH, LENGTH]."""
+        return self.batches[0][0]
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The widest gates among the rows in use."""
+        rows = [MIXERS[name].tolerance for name in self.model.mixer] + [FFNS[name].tolerance for name in self.model.ffn]
+        return Tolerance(max(row.forward for row in rows), max(row.gradient for row in rows))
+
+
+def train_config(**changes: object) -> TrainConfig:
+    """20 steps in which warm-up, decay, clipping and weight decay all do something."""
+    defaults = {"lr": 3e-3, "warmup": 4, "weight_decay": 0.1, "clip_norm": 0.5, "attention": "plain"}
+    config = TrainConfig(**{"steps": STEPS, "batch_size": BATCH, "seq_len": LENGTH, **defaults, **changes})
+    config.validate()
+    return config
+
+
+def model_config(mixer: tuple[str, ...], ffn: str, heads: str = "mha", rope: str = "none") -> ModelConfig | None:
+    """A tiny model, or None where the rows refuse the combination. Its vocabulary is no multiple of 64: the head has padding rows."""
+    scaling = {} if rope == "none" else {"rope_factor": 4.0, "rope_original_len": 1024, "context_length": 4096}
+    model = ModelConfig(
+        vocab_size=60, dim=32, layers=max(2, len(mixer)), heads=4, kv_heads=HEADS[heads], ffn_dim=64, mixer=mixer, ffn=(ffn,), init_std=0.15
+    )
+    try:
+        model = ModelConfig.from_dict({**model.to_dict(), "rope_scaling": rope, **scaling})
+    except ConfigError:
+        return None
+    return model
+
+
+def _combinations() -> dict[str, Case]:
+    patterns = [(name,) for name in MIXERS] + ([tuple(MIXERS)] if len(MIXERS) > 1 else [])
+    first, *others = FFNS
+    choices = [*itertools.product(patterns, [first], HEADS, ROPE_SCALINGS), *itertools.product(patterns, others, ["mha"], ["none"])]
+    cases = {}
+    for mixer, ffn, heads, rope in choices:
+        model = model_config(mixer, ffn, heads, rope)
+        if model is not None:
+            name = "-".join(["+".join(mixer), ffn, heads, *([rope] if rope != "none" else [])])
+            cases[name] = Case(name, model, train_config())
+    return cases
+
+
+CASES = _combinations()
+DEFAULT_CASES = {
+    name: case for name, case in CASES.items() if case.model.rope_scaling == "none" and case.model.heads == case.model.kv_heads
+}

@@ -1,0 +1,22 @@
+"""How close is close enough, float32 (NUMERICS.md); forward and gradient gates of a mixer live in its row (Tolerance).
+
+A gate is never widened to get green. All are relative: largest difference over largest value for outputs, L2 for tensors.
+"""
+
+from typing import NamedTuple
+
+
+class Gates(NamedTuple):
+    """Gates that do not belong to a row."""
+
+    loss: float  # one loss, and a gradient's norm
+    steps_loss: float  # losses along 20 optimizer steps
+    steps_params: float  # parameters after 20 steps: Adam divides tiny gradients by tiny roots, which amplifies rounding
+    one_op: float  # one tensor that a few operations made: after an optimizer step, or the same sum in another order
+    same_arithmetic: float  # loss and whole gradient when the same sum is taken in another order: accumulation, checkpointing
+    oracle: float  # logits and loss against transformers
+    frequencies: float  # rope frequencies against transformers
+
+
+FLOAT32 = Gates(loss=1e-5, steps_loss=5e-5, steps_params=5e-4, one_op=2e-6, same_arithmetic=1e-6, oracle=1e-5, frequencies=1e-6)
+BFLOAT16 = {"forward": 2e-2, "loss": 1e-3, "gradient": 5e-2}  # for bench/conformance.py on a GPU

@@ -1,0 +1,27 @@
+"""Settings that must stand before a framework is imported: exact float32 arithmetic, on the CPU unless asked otherwise.
+
+SMEDJAN_TEST_DEVICE=gpu runs the same tests on the machine's accelerator. One thread per process: the models are tiny, two
+pytest workers share two cores, and the order in which sums are taken, hence their bits, does not depend on the machine's cores.
+"""
+
+import os
+
+import pytest
+
+DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE", "cpu")
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # by default float32 matmuls lose three digits on CUDA and new Apple chips
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on a CPU mx.compile calls g++; test_compiled.py tests the compiled form
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if DEVICE == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {single}".strip()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): tests that share compiled functions (pytest -n 2 --dist loadgroup)")
+    config.addinivalue_line("markers", "oracle: needs the `oracle` extra (torch, transformers)")
