@@ -1,0 +1,114 @@
+"""A run's directory of checkpoints: which are there, which is the newest good one, which may go.
+
+CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/final/
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from smedjan_common.checkpoint.atomic import fsync_directory, remove, remove_leftovers, replaced_names
+from smedjan_common.checkpoint.load import load_info, verify_checkpoint
+from smedjan_common.errors import CheckpointError
+
+FINAL = "final"
+_STEP_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+OnSkip = Callable[[str], None]
+
+
+class Found(NamedTuple):
+    """A step checkpoint: its step, and its directory."""
+
+    step: int
+    path: Path
+
+
+def step_name(step: int) -> str:
+    """`step-00001000`: names sort as their steps do."""
+    return f"step-{step:08d}"
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a directory of this name is a step checkpoint's."""
+    return bool(_STEP_NAME.fullmatch(name))
+
+
+def find_checkpoints(directory: str | Path, *, on_skip: OnSkip | None = None) -> list[Found]:
+    """The complete step checkpoints of a run directory, oldest first.
+
+    Complete: checkpoint.json is sound and every file has its size; hashes are not compared. What looks like a checkpoint and is
+    not complete is told to `on_skip`, one sentence each. Never raises for what lies in the directory, nor when there is none.
+    """
+    found = []
+    for step, path in step_directories(Path(directory)):
+        try:
+            info = load_info(path)
+        except CheckpointError as error:
+            _tell(on_skip, error)
+            continue
+        if info.step == step:
+            found.append(Found(step, path))
+        elif on_skip:
+            on_skip(f"{path} is of step {info.step}, which does not fit its name.")
+    return found
+
+
+def latest_checkpoint(
+    directory: str | Path, verify: bool = True, *, on_skip: OnSkip | None = None, exclude: Path | None = None
+) -> Path | None:
+    """The newest complete step checkpoint whose hashes are right (`verify`: every byte of it is read), or None.
+
+    Broken ones are skipped, and told to `on_skip`. `exclude` is not considered. Never raises for what lies in the directory.
+    """
+    for _, path in reversed(find_checkpoints(directory, on_skip=on_skip)):
+        if exclude is not None and path == exclude:
+            continue
+        try:
+            if verify:
+                verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            _tell(on_skip, error)
+    return None
+
+
+def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0) -> list[Path]:
+    """Remove all but the newest `keep` complete step checkpoints (0: remove none); returns what was removed.
+
+    Steps that are multiples of `keep_every` stay too (0: no such rule). Broken ones, `final/` and everything else are left alone.
+    Each is renamed to a dot name first, so none ever stands there half. Raises CheckpointError when the directory cannot be written.
+    """
+    directory = Path(directory)
+    if keep < 0 or keep_every < 0:
+        raise CheckpointError(f"--keep {keep} is negative.", "It is a number of checkpoints.", "Take --keep 0 to keep all.")
+    doomed = find_checkpoints(directory)[:-keep] if keep else []
+    doomed = [path for step, path in doomed if not (keep_every and step % keep_every == 0)]
+    try:
+        for path in doomed:
+            remove(path)
+        if doomed:
+            fsync_directory(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"An old checkpoint in {directory} cannot be removed.", f"{error.strerror or error}.", "Make the directory writable."
+        ) from None
+    remove_leftovers(directory)
+    return doomed
+
+
+def step_directories(directory: Path) -> list[Found]:
+    """Every directory with the name of a step checkpoint, complete or not, oldest first. Never raises."""
+    try:
+        places = {path.name: path for path in directory.iterdir()}
+    except OSError:
+        return []
+    places = replaced_names(directory) | places
+    matches = ((_STEP_NAME.fullmatch(name), path) for name, path in places.items())
+    found = [Found(int(match[1]), path) for match, path in matches if match and path.is_dir()]
+    return sorted(found)
+
+
+def _tell(on_skip: OnSkip | None, error: CheckpointError) -> None:
+    if on_skip:
+        on_skip(" ".join(part for part in (error.what, error.why) if part))

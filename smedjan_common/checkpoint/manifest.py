@@ -1,0 +1,246 @@
+"""checkpoint.json: what a checkpoint is, and the hash of everything in it.
+
+    {"format": "smedjan-checkpoint", "format_version": 1, "step", "model", "train", "optimizer", "tokenizer_hash", "dataset",
+     "framework", "metrics", "extra", "smedjan_version",
+     "files": {FILE: {"bytes", "sha256"}},
+     "tensors": {FILE: {NAME: {"dtype", "shape", "crc32"}}},
+     "sha256": of the JSON of all the rest: keys sorted, no spaces, ASCII}
+
+Reading believes nothing: every key, type, name and shape is checked before anything is allocated, and each fault is a
+CheckpointError. A later format gets a row in READERS; the row of format 1 stays (tests/fixtures/checkpoint-format-1).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import CheckpointError, SmedjanError
+
+FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
+MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long
+_MAX_STEP = 1 << 62
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What checkpoint.json says. `path` is the checkpoint's directory; `optimizer` is None when it holds weights only."""
+
+    path: Path
+    step: int
+    model: ModelConfig
+    train: TrainConfig | None
+    optimizer: str | None
+    tokenizer_hash: str | None
+    dataset: dict[str, Any] | None
+    framework: dict[str, Any]
+    metrics: dict[str, Any] | None
+    extra: dict[str, Any] | None
+    smedjan_version: str
+    files: dict[str, FileRecord]
+    tensors: dict[str, dict[str, TensorRecord]]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but checkpoint.json."""
+        return sum(record.bytes for record in self.files.values())
+
+
+def manifest_text(info: CheckpointInfo) -> str:
+    """checkpoint.json. Figures that are not finite become null."""
+    values = {"format": FORMAT, **{f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "path"}}
+    values["model"] = info.model.to_dict()
+    values["train"] = info.train.to_dict() if info.train else None
+    values["files"] = {name: record._asdict() for name, record in info.files.items()}
+    values["tensors"] = {file: {name: t._asdict() for name, t in tensors.items()} for file, tensors in info.tensors.items()}
+    values = json.loads(json.dumps(_plain(values)))  # what is hashed is what will be read: names of dicts are strings now
+    return json.dumps(values | {"sha256": manifest_hash(values)}, indent=1, allow_nan=False) + "\n"
+
+
+def manifest_hash(values: Mapping[str, Any]) -> str:
+    """The SHA-256 that `values` should carry under "sha256"."""
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> CheckpointInfo:
+    """Read and check checkpoint.json; raises CheckpointError naming the file and what in it is wrong."""
+    path = directory / MANIFEST
+    values = _load(path)
+    version = values.get("format_version")
+    if values.get("format") != FORMAT or type(version) is not int:
+        raise CheckpointError(f"{path} is not of a checkpoint of smedjan.", f'Its "format" is {_short(values.get("format"))}.')
+    if version not in READERS:
+        why = f"This smedjan reads format {', '.join(map(str, READERS))}."
+        fix = "Install a newer smedjan." if version > FORMAT_VERSION else ""
+        raise CheckpointError(f"{path} is of checkpoint format {version}.", why, fix)
+    try:
+        intact = manifest_hash(values) == values.get("sha256")
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path} is damaged, or was edited.", 'Its content does not fit its "sha256".')
+    try:
+        return READERS[version](directory, values)
+    except SmedjanError as error:
+        raise CheckpointError(f"{path} cannot be used: {error.what}", error.why, error.fix) from None
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be used.", f"{type(error).__name__}: {_short(str(error))}.") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        raw = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(raw) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path} is not of a checkpoint.", f"It is larger than {_MAX_MANIFEST_BYTES >> 20} MiB.")
+    try:
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON.", f"{type(error).__name__}: {_short(str(error))}.") from None
+    return values
+
+
+def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
+    fields = {f.name for f in dataclasses.fields(CheckpointInfo)} - {"path"}
+    if odd := fields.symmetric_difference(values.keys() - {"format", "sha256"}):
+        raise CheckpointError(f"the keys {', '.join(sorted(map(repr, odd)))} are missing or unknown.", "Format 1 has a fixed set of keys.")
+    for key, kinds in _KINDS.items():
+        if type(values[key]) not in kinds:
+            raise CheckpointError(f'"{key}" is {_short(values[key])}.', "That is of the wrong type.")
+    if not 0 <= values["step"] <= _MAX_STEP:
+        raise CheckpointError(f'"step" is {_short(values["step"])}.', "It counts the optimizer steps done.")
+    tensors = {file: {n: _tensor(n, v) for n, v in _dict(entries).items()} for file, entries in values["tensors"].items()}
+    files = {name: _file(name, record) for name, record in values["files"].items()}
+    _check_files(files, tensors)
+    info = CheckpointInfo(
+        **{
+            **{key: values[key] for key in fields},
+            "path": directory,
+            "model": _config(ModelConfig, values["model"]),
+            "train": None if values["train"] is None else _config(TrainConfig, values["train"]),
+            "files": files,
+            "tensors": tensors,
+        }
+    )
+    check_layout(info)
+    return info
+
+
+READERS: dict[int, Callable[[Path, dict[str, Any]], CheckpointInfo]] = {1: _read_format_1}
+
+_KINDS = {
+    "step": (int,),
+    "model": (dict,),
+    "train": (dict, type(None)),
+    "optimizer": (str, type(None)),
+    "tokenizer_hash": (str, type(None)),
+    "dataset": (dict, type(None)),
+    "framework": (dict,),
+    "metrics": (dict, type(None)),
+    "extra": (dict, type(None)),
+    "smedjan_version": (str,),
+    "files": (dict,),
+    "tensors": (dict,),
+}
+
+
+def check_layout(info: CheckpointInfo) -> None:
+    """Raises CheckpointError unless the listed tensors are the parameters of the model and optimizer arrays of their shapes."""
+    from smedjan_common.params import check_tree, parameter_table
+
+    weights, slots = info.tensors[WEIGHTS], info.tensors.get(OPTIMIZER, {})
+    if info.model.layers > len(weights):  # before a table of that many layers is made
+        raise CheckpointError(f"the model has {info.model.layers:,} layers.", f"{WEIGHTS} has only {len(weights):,} tensors.")
+    if wrong := check_tree(info.model, weights):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"{WEIGHTS} is not of this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
+    table = parameter_table(info.model)
+    for name, tensor in slots.items():
+        slot, _, parameter = name.partition(".")
+        if not slot.isidentifier() or parameter not in table:
+            raise CheckpointError(f"{OPTIMIZER} has a tensor {name!r}.", "It belongs to no parameter of this model.")
+        if tensor.shape != table[parameter].shape:
+            raise CheckpointError(f"{OPTIMIZER}: {name} has shape {tensor.shape}.", f"{parameter} has {table[parameter].shape}.")
+    if (info.optimizer is None) != (OPTIMIZER not in info.tensors):
+        raise CheckpointError(f'"optimizer" is {info.optimizer!r}.', f"That does not fit the presence of {OPTIMIZER}.")
+
+
+def _check_files(files: Mapping[str, FileRecord], tensors: Mapping[str, Any]) -> None:
+    if odd := files.keys() - {WEIGHTS, OPTIMIZER, TOKENIZER}:
+        raise CheckpointError(f'"files" names {_short(min(odd))}.', f"Format 1 has {WEIGHTS}, {OPTIMIZER} and {TOKENIZER} only.")
+    if WEIGHTS not in files or tensors.keys() != files.keys() - {TOKENIZER}:
+        raise CheckpointError(f'"files" lists {", ".join(files) or "nothing"}.', "That does not fit the tensors listed.")
+
+
+def _file(name: str, values: Any) -> FileRecord:
+    record = FileRecord(**_dict(values))
+    if type(record.bytes) is not int or not 0 <= record.bytes <= _MAX_STEP or type(record.sha256) is not str:
+        raise CheckpointError(f'"files" describes {_short(name)} as {_short(values)}.', "It needs a size and a SHA-256.")
+    return record
+
+
+def _tensor(name: str, values: Any) -> TensorRecord:
+    tensor = TensorRecord(**_dict(values))
+    sizes_fit = type(tensor.shape) is list and len(tensor.shape) <= 8 and all(type(n) is int and 0 <= n < 1 << 40 for n in tensor.shape)
+    if tensor.dtype not in DTYPES or not sizes_fit or type(tensor.crc32) is not int:
+        raise CheckpointError(f"the tensor {_short(name)} is described as {_short(values)}.", f"A dtype is {', '.join(DTYPES)}.")
+    return tensor._replace(shape=tuple(tensor.shape))
+
+
+def _config(cls: type, values: dict[str, Any]) -> Any:
+    """A ModelConfig or TrainConfig; types and sizes are checked before its own checks run over them."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key in hints and not _fits(hints[key], value, _MAX_STEP if key in _UNBOUNDED else _MAX_EXTENT):
+            raise CheckpointError(f"{cls.__name__}.{key} is {_short(value)}.", "That is of the wrong type or size.")
+    return cls.from_dict(values)
+
+
+def _fits(hint: Any, value: Any, limit: int) -> bool:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return type(value) is list and len(value) <= 4096 and all(_fits(parts[0], part, limit) for part in value)
+    if parts:  # a union
+        return any(_fits(part, value, limit) for part in parts)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint and (hint is not int or abs(value) <= limit)
+
+
+_UNBOUNDED = {"steps", "seed", "warmup", "context_length", "seq_len", "rope_original_len"}
+
+
+def _dict(values: Any) -> dict[str, Any]:
+    if type(values) is not dict:
+        raise TypeError(f"{_short(values)} is no JSON object")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of what callers hand over: NumPy scalars, paths, tuples; what is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, str) else value
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,88 @@
+"""read_checkpoint: from whatever path a user gives to a checkpoint in memory, or to an error that names a way on."""
+
+import os
+from pathlib import Path
+
+from smedjan_common.checkpoint.directory import FINAL, OnSkip, find_checkpoints, is_step_name, latest_checkpoint, step_directories
+from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info
+from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
+from smedjan_common.errors import CheckpointError
+
+
+def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = True, on_skip: OnSkip | None = None) -> Checkpoint:
+    """Read a checkpoint, whole or not at all; takes the memory of its arrays and a few MB more.
+
+    `path` is a `step-*/` or `final/` directory, or a run directory: then its newest `step-*/`, or `final/` if there is none.
+    `optimizer=False` reads weights only. `verify=False` compares no hash of tensor data; sizes, names and shapes are checked
+    all the same. With `on_skip`, a run directory's broken checkpoints are told to it, one sentence each, and the next older one is
+    taken; without, the newest being broken is an error. Arrays have the dtype of the file (float32; bfloat16 as ml_dtypes has it).
+
+    Raises CheckpointError naming file and tensor, why, and the newest good other checkpoint of the directory.
+    """
+    path = Path(path)
+    if not _is_run(path):
+        return _read(path, optimizer, verify)
+    for _, step_path in reversed(step_directories(path)):
+        try:
+            return _read(step_path, optimizer, verify)
+        except CheckpointError as error:
+            if on_skip is None:
+                raise
+            on_skip(" ".join(part for part in (error.what, error.why) if part))
+    return _read(path / FINAL, optimizer, verify)
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """What checkpoint.json of a checkpoint (or of a run directory's newest) says, without reading tensors. Raises CheckpointError."""
+    path = Path(path)
+    if _is_run(path):
+        found = step_directories(path)
+        path = found[-1].path if found else path / FINAL
+    try:
+        return load_info(path)
+    except CheckpointError as error:
+        raise _with_offer(path, error) from None
+
+
+def _is_run(path: Path) -> bool:
+    """Whether to look for checkpoints in the directory; raises CheckpointError when it is none and holds none."""
+    with faults(path):
+        if not path.is_dir():
+            raise _with_offer(path, _no_directory(path))
+        if (path / MANIFEST).exists() or is_step_name(path.name) or path.name == FINAL:
+            return False
+        if find_checkpoints(path) or (path / FINAL / MANIFEST).exists():
+            return True
+    skipped: list[str] = []
+    find_checkpoints(path, on_skip=skipped.append)
+    why = skipped[-1] if skipped else f"It has no {MANIFEST}, no step-*/ and no {FINAL}/."
+    raise CheckpointError(f"{path} holds no complete checkpoint.", why, "Check the path, or train first.")
+
+
+def _no_directory(path: Path) -> CheckpointError:
+    if not path.exists():
+        return CheckpointError(f"There is no checkpoint {path}.", "Nothing has this name.", "Check the path.")
+    where = f"Give the directory: {path.parent}." if (path.parent / MANIFEST).exists() else "Use `convert` for files of other programs."
+    return CheckpointError(f"{path} is a file, not a checkpoint.", f"A checkpoint is a directory with {MANIFEST}.", where)
+
+
+def _read(path: Path, optimizer: bool, verify: bool) -> Checkpoint:
+    try:
+        return load(path, optimizer=optimizer, verify=verify)
+    except CheckpointError as error:
+        raise _with_offer(path, error) from None
+
+
+def _with_offer(path: Path, error: CheckpointError) -> CheckpointError:
+    """The same error, with the newest good other checkpoint beside `path` as what to do."""
+    path = path if path.name not in {"", ".."} else Path(os.path.abspath(path))
+    other = latest_checkpoint(path.parent, exclude=path)
+    if other is None and path.name != FINAL:
+        final = path.parent / FINAL
+        offer = f"There is no good checkpoint beside it, but {final} has weights." if (final / MANIFEST).exists() else ""
+    else:
+        offer = f"The newest good checkpoint beside it is {other}." if other else ""
+    return CheckpointError(error.what, error.why, " ".join(part for part in (error.fix, offer) if part) or _LAST_RESORT)
+
+
+_LAST_RESORT = "There is no good checkpoint beside it: restore it from a copy, or train anew."

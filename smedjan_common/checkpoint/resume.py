@@ -1,0 +1,73 @@
+"""What differs between a checkpoint and the run that wants to go on from it: refused, or only told."""
+
+import dataclasses
+from typing import Any
+
+from smedjan_common.checkpoint.load import Checkpoint
+from smedjan_common.checkpoint.manifest import CheckpointInfo
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import CheckpointError
+
+_HARMLESS_MODEL = {"context_length", "init_std"}  # neither changes the parameters nor what they compute
+
+
+def difference(old: ModelConfig | TrainConfig, new: ModelConfig | TrainConfig) -> list[str]:
+    """One line per field that differs: `dim: 256 in the checkpoint, 512 now`. Empty when they are equal."""
+    return [f"{name}: {_show(a)} in the checkpoint, {_show(b)} now" for name, a, b in _differing(old, new)]
+
+
+def check_resume(
+    checkpoint: Checkpoint | CheckpointInfo, model: ModelConfig, train: TrainConfig, tokenizer_hash: str | None, dataset_hash: str | None
+) -> list[str]:
+    """Whether a run of this model can go on from the checkpoint; returns warnings, one line each, for differences that are allowed.
+
+    Raises CheckpointError, with the difference, for another model, tokenizer or optimizer, or weights without optimizer state.
+    A hash that is None is not known and not compared.
+    """
+    info = checkpoint.info if isinstance(checkpoint, Checkpoint) else checkpoint
+    other = [change for change in _differing(info.model, model) if change[0] not in _HARMLESS_MODEL]
+    if other:
+        raise CheckpointError(
+            f"{info.path} is of another model: {_lines(other)}.",
+            "A run goes on with the model it began with.",
+            "Give the flags of the checkpoint, or start anew with another --checkpoint-dir (or --resume never).",
+        )
+    if info.tokenizer_hash and tokenizer_hash and info.tokenizer_hash != tokenizer_hash:
+        raise CheckpointError(
+            f"{info.path} was trained with another tokenizer: {_show(info.tokenizer_hash)} there, {_show(tokenizer_hash)} now.",
+            "The same token would mean other text.",
+            "Give the tokenizer and the dataset of the checkpoint, or start anew with another --checkpoint-dir.",
+        )
+    if info.optimizer is None and info.step > 0:
+        raise CheckpointError(
+            f"{info.path} holds weights only.", "A run goes on with its optimizer state.", "Resume from a step-*/ directory."
+        )
+    if info.optimizer not in {None, "unknown", train.optimizer}:
+        raise CheckpointError(
+            f"{info.path} has the state of --optimizer {info.optimizer}, not {train.optimizer}.",
+            "Each optimizer keeps its own arrays.",
+            f"Take --optimizer {info.optimizer}, or start anew with another --checkpoint-dir.",
+        )
+    return _warnings(info, model, train, dataset_hash)
+
+
+def _warnings(info: CheckpointInfo, model: ModelConfig, train: TrainConfig, dataset_hash: str | None) -> list[str]:
+    lines = difference(info.model, model) + (difference(info.train, train) if info.train else [])
+    known = (info.dataset or {}).get("hash")
+    if known and dataset_hash and known != dataset_hash:
+        lines.append(f"dataset: {_show(known)} in the checkpoint, {_show(dataset_hash)} now")
+    return lines
+
+
+def _differing(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    names = [field.name for field in dataclasses.fields(old)]
+    return [(name, a, b) for name in names if (a := getattr(old, name)) != (b := getattr(new, name))]
+
+
+def _lines(changes: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{name} is {_show(a)} there, {_show(b)} now" for name, a, b in changes)
+
+
+def _show(value: Any) -> str:
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 40 else text[:16] + "…"

@@ -1,0 +1,169 @@
+"""write_checkpoint and write_final: a checkpoint stands whole under its name, or not at all."""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import smedjan_common
+from smedjan_common.backend import Snapshot
+from smedjan_common.checkpoint.atomic import atomic_directory
+from smedjan_common.checkpoint.directory import FINAL, step_name
+from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
+from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import CheckpointError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def write_checkpoint(
+    directory: str | Path,
+    snapshot: Snapshot,
+    *,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    tokenizer_json: str | None,
+    tokenizer_hash: str | None,
+    dataset: Mapping[str, Any] | None,
+    framework: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    optimizer: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write `directory/name` (default `step-00001000`) atomically, in place of one of that name; returns its path.
+
+    directory: the run's, made if it is not there. dataset: {"hash", "path", "tokens"}. framework: {"name", and versions}.
+    optimizer: its name (default: train.optimizer), kept when `snapshot.optimizer` has arrays; without arrays the checkpoint holds
+    weights only. extra: anything more that is JSON. An array is anything with dtype and shape that `np.asarray` takes: each is
+    brought to the host and written in its turn, so memory does not grow with the model.
+
+    Raises CheckpointError when the arrays are not of this model, or nothing can be written; older checkpoints stay whole.
+    """
+    target = Path(directory) / (name or step_name(snapshot.step))
+    if not _NAME.fullmatch(target.name) or (name and target.name != name):
+        raise CheckpointError(f"{name!r} cannot name a checkpoint.", "It becomes a directory's name.", "Take letters, digits, - and _.")
+    arrays = {WEIGHTS: snapshot.params} | ({OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
+    info = CheckpointInfo(
+        path=target,
+        step=int(snapshot.step),
+        model=model,
+        train=train,
+        optimizer=(optimizer or (train.optimizer if train else "unknown")) if snapshot.optimizer else None,
+        tokenizer_hash=tokenizer_hash,
+        dataset=dict(dataset) if dataset is not None else None,
+        framework=dict(framework),
+        metrics=dict(metrics) if metrics is not None else None,
+        extra=dict(extra) if extra is not None else None,
+        smedjan_version=smedjan_common.__version__,
+        files={},
+        tensors={file: {key: _record(key, array) for key, array in values.items()} for file, values in arrays.items()},
+    )
+    check_layout(info)
+    need = sum(tensor.nbytes for tensors in info.tensors.values() for tensor in tensors.values())
+    try:
+        _check_target(target)
+        _check_space(target.parent, need)
+        with atomic_directory(target) as temporary:
+            _fill(temporary, info, arrays, tokenizer_json)
+    except OSError as error:
+        raise _cannot_write(target, error, need) from error
+    return target
+
+
+def write_final(
+    directory: str | Path,
+    snapshot: Snapshot,
+    *,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    tokenizer_json: str | None,
+    tokenizer_hash: str | None,
+    dataset: Mapping[str, Any] | None,
+    framework: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `directory/final`: weights, configuration and tokenizer, no optimizer state. As write_checkpoint otherwise."""
+    return write_checkpoint(
+        directory,
+        Snapshot(snapshot.step, snapshot.params, {}),
+        model=model,
+        train=train,
+        tokenizer_json=tokenizer_json,
+        tokenizer_hash=tokenizer_hash,
+        dataset=dataset,
+        framework=framework,
+        metrics=metrics,
+        extra=extra,
+        name=FINAL,
+    )
+
+
+def _record(name: str, array: Any) -> TensorRecord:
+    try:
+        return TensorRecord(dtype_code(array), tuple(map(int, array.shape)), 0)
+    except KeyError:
+        raise CheckpointError(f"{name} has dtype {array.dtype}.", f"A checkpoint holds {', '.join(DTYPES)}.", "Convert it first.") from None
+
+
+def _check_target(target: Path) -> None:
+    """Only a checkpoint, whole or broken, is ever replaced: nobody's other files are."""
+    if not os.path.lexists(target) or any((target / name).exists() for name in (MANIFEST, WEIGHTS)):
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    raise CheckpointError(
+        f"{target} is in the way and is no checkpoint.", "It was not written by smedjan, so it is not replaced.", "Move it elsewhere."
+    )
+
+
+def _check_space(directory: Path, need: int) -> None:
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    total, _, free = shutil.disk_usage(place)
+    if total and free < need:  # a total of 0: a file system that tells nothing
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def _fill(temporary: Path, info: CheckpointInfo, arrays: Mapping[str, Mapping[str, Any]], tokenizer_json: str | None) -> None:
+    for name, values in arrays.items():
+        info.files[name], info.tensors[name] = write_tensors(temporary / name, values)
+    if tokenizer_json is not None:
+        raw = tokenizer_json.encode()
+        _write_synced(temporary / TOKENIZER, raw)
+        info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
+    _write_synced(temporary / MANIFEST, manifest_text(info).encode())
+
+
+def _write_synced(path: Path, raw: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cannot_write(target: Path, error: OSError, need: int) -> CheckpointError:
+    why, fix = f"{error.strerror or error}.", _FIXES.get(error.errno or 0, "Check the disk.")
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        why = f"{error.strerror}: it takes {need / 1e6:,.1f} MB."
+    what = f"The checkpoint {target.name} could not be written to {target.parent}."
+    return CheckpointError(what, f"{why} Older checkpoints are whole.", fix)
+
+
+_NO_SPACE = "Free some space, lower --keep, or choose another disk with --checkpoint-dir."
+_NO_ACCESS = "Make the directory writable, or choose another with --checkpoint-dir."
+_FIXES = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f), or choose another disk with --checkpoint-dir.",
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: _NO_ACCESS,
+    errno.ENOTDIR: "A part of the path is a file: choose another --checkpoint-dir.",
+    errno.EEXIST: "A part of the path is a file: choose another --checkpoint-dir.",
+}
