@@ -1,0 +1,1 @@
+"""The MLX backend (Apple Silicon; CUDA and CPU on Linux)."""
