@@ -128,11 +128,16 @@ def same_step(got: str, case: Case, **changes: object) -> list[Difference]:
 
 
 def runs(got: subjects.Run, want: subjects.Run, label: str = "") -> list[Difference]:
-    """Two training runs: losses of all steps, final parameters."""
-    losses = max(abs(a / b - 1) for a, b in zip(got.losses, want.losses, strict=True))
+    """Two training runs: loss and gradient norm of every step, final parameters and optimizer state."""
+
+    def worst(key: str) -> float:
+        return max(abs(a / b - 1) for a, b in zip(getattr(got, key), getattr(want, key), strict=True))
+
     return [
-        Difference(f"{label}loss of {len(want.losses)} steps", losses, FLOAT32.steps_loss),
+        Difference(f"{label}loss of {len(want.losses)} steps", worst("losses"), FLOAT32.steps_loss),
+        Difference(f"{label}gradient norm of {len(want.losses)} steps", worst("grad_norms"), FLOAT32.steps_params),
         *tensors(got.snapshot.params, want.snapshot.params, FLOAT32.steps_params, f"{label}trained "),
+        *tensors(got.snapshot.optimizer, want.snapshot.optimizer, FLOAT32.steps_params, f"{label}optimizer's "),
     ]
 
 

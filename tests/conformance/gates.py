@@ -11,7 +11,9 @@ class Gates(NamedTuple):
 
     loss: float  # one loss, and a gradient's norm
     steps_loss: float  # losses along 20 optimizer steps
-    steps_params: float  # parameters after 20 steps: Adam divides tiny gradients by tiny roots, which amplifies rounding
+    steps_params: (
+        float  # parameters, moments and gradient norms along 20 steps: Adam divides tiny gradients by tiny roots, which amplifies rounding
+    )
     one_op: float  # one tensor that a few operations made: after an optimizer step, or the same sum in another order
     same_arithmetic: float  # loss and whole gradient when the same sum is taken in another order: accumulation, checkpointing
     oracle: float  # logits and loss against transformers
