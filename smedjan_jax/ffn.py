@@ -11,7 +11,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import FFNS
-from smedjan_jax.modules import Linear, Params
+from smedjan_jax.modules import Linear, Params, apply_together
 
 
 def ffn_class(name: str) -> Any:
@@ -32,7 +32,8 @@ class SwiGLU(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
-        return self.gate_proj(x), self.up_proj(x)
+        gate, up = apply_together([self.gate_proj, self.up_proj], x)
+        return gate, up
 
     def mix(self, projected: tuple[jax.Array, jax.Array]) -> jax.Array:
         """What `project` gave, multiplied and projected back to [B, T, D]."""

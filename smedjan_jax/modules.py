@@ -6,6 +6,7 @@ Master weights are float32; they are cast to the dtype of the activations where 
 Shapes: B batch, T positions, L positions of a table, D width, H heads, K head size, F = K/2 rotary pairs, V vocabulary.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -26,6 +27,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.weight.astype(x.dtype).T
+
+
+def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
+    """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
+    weight = jnp.concatenate([linear.weight for linear in linears]).astype(x.dtype)
+    y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
+    return jnp.split(y, bounds, axis=-1)
 
 
 class RMSNorm(nnx.Module):

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import FFNS
-from smedjan_mlx.modules import Linear, Params
+from smedjan_mlx.modules import Linear, Params, apply_together
 
 
 def ffn_class(name: str) -> Any:
@@ -33,7 +33,8 @@ class SwiGLU(nn.Module):
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
-        return self.gate_proj(x), self.up_proj(x)
+        gate, up = apply_together([self.gate_proj, self.up_proj], x)
+        return gate, up
 
     def mix(self, projected: tuple[mx.array, mx.array]) -> mx.array:
         """What `project` gave, multiplied and projected back to [B, T, D]."""

@@ -6,6 +6,7 @@ of the activations where they are used.
 Shapes: B batch, T positions, L positions of a table, D width, H heads, K head size, F = K/2 rotary pairs, V vocabulary.
 """
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,13 @@ class Linear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight.astype(x.dtype).T
+
+
+def apply_together(linears: list[Linear], x: mx.array) -> list[mx.array]:
+    """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
+    weight = mx.concatenate([linear.weight for linear in linears]).astype(x.dtype)
+    y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
+    return mx.split(y, bounds, axis=-1)
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_jax.modules import Linear, Params, Rope
+from smedjan_jax.modules import Linear, Params, Rope, apply_together
 
 State = dict[str, jax.Array]
 
@@ -36,10 +36,9 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
-        query = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
-        key = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        value = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        return query, key, value
+        query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
+        heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
+        return query.reshape(heads), key.reshape(kv_heads), value.reshape(kv_heads)
 
     def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> jax.Array:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""

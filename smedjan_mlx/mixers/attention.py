@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_mlx.modules import Linear, Params, Rope
+from smedjan_mlx.modules import Linear, Params, Rope, apply_together
 
 State = dict[str, mx.array]
 
@@ -37,10 +37,9 @@ class Attention(nn.Module):
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
-        query = self.q_proj(x).reshape(B, T, self.heads, self.head_dim).swapaxes(1, 2)
-        key = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim).swapaxes(1, 2)
-        value = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim).swapaxes(1, 2)
-        return query, key, value
+        query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
+        heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
+        return query.reshape(heads).swapaxes(1, 2), key.reshape(kv_heads).swapaxes(1, 2), value.reshape(kv_heads).swapaxes(1, 2)
 
     def mix(self, projected: tuple[mx.array, mx.array, mx.array], rope: Rope) -> mx.array:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
