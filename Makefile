@@ -32,7 +32,7 @@ test-gpu: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/train_speed.py --backend $(BACKEND) --output bench/results/train_speed-local.json

@@ -144,7 +144,7 @@ def configure() -> None:
     missing = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if jax.default_backend() == "gpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() == "gpu" and not jax.config.values["jax_compilation_cache_dir"]:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "smedjan" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 

@@ -67,11 +67,11 @@ class Embedding(nnx.Module):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, mixer_norm: RMSNorm, mixer: nnx.Module, ffn_norm: RMSNorm, ffn: nnx.Module):
+    def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any):
         self.mixer_norm = mixer_norm
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.ffn_norm = ffn_norm
-        self.ffn = ffn
+        self.ffn: Any = ffn
 
     def __call__(self, x: jax.Array, rope: "Rope") -> jax.Array:
         """Training: x [B, T, D] -> [B, T, D]."""

@@ -5,7 +5,7 @@
 The slots (mu, nu) and the number of steps are what a checkpoint keeps.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def init(train: TrainConfig, params: Params) -> dict[str, Params]:
 
 def global_norm(grads: Params) -> jax.Array:
     """Euclidean norm over all tensors, float32 scalar."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()))
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]
+    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
 def clip(grads: Params, norm: jax.Array, limit: float) -> Params:
@@ -48,10 +49,10 @@ def _adamw(
 ) -> Any:
     adam = optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.eps, eps_root=0.0)
     moments = optax.ScaleByAdamState(count=step, mu=slots["mu"], nu=slots["nu"])
-    direction, moments = adam.update(grads, moments)
+    direction, moments = cast(tuple[Params, optax.ScaleByAdamState], adam.update(grads, moments))
     decay = {name: train.weight_decay if on else 0.0 for name, on in decay_mask(model).items()}
     params = {name: p - lr * (direction[name] + decay[name] * p) for name, p in params.items()}
-    return params, {"mu": moments.mu, "nu": moments.nu}
+    return params, {"mu": cast(Params, moments.mu), "nu": cast(Params, moments.nu)}
 
 
 _UPDATES = {"adamw": _adamw}

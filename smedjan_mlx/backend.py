@@ -31,7 +31,7 @@ class MlxBackend:
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
         self.model, self.train = model, train
-        compiled = mx.compile if on_gpu() else lambda function: function
+        compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._train_step = compiled(self._step)
         self._part = compiled(mx.value_and_grad(self._loss))
         self._finish = compiled(self._apply)
@@ -104,7 +104,8 @@ class MlxBackend:
         for part_inputs, part_targets in zip(mx.split(inputs, parts), mx.split(targets, parts), strict=True):
             total = tree_map(mx.add, total, self._part(state["params"], part_inputs, part_targets, count))
             mx.async_eval(total)
-        return self._finish(state, *total, tokens, lr)
+        loss, grads = total
+        return self._finish(state, loss, grads, tokens, lr)
 
     def _apply(self, state: State, loss: mx.array, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
         norm = optim.global_norm(grads)

@@ -9,6 +9,8 @@ compute dtype, or both gradient matmuls would run at float32 speed (PERFORMANCE.
 Shapes: N tokens, D width, V vocabulary. A target of -1 does not count.
 """
 
+from typing import cast
+
 import mlx.core as mx
 
 from smedjan_common.memory import loss_chunks
@@ -16,7 +18,8 @@ from smedjan_common.memory import loss_chunks
 
 def cross_entropy(hidden: mx.array, embed: mx.array, targets: mx.array) -> mx.array:
     """Summed loss over targets >= 0 in nats, float32 scalar, to differentiate. Divide by the counted tokens for the mean."""
-    return _summed(*_flat(hidden, embed, targets))[0]
+    total, _, _ = cast(tuple[mx.array, mx.array, mx.array], _summed(*_flat(hidden, embed, targets)))
+    return total
 
 
 def forward_loss(hidden: mx.array, embed: mx.array, targets: mx.array) -> mx.array:
