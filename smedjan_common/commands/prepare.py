@@ -1,0 +1,70 @@
+"""`smedjan prepare`: text into token files, with a validation part."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
+
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    """Text files (a document each), .jsonl files (a document a line), also .gz, .bz2, .xz, .zst; directories, or globs in quotes."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
+    """The tokenizer.json to use."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "train.bin"
+    """The token file; its manifest and document offsets go beside it."""
+    val_output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A second token file with the validation part; needs --val-fraction."""
+    val_fraction: float = 0.0
+    """The part held out, between 0 and 1: whole documents, or the end of the text where there are few documents."""
+    field: str = "text"
+    """The field of a JSONL record that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
+    workers: int | None = None
+    """Processes that tokenise; all cores by default."""
+    force: bool = False
+    """Replace --output and --val-output if they exist."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(Flags, prog="smedjan prepare", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.data.prepare import prepare
+    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.tokenizer import Tokenizer
+
+    refuse_existing([flags.output, flags.val_output], flags.force)
+    tokenizer = Tokenizer.load(flags.tokenizer)
+    with progress_bar() as show:
+        summary = prepare(
+            flags.input,
+            flags.output,
+            tokenizer,
+            val_output=flags.val_output,
+            val_fraction=flags.val_fraction,
+            field=flags.field,
+            workers=flags.workers,
+            progress=lambda done, total: show("tokenise", done, total),
+            errors=flags.errors,
+        )
+    print(_line(summary.output, summary.tokens, summary.documents, summary.bytes))
+    if summary.val_output:
+        print(_line(summary.val_output, summary.val_tokens, summary.val_documents, summary.val_bytes) + f" (split by {summary.split})")
+    rate = (summary.bytes + summary.val_bytes) / max(summary.seconds, 1e-9) / 1e6
+    print(f"{summary.bytes_per_token:.2f} bytes per token, {summary.seconds:.1f} s, {rate:.1f} MB/s")
+    return 0
+
+
+def _line(path: str, tokens: int, documents: int, size: int) -> str:
+    return f"{path}: {tokens:,} tokens, {documents:,} documents, {size:,} bytes of text"

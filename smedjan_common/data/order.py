@@ -1,0 +1,122 @@
+"""Which windows of a token file make the batch of step s: a pure function of (number of windows, seed, s).
+
+Windows have seq_len + 1 tokens at stride seq_len: targets are inputs shifted by one. There are n = (num_tokens - 1) // seq_len.
+Row i of step s is sample r = s * batch_size + i, of epoch e = r // n, window P_e(r mod n). P_e is a permutation of 0 … n-1: a Feistel
+network of 4 rounds on the next even number of bits, walked until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary
+finite domains"). Round keys come from blake2b(seed, e, n). Integers only, so every machine and backend gets the same order; no state,
+so a run resumes at any step at once, and each host reads its own rows.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from smedjan_common.data.token_file import TokenFile
+from smedjan_common.errors import DataError
+
+_ROUNDS = 4
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele, Lea, Flood 2014)
+IGNORED = -1  # target of padding
+
+
+class BatchOrder:
+    """The windows of every step. Raises DataError when the file is too short for one window."""
+
+    def __init__(self, num_tokens: int, seq_len: int, batch_size: int, seed: int):
+        if seq_len < 1 or batch_size < 1:
+            raise DataError(f"Batches of {batch_size} windows of {seq_len} tokens make no sense.", "", "Give both at least 1.")
+        if num_tokens < seq_len + 1:
+            fix = f"Use --seq-len {num_tokens - 1} or less, or more text." if num_tokens > 1 else "Prepare more text."
+            raise DataError(
+                f"The dataset is too short for --seq-len {seq_len}.", f"It has {num_tokens} tokens; {seq_len + 1} are needed.", fix
+            )
+        self.num_windows = (num_tokens - 1) // seq_len
+        self.batch_size, self.seed = batch_size, seed
+
+    def windows(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """Window numbers int64 [batch_size] of a step, or of its rows `rows`."""
+        row = np.arange(self.batch_size, dtype=np.int64)[rows if rows is not None else slice(None)]
+        sample = step * self.batch_size + row
+        epoch, place = np.divmod(sample, self.num_windows)
+        out = np.empty(len(sample), np.int64)
+        for number in np.unique(epoch):
+            inside = epoch == number
+            out[inside] = permute(place[inside], self.num_windows, self.seed, int(number))
+        return out
+
+
+def permute(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where each of `places` (int64, 0 <= place < n) goes in the permutation of an epoch."""
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    keys = _round_keys(seed, epoch, n)
+    out = _feistel(places.astype(np.uint64), half, keys)
+    outside = np.flatnonzero(out >= n)
+    while len(outside):  # the domain is at most 4n, so a few steps
+        out[outside] = _feistel(out[outside], half, keys)
+        outside = outside[out[outside] >= n]
+    return out.astype(np.int64)
+
+
+def _round_keys(seed: int, epoch: int, n: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"smedjan-order-1:{seed}:{epoch}:{n}".encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, "<u8")
+
+
+def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A bijection of 0 … 4^half - 1."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        mixed = (right ^ key) * _MIX[0]
+        mixed = (mixed ^ mixed >> np.uint64(27)) * _MIX[1]
+        left, right = right, left ^ (mixed ^ mixed >> np.uint64(31)) & mask
+    return left << half | right
+
+
+class Batches:
+    """Batches of a token file. `batch(step)` -> (inputs int32 [B, T], targets int32 [B, T]); `rows` gives some rows only."""
+
+    def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
+        self.order = BatchOrder(token_file.num_tokens, seq_len, batch_size, seed)
+        self.tokens, self.seq_len, self.batch_size = token_file.tokens, seq_len, batch_size
+        self.num_windows = self.order.num_windows
+        self.steps_per_epoch = -(-self.num_windows // batch_size)
+
+    def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of a step."""
+        return read_windows(self.tokens, self.order.windows(step, rows), self.seq_len)
+
+
+def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs int32 [B, T], targets int32 [B, T]) of windows int64 [B]."""
+    both_BU = np.empty((len(windows), seq_len + 1), np.int32)
+    for row, window in enumerate(windows):
+        start = int(window) * seq_len
+        both_BU[row] = tokens[start : start + seq_len + 1]
+    return both_BU[:, :-1].copy(), both_BU[:, 1:].copy()
+
+
+def eval_batches(
+    token_file: TokenFile, seq_len: int, batch_size: int, max_batches: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every target of the file once, in order; or, if that takes more than `max_batches`, windows spread evenly over it.
+
+    The last window and the last batch are padded with target -1 (ignored), so that every batch is [batch_size, seq_len]. A file
+    shorter than one window gives one padded window. Raises DataError for a file with fewer than two tokens.
+    """
+    if token_file.num_tokens < 2:
+        raise DataError(f"The dataset {str(token_file.path)!r} is too short.", "Evaluation needs two tokens.", "Prepare more text.")
+    count = -(-(token_file.num_tokens - 1) // seq_len)
+    most = count if max_batches is None else max_batches * batch_size
+    windows = np.arange(count) if count <= most else np.arange(most) * count // most
+    for first in range(0, len(windows), batch_size):
+        yield _padded(token_file.tokens, windows[first : first + batch_size], seq_len, batch_size)
+
+
+def _padded(tokens: np.ndarray, windows: np.ndarray, seq_len: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    inputs, targets = np.zeros((batch_size, seq_len), np.int32), np.full((batch_size, seq_len), IGNORED, np.int32)
+    for row, window in enumerate(windows):
+        piece = tokens[int(window) * seq_len : (int(window) + 1) * seq_len + 1]
+        inputs[row, : len(piece) - 1], targets[row, : len(piece) - 1] = piece[:-1], piece[1:]
+    return inputs, targets

@@ -1,0 +1,20 @@
+"""What commands promise about their outputs: nothing is overwritten without saying so."""
+
+import os
+from collections.abc import Iterable
+
+from smedjan_common.errors import DataError
+
+
+def refuse_existing(paths: Iterable[str | None], force: bool) -> None:
+    """Raises DataError when one of the outputs exists, is a directory, or stands twice; with `force` existing files are fine."""
+    given = [path for path in paths if path]
+    if len({os.path.abspath(path) for path in given}) < len(given):
+        raise DataError("Two outputs have the same name.", f"They are {', '.join(map(repr, given))}.", "Give each its own name.")
+    for path in given:
+        if os.path.isdir(path):
+            raise DataError(f"The output {path!r} is a directory.", "A file is written here.", "Name a file.")
+        if os.path.exists(path) and not force:
+            raise DataError(
+                f"The output {path!r} exists already.", "Nothing was changed.", "Choose another --output, or replace it with --force."
+            )

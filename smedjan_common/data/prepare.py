@@ -1,0 +1,287 @@
+"""Text to token files: read in blocks, tokenise in processes, write train and validation files in the order of the inputs.
+
+Every document is its tokens followed by <|endoftext|>. The sidecar's offsets say where each document starts.
+
+Validation split, always the same for the same inputs:
+- by document, where enough documents are expected on the validation side: a document goes there when the hash of its text (of its
+  first block, for a long one) is below the fraction;
+- else the tail: of each text file the last part from a line break on, of JSONL the last documents.
+Only the tokens differ by tokenizer, not the split.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from smedjan_common.data import sources, workers
+from smedjan_common.data.sources import Block, Source
+from smedjan_common.data.token_file import TokenFileWriter
+from smedjan_common.errors import DataError
+from smedjan_common.tokenizer import Tokenizer
+
+TRAIN, VAL, BY_HASH = 0, 1, 2
+_ENOUGH_VALIDATION_DOCUMENTS = 20
+_ONE_PROCESS_BELOW = 4 << 20
+_HASH_RANGE = float(1 << 64)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `prepare` wrote. Bytes are UTF-8 bytes of text, without the tokens between documents."""
+
+    output: str
+    tokens: int
+    documents: int
+    bytes: int
+    val_output: str | None
+    val_tokens: int
+    val_documents: int
+    val_bytes: int
+    split: str  # "none", "document" or "tail"
+    seconds: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Compression: text bytes per token, both sides together."""
+        return (self.bytes + self.val_bytes) / max(1, self.tokens + self.val_tokens)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block on its way to a worker. `side`: TRAIN, VAL or BY_HASH (decided per document)."""
+
+    block: Block
+    side: int
+    first_val_document: int | None = None  # JSONL in tail mode: documents of the block from this number on are validation
+
+
+def prepare(
+    inputs: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    val_output: str | os.PathLike | None = None,
+    val_fraction: float = 0.0,
+    field: str = "text",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    errors: str = "strict",
+) -> Summary:
+    """Write `output` (and `val_output`) from text, JSONL, directories and globs. `progress(bytes done, bytes in all)`.
+
+    `errors`: "strict" refuses bytes that are not UTF-8, "replace" makes them U+FFFD. Raises DataError, OSError; nothing half-written
+    is left then, and older files of these names stay as they were.
+    """
+    _check(val_output, val_fraction, errors)
+    started = time.monotonic()
+    found = sources.find(inputs)
+    split = _choose_split(found, val_fraction) if val_output else "none"
+    notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}))
+            for path, side in ((output, "train"), (val_output, "validation"))
+            if path is not None
+        ]
+        seen = _write(writers, _pieces(found, split, val_fraction), found, tokenizer, field, errors, workers, val_fraction, progress)
+        _refuse_empty(writers, found, val_fraction)
+        for writer in writers:
+            writer.manifest["sources"] = seen
+    val = writers[1] if len(writers) > 1 else None
+    return Summary(
+        os.fspath(output),
+        writers[0].num_tokens,
+        writers[0].num_documents,
+        writers[0].num_bytes,
+        os.fspath(val_output) if val_output else None,
+        val.num_tokens if val else 0,
+        val.num_documents if val else 0,
+        val.num_bytes if val else 0,
+        split,
+        time.monotonic() - started,
+    )
+
+
+def _write(
+    writers: Sequence[TokenFileWriter],
+    pieces: Iterator[Piece],
+    found: Sequence[Source],
+    tokenizer: Tokenizer,
+    field: str,
+    errors: str,
+    processes: int | None,
+    val_fraction: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """Tokenise and write everything; what was read of each source: [{path, bytes, sha256}]."""
+    total = sum(source.size for source in found)
+    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
+    hashes = {str(source.path): (hashlib.sha256(), 0) for source in found}
+
+    def read() -> Iterator[Piece]:
+        for piece in pieces:
+            sha, size = hashes[piece.block.path]
+            sha.update(piece.block.data)
+            hashes[piece.block.path] = (sha, size + len(piece.block.data))
+            yield piece
+
+    done = 0
+    with workers.Workers("smedjan_common.data.prepare:Tokenise", (tokenizer, field, errors, val_fraction), count) as pool:
+        for size, sides in pool.map(read()):
+            for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
+                writer.append(tokens, starts, text_bytes)
+            done += size
+            if progress:
+                progress(min(done, total), total)
+    return [{"path": path, "bytes": size, "sha256": sha.hexdigest()} for path, (sha, size) in hashes.items()]
+
+
+class Tokenise:
+    """What runs in each process: a piece -> (its size, for each side (tokens, document starts, text bytes))."""
+
+    def __init__(self, tokenizer: Tokenizer, field: str, errors: str, val_fraction: float):
+        self._tokenizer, self._field, self._errors = tokenizer, field, errors
+        self._end = np.array([tokenizer.eot_id], np.int32)
+        self._limit = val_fraction * _HASH_RANGE
+
+    def __call__(self, piece: Piece) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]]]:
+        parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        starts: tuple[list[int], list[int]] = ([], [])
+        sizes, lengths = [0, 0], [0, 0]
+        for number, text in enumerate(sources.documents(piece.block, self._field, self._errors)):
+            if not text and piece.block.starts and piece.block.ends:
+                continue
+            data = text.encode("utf-8", "replace") if piece.side == BY_HASH else b""
+            side = self._side(piece, number, data)
+            tokens = self._tokenizer.encode_array(text)
+            if piece.block.starts:
+                starts[side].append(lengths[side])
+            ended = [tokens, self._end] if piece.block.ends else [tokens]
+            parts[side].extend(ended)
+            lengths[side] += sum(map(len, ended))
+            sizes[side] += len(data) or utf8_length(text)
+        sides = [
+            (np.concatenate(tokens) if tokens else np.empty(0, np.int32), np.array(first, np.uint64), size)
+            for tokens, first, size in zip(parts, starts, sizes, strict=True)
+        ]
+        return len(piece.block.data), sides
+
+    def _side(self, piece: Piece, number: int, data: bytes) -> int:
+        if piece.side == BY_HASH:
+            return VAL if document_hash(data) < self._limit else TRAIN
+        if piece.first_val_document is not None:
+            return VAL if number >= piece.first_val_document else TRAIN
+        return piece.side
+
+
+def document_hash(data: bytes) -> int:
+    """64 bits of blake2b over a document's text; decides its side."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def _pieces(found: Sequence[Source], split: str, val_fraction: float) -> Iterator[Piece]:
+    """Every block with the side it goes to."""
+    if split == "tail":
+        for source in found:
+            yield from (_jsonl_tail if source.kind == "jsonl" else _text_tail)(source, val_fraction)
+        return
+    side = TRAIN
+    for block in sources.blocks(found):
+        if split == "none" or (block.starts and block.ends):
+            yield Piece(block, TRAIN if split == "none" else BY_HASH)
+            continue
+        if block.starts:
+            side = VAL if document_hash(block.data) < val_fraction * _HASH_RANGE else TRAIN
+        yield Piece(block, side)
+
+
+def _text_tail(source: Source, val_fraction: float) -> Iterator[Piece]:
+    """A text file's blocks, cut once where the validation part begins: at a line break if one is near, else between characters."""
+    wanted = int(_content_size(source) * (1 - val_fraction))
+    side = TRAIN
+    for block in sources.blocks([source]):
+        cut = wanted - block.offset
+        if side == TRAIN and cut < len(block.data):
+            cut = _line_start(block.data, max(cut, 0))
+            if cut:
+                yield Piece(replace(block, data=block.data[:cut], ends=True), TRAIN)
+            side, block = VAL, replace(block, data=block.data[cut:], offset=block.offset + cut, starts=True)
+            if not block.data and block.ends:
+                return
+        yield Piece(block, side)
+
+
+def _line_start(data: bytes, at: int) -> int:
+    """The first line start at or after `at`, else the last before it, else the start of a word, else of a character."""
+    after = data.find(b"\n", max(at - 1, 0)) + 1
+    if 0 < after < len(data):
+        return after
+    for mark in (b"\n", b" "):
+        before = data.rfind(mark, 0, at) + 1
+        if before:
+            return before
+    while 0 < at < len(data) and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
+def _jsonl_tail(source: Source, val_fraction: float) -> Iterator[Piece]:
+    """A JSONL file's blocks; the last documents, at least one if there are two, are validation."""
+    counts = [sum(1 for line in block.data.splitlines() if line.strip()) for block in sources.blocks([source])]
+    total, seen = sum(counts), 0
+    first = min(total - round(total * val_fraction), total - 1) if total > 1 else total
+    for block, count in zip(sources.blocks([source]), counts, strict=True):
+        yield Piece(block, TRAIN, first - seen)
+        seen += count
+
+
+def _choose_split(found: Sequence[Source], val_fraction: float) -> str:
+    """ "document" where enough documents are expected on the validation side, else "tail"."""
+    needed = _ENOUGH_VALIDATION_DOCUMENTS / val_fraction
+    count = sum(source.kind == "text" for source in found)
+    for source in found:
+        if source.kind == "jsonl" and count < needed:
+            for block in sources.blocks([source]):
+                count += sum(1 for line in block.data.splitlines() if line.strip())
+                if count >= needed:
+                    break
+    return "document" if count >= needed else "tail"
+
+
+def _content_size(source: Source) -> int:
+    """Decompressed bytes."""
+    if source.path.suffix.lower() not in sources.COMPRESSED:
+        return source.size
+    return sum(len(block.data) for block in sources.blocks([source]))
+
+
+def _check(val_output: str | os.PathLike | None, val_fraction: float, errors: str) -> None:
+    if val_output and not 0 < val_fraction < 1:
+        raise DataError(
+            f"A validation fraction of {val_fraction} splits nothing.", "", "Give --val-fraction between 0 and 1, such as 0.05."
+        )
+    if val_fraction and not val_output:
+        raise DataError("There is nowhere to put the validation part.", "--val-fraction was given without --val-output.", "Give both.")
+    if errors not in ("strict", "replace"):
+        raise DataError(f"There is no way {errors!r} to treat bytes that are not UTF-8.", "", "Choose strict or replace.")
+
+
+def _refuse_empty(writers: Sequence[TokenFileWriter], found: Sequence[Source], val_fraction: float) -> None:
+    if not any(writer.num_bytes for writer in writers):
+        raise DataError(
+            "All inputs are empty.", f"{len(found)} files were read, the first {str(found[0].path)!r}.", "Give --input some text."
+        )
+    for writer, side in zip(writers, ("training", "validation"), strict=False):
+        if not writer.num_bytes:
+            raise DataError(f"No text is left for {side}.", f"The text is too small to hold out {val_fraction:g} of it.", "Give more text.")

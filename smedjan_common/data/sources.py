@@ -1,0 +1,247 @@
+"""Inputs as streams of blocks: text files, JSONL, compressed or not, directories and globs.
+
+A text file is one document, a line of JSONL is one document (its field `text` by default). Files are read in blocks of a few
+megabytes, so that nothing is ever wholly in memory; a long text is cut only at a safe cut (patterns.py), a JSONL file between lines.
+The blocks are raw bytes: decoding and parsing is the workers' part (`documents`).
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from smedjan_common.errors import DataError
+from smedjan_common.tokenizer.patterns import last_safe_cut
+
+BLOCK_BYTES = 4 << 20
+_LONGEST_WITHOUT_CUT = 64 << 20  # a text without any safe cut is cut anywhere between characters at this size
+_WINDOW = 1 << 16
+_BOM = b"\xef\xbb\xbf"
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    try:
+        from compression import zstd  # Python 3.14
+
+        return zstd.open(path, "rb")  # type: ignore[return-value]
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(
+            f"Cannot read {str(path)!r}.", "Zstandard files need the package zstandard.", "Run: pip install zstandard."
+        ) from None
+    return zstandard.open(path, "rb")  # type: ignore[return-value]
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+COMPRESSED = tuple(_OPENERS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `kind`: "text" or "jsonl"; `size`: bytes on disk."""
+
+    path: Path
+    kind: str
+    size: int
+
+    def open(self) -> BinaryIO:
+        """Its content, decompressed."""
+        return _OPENERS.get(self.path.suffix.lower(), lambda path: open(path, "rb", buffering=0))(self.path)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a source. `offset`: of its first byte in the (decompressed) source; `line`: number of its first line.
+
+    `document`: number of the first document that begins or goes on here; `starts`: whether it begins here; `ends`: whether it ends.
+    """
+
+    path: str
+    kind: str
+    offset: int
+    line: int
+    data: bytes
+    document: int
+    starts: bool = True
+    ends: bool = True
+
+
+def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
+    """The files that `inputs` (files, directories, globs) name, sorted, each once. Raises DataError for what is not there.
+
+    A directory gives all its files, hidden and binary ones left out.
+    """
+    found: dict[Path, Source] = {}
+    for given in inputs:
+        name = os.fspath(given)
+        path = Path(name)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_wanted(file, path)]
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+        if not files:
+            what = f"There is no text in {name!r}." if path.exists() else f"There is no input {name!r}."
+            raise DataError(what, "", "Check the path; --input takes files, directories and quoted globs.")
+        for file in files:
+            found.setdefault(file.resolve(), Source(file, kind_of(file), file.stat().st_size))
+    if not found:
+        raise DataError("No input was given.", "", "Give --input with one or more files, directories or globs.")
+    return sorted(found.values(), key=lambda source: str(source.path))
+
+
+def kind_of(path: Path) -> str:
+    """How the file is read, from its name without the suffix of compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    return "jsonl" if suffixes and suffixes[-1] in JSONL_SUFFIXES else "text"
+
+
+def blocks(sources: Iterable[Source], known_pattern: bool = True, size: int = BLOCK_BYTES) -> Iterator[Block]:
+    """All sources as blocks in order, documents numbered through. Raises DataError, OSError."""
+    document = 0
+    for source in sources:
+        reader = _jsonl_blocks if source.kind == "jsonl" else _text_blocks
+        last = None
+        try:
+            for block in reader(source, size if known_pattern else _LONGEST_WITHOUT_CUT):
+                last = replace(block, document=document + block.document)
+                yield last
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+            raise DataError(
+                f"Cannot decompress {str(source.path)!r}.", f"{error}.", "The file is damaged or cut short; get it again."
+            ) from None
+        if last is not None:
+            document = last.document + (last.data.count(b"\n") + 1 if last.kind == "jsonl" else 1)
+
+
+def _text_blocks(source: Source, size: int) -> Iterator[Block]:
+    offset, starts, rest = 0, True, b""
+    with source.open() as file:
+        while True:
+            fresh = _read(file, size)
+            data = rest + fresh
+            if offset == 0 and starts and data.startswith(_BOM):
+                data, offset = data[len(_BOM) :], len(_BOM)
+            if not fresh:
+                if data or starts:
+                    yield Block(str(source.path), "text", offset, 1, data, 0, starts, True)
+                return
+            cut = _cut(data) if len(data) >= size else 0
+            if cut:
+                yield Block(str(source.path), "text", offset, 1, data[:cut], 0, starts, False)
+                starts = False
+            rest, offset = data[cut:], offset + cut
+
+
+def _jsonl_blocks(source: Source, size: int) -> Iterator[Block]:
+    offset, line, rest = 0, 1, b""
+    with source.open() as file:
+        while True:
+            fresh = _read(file, size)
+            data = rest + fresh
+            if offset == 0 and line == 1 and data.startswith(_BOM):
+                data, offset = data[len(_BOM) :], len(_BOM)
+            cut = data.rfind(b"\n") + 1 if fresh else len(data)
+            if cut:
+                yield Block(str(source.path), "jsonl", offset, line, data[:cut], line - 1)
+                line += data.count(b"\n", 0, cut)
+            if not fresh:
+                return
+            rest, offset = data[cut:], offset + cut
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Up to `size` bytes, fewer only at the end."""
+    parts = []
+    while size > 0 and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _cut(data: bytes) -> int:
+    """Where to end a block: a safe cut near the end; 0 when there is none yet and the text may go on growing."""
+    for window in (_WINDOW, len(data)):
+        start = _character_start(data, max(0, len(data) - window))
+        end = _character_start(data, len(data) - 4)
+        text = data[start:end].decode("utf-8", "surrogateescape")
+        if (cut := last_safe_cut(text)) is not None:
+            return start + len(text[:cut].encode("utf-8", "surrogateescape"))
+    return _character_start(data, len(data) - 4) if len(data) >= _LONGEST_WITHOUT_CUT else 0
+
+
+def _character_start(data: bytes, at: int) -> int:
+    """`at`, moved back to the start of its UTF-8 character."""
+    for back in range(4):
+        if at - back <= 0:
+            return 0
+        if data[at - back] & 0xC0 != 0x80:
+            return at - back
+    return at
+
+
+def documents(block: Block, field: str = "text", errors: str = "strict") -> Iterator[str]:
+    """The texts of a block: one for text, one per line for JSONL (empty lines skipped). Raises DataError with file and place."""
+    if block.kind == "text":
+        yield decode(block, 0, block.data, errors)
+        return
+    at = 0
+    for number, line in enumerate(io.BytesIO(block.data)):
+        if line.strip():
+            text = decode(block, at, line, errors)
+            yield _field(block, block.line + number, text, field)
+        at += len(line)
+
+
+def decode(block: Block, at: int, data: bytes, errors: str) -> str:
+    """UTF-8 bytes of a block as text."""
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{block.path!r} is not UTF-8.",
+            f"Byte {block.offset + at + error.start} (0x{data[error.start]:02x}) is not part of any character.",
+            "Convert the file, or replace such bytes by U+FFFD with --errors replace.",
+        ) from None
+
+
+def _field(block: Block, line: int, text: str, field: str) -> str:
+    where = f"Line {line} of {block.path!r}"
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = f"{error}." if isinstance(error, ValueError) else "It is nested too deeply."
+        raise DataError(f"{where} is not JSON.", why, "Each line of a .jsonl file is one JSON object; mend or remove the line.") from None
+    value = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        has = (
+            f"It has {', '.join(map(repr, list(record)[:8])) or 'no fields'}."
+            if isinstance(record, dict)
+            else f"It is a {type(record).__name__}."
+        )
+        raise DataError(f"{where} has no text in the field {field!r}.", has, "Name the field that holds the text with --field.")
+    return value
+
+
+def _is_wanted(file: Path, root: Path) -> bool:
+    """No hidden part in the path below `root`, and no NUL byte at the file's beginning unless it is compressed."""
+    if any(part.startswith(".") for part in file.relative_to(root).parts):
+        return False
+    if file.suffix.lower() in _OPENERS:
+        return True
+    with open(file, "rb") as handle:
+        return b"\0" not in handle.read(4096)

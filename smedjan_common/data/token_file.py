@@ -1,0 +1,221 @@
+"""The token file: one flat array of token ids on disk, mapped rather than read, with what it was made of beside it.
+
+    X.bin          raw little-endian uint16 (vocabulary <= 65536) or uint32, nothing else
+    X.bin.json     the manifest: dtype, counts, tokenizer hash, SHA-256 of X.bin, sources
+    X.bin.offsets  uint64: where each document starts, in tokens
+
+All three appear together, whole, or not at all: they are written under temporary names and renamed, the manifest last.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from smedjan_common import __version__
+from smedjan_common.data.atomic import sync_directory, temporary_name
+from smedjan_common.errors import DataError
+
+FORMAT_VERSION = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_REQUIRED = {
+    "format_version": int,
+    "dtype": str,
+    "tokens": int,
+    "documents": int,
+    "vocab_size": int,
+    "tokenizer_hash": str,
+    "sha256": str,
+}
+_REMAKE = "Make it again: smedjan prepare."
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The smallest of the two dtypes that holds every id."""
+    return DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+
+
+def manifest_path(path: Path) -> Path:
+    """X.bin -> X.bin.json"""
+    return path.with_name(path.name + ".json")
+
+
+def offsets_path(path: Path) -> Path:
+    """X.bin -> X.bin.offsets"""
+    return path.with_name(path.name + ".offsets")
+
+
+class TokenFile:
+    """An open token file. `tokens`: np.memmap uint16/uint32 [num_tokens]; `documents`: np.memmap uint64 [documents] or None."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], tokens: np.ndarray, documents: np.ndarray | None):
+        self.path, self.manifest, self.tokens, self.documents = path, manifest, tokens, documents
+        self.num_tokens: int = manifest["tokens"]
+        self.num_bytes: int | None = manifest.get("bytes")
+        self.vocab_size: int = manifest["vocab_size"]
+        self.tokenizer_hash: str = manifest["tokenizer_hash"]
+        self.hash: str = manifest["sha256"]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "TokenFile":
+        """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids."""
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"There is no token file {str(path)!r}.", "", "Make one: smedjan prepare --input TEXT --output train.bin.")
+        manifest = _read_manifest(path)
+        dtype = DTYPES[manifest["dtype"]]
+        size, needed = path.stat().st_size, manifest["tokens"] * dtype.itemsize
+        if size != needed:
+            state = "cut short" if size < needed else "too long"
+            raise DataError(f"The token file {str(path)!r} is {state}.", f"Its manifest promises {needed} bytes, it has {size}.", _REMAKE)
+        return cls(path, manifest, _map(path, dtype), _map_offsets(path, manifest["documents"]))
+
+    def verify(self) -> None:
+        """Read the whole file and compare its SHA-256 with the manifest. Raises DataError."""
+        found = file_hash(self.path)
+        if found != self.hash:
+            raise DataError(f"The token file {str(self.path)!r} was changed.", f"Its SHA-256 is {found}, not {self.hash}.", _REMAKE)
+
+    def check_tokenizer(self, tokenizer_hash: str) -> None:
+        """Raises DataError when the file was made with another tokenizer."""
+        if tokenizer_hash != self.tokenizer_hash:
+            raise DataError(
+                f"The token file {str(self.path)!r} was made with another tokenizer.",
+                f"Its tokenizer has hash {self.tokenizer_hash[:16]}…, this one {tokenizer_hash[:16]}….",
+                "Give the tokenizer it was made with, or prepare the text again.",
+            )
+
+
+class TokenFileWriter:
+    """Writes a token file piece by piece. `with TokenFileWriter(path, …) as writer: writer.append(…)`; an error leaves nothing behind.
+
+    `close_with(extra)` or the end of the block without an error gives the files their names.
+    """
+
+    def __init__(self, path: str | os.PathLike, vocab_size: int, tokenizer_hash: str, manifest: Mapping[str, Any] | None = None):
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = dict(manifest or {})
+        self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
+        self.dtype = dtype_for(vocab_size)
+        self.num_tokens, self.num_documents, self.num_bytes = 0, 0, 0
+        self._sha = hashlib.sha256()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        finals = (self.path, offsets_path(self.path), manifest_path(self.path))
+        self._temporary = {final: temporary_name(final) for final in finals}
+        self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
+        self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
+
+    def append(self, tokens: np.ndarray, document_starts: np.ndarray, num_bytes: int) -> None:
+        """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for."""
+        assert self._tokens is not None, "the writer is closed"
+        assert self._offsets is not None
+        data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
+        self._tokens.write(data)
+        self._sha.update(data)
+        self._offsets.write((np.asarray(document_starts, np.uint64) + np.uint64(self.num_tokens)).astype("<u8").tobytes())
+        self.num_tokens += len(tokens)
+        self.num_documents += len(document_starts)
+        self.num_bytes += num_bytes
+
+    def finish(self) -> dict[str, Any]:
+        """Sync, rename, return the manifest."""
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.name,
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "vocab_size": self.vocab_size,
+            "tokenizer_hash": self.tokenizer_hash,
+            "sha256": self._sha.hexdigest(),
+            **self.manifest,
+            "created_by": f"smedjan {__version__}",
+        }
+        for file in (self._tokens, self._offsets):
+            assert file is not None
+            _sync_and_close(file)
+        self._tokens = self._offsets = None
+        with open(self._temporary[manifest_path(self.path)], "xb") as file:
+            file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+            _sync_and_close(file)
+        manifest_path(self.path).unlink(missing_ok=True)  # an old manifest never stands beside new tokens
+        for final, temporary in self._temporary.items():
+            os.replace(temporary, final)
+        sync_directory(self.path.parent)
+        return manifest
+
+    def abort(self) -> None:
+        """Close and remove what was written."""
+        for file in (self._tokens, self._offsets):
+            if file is not None:
+                file.close()
+        self._tokens = self._offsets = None
+        for temporary in self._temporary.values():
+            temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "TokenFileWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._tokens is not None:
+                self.finish()
+        finally:
+            self.abort()
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    place = manifest_path(path)
+    try:
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"The token file {str(path)!r} has no manifest.", f"There is no {str(place)!r}.", _REMAKE) from None
+    except ValueError as error:
+        raise DataError(f"The manifest {str(place)!r} cannot be read.", f"It is not JSON ({error}).", _REMAKE) from None
+    for field, kind in _REQUIRED.items():
+        value = manifest.get(field) if isinstance(manifest, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(f"The manifest {str(place)!r} is not whole.", f"It lacks {field!r} or has it in another type.", _REMAKE)
+    if manifest["format_version"] > FORMAT_VERSION:
+        why = f"It has format version {manifest['format_version']}, this smedjan reads up to {FORMAT_VERSION}."
+        raise DataError(f"The token file {str(path)!r} is newer than this smedjan.", why, "Update smedjan.")
+    if manifest["dtype"] not in DTYPES:
+        why = f"Its dtype is {manifest['dtype']!r}, not one of {', '.join(DTYPES)}."
+        raise DataError(f"The manifest {str(place)!r} has a wrong dtype.", why, _REMAKE)
+    if manifest["vocab_size"] > 1 << 16 and manifest["dtype"] == "uint16":
+        why = f"A vocabulary of {manifest['vocab_size']} does not fit uint16."
+        raise DataError(f"The manifest {str(place)!r} has a wrong dtype.", why, _REMAKE)
+    return manifest
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The file as a read-only array; an empty one cannot be mapped. Big-endian machines are refused."""
+    assert sys.byteorder == "little", "token files are little-endian"
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _map_offsets(path: Path, documents: int) -> np.ndarray | None:
+    place = offsets_path(path)
+    if not place.is_file():
+        return None
+    if place.stat().st_size != documents * 8:
+        why = f"It should hold {documents} offsets of 8 bytes, it has {place.stat().st_size} bytes."
+        raise DataError(f"The document offsets {str(place)!r} are damaged.", why, _REMAKE)
+    return _map(place, np.dtype("<u8"))
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -1,0 +1,83 @@
+"""Training a vocabulary: count words (here or in processes), learn merges, number the tokens.
+
+Ids: the 256 bytes in `byte_order`, then one per merge, then the special tokens, so that ordinary ids are tiktoken ranks too.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+from smedjan_common.data import sources, workers
+from smedjan_common.errors import DataError, near
+from smedjan_common.tokenizer import patterns
+from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS
+from smedjan_common.tokenizer.merge import learn_merges
+from smedjan_common.tokenizer.vocabulary import Vocabulary
+from smedjan_common.tokenizer.words import WordCounts, add
+
+_ONE_PROCESS_BELOW = 4 << 20  # bytes; starting processes would take longer
+
+
+def train(
+    count: Callable[[patterns.Splitter], WordCounts],
+    vocab_size: int,
+    pattern: str,
+    special_tokens: Sequence[str],
+    progress: Callable[[str, int, int], None] | None,
+    min_count: int,
+    byte_order: str,
+) -> Vocabulary:
+    """The vocabulary learnt from what `count` counts. Raises DataError."""
+    specials = list(dict.fromkeys(special_tokens))
+    _check(vocab_size, specials, byte_order)
+    expression = patterns.resolve(pattern)
+    counts = count(patterns.Splitter(expression))
+    if not len(counts.counts):
+        raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give --input some text.")
+    merging = (lambda done, total: progress("merge", done, total)) if progress else None
+    order = BYTE_ORDERS[byte_order]
+    pairs = learn_merges(counts, order, vocab_size - 256 - len(specials), min_count, merging)
+    names = [bytes([byte]) for byte in order]
+    merges = []
+    for left, right in pairs:
+        merges.append((names[left], names[right]))
+        names.append(names[left] + names[right])
+    assert len(set(names)) == len(names), "two merges made the same token"
+    tokens = {token: number for number, token in enumerate(names)}
+    return Vocabulary(tokens, merges, expression, {name: len(names) + i for i, name in enumerate(specials)})
+
+
+def count_files(
+    files: Iterable[str | os.PathLike],
+    splitter: patterns.Splitter,
+    processes: int | None = None,
+    field: str = "text",
+    errors: str = "strict",
+    progress: Callable[[int, int], None] | None = None,
+) -> WordCounts:
+    """Words of all files, counted in processes; `progress(bytes done, bytes in all)`."""
+    found = sources.find(files)
+    total = sum(source.size for source in found)
+    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
+    done = 0
+    with workers.Workers("smedjan_common.tokenizer.words:WordCounter", (splitter.expression, field, errors), count) as pool:
+        for size in pool.map(sources.blocks(found, splitter.known)):
+            done += size
+            if progress:
+                progress(min(done, total), total)
+        return add(pool.finish())
+
+
+def _check(vocab_size: int, specials: list[str], byte_order: str) -> None:
+    least = 256 + len(specials)
+    if vocab_size < least:
+        raise DataError(
+            f"A vocabulary of {vocab_size} is too small.",
+            f"There are 256 bytes and {len(specials)} special tokens.",
+            f"Ask for at least {least}.",
+        )
+    if vocab_size > 1 << 21:
+        raise DataError(f"A vocabulary of {vocab_size} is too large.", "The limit is 2097152.", "Usual sizes are 8192 to 262144.")
+    if byte_order not in BYTE_ORDERS:
+        raise DataError(f"There is no byte order {byte_order!r}.", near(byte_order, BYTE_ORDERS), "Choose one of these.")
+    if "" in specials:
+        raise DataError("A special token is empty.", "", "Give it a name, such as <|endoftext|>.")

@@ -1,0 +1,76 @@
+"""What a byte-level BPE tokenizer is, as plain data, and its canonical hash. Readers and writers of foreign formats meet here."""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smedjan_common.errors import DataError
+from smedjan_common.tokenizer.bpe import Merges
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`tokens`: bytes -> id of ordinary tokens (all 256 bytes among them). `merges`: pairs of tokens by rank, the first merged first.
+
+    `specials`: name -> id. `pattern`: the split expression. `ignore_merges`: a word that is a token is that token.
+    """
+
+    tokens: dict[bytes, int]
+    merges: list[tuple[bytes, bytes]]
+    pattern: str
+    specials: dict[str, int] = field(default_factory=dict)
+    ignore_merges: bool = False
+
+    @functools.cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(max(self.tokens.values()), max(self.specials.values(), default=0)) + 1
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over what determines ids and text; the same whatever file the tokenizer came from."""
+        tokens = sorted((number, token.hex()) for token, number in self.tokens.items())
+        merges = [[self.tokens[left], self.tokens[right]] for left, right in self.merges]
+        content = ["smedjan-tokenizer-1", self.pattern, self.ignore_merges, tokens, merges, sorted(self.specials.items())]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    def compile(self) -> Merges:
+        """The merges over internal symbols. Raises DataError for a byte without token and a merge of or into no token."""
+        symbol = {bytes([byte]): byte for byte in range(256)}
+        missing = [token for token in symbol if token not in self.tokens]
+        if missing:
+            raise DataError(
+                f"The vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0].hex()}.",
+                "A byte-level tokenizer needs a token for every byte, or some texts could not be encoded.",
+                "Use a byte-level BPE vocabulary (GPT-2's kind).",
+            )
+        pairs, results = [], []
+        for rank, (left, right) in enumerate(self.merges):
+            made = left + right
+            if made not in self.tokens or left not in symbol or right not in symbol:
+                raise DataError(
+                    f"Merge {rank + 1} ({left!r} + {right!r}) uses a token that does not exist at that point.",
+                    "Every part of a merge is a byte or the result of an earlier merge, and its result is in the vocabulary.",
+                    "Check that merges and vocabulary belong together.",
+                )
+            pairs.append((symbol[left], symbol[right]))
+            results.append(symbol.setdefault(made, len(symbol)))
+        if self.ignore_merges:
+            for token in self.tokens:
+                symbol.setdefault(token, len(symbol))
+        ids = np.fromiter((self.tokens[token] for token in symbol), np.int32, len(symbol))
+        return Merges(pairs, results, ids, symbol if self.ignore_merges else None)
+
+    def bytes_of(self) -> list[bytes]:
+        """The bytes of every id; specials give their name in UTF-8, unused ids nothing."""
+        table = [b""] * self.size
+        for token, number in self.tokens.items():
+            table[number] = token
+        for name, number in self.specials.items():
+            table[number] = name.encode()
+        return table
