@@ -1,0 +1,166 @@
+"""Configurations: every refusal says what, why and what to do; what is accepted survives JSON."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smedjan_common.config import (
+    ATTENTION,
+    DTYPES,
+    GRADIENT_CHECKPOINTING,
+    OPTIMIZERS,
+    ROPE_SCALINGS,
+    ModelConfig,
+    TrainConfig,
+    default_lr,
+    ffn_width,
+    parse_pattern,
+)
+from smedjan_common.errors import ConfigError
+from smedjan_common.presets import PRESETS
+from smedjan_common.schedule import SCHEDULES
+
+MODEL = {"vocab_size": 100, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 128}
+TRAIN = {"steps": 10, "batch_size": 8, "seq_len": 32, "lr": 1e-3}
+
+# what is changed -> a word of the message's what, a word of its fix
+MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    *[({name: 0}, f"--{name.replace('_', '-')} is 0", "positive") for name in (*MODEL, "context_length")],
+    ({"dim": -64}, "--dim is -64", "positive"),
+    ({"heads": 5, "kv_heads": 5}, "--dim 64 does not divide into --heads 5", "--heads 2 or 4"),
+    ({"kv_heads": 3}, "--heads 4 does not divide into --kv-heads 3", "--kv-heads 2"),
+    ({"kv_heads": 8}, "--kv-heads 8", "--kv-heads 4"),
+    ({"heads": 64, "kv_heads": 64}, "1 features, an odd number", "even"),
+    ({"rope_scaling": "yarm"}, "'yarm' is unknown", "yarn"),
+    ({"rope_scaling": "yarn"}, "--rope-factor 1 does not extend", "--rope-factor 4"),
+    ({"rope_scaling": "ntk", "rope_factor": 0.5}, "--rope-factor 0.5", "--rope-factor 4"),
+    ({"rope_factor": 4.0}, "--rope-factor 4 would do nothing", "--rope-scaling yarn"),
+    ({"mixer": ()}, "--mixer is empty", "attention"),
+    ({"mixer": ("attenton",)}, "--mixer 'attenton' is unknown", "attention"),
+    ({"ffn": ("swigloo",)}, "'swigloo' is unknown", "swiglu"),
+]
+
+TRAIN_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    *[({name: 0}, f"--{name.replace('_', '-')} is 0", "positive") for name in ("steps", "batch_size", "seq_len", "grad_accum")],
+    *[({"lr": value}, "--lr is", "--lr") for value in (0.0, -1e-3, float("nan"), float("inf"))],
+    ({"eps": 0.0}, "--eps is 0.0", ""),
+    *[({name: 1.5}, f"--{name.replace('_', '-')} is 1.5", "default") for name in ("beta1", "beta2", "min_lr_ratio", "decay_fraction")],
+    ({"beta1": float("nan")}, "--beta1 is nan", "default"),
+    *[({name: -1}, f"--{name.replace('_', '-')} is -1", "0") for name in ("weight_decay", "clip_norm", "warmup", "seed")],
+    ({"clip_norm": float("nan")}, "--clip-norm is nan", "0"),
+    ({"batch_size": 8, "grad_accum": 3}, "--batch-size 8 does not divide into --grad-accum 3", "--grad-accum 2"),
+    ({"warmup": 11}, "--warmup 11 is longer than --steps 10", "--warmup"),
+    ({"lr_schedule": "cosin"}, "--lr-schedule 'cosin' is unknown", "cosine"),
+    ({"optimizer": "adam"}, "--optimizer 'adam' is unknown", "adamw"),
+    ({"gradient_checkpointing": "dot"}, "--gradient-checkpointing 'dot' is unknown", "dots"),
+    ({"dtype": "bf16"}, "--dtype 'bf16' is unknown", "bfloat16"),
+    ({"attention": "flash"}, "--attention 'flash' is unknown", "fused"),
+]
+
+
+def refusal(config: ModelConfig | TrainConfig) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    return caught.value
+
+
+@pytest.mark.parametrize(("change", "what", "fix"), MODEL_REFUSALS, ids=lambda part: str(part))
+def test_a_model_that_cannot_be_built_is_refused_with_what_why_and_fix(change: dict, what: str, fix: str):
+    check_message(refusal(ModelConfig(**{**MODEL, **change})), what, fix)
+
+
+@pytest.mark.parametrize(("change", "what", "fix"), TRAIN_REFUSALS, ids=lambda part: str(part))
+def test_a_training_that_cannot_work_is_refused_with_what_why_and_fix(change: dict, what: str, fix: str):
+    check_message(refusal(TrainConfig(**{**TRAIN, **change})), what, fix)
+
+
+def check_message(error: ConfigError, what: str, fix: str) -> None:
+    assert error.exit_code == 2
+    assert what in error.what, error.what
+    assert fix in error.fix, error.fix
+    for sentence in (error.what, error.why, error.fix):
+        assert sentence.endswith((".", "?")), f"not a sentence: {sentence!r}"
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_every_preset_is_valid(size: str):
+    config = ModelConfig.preset(size)
+    config.validate()
+    assert (config.dim, config.layers, config.heads, config.kv_heads) == (*PRESETS[size], PRESETS[size].heads)
+    assert config.ffn_dim % 256 == 0
+
+
+def test_an_unknown_size_names_the_near_ones():
+    with pytest.raises(ConfigError, match="medium"):
+        ModelConfig.preset("medum")
+
+
+def test_a_feed_forward_without_width_is_refused():
+    with pytest.raises(ConfigError, match="--ffn-mult"):
+        ModelConfig.preset("tiny", ffn_mult=0)
+
+
+@pytest.mark.parametrize(("config", "values"), [(ModelConfig(**MODEL), MODEL), (TrainConfig(**TRAIN), TRAIN)], ids=["model", "train"])
+def test_a_configuration_survives_json(config: ModelConfig | TrainConfig, values: dict):
+    written = json.loads(json.dumps(config.to_dict()))
+    assert type(config).from_dict(written) == config
+    assert {name: written[name] for name in values} == values
+    first = next(iter(values))
+    with pytest.raises(ConfigError, match=f"no field '{first}x'.*{first}"):
+        type(config).from_dict({**written, f"{first}x": 1})
+    with pytest.raises(ConfigError, match=f"lacks the field '{first}'"):
+        type(config).from_dict({name: value for name, value in written.items() if name != first})
+
+
+def test_reading_a_configuration_validates_it():
+    with pytest.raises(ConfigError, match="--dim"):
+        ModelConfig.from_dict({**MODEL, "heads": 5})
+
+
+def test_configurations_are_frozen_and_hashable():
+    for config in (ModelConfig(**MODEL), TrainConfig(**TRAIN)):
+        hash(config)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.seed = 1  # type: ignore[misc]
+
+
+@given(st.integers(1, 10**6))
+def test_the_padded_vocabulary_is_the_next_multiple_of_64(vocab: int):
+    padded = dataclasses.replace(ModelConfig(**MODEL), vocab_size=vocab).padded_vocab_size
+    assert padded % 64 == 0
+    assert 0 <= padded - vocab < 64
+
+
+def test_patterns_repeat_over_the_depth():
+    config = dataclasses.replace(ModelConfig(**MODEL), mixer=("a", "a", "b"), ffn=("x", "y"))
+    assert [config.mixer_of(layer) for layer in range(7)] == ["a", "a", "b", "a", "a", "b", "a"]
+    assert [config.ffn_of(layer) for layer in range(3)] == ["x", "y", "x"]
+    assert parse_pattern("ssm, ssm,attention,") == ("ssm", "ssm", "attention")
+
+
+@pytest.mark.parametrize(("dim", "width"), [(128, 512), (256, 768), (512, 1536), (1024, 2816), (4096, 11008)])
+def test_the_feed_forward_is_the_multiple_rounded_up_to_256(dim: int, width: int):
+    assert ffn_width(dim, 2.67) == width
+
+
+@pytest.mark.parametrize(("dim", "lr"), [(128, 1.7e-3), (512, 8.5e-4), (4096, 3e-4)])
+def test_the_default_learning_rate_falls_with_the_root_of_the_width(dim: int, lr: float):
+    assert default_lr(dim) == lr
+
+
+def test_the_menus_of_names_are_what_the_fields_accept():
+    for field, names in (
+        ("optimizer", OPTIMIZERS),
+        ("gradient_checkpointing", GRADIENT_CHECKPOINTING),
+        ("dtype", DTYPES),
+        ("attention", ATTENTION),
+        ("lr_schedule", SCHEDULES),
+    ):
+        for name in names:
+            TrainConfig(**TRAIN, **{field: name}).validate()
+    for scaling in ROPE_SCALINGS:
+        ModelConfig(**MODEL, rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 2.0).validate()

@@ -1,0 +1,60 @@
+"""The reference is to be trusted: its derivatives do not depend on the step, its loss and norm have known values."""
+
+import math
+
+import numpy as np
+import pytest
+
+from smedjan_common.reference import model as reference
+from smedjan_common.reference.derivative import STEP, directional_derivative
+from smedjan_common.reference.loss import cross_entropy, mean_cross_entropy
+from smedjan_common.reference.norm import rms_norm
+from smedjan_common.reference.optim import clip_by_global_norm, global_norm
+from tests.conformance.cases import CASES, Case
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_slopes_of_the_loss_do_not_depend_on_the_step(key: str):
+    """A quarter of the step and four times it change no slope by 1e-8 of the gradient's size: a thousandth of the gate."""
+    case: Case = CASES[key]
+    params = {name: value.astype(np.float64) for name, value in case.params.items()}
+    rng = np.random.default_rng(0)
+    for name, value in params.items():
+        direction = rng.standard_normal(value.shape)
+        slopes = [directional_derivative(lambda p: loss_of(case, p), params, name, direction, STEP * scale) for scale in (0.25, 1.0, 4.0)]
+        others = [directional_derivative(lambda p: loss_of(case, p), params, name, rng.standard_normal(value.shape)) for _ in range(4)]
+        size = np.sqrt(np.mean(np.square([*others, slopes[1]])))  # of a slope along a random direction: the gradient's norm
+        assert max(slopes) - min(slopes) < 1e-8 * size, name
+
+
+def loss_of(case: Case, params: dict[str, np.ndarray]) -> float:
+    return reference.loss(case.model, params, *case.batches[0])
+
+
+def test_the_slope_of_a_known_function():
+    params = {"x": np.array([1.0, 2.0, 3.0]), "y": np.array([5.0])}
+    direction = np.array([1.0, -2.0, 0.5])
+    slope = directional_derivative(lambda p: float(np.exp(p["x"]).sum() * p["y"][0]), params, "x", direction)
+    assert slope == pytest.approx(5 * float(np.exp(params["x"]) @ direction), rel=1e-10)
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
+    logits, targets = np.zeros((2, 3, 64)), np.array([[0, 5, -1], [63, -1, -1]])
+    assert cross_entropy(logits, targets) == (pytest.approx(3 * math.log(64)), 3)
+    assert mean_cross_entropy(logits + 1e4, targets) == pytest.approx(math.log(64))
+    assert mean_cross_entropy(logits, np.full((2, 3), -1)) == 0.0
+
+
+def test_a_norm_has_unit_mean_square_times_its_weight():
+    x = np.random.default_rng(0).standard_normal((4, 32)) * 7
+    assert np.mean(rms_norm(x, np.full(32, 2.0), 0.0) ** 2, axis=-1) == pytest.approx(4.0)
+    assert rms_norm(np.zeros((1, 8)), np.ones(8), 1e-5) == pytest.approx(0.0)
+
+
+def test_clipping_scales_only_what_is_too_long():
+    grads = {"a": np.array([3.0]), "b": np.array([[4.0]])}
+    assert global_norm(grads) == 5.0
+    for limit, expected in ((1.0, 1.0), (5.0, 5.0), (9.0, 5.0), (0.0, 5.0)):
+        clipped, before = clip_by_global_norm(grads, limit)
+        assert before == 5.0
+        assert global_norm(clipped) == pytest.approx(expected)

@@ -1,0 +1,72 @@
+"""Learning-rate schedules: warm-up, shape, floor and end, as closed forms of the step."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smedjan_common.config import TrainConfig
+from smedjan_common.schedule import SCHEDULES, learning_rate
+
+
+def config(schedule: str, **changes: float) -> TrainConfig:
+    return TrainConfig(**{"steps": 100, "batch_size": 1, "seq_len": 1, "lr": 2.0, "warmup": 10, "lr_schedule": schedule, **changes})
+
+
+# schedule -> {step: factor of the peak}, with 100 steps, 10 of warm-up, floor 0.1, the last fifth decaying
+POINTS = {
+    "cosine": {10: 1.0, 55: 0.55, 100: 0.1, 32: 0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90))},
+    "linear": {10: 1.0, 55: 0.55, 100: 0.1, 37: 1 - 0.9 * 0.3},
+    "wsd": {10: 1.0, 55: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1},
+    "constant": {10: 1.0, 55: 1.0, 99: 1.0, 100: 1.0},
+}
+
+
+def test_every_schedule_is_tested():
+    assert POINTS.keys() == SCHEDULES.keys()
+
+
+@pytest.mark.parametrize("schedule", POINTS)
+def test_a_schedule_goes_through_its_points(schedule: str):
+    for step, factor in POINTS[schedule].items():
+        assert learning_rate(config(schedule), step) == pytest.approx(2.0 * factor, rel=1e-12), step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_linearly_to_the_peak_and_never_starts_at_zero(schedule: str):
+    assert [learning_rate(config(schedule), step) for step in range(10)] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warm_up_the_first_step_has_the_peak(schedule: str):
+    assert learning_rate(config(schedule, warmup=0), 0) == 2.0
+
+
+@given(
+    schedule=st.sampled_from(list(SCHEDULES)),
+    steps=st.integers(1, 300),
+    warmup=st.integers(0, 300),
+    floor=st.floats(0, 1),
+    fraction=st.floats(0, 1),
+    step=st.integers(0, 400),
+)
+def test_any_setting_stays_between_floor_and_peak_and_never_rises_after_warm_up(schedule, steps, warmup, floor, fraction, step):
+    run = config(schedule, steps=steps, warmup=min(warmup, steps - 1), min_lr_ratio=floor, decay_fraction=fraction)
+    run.validate()
+    rate, following = learning_rate(run, step), learning_rate(run, step + 1)
+    assert math.isfinite(rate)
+    assert 0 <= rate <= 2.0 * (1 + 1e-12)
+    if step >= run.warmup:
+        assert rate >= 2.0 * floor - 1e-12
+        assert following <= rate + 1e-12
+    if step >= steps:
+        assert following == rate
+
+
+@given(steps=st.integers(2, 200), fraction=st.floats(0.01, 1))
+def test_wsd_holds_the_peak_until_the_last_fraction_of_the_run(steps: int, fraction: float):
+    run = config("wsd", steps=steps, warmup=0, decay_fraction=fraction)
+    for step in range(steps + 1):
+        into = max(0.0, (step - steps * (1 - fraction)) / (steps * fraction))
+        assert learning_rate(run, step) == pytest.approx(2.0 * (1 - 0.9 * min(into, 1)), rel=1e-9)
