@@ -6,8 +6,8 @@
 docs/checkpoints.md describes the format. No framework but NumPy is imported here.
 """
 
-from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints, step_name
-from smedjan_common.checkpoint.load import Checkpoint, verify_checkpoint
+from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
+from smedjan_common.checkpoint.load import Checkpoint, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, CheckpointInfo
 from smedjan_common.checkpoint.read import read_checkpoint, read_info
 from smedjan_common.checkpoint.resume import check_resume, difference

@@ -3,17 +3,15 @@
 CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/final/
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from smedjan_common.checkpoint.atomic import fsync_directory, remove, remove_leftovers, replaced_names
-from smedjan_common.checkpoint.load import load_info, verify_checkpoint
+from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
 from smedjan_common.errors import CheckpointError
 
 FINAL = "final"
-_STEP_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 OnSkip = Callable[[str], None]
 
 
@@ -22,16 +20,6 @@ class Found(NamedTuple):
 
     step: int
     path: Path
-
-
-def step_name(step: int) -> str:
-    """`step-00001000`: names sort as their steps do."""
-    return f"step-{step:08d}"
-
-
-def is_step_name(name: str) -> bool:
-    """Whether a directory of this name is a step checkpoint's."""
-    return bool(_STEP_NAME.fullmatch(name))
 
 
 def find_checkpoints(directory: str | Path, *, on_skip: OnSkip | None = None) -> list[Found]:
@@ -43,14 +31,10 @@ def find_checkpoints(directory: str | Path, *, on_skip: OnSkip | None = None) ->
     found = []
     for step, path in step_directories(Path(directory)):
         try:
-            info = load_info(path)
+            load_info(path)
+            found.append(Found(step, path))
         except CheckpointError as error:
             _tell(on_skip, error)
-            continue
-        if info.step == step:
-            found.append(Found(step, path))
-        elif on_skip:
-            on_skip(f"{path} is of step {info.step}, which does not fit its name.")
     return found
 
 
@@ -104,11 +88,10 @@ def step_directories(directory: Path) -> list[Found]:
     except OSError:
         return []
     places = replaced_names(directory) | places
-    matches = ((_STEP_NAME.fullmatch(name), path) for name, path in places.items())
-    found = [Found(int(match[1]), path) for match, path in matches if match and path.is_dir()]
-    return sorted(found)
+    steps = ((step_of(name), path) for name, path in places.items())
+    return sorted(Found(step, path) for step, path in steps if step is not None and path.is_dir())
 
 
 def _tell(on_skip: OnSkip | None, error: CheckpointError) -> None:
     if on_skip:
-        on_skip(" ".join(part for part in (error.what, error.why) if part))
+        on_skip(f"{error.what} {error.why}")

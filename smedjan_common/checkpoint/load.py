@@ -1,12 +1,14 @@
 """One checkpoint directory, read whole or not at all. Which directory that is, directory.py and read.py find out."""
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint.manifest import OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, read_manifest
+from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, read_manifest
 from smedjan_common.checkpoint.tensors import check_tensors, open_regular, read_tensors
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
@@ -51,6 +53,17 @@ class Checkpoint:
         return self.info.dataset
 
 
+def step_name(step: int) -> str:
+    """`step-00001000`: names sort as their steps do."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a directory's name; None when it is not of a step checkpoint."""
+    match = re.fullmatch(r"step-(\d{8,18})", name, re.ASCII)
+    return int(match[1]) if match else None
+
+
 def load_info(path: Path) -> CheckpointInfo:
     """What checkpoint.json says, after checking that every file is there in its full size. Reads no tensor.
 
@@ -58,6 +71,8 @@ def load_info(path: Path) -> CheckpointInfo:
     """
     with faults(path):
         info = read_manifest(path)
+        if step_of(path.name) not in {None, info.step}:
+            raise CheckpointError(f"{path / MANIFEST} is of step {info.step}.", "That does not fit the name of the directory.")
         for name, record in info.files.items():
             with open_regular(path / name) as file:
                 size = file.seek(0, 2)
@@ -94,8 +109,6 @@ def verify_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def _read_tokenizer(info: CheckpointInfo) -> str | None:
-    import hashlib
-
     if TOKENIZER not in info.files:
         return None
     path, record = info.path / TOKENIZER, info.files[TOKENIZER]

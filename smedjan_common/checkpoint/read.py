@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from smedjan_common.checkpoint.directory import FINAL, OnSkip, find_checkpoints, is_step_name, latest_checkpoint, step_directories
-from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info
+from smedjan_common.checkpoint.directory import FINAL, OnSkip, latest_checkpoint, step_directories
+from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
 from smedjan_common.errors import CheckpointError
 
@@ -22,13 +22,17 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
     path = Path(path)
     if not _is_run(path):
         return _read(path, optimizer, verify)
+    broken = []
     for _, step_path in reversed(step_directories(path)):
         try:
-            return _read(step_path, optimizer, verify)
+            return load(step_path, optimizer=optimizer, verify=verify)
         except CheckpointError as error:
             if on_skip is None:
-                raise
-            on_skip(" ".join(part for part in (error.what, error.why) if part))
+                raise _with_offer(step_path, error) from None
+            broken.append(f"{error.what} {error.why}")
+            on_skip(broken[-1])
+    if broken and not (path / FINAL / MANIFEST).exists():
+        raise CheckpointError(f"{path} holds no good checkpoint.", broken[0], "Restore one from a copy, or train anew.")
     return _read(path / FINAL, optimizer, verify)
 
 
@@ -49,14 +53,13 @@ def _is_run(path: Path) -> bool:
     with faults(path):
         if not path.is_dir():
             raise _with_offer(path, _no_directory(path))
-        if (path / MANIFEST).exists() or is_step_name(path.name) or path.name == FINAL:
+        if (path / MANIFEST).exists() or step_of(path.name) is not None or path.name == FINAL:
             return False
-        if find_checkpoints(path) or (path / FINAL / MANIFEST).exists():
+        if step_directories(path) or (path / FINAL / MANIFEST).exists():
             return True
-    skipped: list[str] = []
-    find_checkpoints(path, on_skip=skipped.append)
-    why = skipped[-1] if skipped else f"It has no {MANIFEST}, no step-*/ and no {FINAL}/."
-    raise CheckpointError(f"{path} holds no complete checkpoint.", why, "Check the path, or train first.")
+    raise CheckpointError(
+        f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", "Check the path, or train first."
+    )
 
 
 def _no_directory(path: Path) -> CheckpointError:

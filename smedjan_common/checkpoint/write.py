@@ -12,7 +12,8 @@ from typing import Any
 import smedjan_common
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint.atomic import atomic_directory
-from smedjan_common.checkpoint.directory import FINAL, step_name
+from smedjan_common.checkpoint.directory import FINAL
+from smedjan_common.checkpoint.load import step_name, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
 from smedjan_common.config import ModelConfig, TrainConfig
@@ -48,6 +49,8 @@ def write_checkpoint(
     target = Path(directory) / (name or step_name(snapshot.step))
     if not _NAME.fullmatch(target.name) or (name and target.name != name):
         raise CheckpointError(f"{name!r} cannot name a checkpoint.", "It becomes a directory's name.", "Take letters, digits, - and _.")
+    if step_of(target.name) not in {None, snapshot.step}:
+        raise CheckpointError(f"{target.name} cannot name step {snapshot.step}.", "The number is the step.", "Leave the name out.")
     arrays = {WEIGHTS: snapshot.params} | ({OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
     info = CheckpointInfo(
         path=target,
