@@ -118,6 +118,7 @@ class Merges:
                 parts_LN = np.concatenate([parts_LN, fresh_parts], axis=1)
                 ranks_LN = np.concatenate([ranks_LN, fresh_ranks], axis=1)
             if not len(words_L):
+                parts_LN = None
                 continue
             merging = ranks_LN.min(axis=0, initial=NONE) < NONE
             if not merging.all():
