@@ -193,10 +193,11 @@ def _file(name: str, values: Any) -> FileRecord:
 
 def _tensor(name: str, values: Any) -> TensorRecord:
     tensor = TensorRecord(**_dict(values))
-    sizes_fit = type(tensor.shape) is list and len(tensor.shape) <= 8 and all(type(n) is int and 0 <= n < 1 << 40 for n in tensor.shape)
+    shape: Any = tensor.shape  # as JSON has it
+    sizes_fit = type(shape) is list and len(shape) <= 8 and all(type(extent) is int and 0 <= extent < 1 << 40 for extent in shape)
     if tensor.dtype not in DTYPES or not sizes_fit or type(tensor.crc32) is not int:
         raise CheckpointError(f"the tensor {_short(name)} is described as {_short(values)}.", f"A dtype is {', '.join(DTYPES)}.")
-    return tensor._replace(shape=tuple(tensor.shape))
+    return tensor._replace(shape=tuple(shape))
 
 
 def _config(cls: type, values: dict[str, Any]) -> Any:
