@@ -1,0 +1,64 @@
+"""Which backend runs a command: MLX on Apple Silicon, else JAX where it is installed, else MLX; or the one that --backend names."""
+
+import importlib
+import importlib.util
+import platform
+import sys
+
+from smedjan_common.errors import ConfigError, near, run_command
+
+BACKENDS = ("jax", "mlx")
+_EXTRAS = {"jax": "smedjan[cpu], or smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU", "mlx": "smedjan[mlx]"}
+_PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
+
+
+def delegate(command: str, argv: list[str]) -> int:
+    """Run `smedjan_{backend}.{command}`, importing nothing of the other backend."""
+    helping = any(word in ("-h", "--help") for word in argv)
+
+    def call() -> int:
+        name = choose(argv) if not helping else default_backend()
+        if not helping:
+            check_installed(name)
+        return importlib.import_module(f"smedjan_{name}.{command}").main(argv)
+
+    return run_command(call)
+
+
+def choose(argv: list[str]) -> str:
+    """The backend that a command line asks for, or the machine's."""
+    for position, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--backend":
+            value = value if equals else (argv[position + 1] if position + 1 < len(argv) else "")
+            if value not in (*BACKENDS, "auto"):
+                raise ConfigError(f"There is no backend {value!r}.", "", near(value, [*BACKENDS, "auto"]))
+            if value != "auto":
+                return value
+    return default_backend()
+
+
+def default_backend() -> str:
+    """The machine's own."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "mlx"
+    return "jax" if installed("jax") or not installed("mlx") else "mlx"
+
+
+def installed(name: str) -> bool:
+    """Whether the packages of a backend can be imported; imports none of them."""
+    return all(importlib.util.find_spec(package) for package in _PACKAGES[name])
+
+
+def check_installed(name: str) -> None:
+    """Raises ConfigError when they cannot."""
+    if not installed(name):
+        missing = [package for package in _PACKAGES[name] if not importlib.util.find_spec(package)]
+        raise ConfigError(f"The backend {name} is not installed.", f"Missing: {', '.join(missing)}.", f"Install {_EXTRAS[name]}.")
+
+
+def check_backend(name: str, asked: str) -> None:
+    """Raises ConfigError when --backend names another backend than the program that runs."""
+    if asked not in ("auto", name):
+        fix = f"Run `smedjan train --backend {asked}`." if asked in BACKENDS else near(asked, ["auto", *BACKENDS])
+        raise ConfigError(f"--backend {asked} does not fit: this is the program of {name}.", "", fix)

@@ -1,0 +1,160 @@
+"""`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from smedjan_common.commands.train import Load
+from smedjan_common.errors import run_command
+
+if TYPE_CHECKING:
+    from smedjan_common.checkpoint import CheckpointInfo
+    from smedjan_common.generate import Generation
+
+import tyro
+from tyro.conf import arg
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Continue a text with a trained model. The same seed gives the same text, in JAX and in MLX (float32)."""
+
+    checkpoint: Annotated[str, arg(metavar="PATH")]
+    """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/."""
+    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
+    """The text to go on from; - reads it from standard input."""
+    prompt_file: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A file with the text to go on from."""
+    max_tokens: int = 200
+    """Tokens to generate at most. The model's context length is another limit: it is said when it is met."""
+    temperature: float = 1.0
+    """Over 1 is wilder, under 1 tamer; 0: always the most probable token."""
+    top_k: int = 0
+    """Choose among this many most probable tokens. 0: all."""
+    top_p: float = 1.0
+    """Choose among the most probable tokens that make up this probability. 1: all."""
+    min_p: float = 0.0
+    """Choose among tokens of at least this probability, relative to the most probable one. 0: all."""
+    repetition_penalty: float = 1.0
+    """Make tokens that the text already has less likely, say 1.1. 1: no."""
+    seed: int = 0
+    """Another seed, another text."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")] = ()
+    """End before any of these texts."""
+    echo: bool = True
+    """Print the prompt before its continuation."""
+    dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
+    """Precision of the computation."""
+    backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
+    """The framework. auto: MLX on Apple Silicon, else JAX."""
+
+
+def main(argv: list[str]) -> int:
+    """`smedjan generate`: hand over to the backend's own program."""
+    from smedjan_common.commands.backends import delegate
+
+    return delegate("generate", argv)
+
+
+def run(name: str, load: Load, argv: list[str] | None = None) -> int:
+    """Parse and generate with the backend `name`; returns the exit code."""
+    flags = tyro.cli(GenerateFlags, prog="smedjan generate", args=argv, config=(tyro.conf.DisallowNone,))
+    return run_command(lambda: _generate(name, load, flags))
+
+
+def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
+    from smedjan_common.checkpoint import read_checkpoint
+    from smedjan_common.commands.backends import check_backend
+    from smedjan_common.generate import Generation
+    from smedjan_common.sampling import Sampling
+
+    check_backend(name, flags.backend)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
+    sampling.validate()
+    prompt = _prompt(flags)
+    info, tokenizer = _open(flags.checkpoint)
+    ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
+    make_backend, auto = load()
+    snapshot = read_checkpoint(info.path, optimizer=False).snapshot
+    backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
+    length = min(len(ids) + max(flags.max_tokens, 0), info.model.context_length)
+    generation = Generation(
+        backend.decoder(snapshot.params, length), tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop
+    )
+    _write(prompt if flags.echo else "", generation)
+    if generation.reason == "context":
+        print(f"note: stopped at the model's context of {info.model.context_length} tokens.", file=sys.stderr)
+    return 0
+
+
+def _prompt(flags: GenerateFlags) -> str:
+    from smedjan_common.errors import ConfigError, DataError
+
+    if flags.prompt is not None and flags.prompt_file is not None:
+        raise ConfigError("--prompt and --prompt-file are both given.", "There is one prompt.", "Give one of them.")
+    source = flags.prompt_file or ("-" if flags.prompt == "-" else None)
+    if source is None:
+        return flags.prompt or ""
+    raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"The prompt in {source!r} is not UTF-8.", f"Byte {error.start} is no text.", "Convert the file.") from None
+
+
+def _open(path: str) -> "tuple[CheckpointInfo, Any]":
+    """The checkpoint with the newest weights under `path`, and its tokenizer."""
+    from smedjan_common.checkpoint import read_info
+    from smedjan_common.errors import CheckpointError
+    from smedjan_common.tokenizer import Tokenizer
+
+    info = read_info(path)
+    final = Path(path) / "final"
+    if info.path != Path(path) and info.path.name != "final" and (final / "checkpoint.json").is_file():
+        last = read_info(final)
+        info = last if last.step >= info.step else info
+    if not (info.path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{info.path} has no tokenizer.json.", "Text cannot become tokens without it.", "Copy the tokenizer there.")
+    tokenizer = Tokenizer.load(info.path)
+    if info.tokenizer_hash and tokenizer.hash != info.tokenizer_hash:
+        raise CheckpointError(
+            f"The tokenizer.json of {info.path} is not the one it was trained with.", "Its hash differs.", "Restore it from a good copy."
+        )
+    return info, tokenizer
+
+
+def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
+    from smedjan_common.errors import ConfigError
+
+    ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot_id]
+    if len(ids) > context_length:
+        raise ConfigError(
+            f"The prompt has {len(ids)} tokens.",
+            f"The model was trained with a context of {context_length}.",
+            "Shorten the prompt.",
+        )
+    return list(ids)
+
+
+def _decoding(info: "CheckpointInfo", dtype: str):
+    """A training configuration for a backend that only decodes."""
+    import dataclasses
+
+    from smedjan_common.config import TrainConfig
+
+    base = info.train or TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1.0)
+    train = dataclasses.replace(base, dtype=dtype)
+    train.validate()
+    return train
+
+
+def _write(prompt: str, generation: "Generation") -> None:
+    """Whole characters as they come."""
+    out = sys.stdout
+    out.write(prompt)
+    for piece in generation:
+        out.write(piece)
+        out.flush()
+    out.write("\n")
+    out.flush()

@@ -1,0 +1,163 @@
+"""`smedjan train`, and the body of `python -m smedjan_jax.train` and `python -m smedjan_mlx.train`.
+
+Everything that can be refused is refused before a framework is imported, which takes seconds.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import run_command
+
+if TYPE_CHECKING:
+    from smedjan_common.backend import Backend
+    from smedjan_common.checkpoint import CheckpointInfo
+    from smedjan_common.config import ModelConfig, TrainConfig
+    from smedjan_common.flags import TrainFlags
+    from smedjan_common.run_data import RunData
+
+# imports a framework: -> (the backend's class, the dtype that auto means here)
+Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
+
+
+def main(argv: list[str]) -> int:
+    """`smedjan train`: hand over to the backend's own program."""
+    from smedjan_common.commands.backends import delegate
+
+    return delegate("train", argv)
+
+
+def run(name: str, load: Load, argv: list[str] | None = None) -> int:
+    """Parse and train with the backend `name`; returns the exit code."""
+    from smedjan_common.flags import parse
+
+    argv = sys.argv[1:] if argv is None else argv
+    flags, given = parse(argv, prog=f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train")
+    return run_command(lambda: _train(name, load, flags, given))
+
+
+def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) -> int:
+    from smedjan_common import resume
+    from smedjan_common.commands.backends import check_backend
+    from smedjan_common.data.order import BatchOrder
+    from smedjan_common.reporting.console import say
+
+    check_backend(name, flags.run.backend)
+    folder = checkpoint_dir(flags)
+    start = resume.find_start(folder, flags.run.resume, say)
+    info, flags, data = _source(flags, given, folder, start)
+    vocab_size = data.tokenizer.vocab_size if data.tokenizer else flags.data.vocab_size
+    model = _model(flags, given, info, start, vocab_size)
+    base = info.train if info and start else None
+
+    def train_config(dtype: str) -> "TrainConfig":
+        length, rows = (base or flags.training).seq_len, (base or flags.training).batch_size
+        epoch = -(-BatchOrder(data.train.num_tokens, length, rows, 0).num_windows // rows) if data.train else 1
+        return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
+
+    train = train_config("float32")
+    if start and info:
+        resume.check_fixed(info, train)
+        _changes(info, model, train, data)  # refuses another model
+        if train.steps <= info.step and (folder / "final").exists():
+            say(f"Done already: {start} is at step {info.step} of {train.steps}. More --steps go on from there.")
+            return 0
+    if not flags.run.dry_run:
+        _check_writable(folder)
+    make_backend, dtype = load()
+    train = train_config(dtype)
+    if start and info:
+        for line in _changes(info, model, train, data):
+            say(f"note: {line}")
+    backend = make_backend(model, train)
+    if flags.run.dry_run:
+        from smedjan_common.reporting.plan import plan
+
+        return say(plan(model, train, data, folder, start, backend.describe(), known_steps=data.train is not None or "steps" in given)) or 0
+    return _run(flags, folder, start, info, model, train, data, backend)
+
+
+def _run(flags, folder: Path, start: Path | None, info, model, train, data, backend) -> int:
+    from smedjan_common import loop
+    from smedjan_common.reporting.metrics import read_rows
+    from smedjan_common.reporting.plan import heading
+    from smedjan_common.resume import to_record
+    from smedjan_common.run_folder import RunConfig
+
+    config = RunConfig(
+        model,
+        train,
+        folder,
+        data.train,
+        data.val,
+        data.tokenizer,
+        start=start,
+        pretrained=info.path if info and not start else None,
+        history=read_rows(start.parent) if start else None,
+        checkpoint_every=flags.run.checkpoint_every,
+        keep=flags.run.keep,
+        flags=to_record(flags),
+        **dataclasses.asdict(flags.report),
+    )
+    print(heading(model, train, data, folder, backend.describe()), flush=True)
+    return loop.run(config, backend)
+
+
+def checkpoint_dir(flags: "TrainFlags") -> Path:
+    """--checkpoint-dir, or runs/DATASET-SIZE."""
+    from smedjan_common.errors import ConfigError
+
+    if flags.run.checkpoint_dir:
+        return Path(flags.run.checkpoint_dir)
+    if not flags.data.dataset:
+        raise ConfigError(
+            "There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE, or the --checkpoint-dir of a run."
+        )
+    return Path("runs") / f"{Path(flags.data.dataset[0]).name.split('.')[0] or 'data'}-{flags.model.size}"
+
+
+def _source(
+    flags: "TrainFlags", given: frozenset[str], folder: Path, start: Path | None
+) -> "tuple[CheckpointInfo | None, TrainFlags, RunData]":
+    """The checkpoint that the run begins with, the flags completed from the run, and the data."""
+    from smedjan_common.checkpoint import read_info
+    from smedjan_common.resume import recall
+    from smedjan_common.run_data import recorded_datasets, run_data
+    from smedjan_common.run_folder import read_config
+    from smedjan_common.tokenizer import Tokenizer
+
+    begin = start or (Path(flags.run.pretrained) if flags.run.pretrained else None)
+    info = read_info(begin) if begin else None
+    own = Tokenizer.load(info.path) if info and (info.path / "tokenizer.json").is_file() else None
+    recorded = read_config(start.parent) if start else None
+    if recorded:
+        flags = recall(flags, given, recorded.get("flags") or {})
+    known = recorded_datasets(start.parent, recorded) if recorded and start and not {"dataset", "val_dataset"} & given else {}
+    return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run)
+
+
+def _model(flags: "TrainFlags", given: frozenset[str], info: "CheckpointInfo | None", start: Path | None, vocab_size: int) -> "ModelConfig":
+    from smedjan_common import resume
+
+    if info is None:
+        return resume.new_model(flags, vocab_size)
+    if start is None:
+        return resume.pretrained_model(info.model, info.path, flags, given)
+    return resume.same_model(info.model, flags.model, given)
+
+
+def _changes(info: "CheckpointInfo", model: "ModelConfig", train: "TrainConfig", data: "RunData") -> list[str]:
+    from smedjan_common.checkpoint import check_resume
+
+    tokenizer_hash, dataset_hash = data.tokenizer.hash if data.tokenizer else None, data.train.hash if data.train else None
+    return check_resume(info, model, train, tokenizer_hash, dataset_hash)
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the run folder, so that a place that cannot be written is refused before anything takes time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(folder))

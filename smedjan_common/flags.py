@@ -1,0 +1,189 @@
+"""The flags of training, one frozen dataclass for both backends. Docstrings under the fields are the help.
+
+`parse` also tells which flags were given: on a resumed run those that were not come from the run itself (resume.py).
+tests/fixtures/train_flags.txt lists the flags, so that drift is noticed.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+from smedjan_common.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, OPTIMIZERS, ROPE_SCALINGS
+from smedjan_common.mixers import MIXERS
+from smedjan_common.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
+from smedjan_common.schedule import SCHEDULES
+
+
+def _filled(default: str, metavar: str) -> Any:
+    """A flag whose default is worked out from the others; the help says how."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+def _one_of(*names: str) -> Any:
+    """A flag that takes one name of a table; the configuration refuses others and lists near ones."""
+    return arg(metavar="|".join(names))
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """What to train on."""
+
+    dataset: Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(required for a new run)")] = ()
+    """A token file (.bin, from `smedjan prepare`), or text and JSONL files: those are tokenised once, into CHECKPOINT_DIR/data."""
+    val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset when that is text", "FILE ...")] = ()
+    """What to validate on: a token file or texts, never trained on."""
+    val_fraction: float = 0.02
+    """The part of the texts of --dataset that is held out for validation when --val-dataset is not given."""
+    tokenizer: Annotated[str | None, _filled("the token file's own, or a new one for texts", "FILE")] = None
+    """A tokenizer.json."""
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    """Vocabulary of the tokenizer that is trained when --dataset is text and --tokenizer is not given."""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where the run lives and how it starts."""
+
+    checkpoint_dir: Annotated[str | None, _filled("runs/DATASET-SIZE", "DIR")] = None
+    """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
+    checkpoint_every: int = 500
+    """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
+    keep: int = 3
+    """Keep this many newest checkpoints. 0: all."""
+    resume: Annotated[str, arg(metavar="auto|never|PATH")] = "auto"
+    """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
+    PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
+    pretrained: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
+    """Start a new run from the weights and the tokenizer of this checkpoint (new optimizer, step 0)."""
+    backend: Annotated[str, _one_of("auto", "jax", "mlx")] = "auto"
+    """The framework. auto: MLX on Apple Silicon, else JAX."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say what would be done, write nothing."""
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model."""
+
+    size: Annotated[str, _one_of(*PRESETS, "custom")] = "tiny"
+    """A preset (see `smedjan sizes`); the flags below replace single values of it, and custom needs the first three."""
+    dim: Annotated[int | None, _filled("the size's", "INT")] = None
+    """Width of the residual stream."""
+    layers: Annotated[int | None, _filled("the size's", "INT")] = None
+    """Number of blocks."""
+    heads: Annotated[int | None, _filled("the size's", "INT")] = None
+    """Number of query heads."""
+    kv_heads: Annotated[int | None, _filled("--heads", "INT")] = None
+    """Number of key/value heads; fewer than --heads is grouped-query attention."""
+    ffn_mult: Annotated[float | None, _filled(str(DEFAULT_FFN_MULT), "FLOAT")] = None
+    """Feed-forward width over --dim, rounded up to a multiple of 256."""
+    mixer: Annotated[str, arg(metavar="NAME,...", help=f"Sequence mixers, a pattern over the depth, of: {', '.join(MIXERS)}.")] = (
+        "attention"
+    )
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: Annotated[str, _one_of(*ROPE_SCALINGS)] = "none"
+    """Stretch positions to extend the context of --pretrained."""
+    rope_factor: float = 1.0
+    """How much --rope-scaling stretches."""
+    rope_original_len: Annotated[int, arg(help_behavior_hint="(default: the context over the factor)")] = 0
+    """The context that the weights were trained with."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """How it is trained; one step sees --batch-size sequences of --seq-len tokens."""
+
+    steps: Annotated[int | None, _filled("one pass over the data", "INT")] = None
+    """Number of optimizer steps."""
+    batch_size: int = 16
+    """Sequences of one optimizer step, all --grad-accum parts together."""
+    seq_len: int = 512
+    """Tokens of one sequence; the model's context length."""
+    lr: Annotated[float | None, _filled("by width: 3e-4 * sqrt(4096 / dim)", "FLOAT")] = None
+    """Peak learning rate."""
+    warmup: Annotated[int | None, _filled("5% of --steps, at most 1000", "INT")] = None
+    """Steps over which the learning rate rises."""
+    lr_schedule: Annotated[str, _one_of(*SCHEDULES)] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate over the peak."""
+    decay_fraction: float = 0.2
+    """The part of the run in which wsd decays."""
+    optimizer: Annotated[str, _one_of(*OPTIMIZERS)] = "adamw"
+    """The optimizer."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    clip_norm: float = 1.0
+    """Clip the global norm of the gradients to this. 0: never."""
+    grad_accum: int = 1
+    """Compute the gradients in this many parts, one after the other, to save memory; the result is the same."""
+    gradient_checkpointing: Annotated[str, _one_of(*GRADIENT_CHECKPOINTING)] = "none"
+    """Recompute activations to save memory: dots keeps the matrix products, full keeps only the inputs of blocks."""
+    dtype: Annotated[str, _one_of("auto", *DTYPES)] = "auto"
+    """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Annotated[str, _one_of(*ATTENTION)] = "auto"
+    """Implementation of attention. fused fails where there is none; auto takes the best there is."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the data and the samples."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """What is told on the way."""
+
+    log_every: int = 10
+    """A line of metrics every this many steps; the first and the last step always."""
+    eval_every: int = 250
+    """Validation loss every this many steps and at the end. 0: never."""
+    eval_batches: int = 20
+    """Batches of one validation, always the same ones."""
+    sample_every: int = 0
+    """Write a sample every this many steps, into the console and CHECKPOINT_DIR/samples. 0: never."""
+    sample_prompt: str = ""
+    """What samples go on from."""
+    sample_tokens: int = 128
+    """Length of a sample."""
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Train a language model from raw text. A run that was stopped goes on when the same command is given again."""
+
+    data: OmitArgPrefixes[DataFlags] = field(default_factory=DataFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    training: OmitArgPrefixes[TrainingFlags] = field(default_factory=TrainingFlags)
+    report: OmitArgPrefixes[ReportFlags] = field(default_factory=ReportFlags)
+
+
+GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "training": TrainingFlags, "report": ReportFlags}
+
+
+def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
+    """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return tyro.cli(TrainFlags, prog=prog, args=argv, config=(tyro.conf.DisallowNone,)), given_names(argv)
+
+
+def given_names(argv: list[str]) -> frozenset[str]:
+    """Field names of the flags in a command line."""
+    names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return frozenset(names & {f.name for group in GROUPS.values() for f in dataclasses.fields(group)})
+
+
+def flag_names() -> list[str]:
+    """Every flag, in the order of the help."""
+    return ["--" + f.name.replace("_", "-") for group in GROUPS.values() for f in dataclasses.fields(group)]

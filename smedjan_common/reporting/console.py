@@ -1,0 +1,61 @@
+"""What a run says on the console: one line per log step, plain text, figures in aligned columns."""
+
+from smedjan_common.reporting.metrics import Row
+
+
+def say(text: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def step_line(row: Row, steps: int, seconds_left: float | None) -> str:
+    """`step   120/1000  loss 3.4521  lr 1.20e-03  grad 0.82  12.3k tok/s  mfu 34.1 %  left 2m10s`"""
+    width = len(str(steps))
+    parts = [
+        f"step {row['step']:>{width}}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"grad {row['grad_norm']:.2f}",
+    ]
+    if row["tokens_per_second"] is not None:
+        parts.append(f"{count(row['tokens_per_second'])} tok/s")
+    if row["mfu"] is not None:
+        parts.append(f"mfu {100 * row['mfu']:.1f} %")
+    if seconds_left is not None:
+        parts.append(f"left {duration(seconds_left)}")
+    return "  ".join(parts)
+
+
+def eval_line(row: Row, steps: int) -> str:
+    """`step   250/1000  validation loss 3.2101  bits per byte 1.8842`"""
+    bits = f"  bits per byte {row['val_bits_per_byte']:.4f}" if row["val_bits_per_byte"] is not None else ""
+    return f"step {row['step']:>{len(str(steps))}}/{steps}  validation loss {row['val_loss']:.4f}{bits}"
+
+
+def count(value: float) -> str:
+    """`950`, `12.3k`, `45.1M`, `6.5B`: a number in three digits or so."""
+    for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= divisor:
+            scaled = value / divisor
+            return f"{scaled:.3g}{suffix}" if scaled < 1000 else f"{scaled:.0f}{suffix}"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """`512 B`, `3.2 MiB`, `16.4 GiB`."""
+    for divisor, suffix in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:.1f} {suffix}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """`8s`, `2m10s`, `3h05m`, `2d04h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,77 @@
+"""metrics.jsonl: one JSON object a line, flushed; what is not known is null.
+
+    {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds"}
+    {"step", "val_loss", "val_bits_per_byte"}                                     evaluations, on lines of their own
+
+`step` counts optimizer steps done. A resumed run drops the rows past its checkpoint, so that every logged step stands once.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
+EVAL_KEYS = ("step", "val_loss", "val_bits_per_byte")
+Row = dict[str, Any]
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """The rows of a run folder; none when there is no file. A line that is not whole JSON (a killed run's last) is left out."""
+    try:
+        lines = (Path(folder) / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for line in lines if (row := _parse(line)) is not None]
+
+
+def train_rows(rows: list[Row]) -> list[Row]:
+    """The rows of training steps."""
+    return [row for row in rows if row.get("loss") is not None]
+
+
+def eval_rows(rows: list[Row]) -> list[Row]:
+    """The rows of evaluations."""
+    return [row for row in rows if row.get("val_loss") is not None]
+
+
+class MetricsFile:
+    """Appends rows to `folder/metrics.jsonl`; first drops the rows past `step`, and a torn last line."""
+
+    def __init__(self, folder: Path, step: int, rows: list[Row] | None = None):
+        self.path = folder / FILE
+        self.rows = [row for row in (read_rows(folder) if rows is None else rows) if row["step"] <= step]
+        _replace(self.path, "".join(_line(row) for row in self.rows))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, row: Row) -> None:
+        """Append one row; it is in the file when this returns."""
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,163 @@
+"""Where a run starts, and which of its settings come from the run that it goes on with.
+
+The rule for users: the same command again goes on. Flags that are given must agree with the run where they define it (the model,
+--seq-len, --batch-size, --seed, --optimizer, the tokenizer): a difference is refused and shown. Other given flags (--steps, --lr,
+--log-every …) count from here on, with a note. Flags that are not given come from the run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints, latest_checkpoint, read_info, verify_checkpoint
+from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
+from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.flags import GROUPS, ModelFlags, TrainFlags, TrainingFlags
+from smedjan_common.presets import PRESETS
+from smedjan_common.reporting.metrics import read_rows
+
+FIXED = ("batch_size", "seq_len", "seed")  # they define the order of the data
+RECALLED = {"data": None, "report": None, "run": ("checkpoint_every", "keep")}  # groups (fields) that config.json records
+_SHAPE_FREE = ("context_length", "rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std", "norm_eps")
+
+
+def find_start(folder: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The step checkpoint to go on from, its hashes verified; None for a new run. Raises CheckpointError rather than overwrite a run."""
+    if resume == "never":
+        return _refuse_a_run(folder)
+    if resume == "auto":
+        return _newest(folder, say)
+    info = read_info(resume)
+    verify_checkpoint(info.path)
+    others = [found for found in find_checkpoints(folder) if found.path.resolve() != info.path.resolve()]
+    inside = info.path.resolve().parent == folder.resolve()
+    if newer := [found for found in others if found.step > info.step or not inside]:
+        raise CheckpointError(
+            f"{folder} has checkpoints that {info.path} would not go on from, such as {newer[-1].path.name}.",
+            "They would mix with those of this run.",
+            "Give another --checkpoint-dir, or move them away.",
+        )
+    return folder / info.path.name if inside else info.path
+
+
+def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    broken: list[str] = []
+    start = latest_checkpoint(folder, on_skip=broken.append)
+    for line in broken:
+        say(f"note: {line}")
+    if start is None and broken:
+        raise CheckpointError(
+            f"No checkpoint in {folder} can be used.",
+            "All of them are damaged.",
+            "Give another --checkpoint-dir to start anew, or restore one from a copy.",
+        )
+    if start is None and read_rows(folder):
+        say(f"note: the run in {folder} ended before its first checkpoint; it starts again.")
+    return start
+
+
+def _refuse_a_run(folder: Path) -> None:
+    broken: list[str] = []
+    if find_checkpoints(folder, on_skip=broken.append) or broken or (folder / "final").exists() or read_rows(folder):
+        raise CheckpointError(
+            f"{folder} already has a run.",
+            "--resume never starts anew and overwrites nothing.",
+            "Give another --checkpoint-dir, remove this one, or take --resume auto to go on.",
+        )
+
+
+def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -> TrainFlags:
+    """`flags` with what was not given taken from a run's recorded flags."""
+    groups = {}
+    for group in RECALLED:
+        values = getattr(flags, group)
+        names = [f.name for f in dataclasses.fields(values) if f.name in to_record(flags)]
+        known = {name: _tuple(recorded[name]) for name in names if name not in given and name in recorded}
+        if group == "data" and "dataset" in given:
+            known.pop("val_dataset", None)  # it belongs to the other dataset
+        groups[group] = dataclasses.replace(values, **known)
+    return dataclasses.replace(flags, **groups)
+
+
+def to_record(flags: TrainFlags) -> dict[str, Any]:
+    """The flags that config.json records."""
+    names = {group: only or [f.name for f in dataclasses.fields(GROUPS[group])] for group, only in RECALLED.items()}
+    return {name: getattr(getattr(flags, group), name) for group, fields in names.items() for name in fields}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
+    """The model that the flags describe. Raises ConfigError."""
+    model = flags.model
+    values = {name: value for name in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(model, name)) is not None}
+    values |= {name: getattr(model, name) for name in ("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std")}
+    values |= {"mixer": parse_pattern(model.mixer), "context_length": flags.training.seq_len}
+    if model.size != "custom":
+        return ModelConfig.preset(model.size, vocab_size, **values)
+    if missing := [f"--{name}" for name in ("dim", "layers", "heads") if name not in values]:
+        raise ConfigError(f"--size custom lacks {', '.join(missing)}.", "It has no values of its own.", "Give --dim, --layers and --heads.")
+    return ModelConfig.build(vocab_size=vocab_size, **values)
+
+
+def same_model(base: ModelConfig, flags: ModelFlags, given: frozenset[str]) -> ModelConfig:
+    """`base` as the given flags say it should be: equal to it when they agree."""
+    changes: dict[str, Any] = {}
+    if "size" in given and flags.size != "custom":
+        ModelConfig.preset(flags.size)  # refuses an unknown name
+        changes |= PRESETS[flags.size]._asdict()
+    names = {f.name for f in dataclasses.fields(base)}
+    changes |= {name: value for name in names & given if (value := getattr(flags, name, None)) is not None}
+    if "mixer" in given:
+        changes["mixer"] = parse_pattern(flags.mixer)
+    if "ffn_mult" in given and flags.ffn_mult is not None:
+        changes["ffn_dim"] = ffn_width(changes.get("dim", base.dim), flags.ffn_mult)
+    return dataclasses.replace(base, **changes)
+
+
+def pretrained_model(base: ModelConfig, path: Path, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:
+    """The model of a new run from weights of `base`: as same_model, but context and rotary settings may change."""
+    model = dataclasses.replace(same_model(base, flags.model, given), context_length=flags.training.seq_len)
+    differing = [f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(model, f.name)]
+    if wrong := [f"{name}: {getattr(base, name)} there, {getattr(model, name)} now" for name in differing if name not in _SHAPE_FREE]:
+        raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")
+    model.validate()
+    return model
+
+
+def train_config(flags: TrainingFlags, given: frozenset[str], base: TrainConfig | None, dim: int, epoch: int, dtype: str) -> TrainConfig:
+    """How to train: given flags, else the run's own, else the defaults. `epoch`: steps of one pass; `dtype`: what auto means."""
+    values = dataclasses.asdict(flags)
+    if base is not None:
+        values |= {name: value for name, value in dataclasses.asdict(base).items() if name not in given}
+    if values["steps"] is None:
+        values["steps"] = max(1, epoch)
+    if values["lr"] is None:
+        values["lr"] = default_lr(dim)
+    if values["warmup"] is None:
+        values["warmup"] = min(1000, values["steps"] // 20)
+    if "warmup" not in given:
+        values["warmup"] = min(values["warmup"], max(values["steps"], 0))  # a resumed run may have become shorter
+    if values["dtype"] == "auto":
+        values["dtype"] = dtype
+    train = TrainConfig(**values)
+    train.validate()
+    return train
+
+
+def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
+    """Raises ConfigError when the order of the data would change."""
+    if info.train is None:
+        return
+    changed = [name for name in FIXED if getattr(info.train, name) != getattr(train, name)]
+    if changed:
+        pairs = [(name.replace("_", "-"), getattr(info.train, name), getattr(train, name)) for name in changed]
+        shown = "; ".join(f"--{name} is {old} there, {new} now" for name, old, new in pairs)
+        raise ConfigError(
+            f"{info.path} was trained with other settings: {shown}.",
+            "They fix which text each step sees, so the run would not be the same.",
+            f"Leave them out (--grad-accum saves memory), or start anew from the weights: --pretrained {info.path} --checkpoint-dir NEW.",
+        )

@@ -1,0 +1,154 @@
+"""From --dataset, --val-dataset and --tokenizer to token files and a tokenizer that belong together.
+
+A .bin is a token file. Anything else is text or JSONL: it is tokenised once into CHECKPOINT_DIR/data/KEY/, where KEY is a hash of the
+texts and of what was done with them, so the same command finds it again and other texts never mix with it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.data.sources import find
+from smedjan_common.data.token_file import TokenFile, file_hash
+from smedjan_common.errors import DataError
+from smedjan_common.flags import DataFlags
+from smedjan_common.reporting.console import count, say, size
+from smedjan_common.run_folder import DATA
+from smedjan_common.tokenizer import Tokenizer
+
+TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and validates on. `train` is None only in a dry run over text that is not tokenised yet."""
+
+    train: TokenFile | None
+    val: TokenFile | None
+    tokenizer: Tokenizer | None
+    text_bytes: int = 0
+
+
+def run_data(flags: DataFlags, given: frozenset[str], folder: Path, own: Tokenizer | None, dry_run: bool = False) -> RunData:
+    """Open or make the data of a run. `own`: the tokenizer of the checkpoint that the run starts from. Raises DataError.
+
+    A dry run writes nothing: texts that are not tokenised yet are only measured.
+    """
+    if not flags.dataset:
+        raise DataError("There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE: a text, JSONL or a token file.")
+    chosen = _chosen_tokenizer(flags, given)
+    if _is_token_file(flags.dataset, "--dataset"):
+        train = TokenFile.open(flags.dataset[0])
+        tokenizer = chosen or own or _tokenizer_beside(train)
+        val = None
+    else:
+        data = _from_text(flags, folder, chosen, own, dry_run)
+        if data.train is None:
+            return data
+        train, val, tokenizer = data.train, data.val, data.tokenizer
+    assert tokenizer is not None
+    train.check_tokenizer(tokenizer.hash)
+    if flags.val_dataset and not dry_run:
+        val = _validation(flags, folder, tokenizer)
+    return RunData(train, val if val and val.num_tokens > 1 else None, tokenizer)
+
+
+def recorded_datasets(folder: Path, recorded: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The token files that config.json of a run names, as flags; nothing when the first is no longer there."""
+    paths = {name: (recorded.get(name) or {}).get("path") for name in ("dataset", "val_dataset")}
+    here = {name: (str(folder / path),) for name, path in paths.items() if path and (folder / path).is_file()}
+    return here if "dataset" in here else {}
+
+
+def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | None:
+    if flags.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(flags.tokenizer)
+    if "vocab_size" in given and flags.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"--vocab-size {flags.vocab_size} does not fit --tokenizer, which has {tokenizer.vocab_size} tokens.",
+            "--vocab-size is for a tokenizer that is trained.",
+            "Give only one of the two.",
+        )
+    return tokenizer
+
+
+def _is_token_file(paths: tuple[str, ...], flag: str) -> bool:
+    token_files = [path for path in paths if path.endswith(".bin")]
+    if token_files and len(paths) > 1:
+        raise DataError(f"{flag} mixes a token file with others.", "A token file stands alone.", "Give one .bin, or texts.")
+    return bool(token_files)
+
+
+def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
+    """The tokenizer that the token file was made with, from where `prepare` leaves it."""
+    path = token_file.path
+    recorded = token_file.manifest.get("tokenizer")
+    places = [path.parent / TOKENIZER_FILE, path.with_name(path.name + ".tokenizer.json"), path.with_suffix(".tokenizer.json")]
+    places += [path.parent / recorded] if isinstance(recorded, str) else []
+    for place in places:
+        if place.is_file() and (tokenizer := Tokenizer.load(place)).hash == token_file.tokenizer_hash:
+            return tokenizer
+    raise DataError(
+        f"The tokenizer of {str(path)!r} was not found.", "No tokenizer.json beside it has its hash.", "Name it with --tokenizer FILE."
+    )
+
+
+def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool) -> RunData:
+    """Token files of the texts of --dataset: those made before, or new ones."""
+    sources = [str(source.path) for source in find(flags.dataset)]
+    num_bytes = sum(source.size for source in find(flags.dataset))
+    if not num_bytes:
+        raise DataError(f"{', '.join(flags.dataset)}: there is no text.", "Every file is empty.", "Give a file with some text.")
+    share = 0.0 if flags.val_dataset else flags.val_fraction
+    digest = _content(sources)
+    makers = [chosen] if chosen else [None, own] if own else [None]  # the run's own tokenizer may have been trained on these very texts
+    places = [folder / DATA / _key(digest, share, tokenizer.hash if tokenizer else flags.vocab_size) for tokenizer in makers]
+    for place in places:
+        if (place / TOKENIZER_FILE).is_file() and (place / f"{TRAIN_FILE}.json").is_file():
+            val = TokenFile.open(place / VAL_FILE) if share and (place / VAL_FILE).is_file() else None
+            return RunData(TokenFile.open(place / TRAIN_FILE), val, Tokenizer.load(place / TOKENIZER_FILE))
+    if dry_run:
+        return RunData(None, None, chosen or own, num_bytes)
+    return _tokenise(sources, num_bytes, places[-1], chosen or own, flags.vocab_size, share)
+
+
+def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokenizer | None, vocab_size: int, share: float) -> RunData:
+    from smedjan_common.data.prepare import prepare
+
+    if tokenizer is None:
+        say(f"Training a tokenizer of {vocab_size} tokens on {size(num_bytes)} of text.")
+        tokenizer = Tokenizer.train(sources, vocab_size=vocab_size)
+    place.mkdir(parents=True, exist_ok=True)
+    prepare(sources, place / TRAIN_FILE, tokenizer, val_output=place / VAL_FILE if share else None, val_fraction=share)
+    tokenizer.save(place / TOKENIZER_FILE)
+    train = TokenFile.open(place / TRAIN_FILE)
+    val = TokenFile.open(place / VAL_FILE) if share else None
+    held_out = f", {count(val.num_tokens)} held out" if val else ""
+    say(f"Tokenised {size(num_bytes)} into {count(train.num_tokens)} tokens to train on{held_out}: {place}")
+    return RunData(train, val, tokenizer)
+
+
+def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFile:
+    if _is_token_file(flags.val_dataset, "--val-dataset"):
+        val = TokenFile.open(flags.val_dataset[0])
+        val.check_tokenizer(tokenizer.hash)
+        return val
+    sources = [str(source.path) for source in find(flags.val_dataset)]
+    place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_FILE
+    if not place.with_name(f"{VAL_FILE}.json").is_file():
+        from smedjan_common.data.prepare import prepare
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        prepare(sources, place, tokenizer)
+    return TokenFile.open(place)
+
+
+def _content(paths: list[str]) -> str:
+    return json.dumps([file_hash(path) for path in paths])
+
+
+def _key(content: str, share: float, tokenizer: str | int) -> str:
+    return hashlib.sha256(f"{content}:{share}:{tokenizer}".encode()).hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""A run as files: RunConfig says what to run, RunFolder writes the run folder.
+
+CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/   final/   loss.png   samples/   data/
+"""
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import smedjan_common
+from smedjan_common.backend import Device, Snapshot
+from smedjan_common.checkpoint import prune_checkpoints, write_checkpoint, write_final
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.reporting.console import say
+from smedjan_common.reporting.metrics import Row
+from smedjan_common.reporting.plot import plot
+
+CONFIG_FILE, PLOT_FILE, SAMPLES, DATA = "config.json", "loss.png", "samples", "data"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `loop.run` needs besides a backend.
+
+    train_data, val_data: token files. start: a step checkpoint to go on from, already verified. pretrained: a checkpoint whose weights
+    a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder. flags: what config.json records.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    checkpoint_dir: Path
+    train_data: Any
+    val_data: Any | None
+    tokenizer: Any
+    start: Path | None = None
+    pretrained: Path | None = None
+    history: list[Row] | None = None
+    checkpoint_every: int = 500
+    keep: int = 3
+    log_every: int = 10
+    eval_every: int = 250
+    eval_batches: int = 20
+    sample_every: int = 0
+    sample_prompt: str = ""
+    sample_tokens: int = 128
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """Writes everything in the run folder but metrics.jsonl."""
+
+    def __init__(self, config: RunConfig, device: Device):
+        self.config, self.path = config, config.checkpoint_dir
+        data = config.train_data
+        self._about = {
+            "model": config.model,
+            "train": config.train,
+            "tokenizer_json": config.tokenizer.to_json(),
+            "tokenizer_hash": config.tokenizer.hash,
+            "dataset": self._dataset(data),
+            "framework": {"name": device.backend, "device": device.name, **device.versions},
+        }
+
+    def _dataset(self, data: Any) -> dict[str, Any]:
+        """Path relative to the run folder when it lies inside, so that the folder can move; else absolute."""
+        folder, path = self.path.resolve(), Path(data.path).resolve()
+        return {
+            "hash": data.hash,
+            "path": str(path.relative_to(folder) if path.is_relative_to(folder) else path),
+            "tokens": data.num_tokens,
+        }
+
+    def write_config(self) -> None:
+        """config.json: model, training, flags, data, tokenizer, device and versions."""
+        values = {
+            "model": self.config.model.to_dict(),
+            "train": self.config.train.to_dict(),
+            "flags": self.config.flags,
+            "dataset": self._about["dataset"],
+            "val_dataset": self._dataset(self.config.val_data) if self.config.val_data else None,
+            "tokenizer_hash": self.config.tokenizer.hash,
+            "framework": self._about["framework"],
+            "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{CONFIG_FILE}.tmp"
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / CONFIG_FILE)
+
+    def save(self, snapshot: Snapshot, metrics: Row) -> Path:
+        """Write a step checkpoint, then remove what --keep does not keep."""
+        path = write_checkpoint(self.path, snapshot, metrics=metrics, **self._about)
+        prune_checkpoints(self.path, self.config.keep)
+        return path
+
+    def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
+        """Write final/: weights, configuration and tokenizer."""
+        return write_final(self.path, snapshot, metrics=metrics, **self._about)
+
+    def save_sample(self, step: int, text: str) -> None:
+        """Write a sample's text."""
+        folder = self.path / SAMPLES
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def draw(self, rows: list[Row]) -> None:
+        """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
+        try:
+            plot({"training": rows}, self.path / PLOT_FILE, self.path.name)
+        except Exception as error:
+            say(f"note: {PLOT_FILE} was not drawn: {type(error).__name__}: {error}")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a run folder; None when there is none or it is not whole."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

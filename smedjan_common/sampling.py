@@ -1,0 +1,115 @@
+"""Choosing the next token, on the host in NumPy: a pure function of (logits, history, sampling, position).
+
+    repetition penalty r   l / r where l > 0, l * r where l < 0, for tokens of the history        (CTRL, Keskar et al., 2019)
+    temperature t          l / t; 0: the largest logit (greedy)
+    top-k                  the k largest
+    top-p                  the fewest most probable tokens whose probabilities sum to at least p  (Holtzman et al., 2020)
+    min-p                  the tokens of at least m times the probability of the most probable    (Nguyen et al., 2024)
+    draw                   argmax(l - log(-log u)), u uniform from Philox keyed by (seed, position)  (Gumbel-max)
+
+The filters apply in this order, each to what the one before left. The noise of a position depends on nothing else, so both backends
+write the same text at the same seed. Ties go to the smaller id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smedjan_common.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. The defaults sample from the model's own distribution."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError for a value that makes no distribution."""
+        for name, ok, fix in (
+            ("temperature", 0 <= self.temperature < np.inf, "Take 0 (greedy) or more."),
+            ("top_k", self.top_k >= 0, "Take 0 (all) or more."),
+            ("top_p", 0 < self.top_p <= 1, "Take a number over 0, up to 1 (all)."),
+            ("min_p", 0 <= self.min_p <= 1, "Take 0 (all) to 1."),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "Take 1 (none), or 1.1, say."),
+            ("seed", 0 <= self.seed < 1 << 64, "Take 0 or a positive number."),
+        ):
+            if not ok:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That makes no distribution.", fix)
+
+
+def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, position: int) -> int:
+    """The next token. logits: [V], of the model's own tokens only; history: every token before; position: its place in the text."""
+    scores = np.asarray(logits, np.float64)
+    if sampling.repetition_penalty != 1:
+        scores = penalize(scores, history, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(np.argmax(scores))
+    scores = filtered(scores / sampling.temperature, sampling)
+    return int(np.argmax(scores + gumbel(len(scores), sampling.seed, position)))
+
+
+def filtered(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """`scores` with -inf for the tokens that top-k, top-p and min-p leave out."""
+    if 0 < sampling.top_k < len(scores):
+        scores = top_k(scores, sampling.top_k)
+    if sampling.top_p < 1:
+        scores = top_p(scores, sampling.top_p)
+    if sampling.min_p > 0:
+        scores = min_p(scores, sampling.min_p)
+    return scores
+
+
+def penalize(scores: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
+    """Scores with the tokens of `history` made less likely, each once however often it occurs."""
+    seen = np.unique(np.asarray(history, np.int64))
+    seen = seen[seen < len(scores)]
+    result = scores.copy()
+    result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
+    return result
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Keep exactly the `k` largest."""
+    return _keep(scores, _descending(scores)[:k])
+
+
+def top_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Keep the fewest most probable tokens whose probabilities sum to at least `p`."""
+    order = _descending(scores)
+    before = np.concatenate([[0.0], np.cumsum(probabilities(scores)[order])[:-1]])
+    return _keep(scores, order[before < p])
+
+
+def min_p(scores: np.ndarray, share: float) -> np.ndarray:
+    """Keep the tokens of at least `share` times the largest probability."""
+    return np.where(scores >= scores.max() + np.log(share), scores, -np.inf)
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """softmax."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def gumbel(size: int, seed: int, position: int) -> np.ndarray:
+    """Standard Gumbel noise, float64 [size], of one position. Philox's raw bits are the same in every NumPy."""
+    bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(size)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def _descending(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-scores, kind="stable")
+
+
+def _keep(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    result = np.full_like(scores, -np.inf)
+    result[ids] = scores[ids]
+    return result

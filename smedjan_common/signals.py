@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, a second one ends the process at once."""
+
+import signal
+import threading
+from types import FrameType
+
+
+class StopSignals:
+    """A context in which `received` is the number of the first stop signal, or 0.
+
+    After it the system's own handling is back, so that a second signal ends the process even inside a long call of a framework.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        print(f"{name}: finishing this step, then saving (once more: stop at once, unsaved).", flush=True)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it; 0 when there was none."""
+        return 128 + self.received if self.received else 0

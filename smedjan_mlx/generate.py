@@ -1,0 +1,23 @@
+"""Generate text with MLX: `python -m smedjan_mlx.generate`. The program itself is smedjan_common.commands.generate."""
+
+import sys
+
+from smedjan_common import openblas
+from smedjan_common.commands import generate
+
+
+def load():
+    """Import the framework: the backend's class, and the dtype that auto means on this machine."""
+    from smedjan_mlx.backend import MlxBackend, default_dtype
+
+    return MlxBackend, default_dtype()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    openblas.preload(sys.argv[1:] if argv is None else argv)
+    return generate.run("mlx", load, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
