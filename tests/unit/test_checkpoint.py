@@ -358,6 +358,13 @@ def test_importing_it_imports_no_framework():
     assert not {"jax", "mlx", "torch", "safetensors", "ml_dtypes"} & set(loaded)
 
 
+def test_the_example_of_the_page_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("[200, 300]\n2098304\n300 (128,)\n", "")
+
+
 def flip(path: Path, index: int, bit: int = 1) -> None:
     """Flip a bit of the byte at `index`."""
     raw = bytearray(path.read_bytes())

@@ -211,6 +211,27 @@ def test_an_interrupt_leaves_no_trace(tmp_path, monkeypatch, when):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+def test_everything_is_on_the_disk_before_the_name_is_and_the_name_before_the_call_returns(tmp_path, monkeypatch):
+    events: list[int | str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record_fsync(fd):
+        events.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def record_rename(self, target):
+        events.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    path = write(tmp_path / "run")
+    inodes = {p.stat().st_ino: p.name for p in (*path.iterdir(), path, path.parent, tmp_path)}
+    names = [event if isinstance(event, str) else inodes[event] for event in events]
+    files = ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "checkpoint.json"]
+    assert names == [tmp_path.name, *files, path.name, "rename", "run"]
+
+
 def in_subprocess(code: str, *args: object) -> str:
     """Run Python code in a process of its own, from the repository's root; returns what it printed."""
     command = [sys.executable, "-c", code, *map(str, args)]
