@@ -44,12 +44,13 @@ class JaxBackend:
         return Device("jax", kind, device.device_kind, jax.device_count(), limit, peak_flops(device.device_kind), versions)
 
     def init(self, params: dict[str, np.ndarray]) -> State:
-        device_params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+        # copies: a step updates its state in place, and on a CPU JAX may share a NumPy array's memory
+        device_params = {name: jnp.array(value, jnp.float32, copy=True) for name, value in params.items()}
         return {"params": device_params, "slots": optim.init(self.train, device_params), "step": jnp.zeros((), jnp.int32)}
 
     def restore(self, snapshot: Snapshot) -> State:
         state = self.init(snapshot.params)
-        slots = {slot: {n: jnp.asarray(snapshot.optimizer[f"{slot}.{n}"]) for n in state["params"]} for slot in state["slots"]}
+        slots = {slot: {n: jnp.array(snapshot.optimizer[f"{slot}.{n}"], copy=True) for n in state["params"]} for slot in state["slots"]}
         return {"params": state["params"], "slots": slots, "step": jnp.asarray(snapshot.step, jnp.int32)}
 
     def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
