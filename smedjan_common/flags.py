@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
+from smedjan_common.commands.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, OPTIMIZERS, ROPE_SCALINGS
 from smedjan_common.mixers import MIXERS
 from smedjan_common.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
@@ -38,7 +39,7 @@ class DataFlags:
     """What to validate on: a token file or texts, never trained on."""
     val_fraction: float = 0.02
     """The part of the texts of --dataset that is held out for validation when --val-dataset is not given."""
-    tokenizer: Annotated[str | None, _filled("the token file's own, or a new one for texts", "FILE")] = None
+    tokenizer: Annotated[MaybeStr, _filled("the token file's own, or a new one for texts", "FILE")] = None
     """A tokenizer.json."""
     vocab_size: int = DEFAULT_VOCAB_SIZE
     """Vocabulary of the tokenizer that is trained when --dataset is text and --tokenizer is not given."""
@@ -48,7 +49,7 @@ class DataFlags:
 class RunFlags:
     """Where the run lives and how it starts."""
 
-    checkpoint_dir: Annotated[str | None, _filled("runs/DATASET-SIZE", "DIR")] = None
+    checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE", "DIR")] = None
     """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
     checkpoint_every: int = 500
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
@@ -57,7 +58,7 @@ class RunFlags:
     resume: Annotated[str, arg(metavar="auto|never|PATH")] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
     PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
-    pretrained: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
+    pretrained: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
     """Start a new run from the weights and the tokenizer of this checkpoint (new optimizer, step 0)."""
     backend: Annotated[str, _one_of("auto", "jax", "mlx")] = "auto"
     """The framework. auto: MLX on Apple Silicon, else JAX."""
@@ -71,15 +72,15 @@ class ModelFlags:
 
     size: Annotated[str, _one_of(*PRESETS, "custom")] = "tiny"
     """A preset (see `smedjan sizes`); the flags below replace single values of it, and custom needs the first three."""
-    dim: Annotated[int | None, _filled("the size's", "INT")] = None
+    dim: Annotated[MaybeInt, _filled("the size's", "INT")] = None
     """Width of the residual stream."""
-    layers: Annotated[int | None, _filled("the size's", "INT")] = None
+    layers: Annotated[MaybeInt, _filled("the size's", "INT")] = None
     """Number of blocks."""
-    heads: Annotated[int | None, _filled("the size's", "INT")] = None
+    heads: Annotated[MaybeInt, _filled("the size's", "INT")] = None
     """Number of query heads."""
-    kv_heads: Annotated[int | None, _filled("--heads", "INT")] = None
+    kv_heads: Annotated[MaybeInt, _filled("--heads", "INT")] = None
     """Number of key/value heads; fewer than --heads is grouped-query attention."""
-    ffn_mult: Annotated[float | None, _filled(str(DEFAULT_FFN_MULT), "FLOAT")] = None
+    ffn_mult: Annotated[MaybeFloat, _filled(str(DEFAULT_FFN_MULT), "FLOAT")] = None
     """Feed-forward width over --dim, rounded up to a multiple of 256."""
     mixer: Annotated[str, arg(metavar="NAME,...", help=f"Sequence mixers, a pattern over the depth, of: {', '.join(MIXERS)}.")] = (
         "attention"
@@ -100,15 +101,15 @@ class ModelFlags:
 class TrainingFlags:
     """How it is trained; one step sees --batch-size sequences of --seq-len tokens."""
 
-    steps: Annotated[int | None, _filled("one pass over the data", "INT")] = None
+    steps: Annotated[MaybeInt, _filled("one pass over the data", "INT")] = None
     """Number of optimizer steps."""
     batch_size: int = 16
     """Sequences of one optimizer step, all --grad-accum parts together."""
     seq_len: int = 512
     """Tokens of one sequence; the model's context length."""
-    lr: Annotated[float | None, _filled("by width: 3e-4 * sqrt(4096 / dim)", "FLOAT")] = None
+    lr: Annotated[MaybeFloat, _filled("by width: 3e-4 * sqrt(4096 / dim)", "FLOAT")] = None
     """Peak learning rate."""
-    warmup: Annotated[int | None, _filled("5% of --steps, at most 1000", "INT")] = None
+    warmup: Annotated[MaybeInt, _filled("5% of --steps, at most 1000", "INT")] = None
     """Steps over which the learning rate rises."""
     lr_schedule: Annotated[str, _one_of(*SCHEDULES)] = "cosine"
     """Course of the learning rate after the warm-up."""

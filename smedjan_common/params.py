@@ -8,15 +8,18 @@ Weights are [out, in]. A tensor's initial value is drawn by NumPy's Philox keyed
 neither backend, order nor device.
 """
 
+from __future__ import annotations
+
 import hashlib
+import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smedjan_common.config import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np  # imported where values are drawn: counting parameters (`smedjan sizes`) must not wait for it
 
 
 class ParamSpec(NamedTuple):
@@ -39,7 +42,7 @@ class ParamSpec(NamedTuple):
     @property
     def size(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -75,6 +78,8 @@ def decay_mask(config: ModelConfig) -> dict[str, bool]:
 
 def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Initial values, float32, by name. Tensors are drawn in parallel threads; the result does not depend on that."""
+    from concurrent.futures import ThreadPoolExecutor
+
     table = parameter_table(config)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(table, pool.map(lambda spec: initial_value(spec, seed), table.values()), strict=True))
@@ -82,16 +87,22 @@ def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
     """The tensor's initial value, float32 [*shape]: a pure function of (seed, name, shape, init, scale)."""
+    import numpy as np
+
     key = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=16).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    import numpy as np
+
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 
 
 def _constant(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    import numpy as np
+
     return np.full(shape, scale, np.float32)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from smedjan_common.commands.optional import MaybeStr
 from smedjan_common.commands.train import Load
 from smedjan_common.errors import run_command
 
@@ -22,9 +23,9 @@ class GenerateFlags:
 
     checkpoint: Annotated[str, arg(metavar="PATH")]
     """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/."""
-    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
+    prompt: Annotated[MaybeStr, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
     """The text to go on from; - reads it from standard input."""
-    prompt_file: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    prompt_file: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
     """A file with the text to go on from."""
     max_tokens: int = 200
     """Tokens to generate at most. The model's context length is another limit: it is said when it is met."""

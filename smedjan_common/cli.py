@@ -1,0 +1,62 @@
+"""`smedjan <command>`: a table of commands; only the module of the one that is asked for is imported."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """`module` has `main(argv) -> exit code`; `about` is its line in `smedjan --help`."""
+
+    module: str
+    about: str
+
+
+COMMANDS: dict[str, Command] = {
+    "tokenizer": Command("smedjan_common.commands.tokenizer", "train a tokenizer on your text"),
+    "prepare": Command("smedjan_common.commands.prepare", "tokenise text into a token file to train on"),
+    "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size"),
+    "train": Command("smedjan_common.commands.train", "train a model, or go on with a run"),
+    "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model"),
+    "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is"),
+    "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs"),
+    "quickstart": Command("smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 2 for a command that is not known."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version", "version"):
+        from smedjan_common import __version__
+
+        print(f"smedjan {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        from smedjan_common.errors import SmedjanError, near, run_command
+
+        def refuse() -> int:
+            raise SmedjanError(f"There is no command {argv[0]!r}.", near(argv[0], COMMANDS), "See `smedjan --help`.")
+
+        return run_command(refuse)
+    try:
+        return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
+    except KeyboardInterrupt:
+        return 130
+
+
+def overview() -> str:
+    """What `smedjan --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{command.about}" for name, command in COMMANDS.items())
+    return (
+        "usage: smedjan COMMAND [FLAGS]\n\nTrains language models from raw text: JAX on NVIDIA GPUs, MLX on Apple Silicon.\n\n"
+        f"{rows}\n\n`smedjan COMMAND --help` has the flags of a command."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""`smedjan info PATH`: what a checkpoint, run folder, token file or tokenizer is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+from smedjan_common.errors import DataError, run_command
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InfoFlags:
+    """Say what a file or folder is: a run folder, a checkpoint, a token file or a tokenizer."""
+
+    path: Annotated[str, tyro.conf.Positional, arg(metavar="PATH")]
+    """What to look at."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare the hashes of everything in it."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(InfoFlags, prog="smedjan info", args=argv)
+    return run_command(lambda: _info(flags))
+
+
+def _info(flags: InfoFlags) -> int:
+    path = Path(flags.path)
+    facts = describe(path, flags.verify)
+    if flags.json:
+        import json
+
+        print(json.dumps(facts, indent=1))
+        return 0
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        if value is not None:
+            print(f"{name.replace('_', ' '):<{width}}{_shown(name, value)}")
+    return 0
+
+
+def describe(path: Path, verify: bool = False) -> Facts:
+    """Facts about `path`, the first of them its kind. Raises DataError, CheckpointError."""
+    if not path.exists():
+        raise DataError(f"There is no {str(path)!r}.", "", "Check the path.")
+    for test, look in KINDS:
+        if test(path):
+            return look(path, verify)
+    raise DataError(
+        f"{str(path)!r} is nothing that smedjan makes.",
+        "It is no run folder, checkpoint, token file (.bin) or tokenizer.json.",
+        "Give one of those.",
+    )
+
+
+def _checkpoint(path: Path, verify: bool) -> Facts:
+    from smedjan_common.checkpoint import read_info, verify_checkpoint
+
+    info = read_info(path)
+    if verify:
+        verify_checkpoint(info.path)
+    return {
+        "kind": "checkpoint" if info.optimizer else "checkpoint, weights only",
+        "path": str(info.path),
+        "step": info.step,
+        **_model(info.model),
+        "training": info.train.to_dict() if info.train else None,
+        "optimizer": info.optimizer,
+        "dataset": info.dataset,
+        "tokenizer_hash": info.tokenizer_hash,
+        "metrics": info.metrics,
+        "written_by": {"smedjan": info.smedjan_version, **info.framework},
+        "bytes": info.nbytes,
+        "verified": True if verify else None,
+    }
+
+
+def _run(path: Path, verify: bool) -> Facts:
+    from smedjan_common.checkpoint import find_checkpoints, verify_checkpoint
+    from smedjan_common.config import ModelConfig, TrainConfig
+    from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
+    from smedjan_common.run_folder import read_config
+
+    broken: list[str] = []
+    found = find_checkpoints(path, on_skip=broken.append)
+    if verify:
+        for checkpoint in found:
+            verify_checkpoint(checkpoint.path)
+    config = read_config(path) or {}
+    rows = read_rows(path)
+    train, checks = train_rows(rows), eval_rows(rows)
+    steps = TrainConfig.from_dict(config["train"]).steps if "train" in config else None
+    step = max([found[-1].step if found else 0, rows[-1]["step"] if rows else 0])
+    return {
+        "kind": "run folder",
+        "path": str(path),
+        "step": step,
+        "steps": steps,
+        "finished": (path / "final").is_dir() and steps is not None and step >= steps,
+        **(_model(ModelConfig.from_dict(config["model"])) if "model" in config else {}),
+        "training": config.get("train"),
+        "dataset": config.get("dataset"),
+        "tokenizer_hash": config.get("tokenizer_hash"),
+        "first": train[0] if train else None,
+        "last": train[-1] if train else None,
+        "validation": checks[-1] if checks else None,
+        "checkpoints": [checkpoint.path.name for checkpoint in found],
+        "broken": broken or None,
+        "written_by": config.get("framework"),
+        "verified": True if verify else None,
+    }
+
+
+def _token_file(path: Path, verify: bool) -> Facts:
+    from smedjan_common.data.token_file import TokenFile
+
+    file = TokenFile.open(path)
+    if verify:
+        file.verify()
+    manifest = file.manifest
+    return {
+        "kind": "token file",
+        "path": str(path),
+        "tokens": file.num_tokens,
+        "documents": manifest.get("documents"),
+        "text_bytes": file.num_bytes,
+        "bytes_per_token": round(file.num_bytes / file.num_tokens, 3) if file.num_bytes and file.num_tokens else None,
+        "vocab_size": file.vocab_size,
+        "dtype": manifest.get("dtype"),
+        "tokenizer_hash": file.tokenizer_hash,
+        "sha256": file.hash,
+        "sources": len(manifest.get("sources") or []) or None,
+        "verified": True if verify else None,
+    }
+
+
+def _tokenizer(path: Path, verify: bool) -> Facts:
+    from smedjan_common.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    return {
+        "kind": "tokenizer",
+        "path": str(path),
+        "vocab_size": tokenizer.vocab_size,
+        "special_tokens": tokenizer.special_tokens,
+        "pattern": tokenizer.pattern,
+        "tokenizer_hash": tokenizer.hash,
+    }
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "checkpoint.json").is_file() or path.name == "checkpoint.json"
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and ((path / "config.json").is_file() or (path / "metrics.jsonl").is_file() or any(path.glob("step-*")))
+
+
+KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
+    (_is_checkpoint, lambda path, verify: _checkpoint(path if path.is_dir() else path.parent, verify)),
+    (_is_run, _run),
+    (lambda path: path.suffix == ".bin", _token_file),
+    (lambda path: path.suffix == ".json" or (path / "tokenizer.json").is_file(), _tokenizer),
+)
+
+
+def _model(model: Any) -> Facts:
+    return {"parameters": model.num_params(), "model": model.to_dict()}
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "bytes" or name == "text_bytes":
+        from smedjan_common.reporting.console import size
+
+        return size(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_figure(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return _figure(value)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10000 else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+"""`smedjan plot RUN [RUN …]`: the loss of one or several runs over tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
+
+from smedjan_common.commands.optional import MaybeStr
+from smedjan_common.errors import DataError, run_command
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class PlotFlags:
+    """Draw training and validation loss over tokens, from metrics.jsonl of run folders."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, arg(metavar="RUN ...")]
+    """Run folders."""
+    output: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="(default: RUN/loss.png, or loss.png for several)")] = None
+    """The picture: .png, .svg or .pdf. A picture of this name is replaced."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(PlotFlags, prog="smedjan plot", args=argv, config=(tyro.conf.DisallowNone,))
+    return run_command(lambda: _plot(flags))
+
+
+def _plot(flags: PlotFlags) -> int:
+    from smedjan_common.reporting.metrics import read_rows
+    from smedjan_common.reporting.plot import plot
+
+    if not flags.runs:
+        raise DataError("There is nothing to draw.", "No run folder was given.", "Give one or more: smedjan plot RUN.")
+    output = Path(flags.output) if flags.output else Path(flags.runs[0]) / "loss.png" if len(flags.runs) == 1 else Path("loss.png")
+    if output.suffix not in SUFFIXES:
+        raise DataError(f"{str(output)!r} is no picture that can be drawn.", "Its suffix names the kind.", f"Take {', '.join(SUFFIXES)}.")
+    runs = {}
+    for name in flags.runs:
+        runs[label(name, flags.runs)] = rows = read_rows(name)
+        if not rows:
+            raise DataError(f"There are no metrics in {name!r}.", "It has no metrics.jsonl with a row.", "Give the folder of a run.")
+    plot({"training": next(iter(runs.values()))} if len(runs) == 1 else runs, output, Path(flags.runs[0]).name if len(runs) == 1 else "")
+    print(f"drew {output}")
+    return 0
+
+
+def label(run: str, runs: tuple[str, ...]) -> str:
+    """The folder's name; the whole path where two share it."""
+    name = Path(run).resolve().name
+    return name if sum(Path(other).resolve().name == name for other in runs) == 1 else run
