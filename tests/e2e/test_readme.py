@@ -1,0 +1,43 @@
+"""Every command of README.md works as it stands, on a small text; only step counts are cut down."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SET_UP = ("make ", "source ")  # the set-up itself, which CI and `make train` run
+TEXT = "".join(f"Once the smith of village {i % 97} struck the iron {i % 13} times; sparks flew over anvil {i % 7}.\n" for i in range(9000))
+
+
+def commands() -> list[str]:
+    """The shell commands of README.md in their order, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  # ")[0].split(" # ")[0].strip() for line in lines if line.strip() and not line.startswith(SET_UP)]
+
+
+def shortened(command: str) -> str:
+    """The same with a hundredth of the steps, and fewer tokens to generate."""
+    command = re.sub(r"--steps (\d+)", lambda m: f"--steps {int(m[1]) // 100}", command)
+    return command.replace("--vocab-size 4096", "--vocab-size 400") + (
+        " --max-tokens 10" if " generate " in command and "--max-tokens" not in command else ""
+    )
+
+
+def test_the_readme_names_commands():
+    assert len(commands()) >= 10
+    assert any(line.startswith("make train") for line in (ROOT / "README.md").read_text().splitlines()[:20])
+
+
+@pytest.mark.timeout(900)
+def test_every_command_of_the_readme_runs(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
+    for command in commands():
+        done = subprocess.run(["bash", "-c", shortened(command)], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "loss.png").stat().st_size > 5000
