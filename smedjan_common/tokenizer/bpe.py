@@ -41,21 +41,27 @@ class Merges:
             return [self.whole[word]]
         return self.encode_plain(word) if len(word) <= LONGEST_SHORT_WORD else self.encode_long(word)
 
-    def encode_words(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of many words: (ids int32 [total], lengths int32 [words])."""
-        symbols: list[list[int] | None] = [None] * len(words)
-        short = [i for i, word in enumerate(words) if len(word) <= LONGEST_SHORT_WORD and word not in self.whole]
-        if len(short) < _PLAIN_BELOW:
-            short = []
-        taken = set(short)
-        for i, word in enumerate(words):
-            if i not in taken:
-                symbols[i] = self.encode_word(word)
-        if len(taken) == len(words):
-            flat, lengths = self.encode_many(words)
-        else:
-            flat, lengths = _weave(symbols, short, *self.encode_many([words[i] for i in short]))
-        return self.ids[flat], lengths
+    def encode_packed(self, data: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of many words given as their bytes uint8 [total] and lengths [words]: (ids int32 [total], lengths int32 [words])."""
+        together = lengths <= LONGEST_SHORT_WORD
+        if self.whole or len(lengths) < _PLAIN_BELOW:
+            together = np.zeros(len(lengths), bool)
+        if together.all():
+            flat, out_lengths = self.encode_many(data, lengths)
+            return self.ids[flat], out_lengths
+        ends, groups = np.cumsum(lengths, dtype=np.int64), []
+        for number in np.flatnonzero(~together).tolist():
+            word = data[ends[number] - lengths[number] : ends[number]].tobytes()
+            groups.append((np.array([number]), np.array(self.encode_word(word), np.int32)[:, None]))
+        rest = np.flatnonzero(together)
+        if len(rest):
+            flat, rest_lengths = self.encode_many(data[np.repeat(together, lengths)], lengths[rest])
+            starts = np.cumsum(rest_lengths, dtype=np.int64) - rest_lengths
+            for length in np.unique(rest_lengths).tolist():
+                rows = np.flatnonzero(rest_lengths == length)
+                groups.append((rest[rows], flat[starts[rows] + np.arange(length)[:, None]]))
+        flat, out_lengths = _gather(groups, len(lengths))
+        return self.ids[flat], out_lengths
 
     def encode_plain(self, word: bytes) -> list[int]:
         """The definition: `list[int]` of symbols."""
@@ -96,15 +102,13 @@ class Merges:
                 heapq.heappush(heap, (left, h))
         return [part for part in parts if part >= 0]
 
-    def encode_many(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The definition for many words of 1 to 64 bytes: (symbols int32 [total], lengths int32 [words])."""
+    def encode_many(self, data: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The definition for many words of 1 to 64 bytes, packed: (symbols int32 [total], lengths int32 [words])."""
         if self._table is None:
             self._table = PairTable(self.pairs)
-        lengths = np.fromiter(map(len, words), np.int32, len(words))
-        data = np.frombuffer(b"".join(words), np.uint8)
-        starts = np.cumsum(lengths) - lengths
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
         by_length = np.argsort(lengths, kind="stable")
-        bounds = np.searchsorted(lengths[by_length], np.arange(lengths.max(initial=0) + 2))
+        bounds = np.searchsorted(lengths[by_length], np.arange(int(lengths.max(initial=0)) + 2))
         done: list[tuple[np.ndarray, np.ndarray]] = []  # (word numbers [n], symbols [L, n])
         words_L, parts_LN, ranks_LN = np.empty(0, np.int64), None, None
         for length in range(len(bounds) - 2, 0, -1):
@@ -125,7 +129,7 @@ class Merges:
                 done.append((words_L[~merging], parts_LN[:, ~merging]))
                 words_L, parts_LN, ranks_LN = words_L[merging], parts_LN[:, merging], ranks_LN[:, merging]
             parts_LN, ranks_LN = self._merge_one(parts_LN, ranks_LN)
-        return _gather(done, len(words))
+        return _gather(done, len(lengths))
 
     def _merge_one(self, parts_LN: np.ndarray, ranks_LN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Merge the leftmost lowest pair of every column: parts [L, N] -> [L-1, N], ranks [L-1, N] -> [L-2, N]."""
@@ -151,16 +155,8 @@ def _gather(done: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.n
     lengths = np.zeros(count, np.int32)
     for numbers, parts in done:
         lengths[numbers] = parts.shape[0]
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
     flat = np.empty(int(lengths.sum()), np.int32)
     for numbers, parts in done:
         flat[starts[numbers] + np.arange(parts.shape[0])[:, None]] = parts
     return flat, lengths
-
-
-def _weave(symbols: list, short: list[int], flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put the words that were encoded together among those encoded one by one."""
-    for number, part in zip(short, np.split(flat, np.cumsum(lengths)[:-1]) if len(short) else [], strict=True):
-        symbols[number] = part.tolist()
-    all_lengths = np.fromiter(map(len, symbols), np.int32, len(symbols))
-    return np.array([symbol for word in symbols for symbol in word], dtype=np.int32), all_lengths

@@ -1,47 +1,95 @@
-"""Text to token ids at speed: split into words, look each word up, encode the words never seen before together.
+"""Text to token ids at speed: split into words, look each word up, encode together the words never seen before, gather all ids.
 
-A cache maps a word to a slot; `starts` and `lengths` of the slots point into one flat array of ids, so a whole text is one NumPy
-gather. Words longer than 64 bytes are not kept, and the cache is emptied when it passes its size.
+Two ways with the same answer (tests hold them together). Long text of a pattern with array rules (fast_split.py) stays in arrays
+from its bytes to its ids, 256 KiB at a time; short text, and text of one's own pattern, is split by the regular expression and looked
+up in a dictionary. Words longer than 64 bytes are not kept, and a cache is emptied when it passes its size.
 """
 
 import numpy as np
 
+from smedjan_common.tokenizer.arrays import Column, gather
 from smedjan_common.tokenizer.bpe import LONGEST_SHORT_WORD, Merges
+from smedjan_common.tokenizer.fast_split import RULES, word_starts
 from smedjan_common.tokenizer.patterns import Splitter
+from smedjan_common.tokenizer.word_table import WordTable
 
 CACHE_WORDS = 1 << 19
-_CACHE_IDS = 1 << 22
+_BLOCK = 1 << 18  # characters; what is computed for a block stays in the processor's cache
+_SHORT_TEXT = 2048  # characters; below this the array way's fixed cost does not pay
 
 
 class Encoder:
     """`encode(text) -> int32 [n]`: the ids of ordinary text; special tokens are text like any other."""
 
-    def __init__(self, merges: Merges, splitter: Splitter, cache_words: int = CACHE_WORDS):
-        self.merges, self.splitter, self.cache_words = merges, splitter, cache_words
-        self._clear()
+    def __init__(self, merges: Merges, splitter: Splitter, cache_words: int = CACHE_WORDS, short_text: int = _SHORT_TEXT):
+        self._splitter, self._short_text = splitter, short_text
+        self._dictionary = _DictionaryCache(merges, splitter, cache_words)
+        rules = RULES.get(splitter.expression)
+        self._arrays = _ArrayCache(merges, rules, cache_words) if rules else None
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [self._block(block) for block in self.splitter.blocks(text)]
+        """Raises UnicodeEncodeError at lone surrogates, before anything is remembered."""
+        way = self._dictionary if self._arrays is None or len(text) < self._short_text else self._arrays
+        parts = [way.encode(block) for block in self._splitter.blocks(text, _BLOCK)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def _clear(self) -> None:
-        self._slots = _Slots()
-        self._starts, self._lengths, self._ids = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
 
-    def _block(self, text: str) -> np.ndarray:
-        if self._slots.count > self.cache_words or len(self._ids) > _CACHE_IDS:
+class _Ids:
+    """The ids of every slot: slot i has ids[starts[i] : starts[i] + lengths[i]]."""
+
+    def __init__(self):
+        self.starts, self.lengths, self.ids = Column(np.int64), Column(np.int32), Column(np.int32)
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self.starts.extend(self.ids.size + np.cumsum(lengths, dtype=np.int64) - lengths)
+        self.lengths.extend(lengths)
+        self.ids.extend(ids)
+
+    def of(self, slots: np.ndarray) -> np.ndarray:
+        return gather(self.ids.values, self.starts.values.take(slots), self.lengths.values.take(slots))
+
+
+class _ArrayCache:
+    def __init__(self, merges: Merges, rules, cache_words: int):
+        self._merges, self._rules, self._cache_words = merges, rules, cache_words
+        self._clear()
+
+    def _clear(self) -> None:
+        self._table, self._ids = WordTable(), _Ids()
+
+    def encode(self, text: str) -> np.ndarray:
+        data = text.encode()
+        if self._table.count > self._cache_words or self._ids.ids.size > 8 * self._cache_words:
             self._clear()
+        starts = word_starts(text, data, self._rules)
+        slots, fresh = self._table.slots(data, starts, LONGEST_SHORT_WORD)
+        if len(fresh):
+            lengths = np.diff(starts, append=len(data))[fresh]
+            self._ids.add(*self._merges.encode_packed(gather(np.frombuffer(data, np.uint8), starts[fresh], lengths), lengths))
+        return self._ids.of(slots)
+
+
+class _DictionaryCache:
+    def __init__(self, merges: Merges, splitter: Splitter, cache_words: int):
+        self._merges, self._splitter, self._cache_words = merges, splitter, cache_words
+        self._clear()
+
+    def _clear(self) -> None:
+        self._slots, self._ids = _Slots(), _Ids()
+
+    def encode(self, text: str) -> np.ndarray:
         if not text.isascii():
-            text.encode()  # raises before anything is changed
-        words = self.splitter.words(text)
+            text.encode()
+        if self._slots.count > self._cache_words or self._ids.ids.size > 8 * self._cache_words:
+            self._clear()
+        words = self._splitter.words(text)
         slots = np.fromiter(map(self._slots.__getitem__, words), np.int32, len(words))
         if self._slots.fresh:
-            ids, lengths = self.merges.encode_words([word.encode() for word in self._slots.fresh])
-            self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths, dtype=np.int64) - lengths])
-            self._lengths = np.concatenate([self._lengths, lengths])
-            self._ids = np.concatenate([self._ids, ids])
+            fresh = [word.encode() for word in self._slots.fresh]
             self._slots.fresh = []
-        return gather(self._ids, self._starts[slots], self._lengths[slots])
+            lengths = np.fromiter(map(len, fresh), np.int64, len(fresh))
+            self._ids.add(*self._merges.encode_packed(np.frombuffer(b"".join(fresh), np.uint8), lengths))
+        return self._ids.of(slots)
 
 
 class _Slots(dict):
@@ -58,12 +106,3 @@ class _Slots(dict):
         self.fresh.append(word)
         self.count += 1
         return slot
-
-
-def gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """values[starts[i] : starts[i] + lengths[i]] for all i, one after another."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    if total == len(lengths):
-        return values[starts]
-    return values[np.repeat(starts - (ends - lengths), lengths) + np.arange(total)]

@@ -170,7 +170,7 @@ def _lay_out(counts: WordCounts, byte_order: list[int]) -> tuple[np.ndarray, np.
     long = counts.lengths > 1
     rank = np.empty(256, np.int32)
     rank[np.array(byte_order)] = np.arange(256)
-    lengths = counts.lengths[long].astype(np.int64)
+    lengths = counts.lengths[long]
     symbols = np.full(int(lengths.sum()) + len(lengths) + 1, -1, np.int32)
     assert len(symbols) < 1 << 31, "positions are int32"
     inside = np.ones(len(symbols), bool)

@@ -4,6 +4,7 @@ Ids: the 256 bytes in `byte_order`, then one per merge, then the special tokens,
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from smedjan_common.data import sources, workers
@@ -33,6 +34,8 @@ def train(
     counts = count(patterns.Splitter(expression))
     if not len(counts.counts):
         raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give --input some text.")
+    if counts.dropped:
+        warnings.warn(f"{counts.dropped} distinct words met once were left out to save memory; merges may differ a little.", stacklevel=3)
     merging = (lambda done, total: progress("merge", done, total)) if progress else None
     order = BYTE_ORDERS[byte_order]
     pairs = learn_merges(counts, order, vocab_size - 256 - len(specials), min_count, merging)

@@ -1,4 +1,7 @@
-"""Counted words in packed arrays: what counting hands to learning, cheap to send between processes and to add up."""
+"""Counted words in packed arrays: what counting hands to learning, cheap to send between processes and to add up.
+
+Text of a pattern with array rules is counted in arrays (fast_split.py, word_table.py); `count_plain` is the definition.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,59 +10,103 @@ from typing import NamedTuple
 import numpy as np
 
 from smedjan_common.data.sources import Block, documents
+from smedjan_common.tokenizer.arrays import Column, gather
+from smedjan_common.tokenizer.fast_split import RULES, word_starts
 from smedjan_common.tokenizer.patterns import Splitter, mend_surrogates
+from smedjan_common.tokenizer.word_table import WordTable
+
+MOST_WORDS = 1 << 24  # distinct words that a process remembers, about 1 GiB; past it those met once are dropped
+_BLOCK = 1 << 18
+_ANY_LENGTH = 1 << 62
 
 
 class WordCounts(NamedTuple):
-    """`data` uint8: the words' bytes one after another; `lengths` int32 [words]; `counts` int64 [words]."""
+    """`data` uint8: the words' bytes one after another; `lengths` int64 [words]; `counts` int64 [words]; `dropped`: words left out."""
 
     data: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray
+    dropped: int = 0
 
 
 def pack(counter: dict[bytes, int]) -> WordCounts:
     """A dictionary of words as packed arrays, in its order."""
     return WordCounts(
         np.frombuffer(b"".join(counter), np.uint8),
-        np.fromiter(map(len, counter), np.int32, len(counter)),
+        np.fromiter(map(len, counter), np.int64, len(counter)),
         np.fromiter(counter.values(), np.int64, len(counter)),
     )
 
 
 def unpack(counts: WordCounts) -> dict[bytes, int]:
     """Packed arrays as a dictionary."""
-    data, ends = counts.data.tobytes(), np.cumsum(counts.lengths, dtype=np.int64).tolist()
+    data, ends = counts.data.tobytes(), np.cumsum(counts.lengths).tolist()
     return {data[start:end]: n for start, end, n in zip([0, *ends], ends, counts.counts.tolist(), strict=False)}
-
-
-def add(parts: Iterable[WordCounts]) -> WordCounts:
-    """The sum of several counts."""
-    total: dict[bytes, int] = {}
-    for part in parts:
-        if not total:
-            total = unpack(part)
-            continue
-        get = total.get
-        for word, count in unpack(part).items():
-            total[word] = get(word, 0) + count
-    return pack(total)
 
 
 def count_plain(texts: Iterable[str], splitter: Splitter) -> WordCounts:
     """The definition of counting: words of each text, one by one."""
     counter: Counter[str] = Counter()
     for text in texts:
-        counter.update(splitter.words(text))
-    return pack({_utf8(word): count for word, count in counter.items()})
+        counter.update(splitter.words(mend_surrogates(text)))
+    return pack({word.encode(): count for word, count in counter.items()})
+
+
+class Tally:
+    """Counts of words, added to in arrays. Past `most` distinct words those counted once are dropped, as often as needed."""
+
+    def __init__(self, most: int = MOST_WORDS):
+        self._most, self.dropped = most, 0
+        self._empty()
+
+    def _empty(self) -> None:
+        self._table, self._data, self._lengths, self._counts = WordTable(), Column(np.uint8), Column(np.int64), Column(np.int64)
+
+    def add(self, data: bytes, starts: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Words of `data` that begin at `starts`, each once or `counts` times."""
+        slots, fresh = self._table.slots(data, starts, _ANY_LENGTH)
+        if len(fresh):
+            lengths = np.diff(starts, append=len(data))[fresh]
+            self._data.extend(gather(np.frombuffer(data, np.uint8), starts[fresh], lengths))
+            self._lengths.extend(lengths)
+            self._counts.extend(np.zeros(len(fresh), np.int64))
+        if counts is None:
+            more = np.bincount(slots)
+            self._counts.values[: len(more)] += more
+        else:
+            np.add.at(self._counts.values, slots, counts)
+        if self._table.count > self._most:
+            self._drop()
+
+    def _drop(self) -> None:
+        old = self.result()
+        often = old.counts > 1
+        self._empty()
+        self.dropped += int((~often).sum())
+        self._most = max(self._most, 2 * int(often.sum()))
+        lengths = old.lengths[often]
+        self.add(old.data[np.repeat(often, old.lengths)].tobytes(), np.cumsum(lengths) - lengths, old.counts[often])
+
+    def result(self) -> WordCounts:
+        return WordCounts(self._data.values, self._lengths.values, self._counts.values, self.dropped)
+
+
+def add(parts: list[WordCounts]) -> WordCounts:
+    """The sum of several counts."""
+    if len(parts) == 1:
+        return parts[0]
+    total = Tally(_ANY_LENGTH)
+    for part in parts:
+        total.add(part.data.tobytes(), np.cumsum(part.lengths) - part.lengths, part.counts)
+    return total.result()._replace(dropped=sum(part.dropped for part in parts))
 
 
 class WordCounter:
     """Counts the words of block after block; what runs in each process. `finish()`: the WordCounts so far."""
 
-    def __init__(self, expression: str, field: str = "text", errors: str = "strict"):
+    def __init__(self, expression: str, field: str = "text", errors: str = "strict", most: int = MOST_WORDS):
         self._splitter, self._field, self._errors = Splitter(expression), field, errors
-        self._counter: Counter[str] = Counter()
+        self._rules, self._tally = RULES.get(expression), Tally(most)
 
     def __call__(self, block: Block) -> int:
         """Count a block; its size in bytes."""
@@ -68,11 +115,21 @@ class WordCounter:
         return len(block.data)
 
     def add_text(self, text: str) -> None:
-        for part in self._splitter.blocks(text):
-            self._counter.update(self._splitter.words(part))
+        """Count the words of a text."""
+        for part in self._splitter.blocks(text, _BLOCK):
+            try:
+                data = part.encode()
+            except UnicodeEncodeError:
+                part = mend_surrogates(part)
+                data = part.encode()
+            if self._rules:
+                self._tally.add(data, word_starts(part, data, self._rules))
+                continue
+            packed = pack({word.encode(): count for word, count in Counter(self._splitter.words(part)).items()})
+            self._tally.add(packed.data.tobytes(), np.cumsum(packed.lengths) - packed.lengths, packed.counts)
 
     def finish(self) -> WordCounts:
-        return pack({_utf8(word): count for word, count in self._counter.items()})
+        return self._tally.result()
 
 
 def count_texts(texts: Iterable[str], splitter: Splitter) -> WordCounts:
@@ -81,10 +138,3 @@ def count_texts(texts: Iterable[str], splitter: Splitter) -> WordCounts:
     for text in texts:
         counter.add_text(text)
     return counter.finish()
-
-
-def _utf8(word: str) -> bytes:
-    try:
-        return word.encode()
-    except UnicodeEncodeError:
-        return mend_surrogates(word).encode()

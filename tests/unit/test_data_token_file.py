@@ -43,8 +43,9 @@ def test_the_tokenizer_is_checked(tmp_path):
 def test_an_error_leaves_nothing_and_the_older_file_as_it_was(tmp_path, error):
     write(tmp_path / "t.bin")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(error), TokenFileWriter(tmp_path / "t.bin", 300, "other") as writer:
-        writer.append(np.arange(1000) % 300, np.array([0]), 1)
+    writer = TokenFileWriter(tmp_path / "t.bin", 300, "other")
+    writer.append(np.arange(1000) % 300, np.array([0]), 1)
+    with pytest.raises(error), writer:
         raise error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -1,5 +1,6 @@
 """Learning merges: equal to `tokenizers`' ByteLevel BPE merge for merge, and to the definition."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -14,7 +15,8 @@ from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS, to_chars
 from smedjan_common.tokenizer.merge import learn_merges
 from smedjan_common.tokenizer.patterns import PATTERNS, Splitter
-from smedjan_common.tokenizer.words import count_plain, count_texts, pack
+from smedjan_common.tokenizer.training import train
+from smedjan_common.tokenizer.words import WordCounter, add, count_plain, count_texts, pack, unpack
 
 
 def learn_plain(words: dict[bytes, int], byte_order: list[int], num_merges: int, min_count: int) -> list[tuple[int, int]]:
@@ -25,7 +27,7 @@ def learn_plain(words: dict[bytes, int], byte_order: list[int], num_merges: int,
     while len(merges) < num_merges:
         pairs: Counter = Counter()
         for word, count in parts:
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < min_count:
@@ -148,16 +150,23 @@ def test_counting_equals_its_definition(code):
     splitter = Splitter(PATTERNS["cl100k"])
     texts = [*code[:3], mixed_text(1, 5000), "\ud800 lone \udfff"]
     fast, plain = count_texts(texts, splitter), count_plain(texts, splitter)
-    words = {word for text in texts[:4] for word in splitter.words(text)}
-    assert sorted(zip(*unpacked(fast), strict=True)) == sorted(zip(*unpacked(plain), strict=True))
-    assert len(fast.counts) >= len(words)
+    assert unpack(fast) == unpack(plain)
+    assert unpack(add([fast, plain])) == {word: 2 * count for word, count in unpack(plain).items()}
 
 
-def unpacked(counts):
-    from smedjan_common.tokenizer.words import unpack
-
+def test_past_its_memory_counting_drops_only_words_met_once(code):
+    counter, plain = WordCounter(PATTERNS["cl100k"], most=2000), unpack(count_plain(code, Splitter(PATTERNS["cl100k"])))
+    for text in code:
+        counter.add_text(text)
+    counts = counter.finish()
     table = unpack(counts)
-    return list(table), list(table.values())
+    assert counts.dropped > 0
+    assert len(table) < len(plain)
+    assert all(count <= plain[word] for word, count in table.items())
+    often = sorted(plain, key=plain.__getitem__)[-100:]
+    assert all(table[word] >= 0.99 * plain[word] for word in often)
+    with pytest.warns(UserWarning, match="left out"):
+        train(lambda splitter: counts, 300, "cl100k", (), None, 1, "gpt2")
 
 
 @pytest.mark.parametrize(
