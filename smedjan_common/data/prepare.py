@@ -147,30 +147,25 @@ class Tokenise:
 
     def __init__(self, tokenizer: Tokenizer, field: str, errors: str, val_fraction: float):
         self._tokenizer, self._field, self._errors = tokenizer, field, errors
-        self._end = np.array([tokenizer.eot_id], np.int32)
+        self._end = tokenizer.eot_id
         self._limit = val_fraction * _HASH_RANGE
 
     def __call__(self, piece: Piece) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]]]:
-        parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-        starts: tuple[list[int], list[int]] = ([], [])
-        sizes, lengths = [0, 0], [0, 0]
-        for number, text in enumerate(sources.documents(piece.block, self._field, self._errors)):
-            if not text and piece.block.starts and piece.block.ends:
+        block = piece.block
+        texts, sides, sizes = [], [], []
+        for number, text in enumerate(sources.documents(block, self._field, self._errors)):
+            if not text and block.starts and block.ends:
                 continue
             data = text.encode("utf-8", "replace") if piece.side == BY_HASH else b""
-            side = self._side(piece, number, data)
-            tokens = self._tokenizer.encode_array(text)
-            if piece.block.starts:
-                starts[side].append(lengths[side])
-            ended = [tokens, self._end] if piece.block.ends else [tokens]
-            parts[side].extend(ended)
-            lengths[side] += sum(map(len, ended))
-            sizes[side] += len(data) or utf8_length(text)
-        sides = [
-            (np.concatenate(tokens) if tokens else np.empty(0, np.int32), np.array(first, np.uint64), size)
-            for tokens, first, size in zip(parts, starts, sizes, strict=True)
-        ]
-        return len(piece.block.data), sides
+            texts.append(text)
+            sides.append(self._side(piece, number, data))
+            sizes.append(len(data) or utf8_length(text))
+        ids, counts = self._tokenizer.encode_many(texts)
+        if block.ends:
+            ids = np.insert(ids, np.cumsum(counts), self._end)
+            counts = counts + 1
+        side = np.array(sides, np.int64)
+        return len(block.data), [_one_side(ids, counts, side == number, sizes, block.starts) for number in (TRAIN, VAL)]
 
     def _side(self, piece: Piece, number: int, data: bytes) -> int:
         if piece.side == BY_HASH:
@@ -178,6 +173,15 @@ class Tokenise:
         if piece.first_val_document is not None:
             return VAL if number >= piece.first_val_document else TRAIN
         return piece.side
+
+
+def _one_side(ids: np.ndarray, counts: np.ndarray, mine: np.ndarray, sizes: list[int], starts: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of documents given by ids [total] and counts [documents], those of one side: (ids, where they start in them, text bytes)."""
+    if not mine.any():
+        return ids[:0], np.empty(0, np.uint64), 0
+    own = counts[mine]
+    first = np.cumsum(own) - own if starts else own[:0]
+    return ids if mine.all() else ids[np.repeat(mine, counts)], first.astype(np.uint64), int(np.array(sizes)[mine].sum())
 
 
 def document_hash(data: bytes) -> int:

@@ -5,6 +5,8 @@ from its bytes to its ids, 256 KiB at a time; short text, and text of one's own 
 up in a dictionary. Words longer than 64 bytes are not kept, and a cache is emptied when it passes its size.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from smedjan_common.tokenizer.arrays import Column, gather
@@ -33,6 +35,32 @@ class Encoder:
         parts = [way.encode(block) for block in self._splitter.blocks(text, _BLOCK)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
 
+    def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of many texts one after another, int32 [total], and how many each has, int64 [texts]."""
+        ids, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        for group in _groups(texts):
+            if self._arrays is None or len(group) == 1:
+                parts = [self.encode(text) for text in group]
+                ids += parts
+                counts.append(np.array([len(part) for part in parts]))
+            else:
+                part, count = self._arrays.encode_group(group)
+                ids.append(part)
+                counts.append(count)
+        return np.concatenate(ids), np.concatenate(counts)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts in groups of about a block; a long one makes a group by itself."""
+    first, size = 0, 0
+    for number, text in enumerate(texts):
+        if number > first and size + len(text) > _BLOCK:
+            yield texts[first:number]
+            first, size = number, 0
+        size += len(text) + 1
+    if first < len(texts):
+        yield texts[first:]
+
 
 class _Ids:
     """The ids of every slot: slot i has ids[starts[i] : starts[i] + lengths[i]]."""
@@ -46,7 +74,10 @@ class _Ids:
         self.ids.extend(ids)
 
     def of(self, slots: np.ndarray) -> np.ndarray:
-        return gather(self.ids.values, self.starts.values.take(slots), self.lengths.values.take(slots))
+        return gather(self.ids.values, self.starts.values.take(slots), self.counts(slots))
+
+    def counts(self, slots: np.ndarray) -> np.ndarray:
+        return self.lengths.values.take(slots)
 
 
 class _ArrayCache:
@@ -59,14 +90,36 @@ class _ArrayCache:
 
     def encode(self, text: str) -> np.ndarray:
         data = text.encode()
+        slots = self._slots(data, word_starts(text, data, self._rules))
+        return self._ids.of(slots)
+
+    def encode_group(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Texts with a break after each, so that they share the work; the break has no ids."""
+        text = "\n".join(texts) + "\n"
+        data = text.encode()
+        breaks = np.cumsum(np.fromiter((len(one) + 1 for one in texts), np.int64, len(texts))) - 1
+        starts = word_starts(text, data, self._rules, breaks)
+        if len(data) > len(text):
+            breaks = np.cumsum(np.fromiter((len(one.encode()) + 1 for one in texts), np.int64, len(texts))) - 1
+        is_break = np.searchsorted(starts, breaks)
+        slots = self._slots(data, starts)
+        counts = self._ids.counts(slots)
+        counts[is_break] = 0
+        ids = gather(self._ids.ids.values, self._ids.starts.values.take(slots), counts)
+        return ids, np.diff(np.cumsum(counts, dtype=np.int64)[is_break], prepend=0)
+
+    def _slots(self, data: bytes, starts: np.ndarray) -> np.ndarray:
         if self._table.count > self._cache_words or self._ids.ids.size > 8 * self._cache_words:
             self._clear()
-        starts = word_starts(text, data, self._rules)
-        slots, fresh = self._table.slots(data, starts, LONGEST_SHORT_WORD)
-        if len(fresh):
-            lengths = np.diff(starts, append=len(data))[fresh]
-            self._ids.add(*self._merges.encode_packed(gather(np.frombuffer(data, np.uint8), starts[fresh], lengths), lengths))
-        return self._ids.of(slots)
+        try:
+            slots, fresh = self._table.slots(data, starts, LONGEST_SHORT_WORD)
+            if len(fresh):
+                lengths = np.diff(starts, append=len(data))[fresh]
+                self._ids.add(*self._merges.encode_packed(gather(np.frombuffer(data, np.uint8), starts[fresh], lengths), lengths))
+        except BaseException:  # stopped half-way, even by Ctrl-C, table and ids would no longer belong together
+            self._clear()
+            raise
+        return slots
 
 
 class _DictionaryCache:
@@ -83,12 +136,16 @@ class _DictionaryCache:
         if self._slots.count > self._cache_words or self._ids.ids.size > 8 * self._cache_words:
             self._clear()
         words = self._splitter.words(text)
-        slots = np.fromiter(map(self._slots.__getitem__, words), np.int32, len(words))
-        if self._slots.fresh:
-            fresh = [word.encode() for word in self._slots.fresh]
-            self._slots.fresh = []
-            lengths = np.fromiter(map(len, fresh), np.int64, len(fresh))
-            self._ids.add(*self._merges.encode_packed(np.frombuffer(b"".join(fresh), np.uint8), lengths))
+        try:
+            slots = np.fromiter(map(self._slots.__getitem__, words), np.int32, len(words))
+            if self._slots.fresh:
+                fresh = [word.encode() for word in self._slots.fresh]
+                lengths = np.fromiter(map(len, fresh), np.int64, len(fresh))
+                self._ids.add(*self._merges.encode_packed(np.frombuffer(b"".join(fresh), np.uint8), lengths))
+                self._slots.fresh = []
+        except BaseException:
+            self._clear()
+            raise
         return self._ids.of(slots)
 
 

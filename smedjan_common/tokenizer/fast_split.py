@@ -37,21 +37,26 @@ RULES: dict[str, Rules] = {
 }
 
 
-def word_starts(text: str, data: bytes, rules: Rules) -> np.ndarray:
-    """Byte offsets int64 [words] in `data`, the UTF-8 of `text`, at which words begin."""
+def word_starts(text: str, data: bytes, rules: Rules, breaks: np.ndarray | None = None) -> np.ndarray:
+    """Byte offsets int64 [words] in `data`, the UTF-8 of `text`, at which words begin.
+
+    `breaks`: positions of characters that stand between texts: each is a word, and the texts beside it do not see each other.
+    """
     if text.isascii():
         codes = np.frombuffer(data, np.uint8)
         classes = np.frombuffer(data.translate(_ascii_classes()), np.uint8)
-        return np.flatnonzero(_begins(codes, classes, rules))
+        return np.flatnonzero(_begins(codes, classes, rules, breaks))
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     classes = _classes(codes)
     characters = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
-    return characters[_begins(codes, classes, rules)]
+    return characters[_begins(codes, classes, rules, breaks)]
 
 
-def _begins(codes: np.ndarray, classes: np.ndarray, rules: Rules) -> np.ndarray:
+def _begins(codes: np.ndarray, classes: np.ndarray, rules: Rules, breaks: np.ndarray | None) -> np.ndarray:
     """Whether a word begins at each character, bool [n]; codes and classes uint [n]."""
     padded = np.concatenate([np.zeros(2, np.uint8), classes, np.zeros(2, np.uint8)])
+    if breaks is not None:
+        padded[2 + breaks] = 0  # what stands before and after every text
     here, before, earlier, after = padded[2:-2], padded[1:-3], padded[:-4], padded[3:-1]
     starts = here != before
     space = (here & (_B | _H | _R)) != 0
@@ -72,6 +77,8 @@ def _begins(codes: np.ndarray, classes: np.ndarray, rules: Rules) -> np.ndarray:
     _contraction_starts(codes, here, lone, starts, rules)
     if len(starts):
         starts[0] = True
+    if breaks is not None:
+        starts[breaks] = True
     return starts
 
 

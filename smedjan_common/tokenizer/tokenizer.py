@@ -171,9 +171,19 @@ class Tokenizer:
         except UnicodeEncodeError:
             return self._encoder.encode(mend_surrogates(text))
 
-    def encode_batch(self, texts: Iterable[str], workers: int = 1) -> list[list[int]]:
-        """`encode_ordinary` of many texts, in their order."""
-        return [self.encode_ordinary(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], workers: int | None = None) -> list[list[int]]:
+        """`encode_ordinary` of many texts, in their order; in `workers` processes (default: this one, all cores for much text)."""
+        from smedjan_common.tokenizer.batch import encode_in_processes
+
+        ids, counts = encode_in_processes(self, texts, workers)
+        return [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] if len(texts) else []
+
+    def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts one after another int32 [total], special tokens being plain text, and how many each has int64 [texts]."""
+        try:
+            return self._encoder.encode_many(texts)
+        except UnicodeEncodeError:
+            return self._encoder.encode_many([mend_surrogates(text) for text in texts])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; special tokens give their name, unknown ids nothing."""

@@ -246,8 +246,20 @@ def test_streams_hold_back_partial_characters(default_tokenizer):
     assert stream.finish() == "\ufffd"
 
 
-def test_a_batch_is_its_texts(default_tokenizer):
-    assert default_tokenizer.encode_batch(HOSTILE) == [default_tokenizer.encode(text) for text in HOSTILE]
+@pytest.mark.parametrize("workers", [None, 1, 2])
+def test_a_batch_is_its_texts(default_tokenizer, workers):
+    texts = ["", "", *HOSTILE, "x\ud800", *sample_texts(), "", " \n", "\n", "12", "34", "'", "s"]
+    assert default_tokenizer.encode_batch(texts, workers) == [default_tokenizer.encode(text) for text in texts]
+    assert default_tokenizer.encode_batch([], workers) == []
+
+
+@given(texts=st.lists(any_text, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_texts_encoded_together_do_not_see_each_other(default_tokenizer, texts):
+    ids, counts = default_tokenizer.encode_many(texts)
+    expected = [default_tokenizer.encode(text) for text in texts]
+    assert counts.tolist() == [len(part) for part in expected]
+    assert ids.tolist() == [i for part in expected for i in part]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
