@@ -4,6 +4,7 @@ SMEDJAN_TEST_DEVICE=gpu runs the same tests on the machine's accelerator. One th
 pytest workers share two cores, and the order in which sums are taken, hence their bits, does not depend on the machine's cores.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -11,15 +12,22 @@ import pytest
 DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE", "cpu")
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # by default float32 matmuls lose three digits on CUDA and new Apple chips
-os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on a CPU mx.compile calls g++; test_compiled.py tests the compiled form
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if DEVICE == "cpu":
+    os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on a CPU mx.compile calls g++; one test compiles all the same
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {single}".strip()
+
+    with contextlib.suppress(ImportError):  # on a Mac the default is the GPU
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
+else:  # a repeated run has the same bits only without atomic sums
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
 def pytest_configure(config: pytest.Config) -> None:

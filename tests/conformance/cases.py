@@ -16,6 +16,7 @@ from smedjan_common.config import ROPE_SCALINGS, ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.mixers import FFNS, MIXERS, Tolerance
 from smedjan_common.params import initial_params
+from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
 
 HEADS = {"mha": 4, "gqa": 2}  # key/value heads for 4 query heads
 BATCH, LENGTH, STEPS = 4, 17, 20  # an odd length: no chunk divides it
@@ -58,9 +59,16 @@ class Case:
 
     @property
     def tolerance(self) -> Tolerance:
-        """The widest gates among the rows in use."""
+        """The widest gates among the rows in use; in bfloat16 rounding is the same for all."""
+        if self.train.dtype == "bfloat16":
+            return BFLOAT16_TOLERANCE
         rows = [MIXERS[name].tolerance for name in self.model.mixer] + [FFNS[name].tolerance for name in self.model.ffn]
         return Tolerance(max(row.forward for row in rows), max(row.gradient for row in rows))
+
+    @property
+    def gates(self) -> Gates:
+        """The gates that do not belong to a row."""
+        return BFLOAT16 if self.train.dtype == "bfloat16" else FLOAT32
 
 
 def train_config(**changes: object) -> TrainConfig:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -64,12 +65,9 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """The BLAS in this process that is not NumPy's own: a preloaded OpenBLAS, or what MLX brings."""
-    maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists():
-        return "system"
-    names = {pathlib.Path(line.split()[-1]).name for line in maps.read_text().splitlines() if "blas" in line and "numpy" not in line}
-    return ", ".join(sorted(names)) or "bundled"
+    """A preloaded BLAS by its name, or what MLX brings. (What else this process has loaded, torch's say, is not asked.)"""
+    preloaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    return ", ".join(sorted(pathlib.Path(name).name for name in preloaded if "blas" in name)) or "bundled"
 
 
 def main() -> int:

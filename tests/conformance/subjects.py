@@ -14,6 +14,7 @@ import numpy as np
 
 from smedjan_common.backend import Snapshot
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.params import parameter_table
 from smedjan_common.reference import model as reference
 from smedjan_common.schedule import learning_rate
 
@@ -67,6 +68,11 @@ def on_device(name: str, tree: Any) -> Any:
 def on_host(tree: Any) -> Any:
     """Dicts of a backend's float32 arrays as NumPy's."""
     return {k: on_host(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree)
+
+
+def tensor_names(model: ModelConfig) -> set[str]:
+    """Names of the tensors of a model."""
+    return set(parameter_table(model))
 
 
 def make_backend(name: str, model: ModelConfig, train: TrainConfig) -> Any:
