@@ -80,6 +80,11 @@ def replaced_names(directory: Path) -> dict[str, Path]:
     return {m["name"]: path for path, m in matches if m and m["kind"] == "old" and not os.path.lexists(directory / m["name"])}
 
 
+def standing(path: Path) -> Path:
+    """Where a directory stands: `path`, or the name it was moved aside to by a writer that was killed at that instant."""
+    return path if os.path.lexists(path) else replaced_names(path.parent).get(path.name, path)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the entries of a directory durable."""
     fd = os.open(path, os.O_RDONLY)

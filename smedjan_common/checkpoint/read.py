@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from smedjan_common.checkpoint.atomic import standing
 from smedjan_common.checkpoint.directory import FINAL, OnSkip, latest_checkpoint, step_directories
 from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
@@ -19,7 +20,7 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
 
     Raises CheckpointError naming file and tensor, why, and the newest good other checkpoint of the directory.
     """
-    path = Path(path)
+    path = standing(Path(path))
     if not _is_run(path):
         return _read(path, optimizer, verify)
     broken = []
@@ -31,17 +32,18 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
                 raise _with_offer(step_path, error) from None
             broken.append(f"{error.what} {error.why}")
             on_skip(broken[-1])
-    if broken and not (path / FINAL / MANIFEST).exists():
+    final = standing(path / FINAL)
+    if broken and not (final / MANIFEST).exists():
         raise CheckpointError(f"{path} holds no good checkpoint.", broken[0], "Restore one from a copy, or train anew.")
-    return _read(path / FINAL, optimizer, verify)
+    return _read(final, optimizer, verify)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
     """What checkpoint.json of a checkpoint (or of a run directory's newest) says, without reading tensors. Raises CheckpointError."""
-    path = Path(path)
+    path = standing(Path(path))
     if _is_run(path):
         found = step_directories(path)
-        path = found[-1].path if found else path / FINAL
+        path = found[-1].path if found else standing(path / FINAL)
     try:
         return load_info(path)
     except CheckpointError as error:
@@ -55,7 +57,7 @@ def _is_run(path: Path) -> bool:
             raise _with_offer(path, _no_directory(path))
         if (path / MANIFEST).exists() or step_of(path.name) is not None or path.name == FINAL:
             return False
-        if step_directories(path) or (path / FINAL / MANIFEST).exists():
+        if step_directories(path) or (standing(path / FINAL) / MANIFEST).exists():
             return True
     raise CheckpointError(
         f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", "Check the path, or train first."

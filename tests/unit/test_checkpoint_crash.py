@@ -90,6 +90,68 @@ def test_a_run_survives_sigkill_at_any_moment(tmp_path, way):
     assert not [path for path in run.iterdir() if path.name.startswith(".")], "the next writer cleans up"
 
 
+# Dies before its n-th call that changes the file system, for every n, until a writer gets through: every crash point there is.
+EVERY_POINT = """
+import os, shutil, sys
+from pathlib import Path
+from smedjan_common.checkpoint import atomic, find_checkpoints, prune_checkpoints, read_checkpoint, write_final
+from tests.unit.test_checkpoint import assert_same_arrays, facts, sample_snapshot, write, write_checkpoint
+
+if sys.argv[2] == "moved-aside":
+    atomic._exchange = lambda one, other: False
+run, good = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "good"
+for step in (1, 2, 3):
+    write(good, step)
+write_final(good, sample_snapshot(3), **facts())
+changed = sample_snapshot(3)
+changed.params["norm.weight"][:] = 7
+
+def die_before(call, left):
+    def counted(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(9)
+        return call(*args, **options)
+    return counted
+
+def write_and_die(n):
+    left = [n]
+    for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
+        setattr(os, name, die_before(getattr(os, name), left))
+    write_checkpoint(run, changed, **facts())
+    write_final(run, changed, **facts())
+    prune_checkpoints(run, 1)
+    os._exit(0)
+
+n, status = 0, 9
+while status == 9:
+    n += 1
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(good, run)
+    child = os.fork()
+    if child == 0:
+        write_and_die(n)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for again in (False, True):
+        skipped = []
+        assert find_checkpoints(run, on_skip=skipped.append)[-1].step == 3 and not skipped, (n, skipped)
+        for path in (run, run / "final", *(found.path for found in find_checkpoints(run))):
+            weights = read_checkpoint(path).snapshot
+            expected = changed if weights.params["norm.weight"][0] == 7 else sample_snapshot(weights.step)
+            assert_same_arrays(weights.params, expected.params)
+        if not again:
+            write(run, 4, name="later")
+            assert not [path for path in run.iterdir() if path.name.startswith(".")], (n, list(run.iterdir()))
+print(n, status)
+"""
+
+
+@pytest.mark.parametrize("way", ["swapped", "moved-aside"])
+def test_a_run_survives_a_death_at_each_step_of_writing(tmp_path, way):
+    points, status = in_subprocess(EVERY_POINT, tmp_path, way).split()
+    assert (int(points) > 35, status) == (True, "0")
+
+
 def check_run(run: Path, acked: list[str]) -> None:
     """Everything that looks like a checkpoint is one, and no step that was said to stand is lost."""
     skipped: list[str] = []
@@ -235,7 +297,7 @@ def test_everything_is_on_the_disk_before_the_name_is_and_the_name_before_the_ca
 def in_subprocess(code: str, *args: object) -> str:
     """Run Python code in a process of its own, from the repository's root; returns what it printed."""
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]).stdout
 
 
 def test_a_limit_on_file_sizes_is_an_error_that_leaves_older_checkpoints_whole(tmp_path):
