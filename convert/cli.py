@@ -1,0 +1,87 @@
+"""`convert SRC DST --to FORMAT`, `smedjan convert`, `python -m convert`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Convert a model between smedjan's checkpoints and the formats of other programs; what SRC is, is found out.
+
+    Nothing is overwritten without --force, what was written is read back and compared before it takes its name, and values are kept:
+    float32 holds bfloat16 and float16 exactly.
+    """
+
+    src: Annotated[Positional[str], arg(metavar="SRC")]
+    """A run folder (its newest weights), a step-*/ or final/, or a Hugging Face directory of the Llama family."""
+    dst: Annotated[Positional[str], arg(metavar="DST")]
+    """What to write: a directory for neutral and hf, a file for gguf."""
+    to: Annotated[str, arg(metavar="neutral|hf|gguf")]
+    """neutral: smedjan's own, to generate from and to train on (--pretrained). hf: for transformers and mlx-lm. gguf: for llama.cpp."""
+    dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
+    """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral."""
+    max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
+    """hf: a model that is larger is written in several files of at most this size (a number with KB, MB or GB)."""
+    force: Annotated[bool, FlagCreatePairsOff] = False
+    """Replace DST if it exists. Only what `convert` could have written is ever replaced."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(Flags, prog="convert", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    import time
+    from pathlib import Path
+
+    from convert.formats import FORMATS, Options, dtype_name, source_format
+    from convert.output import check_target
+    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.errors import ConfigError, near
+
+    if flags.to not in FORMATS:
+        raise ConfigError(f"--to {flags.to!r} is unknown.", "It names a format.", near(flags.to, FORMATS))
+    started, target = time.monotonic(), FORMATS[flags.to]
+    options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
+    src, dst = Path(flags.src), Path(flags.dst)
+    source = source_format(src)
+    if source is target and target.name == "neutral":
+        raise ConfigError(f"{src} is neutral already.", "Both backends take it as it is.", "Copy it, or name another --to.")
+    check_target(src, dst, flags.force, target.detect)
+    assert source.read is not None
+    model = source.read(src)
+    with progress_bar() as show:
+        notes = target.write(model, dst, options, show)
+    for note in (*model.notes, *notes):
+        print(f"note: {note}")
+    size = sum(file.stat().st_size for file in dst.iterdir()) if dst.is_dir() else dst.stat().st_size
+    parameters = model.config.num_params()
+    print(
+        f"{dst}: {target.about}, {parameters:,} parameters in {options.dtype}, {size / 1e6:,.1f} MB, "
+        f"read back and equal, {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `1000`. Raises ConfigError."""
+    from smedjan_common.errors import ConfigError
+
+    number, unit = text.strip().upper(), 1
+    for name, scale in (("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12)):
+        if number.endswith(name):
+            number, unit = number.removesuffix(name), scale
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text!r} is no size.", "It is a number with KB, MB or GB.", "Take 5GB, say.")
+    return size

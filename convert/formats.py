@@ -1,0 +1,96 @@
+"""The table of formats: how each is recognised, read and written. A new format is a file beside this one and a row here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert import gguf_file, hf_export, hf_import, neutral
+from convert.portable import Portable, Show
+from smedjan_common.errors import CheckpointError, ConfigError, near
+
+FLOATS = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+DTYPES = (*FLOATS, "q8_0")
+_SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a writer is told beside the model: a name of DTYPES, and the bytes of a shard at most."""
+
+    dtype: str = "float32"
+    max_shard_bytes: int = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Format:
+    """detect(path): whether it is this. read: None where it cannot be a source. write(model, path, options, show) -> notes."""
+
+    name: str
+    about: str
+    dtypes: tuple[str, ...]
+    detect: Callable[[Path], bool]
+    read: Callable[[Path], Portable] | None
+    write: Callable[[Portable, Path, Options, Show], list[str]]
+
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            "neutral",
+            "smedjan's own checkpoint",
+            ("float32",),
+            neutral.detect,
+            neutral.read,
+            lambda model, path, options, show: neutral.write(model, path, show),
+        ),
+        Format(
+            "hf",
+            "a Hugging Face directory of the Llama family",
+            tuple(FLOATS),
+            hf_import.detect,
+            hf_import.read,
+            lambda model, path, options, show: hf_export.write(model, path, FLOATS[options.dtype], options.max_shard_bytes, show),
+        ),
+        Format(
+            "gguf",
+            "llama.cpp's file",
+            DTYPES,
+            gguf_file.detect,
+            None,
+            lambda model, path, options, show: gguf_file.write(model, path, options.dtype, show),
+        ),
+    )
+}
+
+
+def source_format(path: Path) -> Format:
+    """The format of what stands at `path`. Raises CheckpointError when it is none that can be read."""
+    if not path.exists():
+        raise CheckpointError(f"There is no {path}.", "Nothing has this name.", "Check the path.")
+    row = next((row for row in FORMATS.values() if row.detect(path)), None)
+    readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values() if known.read)
+    if row is None:
+        more = "A file alone is no model: give the directory it is in." if path.is_file() else "Check the path."
+        raise CheckpointError(f"{path} is of no format that is known here.", f"Those that can be read: {readable}.", more)
+    if row.read is None:
+        raise CheckpointError(f"{path} is {row.about}.", f"It is only written, not read. Read are: {readable}.", "Convert its source.")
+    return row
+
+
+def dtype_name(text: str, target: Format) -> str:
+    """The full name of a dtype that `target` can hold. Raises ConfigError."""
+    name = _SHORT.get(text.lower(), text.lower())
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {text!r} is unknown.", "It must be a name of the list.", near(name, DTYPES))
+    if name not in target.dtypes:
+        fix = f"Take --dtype {' or '.join(target.dtypes)}."
+        raise ConfigError(f"--dtype {name} does not fit --to {target.name}.", f"It holds {', '.join(target.dtypes)}.", fix)
+    return name

@@ -1,0 +1,177 @@
+"""Portable -> a GGUF file that llama.cpp runs: architecture `llama`, hyper-parameters, tokenizer and weights in one file.
+
+llama.cpp turns neighbours (2j, 2j+1) of a head where smedjan, like transformers, turns j with j + K/2, so the rows of q_proj and
+k_proj are reordered: row j + h K/2 of a head goes to 2j + h, h = 0, 1. The head is tied by leaving `output.weight` out. The embedding
+is cut to the vocabulary: llama.cpp then chooses among exactly the tokens that smedjan chooses among. Vectors stay float32.
+
+The `gguf` package (extra `gguf`) writes, quantises and reads the file.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import gguf_tokenizer
+from convert.hf_config import rope_to_hf
+from convert.names import check_llama, rows
+from convert.output import atomic_path
+from convert.portable import Lazy, Portable, Show, cast, watched
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError, ConfigError
+
+_MAGIC = b"GGUF"
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # ours -> GGMLQuantizationType
+_FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}  # -> LlamaFileType
+_BLOCK = 32  # weights that share a scale in Q8_0
+
+
+def detect(path: Path) -> bool:
+    """Whether it is a GGUF file."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == _MAGIC
+
+
+def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
+    """Write the file `target` atomically; returns notes for the user. dtype: float32, bfloat16, float16 or q8_0.
+
+    Raises ConfigError for a model or tokenizer that llama.cpp has no form for, and when the `gguf` package is not installed;
+    CheckpointError when what was written reads back differently; OSError.
+    """
+    gguf = _package()
+    check_llama(model.config, "GGUF")
+    if model.tokenizer is None:
+        raise ConfigError("The model has no tokenizer.", "A GGUF file has one inside.", "Put tokenizer.json beside its weights.")
+    fields = _hyper_parameters(model.config, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
+    kind = _TYPES[dtype]
+    tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config) for row in rows(model.config.layers)}
+    kinds = {name: _kind(kind, tensor) for name, tensor in tensors.items()}
+    encoded = {name: _encoded(name, tensor, kinds[name], gguf) for name, tensor in tensors.items()}
+    fields["general.file_type"] = int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
+    fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+    with atomic_path(target) as temporary:
+        _write(temporary, fields, watched(encoded, "write", show), kinds, tensors, gguf)
+        _verify(temporary, target, fields, watched(encoded, "verify", show), kinds, gguf)
+    odd = sum(1 for name, tensor in tensors.items() if kinds[name] == "F16" != kind and len(tensor.shape) > 1)
+    return [f"{odd} matrices have rows that are no multiple of {_BLOCK}: they are float16."] if odd else []
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("The package gguf is not installed.", "It writes the file.", "Install it: pip install 'smedjan[gguf]'.") from None
+    return gguf
+
+
+def _hyper_parameters(config: ModelConfig, name: str) -> dict[str, Any]:
+    """GGUF keys of the architecture. int: uint32, float: float32."""
+    base, scaling = rope_to_hf(config)
+    fields: dict[str, Any] = {
+        "general.name": name,
+        "general.type": "model",
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.context_length,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.ffn_dim,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(base),
+        "llama.rope.scaling.type": scaling["rope_type"] if scaling else "none",
+    }
+    if scaling:  # llama.cpp works out the attention factor by our formula
+        fields["llama.rope.scaling.factor"] = float(scaling["factor"])
+        fields["llama.rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        fields["llama.rope.scaling.yarn_beta_fast"] = float(scaling["beta_fast"])
+        fields["llama.rope.scaling.yarn_beta_slow"] = float(scaling["beta_slow"])
+    return fields
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [H K, D] of a q or k projection in llama.cpp's order: j + h K/2 of each head goes to 2j + h."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _laid_out(name: str, tensor: Lazy, config: ModelConfig) -> Lazy:
+    """A tensor of ours as float32 in llama.cpp's layout."""
+    tensor = cast(name, tensor, np.dtype(np.float32))
+    if name == "embed.weight":
+        return tensor.then(lambda array: array[: config.vocab_size], shape=(config.vocab_size, config.dim))
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    return tensor.then(lambda array: interleaved(array, heads)) if heads else tensor
+
+
+def _kind(wanted: str, tensor: Lazy) -> str:
+    if len(tensor.shape) == 1:
+        return "F32"
+    return "F16" if wanted == "Q8_0" and tensor.shape[-1] % _BLOCK else wanted
+
+
+def _encoded(name: str, tensor: Lazy, kind: str, gguf: Any) -> Lazy:
+    """The bytes of a tensor in the file, uint8 [rows, bytes of a row]."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+
+    def encode(array: np.ndarray) -> np.ndarray:
+        if kind == "F16":
+            array = cast(name, Lazy(array.dtype, array.shape, lambda: array), np.dtype(np.float16)).read()
+        return np.ascontiguousarray(gguf.quantize(np.ascontiguousarray(array), number)).view(np.uint8).reshape(shape)
+
+    return tensor.then(encode, np.uint8, shape)
+
+
+def _write(
+    path: Path, fields: Mapping[str, Any], encoded: Mapping[str, Lazy], kinds: Mapping[str, str], tensors: Mapping[str, Lazy], gguf: Any
+) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in fields.items():
+        adders[type(value)](key, value)
+    for name, tensor in encoded.items():
+        writer.add_tensor_info(name, tensors[name].shape, np.dtype(np.float32), tensor.nbytes, gguf.GGMLQuantizationType[kinds[name]])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in encoded.values():
+            writer.write_tensor_data(tensor.read())
+    finally:
+        writer.close()
+
+
+def _verify(path: Path, target: Path, fields: Mapping[str, Any], encoded: Mapping[str, Lazy], kinds: Mapping[str, str], gguf: Any) -> None:
+    """Raises CheckpointError unless the gguf reader finds exactly these fields and tensors, bit for bit."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # whatever it says, the file is wrong
+        raise _not_what_was_written(target, f"its reader says: {error}") from None
+    for key, value in fields.items():
+        field = reader.get_field(key)
+        if field is None or not _equal(field.contents(), value):
+            raise _not_what_was_written(target, f"the field {key} differs")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if set(found) != set(encoded):
+        raise _not_what_was_written(target, "tensors are missing or too many")
+    for name, tensor in encoded.items():
+        data = np.ascontiguousarray(found[name].data).view(np.uint8).reshape(-1)
+        if found[name].tensor_type.name != kinds[name] or not np.array_equal(data, tensor.read().reshape(-1)):
+            raise _not_what_was_written(target, f"{name} differs")
+
+
+def _equal(found: Any, value: Any) -> bool:
+    return math.isclose(found, value, rel_tol=1e-6) if isinstance(value, float) else found == value
+
+
+def _not_what_was_written(target: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{target} is not what was written.", f"Read back, {why}.", "Check the disk and try again.")

@@ -1,0 +1,85 @@
+"""Portable -> a directory that transformers' AutoModelForCausalLM and AutoTokenizer, and mlx-lm, load with no code of ours.
+
+    config.json   generation_config.json   model.safetensors (or shards and an index)
+    tokenizer.json   tokenizer_config.json   special_tokens_map.json
+
+Before it takes its name it is read back through hf_import and compared: tensors bit for bit, rotary frequencies, tokenizer hash.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import hf_config, hf_import, hf_tokenizer
+from convert.names import rows
+from convert.output import write_json
+from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
+from convert.safetensors_file import write_tensors
+from smedjan_common import rope
+from smedjan_common.checkpoint.atomic import atomic_directory
+from smedjan_common.errors import CheckpointError
+
+
+def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, show: Show) -> list[str]:
+    """Write the directory `target` atomically, in place of one of that name; returns notes for the user.
+
+    Raises ConfigError for a model that is no Llama, CheckpointError when what was written reads back differently, OSError.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    eos = tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
+    values = hf_config.to_hf(config, dtype.name, eos)  # refuses before anything is written
+    tensors = {row.hf: cast(row.ours, model.tensors[row.ours], dtype) for row in rows(config.layers)}
+    with atomic_directory(target) as temporary:
+        write_json(temporary / hf_import.CONFIG, values)
+        write_json(temporary / "generation_config.json", _generation(model, eos))
+        for name, value in hf_tokenizer.files(tokenizer, config.padded_vocab_size, config.context_length).items() if tokenizer else ():
+            write_json(temporary / name, value, indent=None if name == hf_tokenizer.FILE else 2)
+        _write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
+        _verify(temporary, model, watched(tensors, "verify", show))
+    notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
+    if config.rope_scaling == "ntk":
+        notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
+    return notes
+
+
+def _generation(model: Portable, eos: int | None) -> dict[str, Any]:
+    """generation_config.json: greedy; the embedding rows beyond the vocabulary are never chosen, as in smedjan."""
+    spare = list(range(model.config.vocab_size, model.config.padded_vocab_size))
+    special = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
+    return {"do_sample": False, **special, **({"suppress_tokens": spare} if spare else {})}
+
+
+def _write_weights(directory: Path, tensors: Mapping[str, Lazy], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Lazy]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return write_tensors(directory / hf_import.WEIGHTS, shards[0])
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, shard)
+        index |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return write_json(directory / hf_import.INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _verify(directory: Path, model: Portable, expected: Mapping[str, Lazy]) -> None:
+    """Raises CheckpointError unless the directory reads back as the model that was to be written."""
+    again = hf_import.read(directory)
+    check_equal(str(directory), hf_import.open_weights(directory), expected)
+    ours, theirs = model.config, again.config
+    same = ours.padded_vocab_size == theirs.padded_vocab_size and math.isclose(ours.norm_eps, theirs.norm_eps, rel_tol=1e-12)
+    same = same and np.allclose(rope.frequencies(ours), rope.frequencies(theirs), rtol=1e-12, atol=0)
+    if not same or rope.attention_factor(ours) != rope.attention_factor(theirs):
+        raise CheckpointError(f"{directory} is not what was written.", "Its config.json describes another model.", "Report this.")
+    if model.tokenizer and (again.tokenizer is None or again.tokenizer.hash != model.tokenizer.hash):
+        raise CheckpointError(f"{directory} is not what was written.", "Its tokenizer.json reads back differently.", "Report this.")

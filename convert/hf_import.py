@@ -1,0 +1,161 @@
+"""A Hugging Face directory of the Llama family -> Portable.
+
+    config.json   model.safetensors, or model.safetensors.index.json and its shards   tokenizer.json
+
+Nothing in it is believed: names, shapes and dtypes are checked against the model of config.json before a tensor is read, pickles are
+never opened, and what smedjan's model cannot express is refused by name. Weights become float32, which holds F32, BF16 and F16 exactly.
+The head here is the embedding: an lm_head.weight is dropped where it equals the embedding, and refused where it does not.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import hf_config, hf_tokenizer
+from convert.names import Row, rows
+from convert.portable import Lazy, Portable, cast
+from convert.safetensors_file import open_tensors
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.params import parameter_table
+from smedjan_common.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, INDEX, HEAD = "config.json", "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files keep a table that follows from config.json
+_MAX_JSON_BYTES = 256 << 20
+
+
+def detect(path: Path) -> bool:
+    """Whether a directory looks like one of Hugging Face's."""
+    try:
+        return path.is_dir() and bool({"model_type", "architectures"} & read_json(path / CONFIG).keys())
+    except CheckpointError:
+        return False
+
+
+def read(path: Path) -> Portable:
+    """The model of a directory; no tensor but an untied head is read yet.
+
+    Raises CheckpointError for a wrong file, ConfigError for a model that cannot be expressed, DataError for its tokenizer.
+    """
+    values, where = read_json(path / CONFIG), str(path / CONFIG)
+    try:
+        config = hf_config.from_hf(values, where)
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{where} cannot be used.", f"{type(error).__name__}: {error}.", "Restore it from a good copy.") from None
+    stored = open_weights(path)
+    dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
+    if config.layers > len(stored):  # before a table of that many layers is made
+        raise CheckpointError(f"{where} promises {config.layers} layers.", f"There are only {len(stored)} tensors.", "Download it again.")
+    names = rows(config.layers)
+    stored, notes = _without_extras(stored, names, path)
+    _check_shapes(stored, config, names, path)
+    tokenizer, more = hf_tokenizer.read(path, config.vocab_size)
+    tensors = {row.ours: cast(row.ours, stored[row.hf], np.dtype(np.float32)) for row in names}
+    tensors["embed.weight"], config = _padded(tensors["embed.weight"], config, tokenizer)
+    source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
+    return Portable(config, tensors, tokenizer, 0, source, (*notes, *more))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError naming the file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_JSON_BYTES + 1)
+        values = json.loads(raw.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read.", f"{why}.", "Download it again, or restore it from a copy.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object.", f"It is a {type(values).__name__}.", "Download it again.")
+    return values
+
+
+def open_weights(path: Path) -> dict[str, Lazy]:
+    """Every tensor of the directory by its name there, none read yet. Raises CheckpointError."""
+    if (path / WEIGHTS).exists():
+        return open_tensors(path / WEIGHTS)
+    if (path / INDEX).exists():
+        return _open_shards(path)
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has its weights in {pickles[0]}, a pickle.",
+            "A pickle can run any code when it is loaded, so it never is.",
+            "Use a copy of the model in safetensors.",
+        )
+    raise CheckpointError(f"{path} has no weights.", f"There is neither {WEIGHTS} nor {INDEX}.", "Download the model again.")
+
+
+def _open_shards(path: Path) -> dict[str, Lazy]:
+    index, where = read_json(path / INDEX).get("weight_map"), path / INDEX
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise CheckpointError(f"{where} has no weight_map of names.", "It says which file has which tensor.", "Download it again.")
+    tensors: dict[str, Lazy] = {}
+    for file in sorted(set(index.values())):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file):
+            raise CheckpointError(f"{where} names the file {file!r}.", "Only safetensors files beside it are opened.", "Download it again.")
+        found = open_tensors(path / file)
+        for name in found:
+            if index.get(name) != file:
+                raise CheckpointError(f"{path / file} has a tensor {name!r}.", f"{INDEX} does not list it there.", "Download it again.")
+        tensors |= found
+    if missing := index.keys() - tensors.keys():
+        name = min(missing)
+        raise CheckpointError(f"{path / index[name]} lacks the tensor {name!r}.", f"{INDEX} lists it there.", "Download it again.")
+    return tensors
+
+
+def _without_extras(stored: Mapping[str, Lazy], names: list[Row], path: Path) -> tuple[dict[str, Lazy], list[str]]:
+    """The tensors of the model alone: what more there is must change nothing, or is refused by name."""
+    known, notes = {row.hf for row in names}, []
+    if missing := [row.hf for row in names if row.hf not in stored]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}.", f"The model of {CONFIG} has it.", "Download it again.")
+    for name in stored.keys() - known:
+        if name == HEAD:
+            _check_head(stored, path)
+        elif name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in known:
+            if np.any(stored[name].read()):
+                raise ConfigError(f"{path} has the bias {name}.", "Layers here have none.", "Choose another model: one without biases.")
+            notes = ["Its biases are all zero and were left out."]
+        elif not _IGNORED.fullmatch(name):
+            raise ConfigError(f"{path} has a tensor {name!r}.", "A Llama has no such thing.", "Choose another model.")
+    return {name: tensor for name, tensor in stored.items() if name in known}, notes
+
+
+def _check_head(stored: Mapping[str, Lazy], path: Path) -> None:
+    head, embed = stored[HEAD], stored[rows(0)[0].hf]
+    same = head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32))
+    if not same:
+        raise ConfigError(
+            f"{path} has a head of its own, {HEAD}.",
+            "It differs from the embedding, and here the embedding is the head (tied).",
+            "Choose a model with tie_word_embeddings.",
+        )
+
+
+def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, names: list[Row], path: Path) -> None:
+    table = parameter_table(config)
+    for row in names:
+        shape = (config.vocab_size, config.dim) if row.ours == "embed.weight" else table[row.ours].shape
+        if stored[row.hf].shape != shape:
+            raise CheckpointError(
+                f"The tensor {row.hf} in {path} has shape {stored[row.hf].shape}.", f"{CONFIG} asks for {shape}.", "Download it again."
+            )
+
+
+def _padded(embed: Lazy, config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Lazy, ModelConfig]:
+    """The embedding with zero rows up to a multiple of 64, and the model with the tokenizer's vocabulary where that pads to the same."""
+    count, padded = config.vocab_size, config.padded_vocab_size
+    if tokenizer is not None:
+        smaller = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        config = smaller if smaller.padded_vocab_size == padded else config
+    if padded == count:
+        return embed, config
+    return embed.then(lambda array: np.pad(array, ((0, padded - count), (0, 0))), shape=(padded, config.dim)), config

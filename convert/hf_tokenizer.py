@@ -1,0 +1,92 @@
+"""tokenizer.json and its companions, as transformers and mlx-lm read them, and the way back.
+
+The embedding has more rows than the tokenizer has tokens (a multiple of 64), so the ids that are left get reserved names,
+<|reserved_ID|>: len(tokenizer) is then the number of rows, which trainers and servers check. Coming back they are taken away.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.errors import CheckpointError, DataError
+from smedjan_common.tokenizer import Tokenizer
+
+FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def reserved(number: int) -> str:
+    """The name of an id that stands for nothing."""
+    return f"<|reserved_{number}|>"
+
+
+def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dict[str, Any]]:
+    """File name -> JSON value. rows: those of the embedding."""
+    document = json.loads(tokenizer.to_json())
+    used = set(document["model"]["vocab"].values()) | set(tokenizer.special_tokens.values())
+    spare = {reserved(number): number for number in range(rows) if number not in used}
+    if taken := spare.keys() & (tokenizer.special_tokens.keys() | document["model"]["vocab"].keys()):
+        raise CheckpointError(f"The tokenizer has a token {min(taken)}.", "That name is needed for an id without token.", "Rename it.")
+    added = sorted((tokenizer.special_tokens | spare).items(), key=lambda item: item[1])
+    document["added_tokens"] = [{"id": number, "content": name} | _FLAGS for name, number in added]
+    document["model"]["vocab"] |= dict(added)  # so that each keeps its id, whatever gaps there are
+    eos = end_of_text(tokenizer)
+    special = {} if eos is None else {"bos_token": eos, "eos_token": eos}  # a document begins after the one before it
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(number): {"content": name} | _FLAGS for name, number in added},
+        **special,
+    }
+    return {FILE: document, CONFIG: config, SPECIAL: special}
+
+
+def end_of_text(tokenizer: Tokenizer) -> str | None:
+    """The name of the token between documents; None where the tokenizer has none."""
+    try:
+        number = tokenizer.eot_id
+    except DataError:
+        return None
+    return next(name for name, known in tokenizer.special_tokens.items() if known == number)
+
+
+def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of a Hugging Face directory without its reserved names, and what its users should know.
+
+    None when there is no tokenizer.json. Raises DataError for one that is not byte-level BPE or has more ids than `rows`.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return None, [f"There is no {FILE}: only the weights are taken over, and text needs a tokenizer of the same ids."]
+    tokenizer = _load(path)
+    vocabulary = tokenizer.vocabulary
+    kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
+    if kept != vocabulary.specials:
+        tokenizer = Tokenizer(dataclasses.replace(vocabulary, specials=kept))
+    if tokenizer.vocab_size > rows:
+        raise DataError(
+            f"{path} has {tokenizer.vocab_size} tokens.", f"The model has {rows} embedding rows.", "Take the tokenizer of this model."
+        )
+    return tokenizer, _notes(path, tokenizer)
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(path)
+    except DataError as error:
+        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone are taken over."
+        raise DataError(error.what, error.why, fix) from None
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise DataError(f"{path} is no tokenizer.", f"{type(error).__name__}: {error}.", "Restore the file.") from None
+
+
+def _notes(path: Path, tokenizer: Tokenizer) -> list[str]:
+    notes = []
+    if end_of_text(tokenizer) is None:
+        notes.append("The tokenizer has no end-of-text token by any known name: `generate` and `prepare` need one.")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if "TemplateProcessing" in json.dumps(document.get("post_processor")):
+        notes.append("Its own tokenizer puts special tokens around a text (a beginning, say); smedjan adds none: write them in the prompt.")
+    return notes

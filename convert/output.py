@@ -1,0 +1,50 @@
+"""What every writer promises: nothing is overwritten without --force, nothing of other people's ever, and no half stands anywhere."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.data.atomic import sync_directory, temporary_name
+from smedjan_common.errors import CheckpointError
+
+
+def check_target(source: Path, target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
+    """Raises CheckpointError when `target` may not be written. ours(path): whether what stands there is of the format to be written."""
+    inside, outside = source.resolve(), target.resolve()
+    if inside == outside or inside.is_relative_to(outside):
+        raise CheckpointError(f"{target} is, or holds, what is to be converted.", "It would be lost.", "Name another destination.")
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{target} exists already.", "Nothing was changed.", "Choose another destination, or replace it with --force."
+        )
+    if not ours(target):
+        raise CheckpointError(f"{target} is in the way and is nothing that `convert` writes here.", "", "Move it elsewhere.")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write and fsync a new file. Raises OSError."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file at; it becomes `target` when the block ends, and vanishes when it raises."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(target)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_directory(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,112 @@
+"""What readers give and writers take: a model whose tensors are still on disk.
+
+Tensors have the names, shapes and layout of smedjan_common.params: weights [out, in], the embedding [padded V, D] being the head too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError
+from smedjan_common.tokenizer import Tokenizer
+
+Show = Callable[[str, int, int], None]  # progress: stage, bytes done, bytes in total
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An array that is made when it is asked for, by `np.asarray` or `read`, and never kept."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def then(self, function: Callable[[np.ndarray], np.ndarray], dtype: Any = None, shape: tuple[int, ...] | None = None) -> "Lazy":
+        """The array that `function` makes of this one; `dtype` and `shape` say what it will be where they change."""
+        return Lazy(np.dtype(dtype or self.dtype), self.shape if shape is None else shape, lambda: function(self.read()))
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A model on its way from one format to another.
+
+    step: optimizer steps done, 0 where that is not known. source: what the file it came from tells of itself (JSON values).
+    notes: one sentence each, for the user: what is not the same on the other side.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, Lazy]
+    tokenizer: Tokenizer | None
+    step: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def cast(name: str, tensor: Lazy, dtype: np.dtype) -> Lazy:
+    """`tensor` in another floating dtype, rounded to nearest even. Reading raises CheckpointError where a finite value becomes infinite."""
+
+    def convert(array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            out = array.astype(dtype)
+        if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
+            _check_range(name, array, out)
+        return out
+
+    return tensor if tensor.dtype == dtype else tensor.then(convert, dtype)
+
+
+def _check_range(name: str, array: np.ndarray, out: np.ndarray) -> None:
+    lost = np.isinf(out) & np.isfinite(array)
+    if lost.any():
+        value = float(array[lost].flat[0])
+        raise CheckpointError(
+            f"{name} has the value {value:g}, which {out.dtype.name} cannot hold.", "It would become infinite.", "Take --dtype bfloat16."
+        )
+
+
+def watched(tensors: Mapping[str, Lazy], stage: str, show: Show) -> dict[str, Lazy]:
+    """The same tensors; each one that is read moves the bar of `stage` on."""
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+
+    def watch(tensor: Lazy) -> Lazy:
+        def count(array: np.ndarray) -> np.ndarray:
+            nonlocal done
+            done += tensor.nbytes
+            show(stage, done, total)
+            return array
+
+        return tensor.then(count)
+
+    return {name: watch(tensor) for name, tensor in tensors.items()}
+
+
+def check_equal(where: str, found: Mapping[str, Lazy], expected: Mapping[str, Lazy]) -> None:
+    """Raises CheckpointError naming the first tensor whose name, dtype, shape or any bit differs."""
+    if odd := set(found).symmetric_difference(expected):
+        raise _not_what_was_written(where, f"the tensor {min(odd)!r} is missing or too many")
+    for name, tensor in expected.items():
+        other = found[name]
+        if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            raise _not_what_was_written(where, f"{name} is {other.dtype} {other.shape}, not {tensor.dtype} {tensor.shape}")
+        if not np.array_equal(_bits(other.read()), _bits(tensor.read())):
+            raise _not_what_was_written(where, f"{name} has other values")
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _not_what_was_written(where: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{where} is not what was written.", f"Read back, {why}.", "Check the disk and try again.")

@@ -1,0 +1,91 @@
+"""A safetensors file of anybody: checked by the `safetensors` package, read and written tensor by tensor.
+
+    header length (8 bytes, little-endian) | header (JSON: name -> dtype, shape, data_offsets) | data, no gaps
+
+The package refuses a header whose tensors overlap, leave gaps or do not end where the file does, so a tensor's place follows from
+the sizes of those before it. Its own writer wants the whole model in memory; its reader maps the whole file.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.portable import Lazy
+from smedjan_common.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def open_tensors(path: Path) -> dict[str, Lazy]:
+    """The tensors of a file by name, none of them read yet.
+
+    Raises CheckpointError for a file that is missing, cut short, no safetensors, or has a dtype that is not in DTYPES.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.", "The model is incomplete.", "Download it again, or restore it from a copy.")
+    try:
+        with safe_open(path, "numpy") as file:
+            entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            kinds = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _refusal(path, error) from None
+    with open(path, "rb") as file:
+        position = 8 + int.from_bytes(file.read(8), "little")
+    tensors = {}
+    for name, code, shape in kinds:
+        if code not in DTYPES:
+            raise CheckpointError(
+                f"The tensor {name!r} in {path} has dtype {code}.",
+                "It is quantised, or no weight: only F32, BF16 and F16 can be taken over.",
+                "Use a copy of the model that is not quantised.",
+            )
+        tensors[name] = Lazy(DTYPES[code], shape, partial(_read, path, name, position, DTYPES[code], shape))
+        position += tensors[name].nbytes
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write and fsync a new file; each tensor is made when its turn comes. Raises OSError."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers does not load the file
+    position = 0
+    for name, tensor in tensors.items():
+        entry = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        header[name] = entry
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned, as the format wants
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, name: str, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    count = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    raw = np.fromfile(path, np.uint8, count, offset=position)
+    if len(raw) != count:
+        raise CheckpointError(f"{path} is cut short at {name}.", "It became shorter while it was read.", "Try again.")
+    return raw.view(dtype).reshape(shape)
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head == b"PK" or (head[:1] == b"\x80" and head[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"}):
+        return CheckpointError(
+            f"{path} is a pickle, not safetensors.",
+            "A pickle can run any code when it is loaded, so it never is.",
+            "Use a copy of the model in safetensors.",
+        )
+    why = str(error).removeprefix("Error while deserializing header: ")
+    return CheckpointError(f"{path} is cut short, damaged or no safetensors file.", f"Its reader says: {why}.", "Download it again.")
