@@ -18,6 +18,7 @@ COMMANDS: dict[str, Command] = {
     "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size"),
     "train": Command("smedjan_common.commands.train", "train a model, or go on with a run"),
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model"),
+    "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is"),
     "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs"),
     "quickstart": Command("smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes"),
