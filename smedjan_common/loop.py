@@ -5,11 +5,9 @@ steps are queued. Evaluation, samples and checkpoints drain the queue; their tim
 Batch and learning rate are functions of the step, so a resumed run is the same run.
 """
 
-import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +20,7 @@ from smedjan_common.flops import train_flops_per_token
 from smedjan_common.generate import Generation
 from smedjan_common.params import initial_params
 from smedjan_common.reporting.console import duration, eval_line, say, step_line
+from smedjan_common.reporting.meter import Meter
 from smedjan_common.reporting.metrics import MetricsFile, Row
 from smedjan_common.run_folder import RunConfig, RunFolder
 from smedjan_common.sampling import Sampling
@@ -41,30 +40,6 @@ def run(config: RunConfig, backend: Backend) -> int:
 
 
 @dataclass
-class _Meter:
-    """Tokens per second of training alone: the interval since the last log row, pauses taken out."""
-
-    tokens_per_step: int
-    step: int | None = None  # where the interval began; None: nothing is measured yet
-    since: float = 0.0
-
-    def start(self, step: int) -> None:
-        self.step, self.since = step, time.perf_counter()
-
-    def lap(self, step: int) -> float | None:
-        """Tokens per second up to `step`, and a new interval from there."""
-        begun, seconds = self.step, time.perf_counter() - self.since
-        self.start(step)
-        return (step - begun) * self.tokens_per_step / seconds if begun is not None and step > begun and seconds > 0 else None
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - before
-
-
-@dataclass
 class _Loop:
     config: RunConfig
     backend: Backend
@@ -80,7 +55,7 @@ class _Loop:
         self.folder = RunFolder(self.config, self.device)
         self.batches = Batches(self.config.train_data, self.train.seq_len, self.train.batch_size, self.train.seed)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
-        self.meter = _Meter(self.tokens_per_step)
+        self.meter = Meter(self.tokens_per_step)
         peak = self.device.peak_flops
         self.peak_flops = peak * self.device.count if peak else None
         self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
@@ -183,6 +158,7 @@ class _Loop:
                 self.save(state)
 
     def evaluate(self, state: State, step: int) -> None:
+        assert self.config.val_data is not None
         parts = self.train.grad_accum  # as much memory as training takes
         batches = eval_batches(self.config.val_data, self.train.seq_len, self.train.batch_size // parts, self.config.eval_batches * parts)
         row = {"step": step, **evaluate(self.backend, state, batches, self.config.tokenizer.token_bytes())}

@@ -16,9 +16,11 @@ import smedjan_common
 from smedjan_common.backend import Device, Snapshot
 from smedjan_common.checkpoint import prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.data.token_file import TokenFile
 from smedjan_common.reporting.console import say
 from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
+from smedjan_common.tokenizer import Tokenizer
 
 CONFIG_FILE, PLOT_FILE, SAMPLES, DATA = "config.json", "loss.png", "samples", "data"
 
@@ -34,9 +36,9 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     checkpoint_dir: Path
-    train_data: Any
-    val_data: Any | None
-    tokenizer: Any
+    train_data: TokenFile
+    val_data: TokenFile | None
+    tokenizer: Tokenizer
     start: Path | None = None
     pretrained: Path | None = None
     history: list[Row] | None = None
@@ -66,7 +68,7 @@ class RunFolder:
             "framework": {"name": device.backend, "device": device.name, **device.versions},
         }
 
-    def _dataset(self, data: Any) -> dict[str, Any]:
+    def _dataset(self, data: TokenFile) -> dict[str, Any]:
         """Path relative to the run folder when it lies inside, so that the folder can move; else absolute."""
         folder, path = self.path.resolve(), Path(data.path).resolve()
         return {

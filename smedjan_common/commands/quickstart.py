@@ -19,8 +19,8 @@ from tyro.conf import arg
 from smedjan_common.errors import SmedjanError, run_command
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
-# about 65 s on 2 cores with JAX
-TRAINING = "--size tiny --steps 500 --batch-size 8 --seq-len 128 --eval-every 100 --eval-batches 8 --checkpoint-every 200 --log-every 20"
+STEPS = 500  # about a minute on 2 cores
+TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-every 100 --eval-batches 8 --checkpoint-every 200 --log-every 20"
 PROMPTS = {"shakespeare": "**ROMEO**  \n", "python-stdlib": "def "}
 GENERATION = "--max-tokens 120 --temperature 0.8 --top-p 0.95"
 
@@ -33,6 +33,8 @@ class QuickstartFlags:
     """Where all of it goes."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
     """The framework. auto: MLX on Apple Silicon, else JAX."""
+    steps: int = STEPS
+    """Optimizer steps; more make a better model."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +49,8 @@ def _quickstart(flags: QuickstartFlags) -> int:
     backend = choose(["--backend", flags.backend])
     check_installed(backend)
     folder = Path(flags.checkpoint_dir)
-    for made, command in steps(folder, backend, _corpus(folder)):
+    _corpus(folder)
+    for made, command in commands(folder, backend, flags.steps):
         if made is not None and made.exists():
             continue
         if code := _smedjan(command):
@@ -58,26 +61,37 @@ def _quickstart(flags: QuickstartFlags) -> int:
     return 0
 
 
-def _corpus(folder: Path) -> str:
-    """Write corpus.jsonl, a document a line, unless it is there; returns the corpus's name."""
+def _corpus(folder: Path) -> None:
+    """Write corpus.jsonl, a document a line, unless it is there."""
     from smedjan_common.data.atomic import write_atomically
     from smedjan_common.data.corpus import default_corpus
 
-    corpus = default_corpus()
     target = folder / "corpus.jsonl"
     if not target.exists():
+        corpus = default_corpus()
         print(f"corpus: {corpus.description} -> {target}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps({"text": path.read_text(encoding="utf-8"), "source": path.name}) for path in corpus.paths)
         write_atomically(target, ("\n".join(lines) + "\n").encode())
-    return corpus.name
 
 
-def steps(folder: Path, backend: str, corpus: str) -> list[tuple[Path | None, list[str]]]:
+def commands(folder: Path, backend: str, steps: int) -> list[tuple[Path | None, list[str]]]:
     """(what a command makes, the command): it is run unless that is there."""
     text, tokenizer, train, val = (str(folder / name) for name in ("corpus.jsonl", "tokenizer.json", "train.bin", "val.bin"))
     tokenising = ["--input", text, "--tokenizer", tokenizer, "--output", train, "--val-output", val, "--val-fraction", str(VAL_FRACTION)]
-    training = ["--backend", backend, "--dataset", train, "--val-dataset", val, "--checkpoint-dir", str(folder), *TRAINING.split()]
+    training = [
+        "--backend",
+        backend,
+        "--dataset",
+        train,
+        "--val-dataset",
+        val,
+        "--checkpoint-dir",
+        str(folder),
+        "--steps",
+        str(steps),
+        *TRAINING.split(),
+    ]
     return [
         (Path(tokenizer), ["tokenizer", "--input", text, "--vocab-size", str(VOCAB_SIZE), "--output", tokenizer]),
         (Path(f"{val}.json"), ["prepare", *tokenising]),
@@ -90,16 +104,8 @@ def _sample(folder: Path, backend: str) -> str:
     from smedjan_common.data.corpus import default_corpus
 
     target = folder / "sample.txt"
-    command = [
-        "generate",
-        "--backend",
-        backend,
-        "--checkpoint",
-        str(folder),
-        "--prompt",
-        PROMPTS[default_corpus().name],
-        *GENERATION.split(),
-    ]
+    prompt = PROMPTS[default_corpus().name]
+    command = ["generate", "--backend", backend, "--checkpoint", str(folder), "--prompt", prompt, *GENERATION.split()]
     if not target.exists() or target.stat().st_mtime < (folder / "final" / "checkpoint.json").stat().st_mtime:
         done = _smedjan(command, capture=True)
         target.write_text(done, encoding="utf-8")

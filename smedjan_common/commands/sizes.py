@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> 
     """Aligned text."""
     from smedjan_common.reporting.console import count, size
 
-    cells = [list(_COLUMNS)]
+    cells: list[list[str]] = [list(_COLUMNS)]
     for r in rows:
         heads = str(r["heads"]) if r["heads"] == r["kv_heads"] else f"{r['heads']}/{r['kv_heads']}"
         figures = [f"{r['parameters']:,}", str(r["dim"]), str(r["layers"]), heads, str(r["ffn_dim"])]
@@ -128,7 +128,7 @@ def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> 
     lines = ["  ".join(put(cell, width) for put, cell, width in zip(columns, line, widths, strict=True)) for line in cells]
     recomputing = "" if train.gradient_checkpointing == "none" else f", gradient checkpointing {train.gradient_checkpointing}"
     note = (
-        f"vocabulary {vocab_size}; memory is estimated: {train.dtype} computation, to train with {train.batch_size} x {train.seq_len} tokens"
-        f" a step (AdamW, float32 masters{recomputing}), to infer with one sequence of {train.seq_len}"
+        f"vocabulary {vocab_size}; memory is estimated: {train.dtype} computation, to train with {train.batch_size} x {train.seq_len}"
+        f" tokens a step (AdamW, float32 masters{recomputing}), to infer with one sequence of {train.seq_len}"
     )
     return "\n".join([*lines, "", note])

@@ -35,10 +35,9 @@ def eval_line(row: Row, steps: int) -> str:
 def count(value: float) -> str:
     """`950`, `12.3k`, `45.1M`, `6.5B`: a number in three digits or so."""
     for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= divisor:
-            scaled = value / divisor
-            return f"{scaled:.3g}{suffix}" if scaled < 1000 else f"{scaled:.0f}{suffix}"
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+        if abs(value) >= 0.9995 * divisor:  # 999,999 is 1M
+            return f"{value / divisor:.3g}{suffix}" if value < 999.5 * divisor else f"{value / divisor:.0f}{suffix}"
+    return f"{value:.3g}"
 
 
 def size(num_bytes: float) -> str:

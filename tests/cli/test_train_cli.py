@@ -1,0 +1,192 @@
+"""`train` as users meet it: real processes, real signals, errors in three sentences. The bigram backend keeps it quick."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smedjan_common.reporting.metrics import read_rows
+from tests.fakes.runs import ROOT, arguments, arrays, figures, saved_steps, start, train_here, tree, write_text
+
+MODULE = "tests.fakes.train"
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+def wait_for_rows(folder, count, process):
+    deadline = time.monotonic() + 60
+    while len(read_rows(folder)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on_to_the_same_end(text, tmp_path, number, code):
+    words = arguments(text, tmp_path / "run", 60, "--log-every", 2, "--checkpoint-every", 1000, "--eval-every", 0)
+    process = start(MODULE, *words, fake="seconds=0.03")
+    wait_for_rows(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert signal.Signals(number).name in out
+    [step] = saved_steps(tmp_path / "run")
+    assert 4 <= step < 60
+    assert f"Stopped after step {step} of 60" in out
+    assert train_here(*words) == 0
+    assert train_here(*arguments(text, tmp_path / "whole", 60, "--log-every", 2, "--checkpoint-every", 1000, "--eval-every", 0)) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert arrays(tmp_path / "run") == arrays(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(text, tmp_path):
+    process = start(MODULE, *arguments(text, tmp_path / "run", 60), fake="seconds=5")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert time.monotonic() - begun < 3, "the step of 5 seconds was not waited for"
+    assert process.returncode == -signal.SIGINT, "a shell shows 130"
+
+
+def test_sigkill_leaves_a_run_that_goes_on_to_the_same_end(text, tmp_path):
+    flags = ("--log-every", 2, "--checkpoint-every", 5, "--eval-every", 0)
+    words = arguments(text, tmp_path / "run", 40, *flags)
+    for rows in (5, 12):
+        process = start(MODULE, *words, fake="seconds=0.03")
+        wait_for_rows(tmp_path / "run", rows, process)
+        process.kill()
+        process.communicate()
+    assert train_here(*words) == 0
+    assert train_here(*arguments(text, tmp_path / "whole", 40, *flags)) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert arrays(tmp_path / "run") == arrays(tmp_path / "whole")
+
+
+def test_a_pipe_sees_each_line_at_once(text, tmp_path):
+    process = start(MODULE, *arguments(text, tmp_path / "run", 1000), fake="seconds=0.2")
+    line = ""
+    while not line.startswith("step "):
+        line = process.stdout.readline()
+        assert line, process.communicate()
+    process.kill()
+    process.communicate()
+
+
+NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ((), "--dataset"),
+        (("--dataset", "missing.txt"), "missing.txt"),
+        (("--dataset", "missing.bin"), "missing.bin"),
+        (("--dataset", "empty.txt"), "no text"),
+        (("--dataset", "a.bin", "text.txt"), "token file"),
+        (("--dataset", "text.txt", "--size", "tinny"), "Did you mean tiny?"),
+        (("--dataset", "text.txt", "--size", "custom"), "--dim, --layers, --heads"),
+        (("--dataset", "text.txt", "--size", "custom", "--dim", "64", "--layers", "1", "--heads", "5"), "does not divide"),
+        (("--dataset", "text.txt", "--mixer", "attenton"), "Did you mean attention?"),
+        (("--dataset", "text.txt", "--steps", "0"), "--steps is 0"),
+        (("--dataset", "text.txt", *NO_STEPS), "does not divide"),
+        (("--dataset", "text.txt", "--lr-schedule", "cosin"), "Did you mean cosine?"),
+        (("--dataset", "text.txt", "--dtype", "float8"), "--dtype"),
+        (("--dataset", "text.txt", "--seq-len", "99999999"), "too short"),
+        (("--dataset", "text.txt", "--resume", "nowhere"), "nowhere"),
+        (("--dataset", "text.txt", "--pretrained", "nowhere"), "nowhere"),
+        (("--dataset", "text.txt", "--tokenizer", "nowhere.json"), "nowhere.json"),
+        (("--dataset", "text.txt", "--checkpoint-dir", "text.txt/run"), "text.txt"),
+        (("--dataset", "text.txt", "--backend", "mxl"), "mlx"),
+    ],
+)
+def test_wrong_use_is_exit_2_with_what_why_and_what_to_do(text, tmp_path, monkeypatch, capsys, words, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    assert train_here("--vocab-size", 300, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert what in error
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_written_is_refused(text, tmp_path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.access(locked, os.W_OK):  # root may write anywhere but there
+        locked = Path("/proc")
+    assert train_here(*arguments(text, locked / "run", 3)) == 2
+    assert str(locked) in capsys.readouterr().err
+
+
+def test_a_foreign_file_is_never_written_over(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "final" / "thesis.txt").write_text("years of work")
+    assert train_here(*arguments(text, run, 3)) == 2
+    assert (run / "final" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_token_file_with_its_tokenizer_beside_it(text, tmp_path, capsys):
+    assert train_here(*arguments(text, tmp_path / "first", 2)) == 0
+    [data] = (tmp_path / "first" / "data").iterdir()
+    before = tree(data)
+    words = (
+        "--dataset",
+        data / "train.bin",
+        "--val-dataset",
+        data / "val.bin",
+        "--size",
+        "custom",
+        "--dim",
+        16,
+        "--layers",
+        1,
+        "--heads",
+        2,
+    )
+    assert train_here(*words, "--seq-len", 16, "--batch-size", 4, "--steps", 2, "--checkpoint-dir", tmp_path / "second") == 0
+    assert tree(data) == before
+    assert not (tmp_path / "second" / "data").exists()
+    (data / "tokenizer.json").unlink()
+    assert train_here(*words, "--checkpoint-dir", tmp_path / "third") == 2
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_steps_default_to_one_pass_over_the_data(text, tmp_path, capsys):
+    words = [word for word in arguments(text, tmp_path / "run", 0) if word not in ("--steps", "0")]
+    assert train_here(*words, "--batch-size", 16) == 0
+    from smedjan_common.checkpoint import read_info
+
+    info = read_info(tmp_path / "run")
+    windows = (info.dataset["tokens"] - 1) // 16
+    assert info.step == -(-windows // 16)
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_errors_come_before_the_framework_is_imported(backend, tmp_path):
+    code = f"""
+import sys
+from smedjan_{backend} import train
+code = train.main(["--dataset", "missing.txt"])
+assert not {{"jax", "mlx"}} & set(sys.modules)
+sys.exit(code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2, done.stderr
+    assert "missing.txt" in done.stderr

@@ -1,0 +1,115 @@
+"""A NumPy backend that really learns: a bigram model, logits = E[x] E^T over the table's `embed.weight` [V, D], with AdamW.
+
+The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
+SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step); several with commas.
+"""
+
+import os
+import time
+
+import numpy as np
+
+from smedjan_common.backend import Device, Snapshot
+from smedjan_common.errors import OutOfMemoryError
+
+
+class BigramBackend:
+    """The Backend protocol. `events` records the order of dispatching and reading."""
+
+    name = "fake"
+
+    def __init__(self, model, train):
+        self.model, self.train, self.events = model, train, []
+        self.faults = dict(pair.split("=") for pair in os.environ.get("SMEDJAN_FAKE", "").split(",") if pair)
+
+    def describe(self):
+        return Device("fake", "cpu", "abacus", 1, 1 << 30, 1e9, {"numpy": np.__version__})
+
+    def init(self, params):
+        zeros = {f"{slot}.{name}": np.zeros_like(value) for slot in ("mu", "nu") for name, value in params.items()}
+        return {"step": 0, "params": {name: value.copy() for name, value in params.items()}, "optimizer": zeros}
+
+    def restore(self, snapshot):
+        copies = ({name: value.copy() for name, value in part.items()} for part in (snapshot.params, snapshot.optimizer))
+        return dict(zip(("step", "params", "optimizer"), (snapshot.step, *copies), strict=True))
+
+    def train_step(self, state, inputs, targets, lr):
+        step = state["step"] + 1
+        self.events.append(("dispatch", step))
+        time.sleep(float(self.faults.get("seconds", 0)))
+        if step == int(self.faults.get("oom_at", -1)):
+            raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --batch-size.")
+        loss, gradient = bigram_loss(state["params"]["embed.weight"], inputs.ravel(), targets.ravel())
+        self._adamw(state, gradient, lr, step)
+        state["step"] = step
+        loss = np.nan if step == int(self.faults.get("nan_at", -1)) else loss
+        norm = np.inf if step == int(self.faults.get("grad_nan_at", -1)) else np.linalg.norm(gradient)
+        return state, {"loss": loss, "grad_norm": norm, "tokens": inputs.size, "of_step": step}
+
+    def _adamw(self, state, gradient, lr, step):
+        weight, train = state["params"]["embed.weight"], self.train
+        mu, nu = (state["optimizer"][f"{slot}.embed.weight"] for slot in ("mu", "nu"))
+        mu += (1 - train.beta1) * (gradient - mu)
+        nu += (1 - train.beta2) * (gradient**2 - nu)
+        scaled = mu / (1 - train.beta1**step) / (np.sqrt(nu / (1 - train.beta2**step)) + train.eps)
+        weight -= np.float32(lr) * (scaled + train.weight_decay * weight)
+
+    def eval_step(self, state, inputs, targets):
+        counted = targets.ravel() >= 0
+        loss, _ = bigram_loss(state["params"]["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
+        return {"loss_sum": loss * counted.sum(), "tokens": counted.sum()}
+
+    def read(self, metrics):
+        if "of_step" in metrics:
+            self.events.append(("read", metrics["of_step"]))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def save(self, state):
+        copy = self.restore(Snapshot(**state))
+        return Snapshot(copy["step"], copy["params"], copy["optimizer"])
+
+    def params_of(self, state):
+        return state["params"]
+
+    def decoder(self, params, max_len):
+        return BigramDecoder(params["embed.weight"], self.model.vocab_size, max_len)
+
+    def peak_memory(self):
+        return 4096
+
+
+class BigramDecoder:
+    """Looks at the last token only."""
+
+    def __init__(self, embed, vocab_size, max_len):
+        self.embed, self.vocab_size, self.max_len, self.fed = embed, vocab_size, max_len, 0
+
+    def reset(self):
+        self.fed = 0
+
+    def feed(self, ids):
+        assert ids, "nothing was fed"
+        self.fed += len(ids)
+        assert self.fed <= self.max_len, "fed past max_len"
+        return (self.embed @ self.embed[ids[-1]])[: self.vocab_size]
+
+
+def bigram_loss(embed, inputs, targets):
+    """Mean cross-entropy in nats, and its gradient [V, D]."""
+    hidden = embed[inputs]
+    logits = hidden @ embed.T
+    logits -= logits.max(-1, keepdims=True)
+    probabilities = np.exp(logits)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    rows = np.arange(len(targets))
+    loss = -np.log(probabilities[rows, targets]).mean()
+    probabilities[rows, targets] -= 1
+    probabilities /= len(targets)
+    gradient = probabilities.T @ hidden
+    np.add.at(gradient, inputs, probabilities @ embed)
+    return float(loss), gradient.astype(np.float32)
+
+
+def load():
+    """What smedjan_{jax,mlx}.train.load gives."""
+    return BigramBackend, "float32"

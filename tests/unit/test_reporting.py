@@ -1,0 +1,111 @@
+"""metrics.jsonl survives what happens to runs; the console's figures; the plot."""
+
+import json
+
+import pytest
+
+from smedjan_common.reporting.console import count, duration, size, step_line
+from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
+from smedjan_common.reporting.plot import plot, running_mean
+
+ROW = dict.fromkeys(TRAIN_KEYS, None) | {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
+
+
+def rows(*steps):
+    return [ROW | {"step": step, "tokens": step * 64} for step in steps]
+
+
+def write(folder, *steps):
+    file = MetricsFile(folder, 0)
+    for row in rows(*steps):
+        file.write(row)
+    file.close()
+
+
+def test_a_row_is_in_the_file_when_write_returns(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    file.write(rows(1)[0])
+    assert read_rows(tmp_path) == rows(1)
+    file.close()
+
+
+def test_going_on_drops_later_rows_and_keeps_each_step_once(tmp_path):
+    write(tmp_path, 1, 10, 20, 30)
+    file = MetricsFile(tmp_path, 20)
+    file.write(rows(30)[0])
+    file.close()
+    assert read_rows(tmp_path) == rows(1, 10, 20, 30)
+
+
+@pytest.mark.parametrize("torn", ['{"step": 40, "lo', "{", '{"step": 40}garbage', "\x00\x00\x00", "7", "\udcff"])
+def test_a_torn_last_line_is_dropped_and_the_next_row_stands_on_its_own_line(tmp_path, torn):
+    write(tmp_path, 1, 10)
+    with open(tmp_path / "metrics.jsonl", "a", errors="surrogateescape") as out:
+        out.write(torn)
+    assert read_rows(tmp_path) == rows(1, 10)
+    file = MetricsFile(tmp_path, 10)
+    file.write(rows(20)[0])
+    file.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows(1, 10, 20)
+
+
+def test_no_figure_that_is_not_json_is_written(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    with pytest.raises(ValueError, match="JSON"):
+        file.write(ROW | {"step": 1, "loss": float("nan")})
+    file.close()
+
+
+def test_a_folder_without_metrics_has_no_rows(tmp_path):
+    assert read_rows(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (12345, "12.3k"),
+        (1_110_000, "1.11M"),
+        (45_101_568, "45.1M"),
+        (999_999, "1M"),
+        (999.7, "1k"),
+        (6.5e9, "6.5B"),
+        (2.5e15, "2500T"),
+    ],
+)
+def test_count(value, shown):
+    assert count(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(5, "5s"), (59.6, "1m00s"), (130, "2m10s"), (3 * 3600 + 300, "3h05m"), (187200, "2d04h")])
+def test_duration(value, shown):
+    assert duration(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(512, "512 B"), (3 << 19, "1.5 MiB"), (80 << 30, "80.0 GiB")])
+def test_size(value, shown):
+    assert size(value) == shown
+
+
+def test_a_step_is_one_line_and_unknown_figures_are_left_out():
+    line = step_line(rows(12)[0], 1000, None)
+    assert line == "step   12/1000  loss 2.5000  lr 1.00e-03  grad 0.50"
+    full = step_line(rows(12)[0] | {"tokens_per_second": 12300.0, "mfu": 0.341}, 1000, 130)
+    assert full.endswith("12.3k tok/s  mfu 34.1 %  left 2m10s")
+
+
+def test_running_mean_of_a_line_is_the_line_and_of_noise_is_less_noise():
+    line = [0.5 * i for i in range(100)]
+    assert running_mean(line) == pytest.approx(line)
+    zigzag = [float(i % 2) for i in range(200)]
+    assert max(running_mean(zigzag)[5:-5]) < 0.7
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("made", [[], [1], range(1, 200)])
+def test_plots_of_any_length_are_drawn_whole(tmp_path, suffix, made):
+    evaluation = [{"step": 1, "val_loss": 2.6, "val_bits_per_byte": 1.0}] if made else []
+    plot({"training": rows(*made) + evaluation, "other": rows(*made)}, tmp_path / f"x.{suffix}", "a title")
+    assert [path.name for path in tmp_path.iterdir()] == [f"x.{suffix}"]
+    assert (tmp_path / f"x.{suffix}").stat().st_size > 1000

@@ -1,0 +1,126 @@
+"""What a resumed run takes from the run, what it refuses, what it tells; and that no run is ever written over."""
+
+import shutil
+
+import pytest
+
+from smedjan_common.checkpoint import read_info
+from smedjan_common.reporting.metrics import read_rows, train_rows
+from smedjan_common.run_folder import read_config
+from tests.fakes.runs import arguments, saved_steps, train_here, tree, write_text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A text, and a run of 12 steps on it."""
+    folder = tmp_path_factory.mktemp("finished")
+    text = write_text(folder)
+    assert train_here(*arguments(text, folder / "run", 12, "--checkpoint-every", 4, "--log-every", 2)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_flags_that_are_not_given_come_from_the_run_even_in_another_place(run):
+    assert train_here("--checkpoint-dir", run, "--steps", 16) == 0
+    assert read_info(run).train.batch_size == 4
+    assert read_info(run).train.lr == 0.02
+    assert read_config(run)["flags"]["checkpoint_every"] == 4
+    assert [row["step"] for row in train_rows(read_rows(run))][-2:] == [14, 16]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "shown"),
+    [
+        ("--dim", 32, "dim is 16 there, 32 now"),
+        ("--heads", 4, "heads is 2 there, 4 now"),
+        ("--size", "tiny", "dim is 16 there, 128 now"),
+        ("--batch-size", 8, "--batch-size is 4 there, 8 now"),
+        ("--seq-len", 32, "--seq-len is 16 there, 32 now"),
+        ("--seed", 1, "--seed is 0 there, 1 now"),
+        ("--rope-base", 500.0, "rope_base is 10000.0 there, 500.0 now"),
+    ],
+)
+def test_what_defines_the_run_is_refused_with_the_difference(run, capsys, flag, value, shown):
+    before = tree(run)
+    assert train_here("--checkpoint-dir", run, "--steps", 20, flag, value) == 2
+    assert shown in capsys.readouterr().err
+    assert tree(run) == before
+
+
+def test_other_flags_count_from_here_on_with_a_note(run, finished, capsys):
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--lr", 0.01, "--log-every", 1, "--grad-accum", 2) == 0
+    out = capsys.readouterr().out
+    assert "note: lr: 0.02 in the checkpoint, 0.01 now" in out
+    assert "note: grad_accum: 1 in the checkpoint, 2 now" in out
+    assert [row["step"] for row in train_rows(read_rows(run))][-2:] == [13, 14]
+
+
+def test_another_text_with_the_same_tokenizer_is_told(run, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("a quite different text, and a short one, on other cats\n" * 60)
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--dataset", other) == 0
+    assert "note: dataset:" in capsys.readouterr().out
+
+
+def test_never_refuses_a_folder_with_a_run(run, finished, capsys):
+    before = tree(run)
+    assert train_here(*arguments(finished / "text.txt", run, 20, "--resume", "never")) == 2
+    assert "already has a run" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+def test_a_path_goes_on_in_another_folder_with_its_history(run, tmp_path):
+    new = tmp_path / "new"
+    assert train_here("--resume", run / "step-00000008", "--checkpoint-dir", new, "--steps", 10, "--log-every", 2) == 0
+    assert [row["step"] for row in train_rows(read_rows(new))] == [1, 2, 4, 6, 8, 10]
+    assert saved_steps(new) == [10]
+
+
+def test_an_older_checkpoint_is_refused_where_newer_ones_stand(run, capsys):
+    before = tree(run)
+    assert train_here("--resume", run / "step-00000008", "--checkpoint-dir", run, "--steps", 20) == 2
+    assert "step-00000012" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+def test_weights_only_are_no_run_to_go_on_with(run, tmp_path, capsys):
+    assert train_here("--resume", run / "final", "--checkpoint-dir", tmp_path / "new", "--steps", 20) == 2
+    assert "weights only" in capsys.readouterr().err
+
+
+def test_a_broken_newest_checkpoint_is_told_and_the_one_before_taken(run, capsys):
+    weights = run / "step-00000012" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    out = capsys.readouterr().out
+    assert "step-00000012" in out
+    assert "Going on from" in out
+    assert [row["step"] for row in train_rows(read_rows(run))] == [1, 2, 4, 6, 8, 10, 12, 13]
+
+
+def test_only_broken_checkpoints_are_never_written_over(run, finished, capsys):
+    for folder in run.glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"gone")
+    before = tree(run)
+    assert train_here(*arguments(finished / "text.txt", run, 20)) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+def test_another_tokenizer_is_refused(run, finished, tmp_path, capsys):
+    from smedjan_common.tokenizer import Tokenizer
+
+    other = Tokenizer.train([finished / "text.txt"], vocab_size=280).save(tmp_path / "other.json")
+    assert train_here("--checkpoint-dir", run, "--steps", 20, "--dataset", finished / "text.txt", "--tokenizer", other) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_the_texts_are_tokenised_once(run, finished, capsys):
+    train_here(*arguments(finished / "text.txt", run, 13))
+    assert "Tokenised" not in capsys.readouterr().out
+    assert len(list((run / "data").iterdir())) == 1

@@ -1,0 +1,107 @@
+"""Each filter against its definition, and what sampling promises: the same draw for the same (seed, position), the right shares."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.sampling import Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
+
+logits = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20).map(lambda x: round(x, 1)))  # rounded: with ties
+
+
+def kept(scores):
+    return set(np.flatnonzero(np.isfinite(scores)).tolist())
+
+
+@given(logits, st.integers(1, 50))
+def test_top_k_keeps_the_k_largest_ties_to_the_smaller_id(scores, k):
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert kept(top_k(scores, k)) == set(order[:k])
+
+
+@given(logits, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_fewest_most_probable_that_sum_to_p(scores, p):
+    chances = probabilities(scores)
+    order, total, expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i)), 0.0, set()
+    for token in order:
+        if total >= p:
+            break
+        expected.add(token)
+        total += chances[token]
+    assert kept(top_p(scores, p)) == expected
+    assert sum(chances[token] for token in expected) >= p - 1e-12
+
+
+@given(logits, st.floats(0.01, 1))
+def test_min_p_keeps_what_is_probable_enough_beside_the_best(scores, share):
+    chances = probabilities(scores)
+    ratio = chances / chances.max()
+    got = kept(min_p(scores, share))
+    assert {i for i in range(len(scores)) if ratio[i] > share * (1 + 1e-9)} <= got
+    assert got <= {i for i in range(len(scores)) if ratio[i] > share * (1 - 1e-9)}
+
+
+@given(logits, st.lists(st.integers(0, 60), max_size=20), st.floats(1.01, 3))
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens_once(scores, history, penalty):
+    got = penalize(scores, history, penalty)
+    for token, before in enumerate(scores):
+        expected = before if token not in history else before / penalty if before > 0 else before * penalty
+        assert got[token] == expected
+
+
+@given(logits, st.integers(0, 9), st.floats(0.05, 1), st.floats(0, 1))
+def test_filters_never_leave_nothing_and_never_change_what_they_keep(scores, k, p, share):
+    got = filtered(scores, Sampling(top_k=k, top_p=p, min_p=share))
+    assert kept(got)
+    assert int(np.argmax(scores)) in kept(got)
+    assert all(got[token] == scores[token] for token in kept(got))
+
+
+@given(logits, st.integers(0, 2**63), st.integers(0, 10**6))
+def test_a_draw_is_a_function_of_its_arguments_and_never_a_filtered_token(scores, seed, position):
+    how = Sampling(temperature=0.7, top_k=3, seed=seed)
+    token = sample(scores, [], how, position)
+    assert token == sample(scores.astype(np.float64).copy(), [], how, position)
+    assert token in kept(top_k(scores, 3))
+
+
+@given(logits)
+def test_temperature_0_is_the_largest_logit_whatever_the_seed(scores):
+    assert {sample(scores, [], Sampling(temperature=0, seed=seed), seed) for seed in range(3)} == {int(np.argmax(scores))}
+
+
+def test_draws_have_the_shares_of_softmax():
+    scores, how = np.array([1.0, 0.0, 2.0, -1.0]), Sampling(temperature=0.5, seed=3)
+    counts = np.bincount([sample(scores, [], how, position) for position in range(20000)], minlength=4)
+    assert np.abs(counts / 20000 - probabilities(scores / 0.5)).max() < 0.012
+
+
+def test_noise_differs_by_seed_and_position_and_is_frozen():
+    assert not np.array_equal(gumbel(8, 0, 0), gumbel(8, 0, 1))
+    assert not np.array_equal(gumbel(8, 0, 0), gumbel(8, 1, 0))
+    np.testing.assert_array_equal(gumbel(8, 0, 5), gumbel(20, 0, 5)[:8])
+    np.testing.assert_allclose(gumbel(3, 7, 11), FROZEN, rtol=1e-12)
+
+
+FROZEN = [-0.14801852811660726, -0.60960147565881, 1.4367097085970417]
+
+
+WRONG = (
+    ("temperature", -1.0),
+    ("temperature", float("nan")),
+    ("top_k", -1),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("min_p", 2.0),
+    ("repetition_penalty", 0.0),
+    ("seed", -1),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_values_that_make_no_distribution_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+        Sampling(**{name: value}).validate()
