@@ -22,6 +22,11 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     return _SCALINGS[config.rope_scaling](config)
 
 
+def periods(config: ModelConfig) -> np.ndarray:
+    """1 / frequencies, positions per radian, float32 [K/2]."""
+    return (1.0 / frequencies(config)).astype(np.float32)
+
+
 def attention_factor(config: ModelConfig) -> float:
     """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
     return 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
@@ -30,9 +35,9 @@ def attention_factor(config: ModelConfig) -> float:
 def tables(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor.
 
-    Angles are float32 products, as everywhere in the field and as mx.fast.rope computes them.
+    Angles are float32 products, as everywhere in the field, and rounded just as mx.fast.rope rounds them: it takes periods.
     """
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(config).astype(np.float32)[None, :]
+    angles = np.arange(length, dtype=np.float32)[:, None] * (np.float32(1) / periods(config))[None, :]
     angles, m = angles.astype(np.float64), attention_factor(config)
     return (np.cos(angles) * m).astype(np.float32), (np.sin(angles) * m).astype(np.float32)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
@@ -92,8 +91,7 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig, max_len: int, position: mx.array | None = None):
         super().__init__()
-        # mx.fast.rope takes wavelengths over 2 pi, the reciprocal of the angle per position
-        self._periods = mx.array((1.0 / rope_tables.frequencies(config)).astype(np.float32))
+        self._periods = mx.array(rope_tables.periods(config))
         self._factor = rope_tables.attention_factor(config)
         self._position = 0 if position is None else position
 
