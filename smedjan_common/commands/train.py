@@ -102,8 +102,19 @@ def _run(flags, folder: Path, start: Path | None, info, model, train, data, back
         flags=to_record(flags),
         **dataclasses.asdict(flags.report),
     )
+    if flags.report.sample_every:
+        check_sample_prompt(flags.report.sample_prompt, data.tokenizer, model.context_length)
     print(heading(model, train, data, folder, backend.describe()), flush=True)
     return loop.run(config, backend)
+
+
+def check_sample_prompt(prompt: str, tokenizer, context_length: int) -> None:
+    """Raises ConfigError when nothing could be added to it."""
+    from smedjan_common.errors import ConfigError
+
+    if (length := len(tokenizer.encode(prompt))) >= context_length:
+        what = f"--sample-prompt has {length} tokens."
+        raise ConfigError(what, f"The context has {context_length}, so nothing could follow.", "Shorten it.")
 
 
 def checkpoint_dir(flags: "TrainFlags") -> Path:

@@ -111,6 +111,7 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
         (("--dataset", "text.txt", "--tokenizer", "nowhere.json"), "nowhere.json"),
         (("--dataset", "text.txt", "--checkpoint-dir", "text.txt/run"), "text.txt"),
         (("--dataset", "text.txt", "--backend", "mxl"), "mlx"),
+        (("--dataset", "text.txt", "--sample-every", "5", "--sample-prompt", "word " * 600), "--sample-prompt"),
     ],
 )
 def test_wrong_use_is_exit_2_with_what_why_and_what_to_do(text, tmp_path, monkeypatch, capsys, words, what):

@@ -87,7 +87,14 @@ def test_a_run_that_died_and_went_on_is_the_same_run(text, run, tmp_path, monkey
     assert arrays(run) == arrays(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("fault", "what"), [("nan_at=17", "The loss is nan at step 17"), ("grad_nan_at=17", "is inf at step 17")])
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("nan_at=17", "The loss is nan at step 17"),
+        ("grad_nan_at=17", "is inf at step 17"),
+        ("nan_at=20", "The loss is nan at step 20"),  # a step at which a checkpoint is due
+    ],
+)
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_is_not_saved(text, run, monkeypatch, capsys, fault, what):
     monkeypatch.setenv("SMEDJAN_FAKE", fault)
     assert train_here(*arguments(text, run, 30, "--checkpoint-every", 5)) == 4
