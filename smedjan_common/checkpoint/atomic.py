@@ -38,8 +38,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         with _locked(temporary / LOCK_NAME):
             yield temporary
-            (temporary / LOCK_NAME).unlink()
             fsync_directory(temporary)
+            (temporary / LOCK_NAME).unlink()  # the last thing before the rename: without it the process id alone protects
             replaced = _replace(temporary, target)
             fsync_directory(target.parent)
         if replaced:
@@ -118,16 +118,16 @@ def _scan(directory: Path) -> list[Path]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "xb") as file:
-        _try_lock(file.fileno())
+        _lock(file.fileno(), wait=True)  # a cleaner may be trying it just now
         yield
 
 
-def _try_lock(fd: int) -> bool | None:
+def _lock(fd: int, *, wait: bool = False) -> bool | None:
     """True: locked. False: another process holds the lock. None: this system or file system has no such locks."""
     try:
         import fcntl
 
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -136,14 +136,16 @@ def _try_lock(fd: int) -> bool | None:
 
 
 def _is_dead(temporary: Path, pid: int) -> bool:
-    """Whether the writer of a temporary directory is gone. A process id may have been given to another process since: the lock decides."""
-    try:
-        with open(temporary / LOCK_NAME, "rb+") as file:
-            locked = _try_lock(file.fileno())
-        patience = 0 if locked else float("inf")
-    except FileNotFoundError:  # not there yet, or unlinked just before the rename
-        locked, patience = None, _PATIENCE_SECONDS
-    return locked is not False and (not _alive(pid) or time.time() - temporary.stat().st_mtime > patience)
+    """Whether the writer of a temporary directory is gone: it holds no lock, and its process is gone or had the time to take one.
+
+    Its process id alone would not do: after a restart another process may have it.
+    """
+    locked = None
+    with contextlib.suppress(FileNotFoundError), open(temporary / LOCK_NAME, "rb+") as file:
+        locked = _lock(file.fileno())
+        if locked is None:  # no locks here: the process id is all there is
+            return not _alive(pid)
+    return locked is not False and (not _alive(pid) or time.time() - temporary.stat().st_mtime > _PATIENCE_SECONDS)
 
 
 def _alive(pid: int) -> bool:
@@ -168,7 +170,10 @@ def _replace(temporary: Path, target: Path) -> Path | None:
         if _exchange(temporary, target):
             return temporary
         aside = _hidden("old", target)
-        target.rename(aside)
+        try:
+            target.rename(aside)
+        except FileNotFoundError:
+            continue
         try:
             temporary.rename(target)
         except OSError as error:

@@ -198,6 +198,7 @@ def test_the_temporary_directory_of_a_living_writer_is_left_alone_and_of_a_dead_
     for path in (reused, fresh, stale):
         path.mkdir()
     (reused / atomic.LOCK_NAME).touch()  # nobody holds it: another process had this number
+    os.utime(reused, (0, 0))
     os.utime(stale, (0, 0))
     (tmp_path / ".trash-step-00000001-1-00000000").mkdir()
     (tmp_path / ".tmp-of-someone-else").mkdir()
@@ -211,7 +212,7 @@ def test_two_writers_of_one_step_leave_one_whole_checkpoint(tmp_path):
 
     def write_often():
         try:
-            for _ in range(8):
+            for _ in range(25):
                 write(tmp_path)
         except BaseException as error:
             failures.append(error)

@@ -246,7 +246,14 @@ def test_without_verifying_the_structure_is_still_checked(tmp_path):
 
 # --- any bytes ---------------------------------------------------------------------------------------------------------
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+EXAMPLES = int(os.environ.get("SMEDJAN_FUZZ", "120"))  # a soak sets it to thousands
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize="SMEDJAN_FUZZ" not in os.environ,
+    database=None,
+)
 
 positions = st.integers(0, 1 << 15)
 mutations = st.one_of(
