@@ -6,6 +6,7 @@ not know which of its sides is wrong.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -169,16 +170,22 @@ MODEL_MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     ),
     "gradient of the ignored targets": (demand_gradient, swap(reference_loss, "cross_entropy", counts_ignored_targets)),
     "gradient with a wrong mask": (demand_gradient, swap(attention, "_attend", sees_one_token_ahead)),
-    **{f"gradient with {name} off": (demand_gradient, tensor_off(name)) for name in TENSORS},
+    **{f"gradient with {name} off": (demand_gradient, tensor_off(name)) for name in TENSORS[:: len(TENSORS) // 3]},
     "decoding with a wrong mask": (demand_decoding, swap(attention, "_attend", sees_one_token_ahead)),
     "decoding with the rope base off": (demand_decoding, model_constant_off("rope_base")),
 }
 
 
+@functools.cache
+def passes(check: Callable, backend: str) -> None:
+    """The check without a mutation, once: a failure after it is the mutation's."""
+    check(backend)
+
+
 @pytest.mark.parametrize("mutation", MODEL_MUTATIONS)
 def test_a_wrong_model_is_caught(backend: str, mutation: str, monkeypatch: pytest.MonkeyPatch):
     check, patch = MODEL_MUTATIONS[mutation]
-    check(backend)
+    passes(check, backend)
     patch(monkeypatch)
     with pytest.raises(Mismatch):
         check(backend)
@@ -227,7 +234,7 @@ OPTIMIZER_MUTATIONS: dict[str, Patch] = {
 
 @pytest.mark.parametrize("mutation", OPTIMIZER_MUTATIONS)
 def test_a_wrong_optimizer_is_caught(backend: str, mutation: str, monkeypatch: pytest.MonkeyPatch):
-    demand_optimizer(backend)
+    passes(demand_optimizer, backend)
     OPTIMIZER_MUTATIONS[mutation](monkeypatch)
     with pytest.raises(Mismatch):
         demand_optimizer(backend)
