@@ -133,7 +133,7 @@ def _write(
 
     done = 0
     with workers.Workers("smedjan_common.data.prepare:Tokenise", (tokenizer, field, errors, val_fraction), count) as pool:
-        for size, sides in pool.map(read()):
+        for size, sides in pool.map(sources.bundles(read(), of=lambda piece: len(piece.block.data))):
             for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
                 writer.append(tokens, starts, text_bytes)
             done += size
@@ -150,22 +150,22 @@ class Tokenise:
         self._end = tokenizer.eot_id
         self._limit = val_fraction * _HASH_RANGE
 
-    def __call__(self, piece: Piece) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]]]:
-        block = piece.block
-        texts, sides, sizes = [], [], []
-        for number, text in enumerate(sources.documents(block, self._field, self._errors)):
-            if not text and block.starts and block.ends:
-                continue
-            data = text.encode("utf-8", "replace") if piece.side == BY_HASH else b""
-            texts.append(text)
-            sides.append(self._side(piece, number, data))
-            sizes.append(len(data) or utf8_length(text))
+    def __call__(self, pieces: list[Piece]) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]]]:
+        texts, rows = [], []  # rows: (side, text bytes, whether a document starts here, whether it ends here)
+        for piece in pieces:
+            block = piece.block
+            for number, text in enumerate(sources.documents(block, self._field, self._errors)):
+                if not text and block.starts and block.ends:
+                    continue
+                data = text.encode("utf-8", "replace") if piece.side == BY_HASH else b""
+                texts.append(text)
+                rows.append((self._side(piece, number, data), len(data) or utf8_length(text), block.starts, block.ends))
         ids, counts = self._tokenizer.encode_many(texts)
-        if block.ends:
-            ids = np.insert(ids, np.cumsum(counts), self._end)
-            counts = counts + 1
-        side = np.array(sides, np.int64)
-        return len(block.data), [_one_side(ids, counts, side == number, sizes, block.starts) for number in (TRAIN, VAL)]
+        side, sizes, starts, ends = np.array(rows, np.int64).reshape(-1, 4).T
+        ids = np.insert(ids, np.cumsum(counts)[ends == 1], self._end)
+        counts = counts + ends
+        size = sum(len(piece.block.data) for piece in pieces)
+        return size, [_one_side(ids, counts, side == number, sizes, starts == 1) for number in (TRAIN, VAL)]
 
     def _side(self, piece: Piece, number: int, data: bytes) -> int:
         if piece.side == BY_HASH:
@@ -175,13 +175,13 @@ class Tokenise:
         return piece.side
 
 
-def _one_side(ids: np.ndarray, counts: np.ndarray, mine: np.ndarray, sizes: list[int], starts: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Of documents given by ids [total] and counts [documents], those of one side: (ids, where they start in them, text bytes)."""
-    if not mine.any():
-        return ids[:0], np.empty(0, np.uint64), 0
+def _one_side(
+    ids: np.ndarray, counts: np.ndarray, mine: np.ndarray, sizes: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of texts given by ids [total] and counts [texts], those of one side: (ids, where documents start in them, text bytes)."""
     own = counts[mine]
-    first = np.cumsum(own) - own if starts else own[:0]
-    return ids if mine.all() else ids[np.repeat(mine, counts)], first.astype(np.uint64), int(np.array(sizes)[mine].sum())
+    first = (np.cumsum(own) - own)[starts[mine]]
+    return ids if mine.all() else ids[np.repeat(mine, counts)], first.astype(np.uint64), int(sizes[mine].sum())
 
 
 def document_hash(data: bytes) -> int:

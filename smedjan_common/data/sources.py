@@ -21,6 +21,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.tokenizer.patterns import last_safe_cut
 
 BLOCK_BYTES = 4 << 20
+BUNDLE_BYTES = 1 << 20
 _LONGEST_WITHOUT_CUT = 64 << 20  # a text without any safe cut is cut anywhere between characters at this size
 _WINDOW = 1 << 16
 _BOM = b"\xef\xbb\xbf"
@@ -126,6 +127,21 @@ def blocks(sources: Iterable[Source], known_pattern: bool = True, size: int = BL
             ) from None
         if last is not None:
             document = last.document + (last.data.count(b"\n") + 1 if last.kind == "jsonl" else 1)
+
+
+def bundles(
+    items: Iterable[Any], size: int = BUNDLE_BYTES, of: Callable[[Any], int] = lambda block: len(block.data)
+) -> Iterator[list[Any]]:
+    """Items in lists of at least `size` bytes, so that many small files cost few messages."""
+    bundle, total = [], 0
+    for item in items:
+        bundle.append(item)
+        total += of(item)
+        if total >= size:
+            yield bundle
+            bundle, total = [], 0
+    if bundle:
+        yield bundle
 
 
 def _text_blocks(source: Source, size: int) -> Iterator[Block]:

@@ -1,5 +1,6 @@
-"""Two small array tools: a column that grows, and a gather of stretches."""
+"""Small tools for arrays: a column that grows, a gather of stretches, texts in groups."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,3 +34,15 @@ def gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.nd
     if total == len(lengths) and (lengths == 1).all():
         return values.take(starts)
     return values.take(np.repeat(starts - (ends - lengths), lengths) + np.arange(total))
+
+
+def groups(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Texts in groups of up to `size` characters; a longer one makes a group by itself."""
+    first, total = 0, 0
+    for number, text in enumerate(texts):
+        if number > first and total + len(text) > size:
+            yield texts[first:number]
+            first, total = number, 0
+        total += len(text) + 1
+    if first < len(texts):
+        yield texts[first:]

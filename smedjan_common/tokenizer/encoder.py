@@ -5,13 +5,13 @@ from its bytes to its ids, 256 KiB at a time; short text, and text of one's own 
 up in a dictionary. Words longer than 64 bytes are not kept, and a cache is emptied when it passes its size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from smedjan_common.tokenizer.arrays import Column, gather
+from smedjan_common.tokenizer.arrays import Column, gather, groups
 from smedjan_common.tokenizer.bpe import LONGEST_SHORT_WORD, Merges
-from smedjan_common.tokenizer.fast_split import RULES, word_starts
+from smedjan_common.tokenizer.fast_split import RULES, joined_word_starts, word_starts
 from smedjan_common.tokenizer.patterns import Splitter
 from smedjan_common.tokenizer.word_table import WordTable
 
@@ -38,7 +38,7 @@ class Encoder:
     def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of many texts one after another, int32 [total], and how many each has, int64 [texts]."""
         ids, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-        for group in _groups(texts):
+        for group in groups(texts, _BLOCK):
             if self._arrays is None or len(group) == 1:
                 parts = [self.encode(text) for text in group]
                 ids += parts
@@ -48,18 +48,6 @@ class Encoder:
                 ids.append(part)
                 counts.append(count)
         return np.concatenate(ids), np.concatenate(counts)
-
-
-def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in groups of about a block; a long one makes a group by itself."""
-    first, size = 0, 0
-    for number, text in enumerate(texts):
-        if number > first and size + len(text) > _BLOCK:
-            yield texts[first:number]
-            first, size = number, 0
-        size += len(text) + 1
-    if first < len(texts):
-        yield texts[first:]
 
 
 class _Ids:
@@ -95,13 +83,7 @@ class _ArrayCache:
 
     def encode_group(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts with a break after each, so that they share the work; the break has no ids."""
-        text = "\n".join(texts) + "\n"
-        data = text.encode()
-        breaks = np.cumsum(np.fromiter((len(one) + 1 for one in texts), np.int64, len(texts))) - 1
-        starts = word_starts(text, data, self._rules, breaks)
-        if len(data) > len(text):
-            breaks = np.cumsum(np.fromiter((len(one.encode()) + 1 for one in texts), np.int64, len(texts))) - 1
-        is_break = np.searchsorted(starts, breaks)
+        data, starts, is_break = joined_word_starts(texts, self._rules)
         slots = self._slots(data, starts)
         counts = self._ids.counts(slots)
         counts[is_break] = 0

@@ -13,6 +13,7 @@ newline R (\r \n), anything else P. A run is a maximal stretch of one class; W =
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,17 @@ def word_starts(text: str, data: bytes, rules: Rules, breaks: np.ndarray | None 
     classes = _classes(codes)
     characters = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
     return characters[_begins(codes, classes, rules, breaks)]
+
+
+def joined_word_starts(texts: Sequence[str], rules: Rules) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """Many texts at once: (their UTF-8 with a newline after each, word starts in it, which of these words are the newlines)."""
+    text = "\n".join(texts) + "\n"
+    data = text.encode()
+    breaks = np.cumsum(np.fromiter((len(one) + 1 for one in texts), np.int64, len(texts))) - 1
+    starts = word_starts(text, data, rules, breaks)
+    if len(data) > len(text):
+        breaks = np.cumsum(np.fromiter((len(one.encode()) + 1 for one in texts), np.int64, len(texts))) - 1
+    return data, starts, np.searchsorted(starts, breaks)
 
 
 def _begins(codes: np.ndarray, classes: np.ndarray, rules: Rules, breaks: np.ndarray | None) -> np.ndarray:

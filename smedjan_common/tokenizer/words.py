@@ -4,14 +4,14 @@ Text of a pattern with array rules is counted in arrays (fast_split.py, word_tab
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from smedjan_common.data.sources import Block, documents
-from smedjan_common.tokenizer.arrays import Column, gather
-from smedjan_common.tokenizer.fast_split import RULES, word_starts
+from smedjan_common.tokenizer.arrays import Column, gather, groups
+from smedjan_common.tokenizer.fast_split import RULES, joined_word_starts, word_starts
 from smedjan_common.tokenizer.patterns import Splitter, mend_surrogates
 from smedjan_common.tokenizer.word_table import WordTable
 
@@ -62,8 +62,8 @@ class Tally:
     def _empty(self) -> None:
         self._table, self._data, self._lengths, self._counts = WordTable(), Column(np.uint8), Column(np.int64), Column(np.int64)
 
-    def add(self, data: bytes, starts: np.ndarray, counts: np.ndarray | None = None) -> None:
-        """Words of `data` that begin at `starts`, each once or `counts` times."""
+    def add(self, data: bytes, starts: np.ndarray, counts: np.ndarray | None = None, left_out: np.ndarray | None = None) -> None:
+        """Words of `data` that begin at `starts`, each once or `counts` times; those numbered in `left_out` not at all."""
         slots, fresh = self._table.slots(data, starts, _ANY_LENGTH)
         if len(fresh):
             lengths = np.diff(starts, append=len(data))[fresh]
@@ -72,6 +72,8 @@ class Tally:
             self._counts.extend(np.zeros(len(fresh), np.int64))
         if counts is None:
             more = np.bincount(slots)
+            if left_out is not None:
+                more -= np.bincount(slots[left_out], minlength=len(more))
             self._counts.values[: len(more)] += more
         else:
             np.add.at(self._counts.values, slots, counts)
@@ -88,7 +90,11 @@ class Tally:
         self.add(old.data[np.repeat(often, old.lengths)].tobytes(), np.cumsum(lengths) - lengths, old.counts[often])
 
     def result(self) -> WordCounts:
-        return WordCounts(self._data.values, self._lengths.values, self._counts.values, self.dropped)
+        data, lengths, counts = self._data.values, self._lengths.values, self._counts.values
+        met = counts > 0
+        if not met.all():
+            data, lengths, counts = data[np.repeat(met, lengths)], lengths[met], counts[met]
+        return WordCounts(data, lengths, counts, self.dropped)
 
 
 def add(parts: list[WordCounts]) -> WordCounts:
@@ -108,25 +114,32 @@ class WordCounter:
         self._splitter, self._field, self._errors = Splitter(expression), field, errors
         self._rules, self._tally = RULES.get(expression), Tally(most)
 
-    def __call__(self, block: Block) -> int:
-        """Count a block; its size in bytes."""
-        for text in documents(block, self._field, self._errors):
-            self.add_text(text)
-        return len(block.data)
+    def __call__(self, blocks: list[Block]) -> int:
+        """Count some blocks; their size in bytes."""
+        self.add_texts([text for block in blocks for text in documents(block, self._field, self._errors)])
+        return sum(len(block.data) for block in blocks)
 
-    def add_text(self, text: str) -> None:
-        """Count the words of a text."""
-        for part in self._splitter.blocks(text, _BLOCK):
+    def add_texts(self, texts: list[str]) -> None:
+        """Count the words of texts."""
+        for group in groups(texts, _BLOCK):
             try:
-                data = part.encode()
+                self._add_group(group)
             except UnicodeEncodeError:
-                part = mend_surrogates(part)
-                data = part.encode()
+                self._add_group([mend_surrogates(text) for text in group])
+
+    def _add_group(self, group: Sequence[str]) -> None:
+        if self._rules and len(group) > 1:
+            data, starts, breaks = joined_word_starts(group, self._rules)
+            self._tally.add(data, starts, left_out=breaks)
+            return
+        "".join(group).encode()  # refuses lone surrogates before anything is counted
+        for part in (part for text in group for part in self._splitter.blocks(text, _BLOCK)):
             if self._rules:
+                data = part.encode()
                 self._tally.add(data, word_starts(part, data, self._rules))
-                continue
-            packed = pack({word.encode(): count for word, count in Counter(self._splitter.words(part)).items()})
-            self._tally.add(packed.data.tobytes(), np.cumsum(packed.lengths) - packed.lengths, packed.counts)
+            else:
+                packed = pack({word.encode(): count for word, count in Counter(self._splitter.words(part)).items()})
+                self._tally.add(packed.data.tobytes(), np.cumsum(packed.lengths) - packed.lengths, packed.counts)
 
     def finish(self) -> WordCounts:
         return self._tally.result()
@@ -134,7 +147,12 @@ class WordCounter:
 
 def count_texts(texts: Iterable[str], splitter: Splitter) -> WordCounts:
     """Words of an iterable of texts, counted in this process."""
-    counter = WordCounter(splitter.expression)
+    counter, waiting, size = WordCounter(splitter.expression), [], 0
     for text in texts:
-        counter.add_text(text)
+        waiting.append(text)
+        size += len(text)
+        if size > _BLOCK:
+            counter.add_texts(waiting)
+            waiting, size = [], 0
+    counter.add_texts(waiting)
     return counter.finish()

@@ -148,7 +148,7 @@ def test_processes_count_what_one_process_counts(tmp_path, code):
 
 def test_counting_equals_its_definition(code):
     splitter = Splitter(PATTERNS["cl100k"])
-    texts = [*code[:3], mixed_text(1, 5000), "\ud800 lone \udfff"]
+    texts = [*code[:3], mixed_text(1, 5000), "\ud800 lone \udfff", "", *"ab'\n ", "x" * 300_000]
     fast, plain = count_texts(texts, splitter), count_plain(texts, splitter)
     assert unpack(fast) == unpack(plain)
     assert unpack(add([fast, plain])) == {word: 2 * count for word, count in unpack(plain).items()}
@@ -157,7 +157,7 @@ def test_counting_equals_its_definition(code):
 def test_past_its_memory_counting_drops_only_words_met_once(code):
     counter, plain = WordCounter(PATTERNS["cl100k"], most=2000), unpack(count_plain(code, Splitter(PATTERNS["cl100k"])))
     for text in code:
-        counter.add_text(text)
+        counter.add_texts([text])
     counts = counter.finish()
     table = unpack(counts)
     assert counts.dropped > 0
