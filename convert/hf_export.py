@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from convert import hf_config, hf_import, hf_tokenizer
+from convert.json_file import write_json
 from convert.names import rows
-from convert.output import write_json
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import write_tensors
 from smedjan_common import rope

@@ -8,15 +8,14 @@ The head here is the embedding: an lm_head.weight is dropped where it equals the
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert import hf_config, hf_tokenizer
+from convert.json_file import read_json
 from convert.names import Row, rows
 from convert.portable import Lazy, Portable, cast
 from convert.safetensors_file import open_tensors
@@ -27,7 +26,6 @@ from smedjan_common.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, HEAD = "config.json", "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files keep a table that follows from config.json
-_MAX_JSON_BYTES = 256 << 20
 
 
 def detect(path: Path) -> bool:
@@ -60,20 +58,6 @@ def read(path: Path) -> Portable:
     tensors["embed.weight"], config = _padded(tensors["embed.weight"], config, tokenizer)
     source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
     return Portable(config, tensors, tokenizer, 0, source, (*notes, *more))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError naming the file."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_JSON_BYTES + 1)
-        values = json.loads(raw.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} cannot be read.", f"{why}.", "Download it again, or restore it from a copy.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", f"It is a {type(values).__name__}.", "Download it again.")
-    return values
 
 
 def open_weights(path: Path) -> dict[str, Lazy]:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.json_file import read_json
 from smedjan_common.errors import CheckpointError, DataError
 from smedjan_common.tokenizer import Tokenizer
 
@@ -60,33 +61,47 @@ def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     path = directory / FILE
     if not path.is_file():
         return None, [f"There is no {FILE}: only the weights are taken over, and text needs a tokenizer of the same ids."]
-    tokenizer = _load(path)
+    document = read_json(path)
+    tokenizer = _load(path, document, rows)
     vocabulary = tokenizer.vocabulary
     kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
     if kept != vocabulary.specials:
         tokenizer = Tokenizer(dataclasses.replace(vocabulary, specials=kept))
-    if tokenizer.vocab_size > rows:
-        raise DataError(
-            f"{path} has {tokenizer.vocab_size} tokens.", f"The model has {rows} embedding rows.", "Take the tokenizer of this model."
-        )
-    return tokenizer, _notes(path, tokenizer)
+    return tokenizer, _notes(document, tokenizer)
 
 
-def _load(path: Path) -> Tokenizer:
+def _load(path: Path, document: dict[str, Any], rows: int) -> Tokenizer:
     try:
+        _check_ids(path, document, rows)
         return Tokenizer.load(path)
     except DataError as error:
-        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone are taken over."
+        fix = (
+            error.fix
+            if "ids" in error.what
+            else f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone go over."
+        )
         raise DataError(error.what, error.why, fix) from None
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} is no tokenizer.", f"{type(error).__name__}: {error}.", "Restore the file.") from None
 
 
-def _notes(path: Path, tokenizer: Tokenizer) -> list[str]:
+def _check_ids(path: Path, document: dict[str, Any], rows: int) -> None:
+    """Raises DataError for an id that is no row of the embedding or that two tokens have; before memory is taken for them."""
+    vocab = document["model"]["vocab"]
+    if not isinstance(vocab, dict):
+        return  # another kind of model, which is refused later
+    names = vocab | {added["content"]: added["id"] for added in document.get("added_tokens") or ()}
+    if odd := [name for name, number in names.items() if type(number) is not int or not 0 <= number < rows]:
+        why = f"{odd[0]!r} has {names[odd[0]]!r}, and the model has {rows} embedding rows."
+        raise DataError(f"{path} has ids that the model does not.", why, "Take the tokenizer of this model.")
+    if len(set(names.values())) < len(names):
+        raise DataError(f"{path} has two tokens with the same ids.", "It is damaged.", "Restore the file.")
+
+
+def _notes(document: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
     notes = []
     if end_of_text(tokenizer) is None:
         notes.append("The tokenizer has no end-of-text token by any known name: `generate` and `prepare` need one.")
-    document = json.loads(path.read_text(encoding="utf-8"))
     if "TemplateProcessing" in json.dumps(document.get("post_processor")):
         notes.append("Its own tokenizer puts special tokens around a text (a beginning, say); smedjan adds none: write them in the prompt.")
     return notes

@@ -1,11 +1,9 @@
 """What every writer promises: nothing is overwritten without --force, nothing of other people's ever, and no half stands anywhere."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from smedjan_common.data.atomic import sync_directory, temporary_name
 from smedjan_common.errors import CheckpointError
@@ -24,14 +22,6 @@ def check_target(source: Path, target: Path, force: bool, ours: Callable[[Path],
         )
     if not ours(target):
         raise CheckpointError(f"{target} is in the way and is nothing that `convert` writes here.", "", "Move it elsewhere.")
-
-
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write and fsync a new file. Raises OSError."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,32 @@
+"""JSON files of other people, read with care, and ours, written to stay."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.errors import CheckpointError
+
+_MAX_BYTES = 256 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError naming the file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        values = json.loads(raw.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read.", f"{why}.", "Download it again, or restore it from a copy.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object.", f"It is a {type(values).__name__}.", "Download it again.")
+    return values
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write and fsync a new file. Raises OSError."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

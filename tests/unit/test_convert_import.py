@@ -1,0 +1,365 @@
+"""What `--to neutral` refuses: models that cannot be expressed, by name; wrong files, with the file and the reason; never a half."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convert import hf_import
+from convert.cli import main
+from convert.portable import Lazy
+from convert.safetensors_file import write_tensors
+from smedjan_common.checkpoint import read_checkpoint
+from smedjan_common.errors import SmedjanError
+from tests.unit.convert_models import YARN, convert, model_config, neutral, tokenizer
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good directory in three shards, to be copied and spoilt."""
+    folder = tmp_path_factory.mktemp("good")
+    convert(neutral(folder), folder / "hf", "--to", "hf", "--max-shard-size", "80KB")
+    return folder / "hf"
+
+
+@pytest.fixture
+def hf(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "hf"))
+
+
+def refusal(path: Path) -> str:
+    """What `convert` says when it refuses the directory; nothing is left of the attempt."""
+    target = path.parent / "neutral"
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main([str(path), str(target), "--to", "neutral"]) == 2
+    assert not target.exists()
+    assert "Traceback" not in said.getvalue()
+    assert len(said.getvalue().strip().splitlines()) >= 2, said.getvalue()
+    return said.getvalue()
+
+
+def change(path: Path, name: str, **values: Any) -> None:
+    """Other values in a JSON file; None removes."""
+    document = json.loads((path / name).read_text()) | values
+    (path / name).write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+
+
+def shards(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def one_file(path: Path, edit: Callable[[dict[str, np.ndarray]], Any] = lambda arrays: None, **more: np.ndarray) -> None:
+    """Put all tensors into one model.safetensors, edited, with more."""
+    arrays = {name: tensor.read() for name, tensor in hf_import.open_weights(path).items()}
+    edit(arrays)
+    arrays |= more
+    for file in (*shards(path), path / hf_import.INDEX):
+        file.unlink(missing_ok=True)
+    write_tensors(path / hf_import.WEIGHTS, {name: lazy(array) for name, array in arrays.items()})
+
+
+def lazy(array: np.ndarray) -> Lazy:
+    return Lazy(array.dtype, array.shape, lambda: array)
+
+
+# models that cannot be expressed
+
+SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+INEXPRESSIBLE = {
+    "activation": ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+    "type": ({"model_type": "gpt2"}, "of the type 'gpt2'"),
+    "near type": ({"model_type": "qwen3"}, "Did you mean qwen2"),
+    "window": ({"model_type": "mistral", "sliding_window": 16}, "sliding window of 16"),
+    "window of qwen2": ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
+    "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+    "head_dim": ({"head_dim": 16}, "head_dim 16"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
+    "llama3 rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE of the type 'llama3'"),
+    "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of the type 'linear'"),
+    "dynamic rope": ({"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of the type 'dynamic'"),
+    "partial rope": ({"partial_rotary_factor": 0.5}, "partial rotary"),
+    "yarn beta": ({"rope_parameters": SCALED | {"beta_fast": 16}}, "YaRN with beta_fast 16"),
+    "yarn factor": ({"rope_parameters": SCALED | {"attention_factor": 1.0}}, "YaRN with attention_factor 1"),
+    "yarn mscale": ({"rope_parameters": SCALED | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale_all_dim"),
+    "yarn untruncated": ({"rope_parameters": SCALED | {"truncate": False}}, "truncation"),
+    "groups": ({"num_key_value_heads": 3}, "--kv-heads 3"),
+}
+
+
+@pytest.mark.parametrize("case", INEXPRESSIBLE)
+def test_what_the_model_cannot_express_is_refused_by_name(hf: Path, case: str):
+    values, words = INEXPRESSIBLE[case]
+    change(hf, "config.json", **values)
+    assert words in refusal(hf)
+
+
+def test_a_bias_is_refused_by_name_and_left_out_where_it_is_zero(hf: Path, capsys: pytest.CaptureFixture):
+    name = "model.layers.1.self_attn.k_proj.bias"
+    one_file(hf, **{name: np.array([0, 0, 1e-9, 0], np.float32)})
+    assert f"has the bias {name}" in refusal(hf)
+    one_file(hf, **{name: np.zeros(4, np.float32)})
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert "biases are all zero" in capsys.readouterr().out
+
+
+def test_a_head_of_its_own_is_refused_by_name(hf: Path):
+    embed = hf_import.open_weights(hf)["model.embed_tokens.weight"].read()
+    one_file(hf, **{"lm_head.weight": embed[:-1]})
+    assert "lm_head.weight" in refusal(hf)
+    one_file(hf, **{"lm_head.weight": np.where(np.arange(320)[:, None] == 5, 0, embed)})
+    assert "tie_word_embeddings" in refusal(hf)
+    one_file(hf, **{"lm_head.weight": embed})
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.layers.0.mlp.experts.0.w1.weight", "../../x", "model.layers.2.mlp.up_proj.weight"])
+def test_a_tensor_that_no_llama_has_is_refused_by_name(hf: Path, name: str):
+    one_file(hf, **{name: np.zeros((2, 2), np.float32)})
+    assert repr(name) in refusal(hf)
+
+
+def test_a_table_of_frequencies_is_left_out(hf: Path):
+    one_file(hf, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+
+
+# tokenizers
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.update(normalizer={"type": "NFC"}), "normalizer NFC"),
+        (lambda t: t.update(model={"type": "Unigram", "vocab": []}), "no tokenizer.json with a BPE model"),
+        (lambda t: t["model"].update(byte_fallback=True), "byte-level BPE does not have"),
+        (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+        (lambda t: t["model"]["vocab"].pop("a"), "lacks 1 of the 256 bytes"),
+        (lambda t: t.update(added_tokens=5), "is no tokenizer"),
+        (lambda t: t["model"]["vocab"].update(zzzz=7), "two tokens with the same"),
+        (lambda t: t["model"]["vocab"].update(a=10**10), "the model has 320 embedding rows"),
+        (lambda t: t["model"]["vocab"].update(zzzz=-1), "the model has 320 embedding rows"),
+        (lambda t: t["model"]["vocab"].update(zzzz=5000), "the model has 320 embedding rows"),
+    ],
+    ids=["normalizer", "unigram", "sentencepiece", "metaspace", "bytes", "types", "twice", "huge", "negative", "too many"],
+)
+def test_another_tokenizer_is_refused_with_the_reason(hf: Path, edit: Callable[[dict], Any], words: str):
+    document = json.loads((hf / "tokenizer.json").read_text())
+    edit(document)
+    (hf / "tokenizer.json").write_text(json.dumps(document))
+    said = refusal(hf)
+    assert words in said
+    assert "tokenizer.json" in said
+
+
+def test_without_a_tokenizer_the_weights_are_taken_over_and_it_is_said(hf: Path, capsys: pytest.CaptureFixture):
+    (hf / "tokenizer.json").unlink()
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert "There is no tokenizer.json" in capsys.readouterr().out
+    checkpoint = read_checkpoint(hf.parent / "neutral")
+    assert (checkpoint.tokenizer_json, checkpoint.model.vocab_size) == (None, 320)
+
+
+def test_special_tokens_that_their_tokenizer_adds_are_told(hf: Path, capsys: pytest.CaptureFixture):
+    change(hf, "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": []})
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert "smedjan adds none" in capsys.readouterr().out
+
+
+# wrong files
+
+
+def test_a_shard_that_is_cut_short_missing_or_a_pickle_is_named(hf: Path):
+    first, second = shards(hf)[:2]
+    raw = first.read_bytes()
+    for content in (raw[:-1], raw[: len(raw) // 2], raw[:5], b"", b"\xff" * 400, raw + b"\0"):
+        first.write_bytes(content)
+        assert str(first) in refusal(hf)
+    first.write_bytes(pickle.dumps({"model.norm.weight": [1.0] * 100}))
+    assert f"{first} is a pickle" in refusal(hf)
+    first.unlink()
+    assert f"{first} is missing" in refusal(hf)
+    first.mkdir()
+    assert str(first) in refusal(hf)
+    first.rmdir()
+    first.write_bytes(second.read_bytes())
+    assert str(first) in refusal(hf)
+
+
+def test_pickled_weights_are_never_opened(hf: Path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(hf / "trapped"),)
+
+    for file in (*shards(hf), hf / hf_import.INDEX):
+        file.unlink()
+    assert "has no weights" in refusal(hf)
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    assert "pytorch_model.bin, a pickle" in refusal(hf)
+    (hf / hf_import.WEIGHTS).write_bytes(pickle.dumps(Trap()))
+    assert "model.safetensors is a pickle" in refusal(hf)
+    assert not (hf / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../good.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".hidden.safetensors", "x.bin", "x.safetensors\0"]
+)
+def test_an_index_names_files_beside_it_only(hf: Path, name: str):
+    shutil.copy(shards(hf)[0], hf.parent / "good.safetensors")
+    index = json.loads((hf / hf_import.INDEX).read_text())
+    index["weight_map"] = {key: name for key in index["weight_map"]}
+    (hf / hf_import.INDEX).write_text(json.dumps(index))
+    assert f"names the file {name!r}" in refusal(hf)
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(hf: Path):
+    index = json.loads((hf / hf_import.INDEX).read_text())["weight_map"]
+    first, second = (path.name for path in shards(hf)[:2])
+    name = next(key for key, file in index.items() if file == first)
+    for wrong, words in (
+        (index | {name: second}, f"{first} has a tensor {name!r}"),
+        ({key: file for key, file in index.items() if key != name}, f"{first} has a tensor {name!r}"),
+        (index | {"model.more": first}, "lacks the tensor 'model.more'"),
+        (["model.safetensors"], "no weight_map"),
+        ({name: 5}, "no weight_map"),
+        ({}, "tensors"),
+    ):
+        (hf / hf_import.INDEX).write_text(json.dumps({"weight_map": wrong}))
+        assert words in refusal(hf)
+
+
+def test_other_shapes_types_and_missing_tensors_are_named(hf: Path, tmp_path: Path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    for number, (edit, words) in enumerate(
+        (
+            (lambda arrays: arrays.update({name: arrays[name].T.copy()}), f"{name} in"),
+            (lambda arrays: arrays.update({name: arrays[name].reshape(-1)}), "has shape (8192,)"),
+            (lambda arrays: arrays.pop(name), f"lacks the tensor {name}"),
+            (lambda arrays: [arrays.pop(key) for key in list(arrays) if "layers.1." in key], "(and 8 more)"),
+        )
+    ):
+        copy = Path(shutil.copytree(hf, tmp_path / f"copy{number}"))
+        one_file(copy, edit)
+        assert words in refusal(copy)
+    from safetensors.numpy import save_file
+
+    one_file(hf)
+    arrays = {key: tensor.read() for key, tensor in hf_import.open_weights(hf).items()}
+    save_file(arrays | {name: arrays[name].astype(np.int8)}, hf / hf_import.WEIGHTS)
+    assert f"The tensor {name!r} in {hf / hf_import.WEIGHTS} has dtype I8" in refusal(hf)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_size": "32"}, "hidden_size '32'"),
+        ({"hidden_size": -32}, "hidden_size -32"),
+        ({"hidden_size": None}, "hidden_size None"),
+        ({"num_hidden_layers": True}, "num_hidden_layers True"),
+        ({"num_hidden_layers": 10_000_000}, "promises 10000000 layers"),
+        ({"num_hidden_layers": 3}, "layers.2."),
+        ({"num_hidden_layers": 1}, "layers.1."),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"vocab_size": 256}, "has shape (320, 32)"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"rope_theta": float("nan"), "rope_parameters": None}, "rope_theta"),
+        ({"rope_scaling": [1], "rope_parameters": None}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "--rope-factor 0.5"),
+        ({"num_attention_heads": 3}, "head_dim"),
+        ({"num_attention_heads": 32, "head_dim": 1, "num_key_value_heads": 16}, "odd number"),
+        ({"layer_types": 7}, "config.json cannot be used"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "config.json cannot be used"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_what_is_wrong(hf: Path, values: dict, words: str):
+    change(hf, "config.json", **values)
+    said = refusal(hf)
+    assert words in said
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '{"model_type": "llama"}', "[" * 100_000])
+def test_a_configuration_that_is_none_is_refused(hf: Path, text: str):
+    (hf / "config.json").write_text(text, encoding="latin-1")
+    refusal(hf)
+
+
+def test_dtypes_may_be_mixed(hf: Path):
+    """Norms in float32 among bfloat16 matrices, as some models have it."""
+    whole = {name: tensor.read() for name, tensor in hf_import.open_weights(hf).items()}
+    one_file(hf, lambda arrays: arrays.update({k: v.astype(ml_dtypes.bfloat16) for k, v in arrays.items() if v.ndim == 2}))
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+    params = read_checkpoint(hf.parent / "neutral").snapshot.params
+    assert np.array_equal(params["norm.weight"], whole["model.norm.weight"])
+    assert np.array_equal(params["embed.weight"], whole["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_links_of_the_hub_cache_are_followed(hf: Path):
+    """huggingface_hub keeps a snapshot as links into a folder of blobs."""
+    (hf.parent / "blobs").mkdir()
+    for file in list(hf.iterdir()):
+        file.rename(hf.parent / "blobs" / file.name)
+        file.symlink_to(Path("..") / "blobs" / file.name)
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data())
+def test_no_damage_to_any_file_makes_a_crash_or_a_half(exported: Path, tmp_path: Path, data: st.DataObject):
+    """Cut, changed, doubled bytes anywhere: an error of ours, or a model that is whole (damage that no reader can see, in a weight)."""
+    hf = tmp_path / "hf"
+    shutil.rmtree(hf, ignore_errors=True)
+    shutil.copytree(exported, hf)
+    name = data.draw(st.sampled_from(sorted(file.name for file in hf.iterdir())), label="file")
+    raw = bytearray((hf / name).read_bytes())
+    place = data.draw(st.integers(0, min(len(raw) - 1, 3000)), label="place")
+    kind = data.draw(st.sampled_from(("cut", "byte", "insert", "digits")), label="kind")
+    if kind == "cut":
+        raw = raw[:place]
+    elif kind == "byte":
+        raw[place] = data.draw(st.integers(0, 255), label="value")
+    elif kind == "insert":
+        raw[place:place] = data.draw(st.binary(min_size=1, max_size=9), label="bytes")
+    else:
+        raw = bytearray(raw.replace(b"32", data.draw(st.sampled_from((b"-1", b"1e9", b"null", b"[]", b"33333333333333"))), 3))
+    (hf / name).write_bytes(raw)
+    target = tmp_path / "neutral"
+    shutil.rmtree(target, ignore_errors=True)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = main([str(hf), str(target), "--to", "neutral"])
+    assert code == (0 if target.exists() else 2), said.getvalue()
+    if code == 0:
+        assert set(read_checkpoint(target).snapshot.params)
+
+
+def test_reading_raises_only_errors_of_ours(hf: Path):
+    change(hf, "config.json", hidden_size=[])
+    with pytest.raises(SmedjanError):
+        hf_import.read(hf)
+
+
+def test_yarn_is_read_from_either_generation(hf: Path):
+    """rope_parameters alone (transformers 5), rope_scaling alone (4), its older key `type`, the length left to the context."""
+    config = model_config(tokenizer().vocab_size, **YARN)
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32}
+    for keys in (
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **scaling}},
+        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", **scaling}},
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", **scaling, "attention_factor": 0.1 * np.log(4.0) + 1}},
+    ):
+        change(hf, "config.json", **keys)
+        assert hf_import.read(hf).config == config
+    change(hf, "config.json", rope_scaling={"type": "yarn", "factor": 4.0})
+    assert hf_import.read(hf).config.rope_original_len == 128
