@@ -33,3 +33,10 @@ else:  # a repeated run has the same bits only without atomic sums
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): tests that share compiled functions (pytest -n 2 --dist loadgroup)")
     config.addinivalue_line("markers", "oracle: needs the `oracle` extra (torch, transformers)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: SMEDJAN_TEST_DEVICE=gpu"))
