@@ -83,12 +83,12 @@ def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
 
     A directory gives all its files, hidden and binary ones left out.
     """
-    found: dict[Path, Source] = {}
+    found: dict[str, Source] = {}
     for given in inputs:
         name = os.fspath(given)
         path = Path(name)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_wanted(file, path)]
+            files = _files_below(path)
         elif path.exists():
             files = [path]
         else:
@@ -97,7 +97,7 @@ def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
             what = f"There is no text in {name!r}." if path.exists() else f"There is no input {name!r}."
             raise DataError(what, "", "Check the path; --input takes files, directories and quoted globs.")
         for file in files:
-            found.setdefault(file.resolve(), Source(file, kind_of(file), file.stat().st_size))
+            found.setdefault(os.path.abspath(file), Source(file, kind_of(file), file.stat().st_size))
     if not found:
         raise DataError("No input was given.", "", "Give --input with one or more files, directories or globs.")
     return sorted(found.values(), key=lambda source: str(source.path))
@@ -146,9 +146,10 @@ def bundles(
 
 def _text_blocks(source: Source, size: int) -> Iterator[Block]:
     offset, starts, rest = 0, True, b""
+    at_once = size if source.path.suffix.lower() in _OPENERS else min(size, source.size + 1)  # a buffer is made for all that is asked for
     with source.open() as file:
         while True:
-            fresh = _read(file, size)
+            fresh = _read(file, at_once)
             data = rest + fresh
             if offset == 0 and starts and data.startswith(_BOM):
                 data, offset = data[len(_BOM) :], len(_BOM)
@@ -253,11 +254,19 @@ def _field(block: Block, line: int, text: str, field: str) -> str:
     return value
 
 
-def _is_wanted(file: Path, root: Path) -> bool:
-    """No hidden part in the path below `root`, and no NUL byte at the file's beginning unless it is compressed."""
-    if any(part.startswith(".") for part in file.relative_to(root).parts):
+def _files_below(folder: Path) -> list[Path]:
+    """All files of a folder in order, without hidden ones and those with a NUL byte at the beginning, unless compressed."""
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if not name.startswith(".") and _is_wanted(os.path.join(place, name))]
+    return sorted(files)
+
+
+def _is_wanted(file: str) -> bool:
+    if not os.path.isfile(file):
         return False
-    if file.suffix.lower() in _OPENERS:
+    if os.path.splitext(file)[1].lower() in _OPENERS:
         return True
-    with open(file, "rb") as handle:
+    with open(file, "rb", buffering=0) as handle:
         return b"\0" not in handle.read(4096)

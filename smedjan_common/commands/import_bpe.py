@@ -1,0 +1,48 @@
+"""`smedjan import-bpe`: a byte-level BPE tokenizer of another tool as tokenizer.json, or ours as tiktoken ranks."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Turn GPT-2's merges.txt, a tiktoken rank file or a tokenizer.json into a tokenizer.json with the same ids."""
+
+    merges: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """merges.txt, a tiktoken rank file (base64 and rank on each line), or a tokenizer.json; told by its content."""
+    vocab: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The vocab.json (encoder.json) beside merges.txt; without it ids follow the merges, as GPT-2's do."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
+    """What to write; a name that ends in .tiktoken gives a rank file."""
+    pattern: Annotated[str | None, tyro.conf.arg(metavar="NAME|REGEX")] = None
+    """How text is split, where the file does not say: gpt2 (default for merges), cl100k (default for ranks), or an expression."""
+    special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Special tokens to add after the last id; <|endoftext|> by default where merges.txt comes without vocabulary."""
+    force: bool = False
+    """Replace --output if it exists."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(Flags, prog="smedjan import-bpe", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    from smedjan_common.data.atomic import write_atomically
+    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.tokenizer import Tokenizer, foreign
+
+    refuse_existing([flags.output], flags.force)
+    tokenizer = Tokenizer(foreign.read(flags.merges, flags.vocab, flags.pattern, flags.special))
+    if flags.output.endswith(".tiktoken"):
+        write_atomically(flags.output, foreign.dump_ranks(tokenizer.vocabulary).encode())
+    else:
+        tokenizer.save(flags.output)
+    names = ", ".join(f"{name} {number}" for name, number in tokenizer.special_tokens.items()) or "none"
+    print(f"{flags.output}: {tokenizer.vocab_size} ids, hash {tokenizer.hash[:16]}, special tokens: {names}")
+    return 0
