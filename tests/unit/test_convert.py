@@ -312,6 +312,16 @@ def test_every_format_is_in_the_help_and_in_the_documentation():
         assert name in done.stdout
 
 
+def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [line.split() for line in (ROOT / "docs/convert.md").read_text().splitlines() if line.startswith("convert ")]
+    commands = [words[1:] for words in lines if "SRC" not in words]
+    assert {words[words.index("--to") + 1] for words in commands} == set(FORMATS)
+    monkeypatch.chdir(tmp_path)
+    run(neutral(tmp_path / "runs/shakespeare"), "some-llama", "--to", "hf")
+    for words in commands:
+        run(*words)
+
+
 def test_the_command_is_installed_under_both_names():
     from smedjan_common.cli import COMMANDS
 
