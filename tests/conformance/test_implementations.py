@@ -60,7 +60,9 @@ def test_compiled_mlx_trains_as_the_uncompiled(default_case: Case, monkeypatch: 
     model = dataclasses.replace(case.model, layers=max(1, len(case.model.mixer)))
     params = {name: value for name, value in case.params.items() if name in subjects.tensor_names(model)}
     plain = subjects.train("mlx", model, case.train, params, case.batches[:3])
-    monkeypatch.setattr(subjects.module("mlx", "backend"), "on_gpu", lambda: True)
+    backend, built = subjects.module("mlx", "backend"), []
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    monkeypatch.setattr(backend, "Model", lambda *args, model_class=backend.Model: built.append(args) or model_class(*args))
     mx.enable_compile()
     try:
         side = subjects.make_backend("mlx", model, case.train)
@@ -72,6 +74,7 @@ def test_compiled_mlx_trains_as_the_uncompiled(default_case: Case, monkeypatch: 
     finally:
         if conftest.DEVICE == "cpu":
             mx.disable_compile()
+    assert len(built) == 1, "a compiled step is traced once"
     worst = max(abs(a / b - 1) for a, b in zip(losses, plain.losses, strict=True))
     demand([Difference("loss", worst, FLOAT32.loss), *tensors(snapshot.params, plain.snapshot.params, FLOAT32.loss)])
 
