@@ -13,7 +13,8 @@ class Flags:
     """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
-    """Text files (a document each), .jsonl files (a document a line), also .gz, .bz2, .xz, .zst; directories, or globs in quotes."""
+    """Text files (a document each), .jsonl files (a document a line), also .gz, .bz2, .xz, .zst; .parquet (a document a row),
+    Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]); directories, or globs in quotes."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """The tokenizer.json to use."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "train.bin"
@@ -23,7 +24,7 @@ class Flags:
     val_fraction: float = 0.0
     """The part held out, between 0 and 1: whole documents, or the end of the text where there are few documents."""
     field: str = "text"
-    """The field of a JSONL record that holds the text."""
+    """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None

@@ -13,7 +13,8 @@ class Flags:
     """Learn a byte-level BPE tokenizer from text and write it as a Hugging Face tokenizer.json."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
-    """Text files, .jsonl files (also .gz, .bz2, .xz, .zst), directories, or globs in quotes."""
+    """Text files, .jsonl files (also .gz, .bz2, .xz, .zst), .parquet files, Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]),
+    directories, or globs in quotes."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """Where to write the tokenizer."""
     vocab_size: int = 8192
@@ -27,7 +28,7 @@ class Flags:
     byte_order: Literal["gpt2", "raw"] = "gpt2"
     """Ids of the 256 bytes: as GPT-2 and Hugging Face number them, or the byte itself."""
     field: str = "text"
-    """The field of a JSONL record that holds the text."""
+    """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None

@@ -5,7 +5,7 @@ Every document is its tokens followed by <|endoftext|>. The sidecar's offsets sa
 Validation split, always the same for the same inputs:
 - by document, where enough documents are expected on the validation side: a document goes there when the hash of its text (of its
   first block, for a long one) is below the fraction;
-- else the tail: of each text file the last part from a line break on, of JSONL the last documents.
+- else the tail: of each text file the last part from a line break on, of other sources the last documents.
 Only the tokens differ by tokenizer, not the split.
 """
 
@@ -58,7 +58,7 @@ class Piece:
 
     block: Block
     side: int
-    first_val_document: int | None = None  # JSONL in tail mode: documents of the block from this number on are validation
+    first_val_document: int | None = None  # tail mode, many documents: those of the block from this number on are validation
 
 
 def prepare(
@@ -81,7 +81,7 @@ def prepare(
     _check(val_output, val_fraction, errors)
     started = time.monotonic()
     found = sources.find(inputs)
-    split = _choose_split(found, val_fraction) if val_output else "none"
+    split = _choose_split(found, val_fraction, field) if val_output else "none"
     notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
     with ExitStack() as stack:
         writers = [
@@ -89,7 +89,7 @@ def prepare(
             for path, side in ((output, "train"), (val_output, "validation"))
             if path is not None
         ]
-        seen = _write(writers, _pieces(found, split, val_fraction), found, tokenizer, field, errors, workers, val_fraction, progress)
+        seen = _write(writers, _pieces(found, split, val_fraction, field), found, tokenizer, field, errors, workers, val_fraction, progress)
         _refuse_empty(writers, found, val_fraction)
         for writer in writers:
             writer.manifest["sources"] = seen
@@ -194,14 +194,14 @@ def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
-def _pieces(found: Sequence[Source], split: str, val_fraction: float) -> Iterator[Piece]:
+def _pieces(found: Sequence[Source], split: str, val_fraction: float, field: str) -> Iterator[Piece]:
     """Every block with the side it goes to."""
     if split == "tail":
         for source in found:
-            yield from (_jsonl_tail if source.kind == "jsonl" else _text_tail)(source, val_fraction)
+            yield from _text_tail(source, val_fraction) if source.kind == "text" else _document_tail(source, val_fraction, field)
         return
     side = TRAIN
-    for block in sources.blocks(found):
+    for block in sources.blocks(found, field=field):
         if split == "none" or (block.starts and block.ends):
             yield Piece(block, TRAIN if split == "none" else BY_HASH)
             continue
@@ -240,26 +240,25 @@ def _line_start(data: bytes, at: int) -> int:
     return at
 
 
-def _jsonl_tail(source: Source, val_fraction: float) -> Iterator[Piece]:
-    """A JSONL file's blocks; the last documents, at least one if there are two, are validation."""
-    counts = [sum(1 for line in block.data.splitlines() if line.strip()) for block in sources.blocks([source])]
-    total, seen = sum(counts), 0
+def _document_tail(source: Source, val_fraction: float, field: str) -> Iterator[Piece]:
+    """The blocks of a source of many documents; the last documents, at least one if there are two, are validation."""
+    total = sum(block.count() for block in sources.blocks([source], field=field))
     first = min(total - round(total * val_fraction), total - 1) if total > 1 else total
-    for block, count in zip(sources.blocks([source]), counts, strict=True):
+    seen = 0
+    for block in sources.blocks([source], field=field):
         yield Piece(block, TRAIN, first - seen)
-        seen += count
+        seen += block.count()
 
 
-def _choose_split(found: Sequence[Source], val_fraction: float) -> str:
+def _choose_split(found: Sequence[Source], val_fraction: float, field: str) -> str:
     """ "document" where enough documents are expected on the validation side, else "tail"."""
     needed = _ENOUGH_VALIDATION_DOCUMENTS / val_fraction
     count = sum(source.kind == "text" for source in found)
     for source in found:
-        if source.kind == "jsonl" and count < needed:
-            for block in sources.blocks([source]):
-                count += sum(1 for line in block.data.splitlines() if line.strip())
-                if count >= needed:
-                    break
+        for block in sources.blocks([source], field=field) if source.kind != "text" else ():
+            if count >= needed:
+                return "document"
+            count += block.count()
     return "document" if count >= needed else "tail"
 
 

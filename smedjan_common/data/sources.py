@@ -1,11 +1,12 @@
-"""Inputs as streams of blocks: text files, JSONL, compressed or not, directories and globs.
+"""Inputs as streams of blocks: text files, JSONL, Parquet, Hugging Face datasets; compressed or not, directories and globs.
 
-A text file is one document, a line of JSONL is one document (its field `text` by default). Files are read in blocks of a few
-megabytes, so that nothing is ever wholly in memory; a long text is cut only at a safe cut (patterns.py), a JSONL file between lines.
+A text file is one document; a line of JSONL, a row of Parquet or of a dataset is one (its field `text` by default). Files are
+read in blocks of a few megabytes, so that nothing is ever wholly in memory; a long text is cut only at a safe cut (patterns.py).
 The blocks are raw bytes: decoding and parsing is the workers' part (`documents`).
 """
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -13,7 +14,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,9 @@ BUNDLE_BYTES = 1 << 20
 _LONGEST_WITHOUT_CUT = 64 << 20  # a text without any safe cut is cut anywhere between characters at this size
 _WINDOW = 1 << 16
 _BOM = b"\xef\xbb\xbf"
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+DATASET_PREFIX = "hf:"
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # other names are text
+_ROWS = 1024
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -50,7 +53,7 @@ COMPRESSED = tuple(_OPENERS)
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `kind`: "text" or "jsonl"; `size`: bytes on disk."""
+    """One input. `kind`: a key of READERS; `size`: bytes on disk, 0 where that is not known."""
 
     path: Path
     kind: str
@@ -65,7 +68,8 @@ class Source:
 class Block:
     """A piece of a source. `offset`: of its first byte in the (decompressed) source; `line`: number of its first line.
 
-    `document`: number of the first document that begins or goes on here; `starts`: whether it begins here; `ends`: whether it ends.
+    `kind`: "text", "jsonl", or "rows" (texts whose UTF-8 stands one after another in `data`, `lengths` bytes each). Of a text:
+    `starts`, whether it begins here; `ends`, whether it ends here.
     """
 
     path: str
@@ -73,19 +77,28 @@ class Block:
     offset: int
     line: int
     data: bytes
-    document: int
     starts: bool = True
     ends: bool = True
+    lengths: tuple[int, ...] = ()
+
+    def count(self) -> int:
+        """How many documents are in it, a cut text counting as one."""
+        if self.kind == "jsonl":
+            return sum(1 for line in self.data.splitlines() if line.strip())
+        return len(self.lengths) if self.kind == "rows" else 1
 
 
 def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
-    """The files that `inputs` (files, directories, globs) name, sorted, each once. Raises DataError for what is not there.
+    """The files that `inputs` (files, directories, globs, hf:NAME[:CONFIG[:SPLIT]] for datasets) name, sorted, each once.
 
-    A directory gives all its files, hidden and binary ones left out.
+    Raises DataError for what is not there. A directory gives all its files, hidden and binary ones left out.
     """
     found: dict[str, Source] = {}
     for given in inputs:
         name = os.fspath(given)
+        if name.startswith(DATASET_PREFIX):
+            found[name] = Source(Path(name), "dataset", 0)
+            continue
         path = Path(name)
         if path.is_dir():
             files = _files_below(path)
@@ -108,25 +121,18 @@ def kind_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _OPENERS:
         suffixes.pop()
-    return "jsonl" if suffixes and suffixes[-1] in JSONL_SUFFIXES else "text"
+    return _KINDS.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def blocks(sources: Iterable[Source], known_pattern: bool = True, size: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All sources as blocks in order, documents numbered through. Raises DataError, OSError."""
-    document = 0
+def blocks(sources: Iterable[Source], known_pattern: bool = True, size: int = BLOCK_BYTES, field: str = "text") -> Iterator[Block]:
+    """All sources as blocks in order. Raises DataError, OSError."""
     for source in sources:
-        reader = _jsonl_blocks if source.kind == "jsonl" else _text_blocks
-        last = None
         try:
-            for block in reader(source, size if known_pattern else _LONGEST_WITHOUT_CUT):
-                last = replace(block, document=document + block.document)
-                yield last
+            yield from READERS[source.kind](source, size if known_pattern else _LONGEST_WITHOUT_CUT, field)
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise DataError(
                 f"Cannot decompress {str(source.path)!r}.", f"{error}.", "The file is damaged or cut short; get it again."
             ) from None
-        if last is not None:
-            document = last.document + (last.data.count(b"\n") + 1 if last.kind == "jsonl" else 1)
 
 
 def bundles(
@@ -144,7 +150,7 @@ def bundles(
         yield bundle
 
 
-def _text_blocks(source: Source, size: int) -> Iterator[Block]:
+def _text_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
     offset, starts, rest = 0, True, b""
     at_once = size if source.path.suffix.lower() in _OPENERS else min(size, source.size + 1)  # a buffer is made for all that is asked for
     with source.open() as file:
@@ -155,16 +161,16 @@ def _text_blocks(source: Source, size: int) -> Iterator[Block]:
                 data, offset = data[len(_BOM) :], len(_BOM)
             if not fresh:
                 if data or starts:
-                    yield Block(str(source.path), "text", offset, 1, data, 0, starts, True)
+                    yield Block(str(source.path), "text", offset, 1, data, starts, True)
                 return
             cut = _cut(data) if len(data) >= size else 0
             if cut:
-                yield Block(str(source.path), "text", offset, 1, data[:cut], 0, starts, False)
+                yield Block(str(source.path), "text", offset, 1, data[:cut], starts, False)
                 starts = False
             rest, offset = data[cut:], offset + cut
 
 
-def _jsonl_blocks(source: Source, size: int) -> Iterator[Block]:
+def _jsonl_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
     offset, line, rest = 0, 1, b""
     with source.open() as file:
         while True:
@@ -174,11 +180,91 @@ def _jsonl_blocks(source: Source, size: int) -> Iterator[Block]:
                 data, offset = data[len(_BOM) :], len(_BOM)
             cut = data.rfind(b"\n") + 1 if fresh else len(data)
             if cut:
-                yield Block(str(source.path), "jsonl", offset, line, data[:cut], line - 1)
+                yield Block(str(source.path), "jsonl", offset, line, data[:cut])
                 line += data.count(b"\n", 0, cut)
             if not fresh:
                 return
             rest, offset = data[cut:], offset + cut
+
+
+def _parquet_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
+    with _pyarrow_errors(source):
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(source.path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                why = f"It has {', '.join(map(repr, names[:8]))}."
+                raise DataError(f"{str(source.path)!r} has no column {field!r}.", why, "Name the column that holds the text with --field.")
+            rows = (text for batch in file.iter_batches(_ROWS, columns=[field]) for text in batch.column(0).to_pylist())
+            yield from _row_blocks(str(source.path), rows, size, field)
+
+
+def _dataset_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
+    name = str(source.path)
+    path, config, split = ([*name.removeprefix(DATASET_PREFIX).split(":"), "", ""])[:3]
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"Cannot read {name!r}.", "It needs the package datasets.", "Run: pip install datasets.") from None
+    try:
+        if (Path(path) / "state.json").is_file():
+            rows = datasets.load_from_disk(path)
+        else:
+            rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        fix = f"Check the name, {DATASET_PREFIX}NAME[:CONFIG[:SPLIT]], and that it is on this machine or that the hub is reached."
+        raise DataError(f"Cannot load the dataset {name!r}.", f"{str(error).splitlines()[0]}.", fix) from None
+    yield from _row_blocks(name, (_row_text(name, number, row, field) for number, row in enumerate(rows)), size, field)
+
+
+def _row_text(name: str, number: int, row: dict, field: str) -> str | None:
+    if field not in row:
+        why = f"It has {', '.join(map(repr, list(row)[:8]))}."
+        raise DataError(f"Row {number} of {name!r} has no field {field!r}.", why, "Name the field that holds the text with --field.")
+    return row[field]
+
+
+def _row_blocks(name: str, rows: Iterable[Any], size: int, field: str) -> Iterator[Block]:
+    """Texts in blocks of about `size` bytes; null is an empty text."""
+    texts, total, first = [], 0, 0
+    for number, text in enumerate(rows):
+        if not isinstance(text, str | None):
+            why = f"It is a {type(text).__name__}."
+            raise DataError(
+                f"The field {field!r} in row {number} of {name!r} is no text.", why, "Name the field that holds the text with --field."
+            )
+        texts.append((text or "").encode("utf-8", "replace"))
+        total += len(texts[-1])
+        if total >= size:
+            yield Block(name, "rows", first, first, b"".join(texts), lengths=tuple(map(len, texts)))
+            texts, total, first = [], 0, number + 1
+    if texts:
+        yield Block(name, "rows", first, first, b"".join(texts), lengths=tuple(map(len, texts)))
+
+
+@contextlib.contextmanager
+def _pyarrow_errors(source: Source) -> Iterator[None]:
+    name = str(source.path)
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"Cannot read {name!r}.", "Parquet needs the package pyarrow.", "Run: pip install pyarrow.") from None
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"Cannot read {name!r}.", f"{str(error).splitlines()[0]}.", "The file is damaged or no Parquet; get it again."
+        ) from None
+
+
+# kind -> blocks of a source, given the size of a block and the field that holds the text
+READERS: dict[str, Callable[[Source, int, str], Iterator[Block]]] = {
+    "text": _text_blocks,
+    "jsonl": _jsonl_blocks,
+    "parquet": _parquet_blocks,
+    "dataset": _dataset_blocks,
+}
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -212,11 +298,16 @@ def _character_start(data: bytes, at: int) -> int:
 
 
 def documents(block: Block, field: str = "text", errors: str = "strict") -> Iterator[str]:
-    """The texts of a block: one for text, one per line for JSONL (empty lines skipped). Raises DataError with file and place."""
+    """The texts of a block: one for text, one per line for JSONL (empty ones skipped), one per row. Raises DataError with the place."""
     if block.kind == "text":
         yield decode(block, 0, block.data, errors)
         return
     at = 0
+    if block.kind == "rows":
+        for length in block.lengths:
+            yield block.data[at : at + length].decode()
+            at += length
+        return
     for number, line in enumerate(io.BytesIO(block.data)):
         if line.strip():
             text = decode(block, at, line, errors)
@@ -266,7 +357,7 @@ def _files_below(folder: Path) -> list[Path]:
 def _is_wanted(file: str) -> bool:
     if not os.path.isfile(file):
         return False
-    if os.path.splitext(file)[1].lower() in _OPENERS:
+    if os.path.splitext(file)[1].lower() in (*_OPENERS, ".parquet"):
         return True
     with open(file, "rb", buffering=0) as handle:
         return b"\0" not in handle.read(4096)

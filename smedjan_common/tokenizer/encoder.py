@@ -5,7 +5,7 @@ from its bytes to its ids, 256 KiB at a time; short text, and text of one's own 
 up in a dictionary. Words longer than 64 bytes are not kept, and a cache is emptied when it passes its size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from smedjan_common.tokenizer.word_table import WordTable
 
 CACHE_WORDS = 1 << 19
 _BLOCK = 1 << 18  # characters; what is computed for a block stays in the processor's cache
+_TOGETHER = 32  # blocks whose unknown words are encoded in one go
 _SHORT_TEXT = 2048  # characters; below this the array way's fixed cost does not pay
 
 
@@ -31,23 +32,34 @@ class Encoder:
 
     def encode(self, text: str) -> np.ndarray:
         """Raises UnicodeEncodeError at lone surrogates, before anything is remembered."""
-        way = self._dictionary if self._arrays is None or len(text) < self._short_text else self._arrays
-        parts = [way.encode(block) for block in self._splitter.blocks(text, _BLOCK)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
+        blocks = self._splitter.blocks(text, _BLOCK)
+        if self._arrays is None or len(text) < self._short_text:
+            return _joined([self._dictionary.encode(block) for block in blocks])
+        return _joined([ids for ids, _ in self._arrays.encode([block] for block in blocks)])
 
     def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of many texts one after another, int32 [total], and how many each has, int64 [texts]."""
-        ids, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-        for group in groups(texts, _BLOCK):
-            if self._arrays is None or len(group) == 1:
-                parts = [self.encode(text) for text in group]
-                ids += parts
-                counts.append(np.array([len(part) for part in parts]))
+        if self._arrays is None:
+            parts = [self.encode(text) for text in texts]
+            return _joined(parts), np.array(list(map(len, parts)), np.int64)
+        jobs, owner = [], []  # a long text is several jobs of one block, short ones share a job
+        for number, group in enumerate(groups(texts, _BLOCK)):
+            pieces = [[block] for block in self._splitter.blocks(group[0], _BLOCK)] if len(group) == 1 and group[0] else [group]
+            jobs += pieces
+            owner += [number] * len(pieces)
+        encoded = self._arrays.encode(jobs)
+        counts, last = [np.empty(0, np.int64)], -1
+        for number, (_, count) in zip(owner, encoded, strict=True):
+            if number == last:
+                counts[-1] = counts[-1] + count
             else:
-                part, count = self._arrays.encode_group(group)
-                ids.append(part)
                 counts.append(count)
-        return np.concatenate(ids), np.concatenate(counts)
+            last = number
+        return _joined([ids for ids, _ in encoded]), np.concatenate(counts)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
 class _Ids:
@@ -61,11 +73,15 @@ class _Ids:
         self.lengths.extend(lengths)
         self.ids.extend(ids)
 
-    def of(self, slots: np.ndarray) -> np.ndarray:
-        return gather(self.ids.values, self.starts.values.take(slots), self.counts(slots))
-
-    def counts(self, slots: np.ndarray) -> np.ndarray:
-        return self.lengths.values.take(slots)
+    def of(self, slots: np.ndarray, breaks: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of the words, how many come from each text); the words numbered in `breaks` end a text and give no ids."""
+        lengths = self.lengths.values.take(slots)
+        if breaks is not None:
+            lengths[breaks] = 0
+        ids = gather(self.ids.values, self.starts.values.take(slots), lengths)
+        if breaks is None:
+            return ids, np.array([len(ids)], np.int64)
+        return ids, np.diff(np.cumsum(lengths, dtype=np.int64)[breaks], prepend=0)
 
 
 class _ArrayCache:
@@ -76,32 +92,43 @@ class _ArrayCache:
     def _clear(self) -> None:
         self._table, self._ids = WordTable(), _Ids()
 
-    def encode(self, text: str) -> np.ndarray:
-        data = text.encode()
-        slots = self._slots(data, word_starts(text, data, self._rules))
-        return self._ids.of(slots)
+    def encode(self, jobs: Iterable[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each job's texts: (ids int32 one text after another, how many each text has int64 [texts])."""
+        out, run = [], []
+        for job in jobs:
+            run.append(job)
+            if len(run) == _TOGETHER:
+                out += self._encode_run(run)
+                run = []
+        return out + self._encode_run(run)
 
-    def encode_group(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts with a break after each, so that they share the work; the break has no ids."""
-        data, starts, is_break = joined_word_starts(texts, self._rules)
-        slots = self._slots(data, starts)
-        counts = self._ids.counts(slots)
-        counts[is_break] = 0
-        ids = gather(self._ids.ids.values, self._ids.starts.values.take(slots), counts)
-        return ids, np.diff(np.cumsum(counts, dtype=np.int64)[is_break], prepend=0)
-
-    def _slots(self, data: bytes, starts: np.ndarray) -> np.ndarray:
+    def _encode_run(self, jobs: list[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Jobs whose unknown words are encoded together, which is what makes it fast."""
         if self._table.count > self._cache_words or self._ids.ids.size > 8 * self._cache_words:
             self._clear()
+        split = [self._split(job) for job in jobs]  # raises at lone surrogates
         try:
-            slots, fresh = self._table.slots(data, starts, LONGEST_SHORT_WORD)
-            if len(fresh):
-                lengths = np.diff(starts, append=len(data))[fresh]
-                self._ids.add(*self._merges.encode_packed(gather(np.frombuffer(data, np.uint8), starts[fresh], lengths), lengths))
+            found = [self._look_up(data, starts) for data, starts, _ in split]
+            fresh = [(words, lengths) for _, words, lengths in found if len(lengths)]
+            if fresh:
+                self._ids.add(*self._merges.encode_packed(*map(np.concatenate, zip(*fresh, strict=True))))
         except BaseException:  # stopped half-way, even by Ctrl-C, table and ids would no longer belong together
             self._clear()
             raise
-        return slots
+        return [self._ids.of(slots, breaks) for (slots, _, _), (_, _, breaks) in zip(found, split, strict=True)]
+
+    def _split(self, texts: Sequence[str]) -> tuple[bytes, np.ndarray, np.ndarray | None]:
+        """(UTF-8, word starts, which words stand between the texts or None for one text)."""
+        if len(texts) == 1:
+            data = texts[0].encode()
+            return data, word_starts(texts[0], data, self._rules), None
+        return joined_word_starts(texts, self._rules)
+
+    def _look_up(self, data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(slots int32 [words], the bytes uint8 of words never seen before, their lengths)."""
+        slots, fresh = self._table.slots(data, starts, LONGEST_SHORT_WORD)
+        lengths = np.diff(starts, append=len(data))[fresh]
+        return slots, gather(np.frombuffer(data, np.uint8), starts[fresh], lengths), lengths
 
 
 class _DictionaryCache:
@@ -128,7 +155,7 @@ class _DictionaryCache:
         except BaseException:
             self._clear()
             raise
-        return self._ids.of(slots)
+        return self._ids.of(slots)[0]
 
 
 class _Slots(dict):

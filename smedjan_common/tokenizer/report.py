@@ -80,7 +80,7 @@ def published() -> dict[str, Tokenizer]:
 
 def _some_texts(inputs: Iterable[str | os.PathLike], field: str, errors: str) -> list[str]:
     texts, size = [], 0
-    for block in sources.blocks(sources.find(inputs)):
+    for block in sources.blocks(sources.find(inputs), field=field):
         texts += sources.documents(block, field, errors)
         size += len(block.data)
         if size >= _MOST_BYTES:

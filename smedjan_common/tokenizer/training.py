@@ -63,7 +63,7 @@ def count_files(
     count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
     done = 0
     with workers.Workers("smedjan_common.tokenizer.words:WordCounter", (splitter.expression, field, errors), count) as pool:
-        for size in pool.map(sources.bundles(sources.blocks(found, splitter.known))):
+        for size in pool.map(sources.bundles(sources.blocks(found, splitter.known, field=field))):
             done += size
             if progress:
                 progress(min(done, total), total)

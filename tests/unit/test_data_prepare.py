@@ -73,6 +73,42 @@ def test_zstandard_inputs(tmp_path, tokenizer):
     assert documents_of(tmp_path / "out.bin", tokenizer) == ["iron\n"]
 
 
+def test_parquet_rows_are_documents(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"iron {number} 日本" for number in range(3000)] + [None, ""]
+    parquet.write_table(pyarrow.table({"body": texts, "id": range(len(texts))}), tmp_path / "a.parquet", row_group_size=500)
+    write_jsonl(tmp_path / "b.jsonl", ["end"], field="body")
+    prepare([tmp_path / "*.*"], tmp_path / "out" / "t.bin", tokenizer, field="body")
+    assert documents_of(tmp_path / "out" / "t.bin", tokenizer) == [*texts[:3000], "end"]
+    summary = prepare(
+        [tmp_path / "a.parquet"], tmp_path / "t.bin", tokenizer, field="body", val_output=tmp_path / "v.bin", val_fraction=0.001
+    )
+    assert summary.split == "tail"
+    assert documents_of(tmp_path / "v.bin", tokenizer) == ["iron 2999 日本"]
+    for field, says in (("text", "'body', 'id'"), ("id", "is a int")):
+        with pytest.raises(DataError, match=f"{says}.*--field"):
+            prepare([tmp_path / "a.parquet"], tmp_path / "t.bin", tokenizer, field=field)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not at all")
+    with pytest.raises(DataError, match="damaged"):
+        prepare([tmp_path / "bad.parquet"], tmp_path / "t.bin", tokenizer)
+
+
+def test_hugging_face_datasets_are_read(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"iron {number}" for number in range(50)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", texts)
+    for name in (f"hf:{tmp_path / 'saved'}", f"hf:{tmp_path / 'folder'}::train"):
+        prepare([name], tmp_path / "t.bin", tokenizer)
+        assert documents_of(tmp_path / "t.bin", tokenizer) == texts
+    with pytest.raises(DataError, match="--field"):
+        prepare([f"hf:{tmp_path / 'saved'}"], tmp_path / "t.bin", tokenizer, field="body")
+    with pytest.raises(DataError, match="hf:NAME"):
+        prepare([f"hf:{tmp_path / 'nothing'}"], tmp_path / "t.bin", tokenizer)
+
+
 def test_processes_write_what_one_process_writes(tmp_path, tokenizer):
     texts = [path.read_text(encoding="utf-8") for path in default_corpus().paths[:40]]
     (tmp_path / "long.txt").write_text("\n".join(texts) * 4, encoding="utf-8", newline="")
