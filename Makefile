@@ -27,7 +27,8 @@ test: $(VENV)/.installed-test $(VENV)/.corpus $(OPENBLAS)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-test
-	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q -m "not gpu" tests/conformance $(PYTEST_ARGS)
+	SMEDJAN_TEST_DEVICE=gpu SMEDJAN_TEST_DETERMINISTIC=0 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -32,8 +32,9 @@ def main() -> int:
 
     backends = arguments.backends or [name for name, package in (("jax", "jax"), ("mlx", "mlx.core")) if installed(package)]
     started, rows = time.time(), []
+    chosen = [case for case in CASES.values() if re.fullmatch(arguments.combinations, case.id)]
     for dtype in arguments.dtypes or (["float32"] if arguments.device == "cpu" else ["float32", "bfloat16"]):
-        for case in CASES.values():
+        for case in chosen:
             row = {"combination": case.id, "dtype": dtype} | measure(backends, case, dtype)
             rows.append(row)
             print(case.id, dtype, *(f"{name} {figure['value']:.1e}" for name, figure in row["figures"].items()), flush=True)
@@ -140,6 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default=os.environ.get("SMEDJAN_TEST_DEVICE", "cpu"))
     parser.add_argument("--backends", nargs="+", choices=("jax", "mlx"), help="default: those that are installed")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16 too")
+    parser.add_argument("--combinations", default=".*", help="regular expression of the combinations to measure; default: all")
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/conformance-DEVICE.json")
     return parser.parse_args()
 

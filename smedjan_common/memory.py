@@ -23,9 +23,8 @@ def training_bytes(config: ModelConfig, train: TrainConfig) -> int:
 
 
 def loss_chunks(tokens: int, vocab: int) -> int:
-    """The fewest equal chunks of tokens whose float32 logits stay under LOGITS_BYTES each."""
-    least = -(-tokens * vocab * 4 // LOGITS_BYTES)
-    return next(n for n in range(max(1, least), tokens + 1) if tokens % n == 0)
+    """The fewest chunks of tokens whose float32 logits stay under LOGITS_BYTES each; the last chunk may be shorter."""
+    return min(tokens, max(1, -(-tokens * vocab * 4 // LOGITS_BYTES)))
 
 
 def activation_values_per_token(config: ModelConfig, gradient_checkpointing: str) -> int:

@@ -3,6 +3,7 @@
 One compilation per shape; the train state is donated, so a step updates it in place.
 """
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -114,7 +115,7 @@ class JaxDecoder:
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
         self.model, self.dtype, self.max_len = model, dtype, max_len
         self._params = {name: jnp.asarray(value) for name, value in params.items()}
-        self._compiled = jax.jit(self._step, donate_argnums=2)
+        self._compiled = _decode_step(model, dtype, max_len)
         self.reset()
 
     def reset(self) -> None:
@@ -126,8 +127,15 @@ class JaxDecoder:
             logits, self._state = _guarded(self._compiled, self._params, np.asarray([chunk], np.int32), self._state)
         return np.asarray(logits)[0, : self.model.vocab_size]
 
-    def _step(self, params: dict[str, jax.Array], tokens_BT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        return Model(self.model, params, self.dtype).step(tokens_BT, state, self.max_len)
+
+@functools.lru_cache(maxsize=8)
+def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
+    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once."""
+
+    def step(params: dict[str, jax.Array], tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        return Model(model, params, dtype).step(tokens, state, max_len)
+
+    return jax.jit(step, donate_argnums=2)
 
 
 def default_dtype() -> str:

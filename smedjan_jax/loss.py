@@ -60,7 +60,7 @@ def _forward(x_ND, embed_VD, targets_N, chunks):
         (total, dembed_VD), dx = add(start, (x_ND, targets_N))
     else:
         (total, dembed_VD), dx = jax.lax.scan(add, start, _split(x_ND, targets_N, chunks))
-    return total, (dx.reshape(x_ND.shape), dembed_VD)
+    return total, (dx.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], dembed_VD)
 
 
 def _backward(chunks, saved, cotangent):
@@ -72,6 +72,9 @@ _summed.defvjp(_forward, _backward)
 
 
 def _split(x_ND: jax.Array, targets_N: jax.Array, chunks: int) -> tuple[jax.Array, jax.Array]:
+    """Equal chunks, [chunks, C, D] and [chunks, C]; tokens that do not count fill the last one."""
+    missing = -targets_N.size % chunks
+    x_ND, targets_N = jnp.pad(x_ND, ((0, missing), (0, 0))), jnp.pad(targets_N, (0, missing), constant_values=-1)
     return x_ND.reshape(chunks, -1, x_ND.shape[1]), targets_N.reshape(chunks, -1)
 
 

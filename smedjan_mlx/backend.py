@@ -4,6 +4,7 @@ One compilation per shape, on GPUs; on a CPU mx.compile costs half a minute and 
 as they are.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -126,7 +127,7 @@ class MlxDecoder:
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
         self.model, self.dtype, self.max_len = model, dtype, max_len
         self._params = {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}
-        self._compiled = mx.compile(self._step) if on_gpu() else self._step
+        self._compiled = _decode_step(model, dtype, max_len)
         self.reset()
 
     def reset(self) -> None:
@@ -139,8 +140,15 @@ class MlxDecoder:
             _guarded(mx.eval, logits, self._state)
         return np.array(logits)[0, : self.model.vocab_size]
 
-    def _step(self, params: dict[str, mx.array], tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
-        return Model(self.model, params, self.dtype).step(tokens, state, self.max_len)
+
+@functools.lru_cache(maxsize=8)
+def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
+    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once."""
+
+    def step(params: dict[str, mx.array], tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
+        return Model(model, params, dtype).step(tokens, state, max_len)
+
+    return mx.compile(step) if on_gpu() else step
 
 
 def default_dtype() -> str:

@@ -26,8 +26,7 @@ def forward_loss(hidden: mx.array, embed: mx.array, targets: mx.array) -> mx.arr
     """The same value for evaluation: no gradient is computed along the way."""
     x_ND, embed_VD, targets_N = _flat(hidden, embed, targets)
     weight_VD = embed_VD.astype(x_ND.dtype)
-    chunks = loss_chunks(targets_N.size, embed_VD.shape[0])
-    parts = zip(mx.split(x_ND, chunks), mx.split(targets_N, chunks), strict=True)
+    parts = _split(x_ND, targets_N, embed_VD.shape[0])
     return sum((_token_losses(_logits(x_CD, weight_VD), targets_C)[0].sum() for x_CD, targets_C in parts), mx.array(0.0))
 
 
@@ -40,9 +39,8 @@ def _flat(hidden: mx.array, embed: mx.array, targets: mx.array) -> tuple[mx.arra
 def _summed(x_ND: mx.array, embed_VD: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The loss, and beside it its gradients with respect to x and E, which `_backward` takes from here."""
     weight_VD = embed_VD.astype(x_ND.dtype)
-    chunks = loss_chunks(targets_N.size, embed_VD.shape[0])
     total, dembed_VD, dx = mx.array(0.0), mx.zeros(embed_VD.shape), []
-    for x_CD, targets_C in zip(mx.split(x_ND, chunks), mx.split(targets_N, chunks), strict=True):
+    for x_CD, targets_C in _split(x_ND, targets_N, embed_VD.shape[0]):
         logits_CV = _logits(x_CD, weight_VD)
         losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
         dlogits_CV = mx.where((targets_C >= 0)[:, None], mx.exp(logits_CV - lse_C[:, None]) - hit_CV, 0.0).astype(x_CD.dtype)
@@ -57,6 +55,13 @@ def _backward(primals, cotangents, outputs):
     _, dx_ND, dembed_VD = outputs
     cotangent = cotangents[0]
     return (dx_ND * cotangent).astype(dx_ND.dtype), dembed_VD * cotangent, mx.zeros_like(primals[2])
+
+
+def _split(x_ND: mx.array, targets_N: mx.array, vocab: int) -> list[tuple[mx.array, mx.array]]:
+    """Chunks of tokens, [C, D] and [C]; the last one may be shorter."""
+    size = -(-targets_N.size // loss_chunks(targets_N.size, vocab))
+    starts = range(0, targets_N.size, size)
+    return [(x_ND[start : start + size], targets_N[start : start + size]) for start in starts]
 
 
 def _logits(x_ND: mx.array, weight_VD: mx.array) -> mx.array:

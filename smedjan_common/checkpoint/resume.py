@@ -30,7 +30,7 @@ def check_resume(
         raise CheckpointError(
             f"{info.path} is of another model: {_lines(other)}.",
             "A run goes on with the model it began with.",
-            "Give the flags of the checkpoint, or start anew with another --checkpoint-dir (or --resume never).",
+            "Give the flags of the checkpoint, or start anew with another --checkpoint-dir.",
         )
     if info.tokenizer_hash and tokenizer_hash and info.tokenizer_hash != tokenizer_hash:
         raise CheckpointError(

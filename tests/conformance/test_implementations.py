@@ -80,10 +80,10 @@ def test_compiled_mlx_trains_as_the_uncompiled(default_case: Case, monkeypatch: 
 
 
 def test_loss_in_chunks_is_the_loss_in_one(backend: str, default_case: Case, monkeypatch: pytest.MonkeyPatch):
-    """Logits that are too many at once are made in pieces; loss and gradients stay, and pieces of one token work too."""
+    """Too many logits at once are made in pieces, the last perhaps shorter, down to one token each: loss and gradients stay."""
     case, batch = default_case, default_case.batches[0]
     whole_loss, whole = subjects.loss_and_gradients(backend, case.model, case.train, case.params, batch)
-    for chunks in (4, batch[0].size):
+    for chunks in (4, 7, batch[0].size):
         monkeypatch.setattr(subjects.module(backend, "loss"), "loss_chunks", lambda tokens, vocab, chunks=chunks: chunks)
         config = dataclasses.replace(case.train, seed=chunks)  # another configuration, so nothing compiled before is used
         part_loss, part = subjects.loss_and_gradients(backend, case.model, config, case.params, batch)
