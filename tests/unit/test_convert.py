@@ -66,6 +66,9 @@ def test_a_tokenizer_with_gaps_among_its_ids_keeps_every_id(tmp_path: Path):
     run(source, tmp_path / "hf", "--to", "hf")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
     assert theirs.get_vocab_size() == 320
+    spare = {f"<|reserved_{number}|>": number for number in (*range(281, 286), 305, 311, *range(313, 320))}
+    for name, number in (gapped.special_tokens | spare).items():
+        assert theirs.token_to_id(name) == number, name
     text = "The smith heats the iron <|user|> until"
     assert theirs.encode(text).ids == gapped.encode(text, allowed_special="all")
     run(tmp_path / "hf", tmp_path / "back", "--to", "neutral")
