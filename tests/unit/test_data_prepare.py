@@ -97,9 +97,9 @@ def test_parquet_rows_are_documents(tmp_path, tokenizer):
 def test_hugging_face_datasets_are_read(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     texts = [f"iron {number}" for number in range(50)]
-    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "folder" / "train.jsonl", texts)
+    datasets.load_dataset(str(tmp_path / "folder"), split="train", cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "saved")
     for name in (f"hf:{tmp_path / 'saved'}", f"hf:{tmp_path / 'folder'}::train"):
         prepare([name], tmp_path / "t.bin", tokenizer)
         assert documents_of(tmp_path / "t.bin", tokenizer) == texts
