@@ -84,7 +84,7 @@ class Block:
     def count(self) -> int:
         """How many documents are in it, a cut text counting as one."""
         if self.kind == "jsonl":
-            return sum(1 for line in self.data.splitlines() if line.strip())
+            return sum(1 for line in self.data.split(b"\n") if line.strip())
         return len(self.lengths) if self.kind == "rows" else 1
 
 
@@ -311,7 +311,7 @@ def documents(block: Block, field: str = "text", errors: str = "strict") -> Iter
     for number, line in enumerate(io.BytesIO(block.data)):
         if line.strip():
             text = decode(block, at, line, errors)
-            yield _field(block, block.line + number, text, field)
+            yield json_object(block, block.line + number, text, field)[field]
         at += len(line)
 
 
@@ -327,7 +327,8 @@ def decode(block: Block, at: int, data: bytes, errors: str) -> str:
         ) from None
 
 
-def _field(block: Block, line: int, text: str, field: str) -> str:
+def json_object(block: Block, line: int, text: str, field: str) -> dict[str, Any]:
+    """A line of JSONL as an object with a text in `field`. Raises DataError with file and line."""
     where = f"Line {line} of {block.path!r}"
     try:
         record = json.loads(text)
@@ -342,7 +343,7 @@ def _field(block: Block, line: int, text: str, field: str) -> str:
             else f"It is a {type(record).__name__}."
         )
         raise DataError(f"{where} has no text in the field {field!r}.", has, "Name the field that holds the text with --field.")
-    return value
+    return record
 
 
 def _files_below(folder: Path) -> list[Path]:

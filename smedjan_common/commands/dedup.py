@@ -1,0 +1,66 @@
+"""`smedjan dedup`: documents without their repeats."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Leave out documents that repeat an earlier one, exactly or nearly (MinHash over runs of five words), and say which."""
+
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    """Text files, .jsonl, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """The .jsonl file to write; records keep all their fields."""
+    threshold: float = 0.8
+    """The least similarity (Jaccard, estimated from 112 hashes) of a near repeat."""
+    exact_only: bool = False
+    """Leave out exact repeats only."""
+    separator: str = ""
+    """What stands between documents in text files, \\n for a newline; by default a file is one document."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write counts and samples of what was dropped as JSON."""
+    field: str = "text"
+    """The field or column that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
+    workers: int | None = None
+    """Processes; all cores by default."""
+    force: bool = False
+    """Replace --output and --report if they exist."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(Flags, prog="smedjan dedup", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    import dataclasses
+    import json
+
+    from smedjan_common.data.atomic import write_atomically
+    from smedjan_common.data.dedup import dedup
+    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.data.records import Reading
+
+    refuse_existing([flags.output, flags.report], flags.force)
+    reading = Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n"))
+    threshold = None if flags.exact_only else flags.threshold
+    with progress_bar() as show:
+        report = dedup(flags.input, flags.output, threshold=threshold, reading=reading, processes=flags.workers, progress=show)
+    print(
+        f"{flags.output}: {report.kept:,} of {report.documents:,} documents; dropped {report.exact:,} exact, {report.near:,} near repeats"
+    )
+    for kind, samples in report.samples.items():
+        for sample in samples[:2]:
+            print(f"  {kind}: {sample['dropped']} repeats {sample['kept']}: {sample['text'][:60]!r}")
+    if flags.report:
+        write_atomically(flags.report, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False).encode() + b"\n")
+    return 0

@@ -1,0 +1,51 @@
+"""`smedjan hash`: what identifies tokenizers, token files and texts, and whether a token file is what its manifest says."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Print the hash of files: of a tokenizer.json what determines its ids, of a token file its SHA-256 after checking it."""
+
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    """Tokenizers, token files, or any other files (SHA-256 of the content)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code, 2 if a token file is not what its manifest says."""
+    flags = tyro.cli(Flags, prog="smedjan hash", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    from smedjan_common.errors import DataError
+
+    if not flags.files:
+        raise DataError("No file was given.", "", "Name one or more files: smedjan hash train.bin.")
+    for path in flags.files:
+        print(f"{hash_of(path)}  {path}")
+    return 0
+
+
+def hash_of(path: str) -> str:
+    """The hash by which checkpoints and manifests know the file."""
+    from pathlib import Path
+
+    from smedjan_common.data.token_file import TokenFile, file_hash, manifest_path
+    from smedjan_common.tokenizer import Tokenizer
+
+    if manifest_path(Path(path)).is_file():
+        file = TokenFile.open(path)
+        file.verify()
+        return file.hash
+    if path.endswith(".json"):
+        try:
+            return Tokenizer.load(path).hash
+        except errors.DataError:
+            pass  # some other JSON
+    return file_hash(path)

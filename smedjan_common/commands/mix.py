@@ -1,0 +1,58 @@
+"""`smedjan mix`: several token files into one, by weight."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Mix token files by weight into one, document by document, no document twice."""
+
+    shards: Annotated[str, tyro.conf.arg(metavar="FILE:WEIGHT,…")]
+    """Token files and their weights, such as a.bin:0.7,b.bin:0.3; shares are of tokens."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """The token file to write."""
+    tokens: int | None = None
+    """Stop at so many tokens; by default when the first file has no document left."""
+    seed: int = 0
+    """The order of the documents follows from it."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The tokenizer of the files, to count the bytes of text in the mixture."""
+    force: bool = False
+    """Replace --output if it exists."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    flags = tyro.cli(Flags, prog="smedjan mix", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _run(flags: Flags) -> int:
+    from smedjan_common.data.mix import mix
+    from smedjan_common.data.mixture import parse_shards
+    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.tokenizer import Tokenizer
+
+    refuse_existing([flags.output], flags.force)
+    tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
+    with progress_bar("steps") as show:
+        parts = mix(
+            parse_shards(flags.shards),
+            flags.output,
+            tokens=flags.tokens,
+            seed=flags.seed,
+            tokenizer=tokenizer,
+            progress=lambda done, total: show("documents", done, total),
+        )
+    total = sum(part.tokens for part in parts)
+    print(f"{flags.output}: {total:,} tokens, {sum(part.documents for part in parts):,} documents")
+    for part in parts:
+        share, left = part.tokens / total, part.all_documents - part.documents
+        print(f"  {part.path}: {share:.1%}, {part.tokens:,} of {part.all_tokens:,} tokens, {left:,} documents left over")
+    return 0

@@ -1,0 +1,98 @@
+"""`smedjan process`: clean text by named rules, with counts and a log of where it comes from."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from smedjan_common import errors
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Normalise text and leave out documents and lines by named rules of the field; says what each rule dropped."""
+
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    """Text files, .jsonl, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """The .jsonl file to write; records keep all their fields and gain "source"."""
+    rules: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
+    """Presets (gopher, gopher-quality, gopher-repetition, c4) and single rules; -NAME takes one away. Made for English prose."""
+    normalise: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
+    """nfc, newlines (CRLF to LF), control (drop control characters), trailing (drop white space at line ends)."""
+    separator: str = ""
+    """What stands between documents in text files, \\n for a newline; by default a file is one document."""
+    url: str | None = None
+    """Where the texts come from, for records that do not say."""
+    licence: str | None = None
+    """Their licence, for records that do not say."""
+    log: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A .jsonl file with a line per document: source, url, licence, kept or the rule that dropped it."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write counts and samples as JSON."""
+    list_rules: bool = False
+    """Print every rule and preset, then end."""
+    field: str = "text"
+    """The field or column that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
+    workers: int | None = None
+    """Processes; all cores by default."""
+    force: bool = False
+    """Replace outputs that exist."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    import sys
+
+    if "--list-rules" in (sys.argv[1:] if argv is None else argv):  # needs no input and output
+        return errors.run_command(_list_rules)
+    flags = tyro.cli(Flags, prog="smedjan process", args=argv)
+    return errors.run_command(lambda: _run(flags))
+
+
+def _list_rules() -> int:
+    from smedjan_common.data.filters import LINE_RULES, PRESETS, RULES
+
+    for name, rule in RULES.items():
+        print(f"{name:<38}{rule.about}")
+    for name, (_, about) in LINE_RULES.items():
+        print(f"{name:<38}{about} (others are left out)")
+    for name, members in PRESETS.items():
+        print(f"{name:<38}= {', '.join(members)}")
+    return 0
+
+
+def _run(flags: Flags) -> int:
+    import dataclasses
+    import json
+
+    from smedjan_common.data.atomic import write_atomically
+    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.data.process import process
+    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.data.records import Reading
+
+    refuse_existing([flags.output, flags.log, flags.report], flags.force)
+    with progress_bar() as show:
+        report = process(
+            flags.input,
+            flags.output,
+            rules=[name for name in flags.rules.split(",") if name],
+            normalise=[name for name in flags.normalise.split(",") if name],
+            extra={name: value for name, value in (("url", flags.url), ("licence", flags.licence)) if value},
+            reading=Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n")),
+            log=flags.log,
+            processes=flags.workers,
+            progress=show,
+        )
+    print(f"{flags.output}: {report.kept:,} of {report.documents:,} documents, {report.kept_bytes:,} of {report.bytes:,} bytes")
+    for rule, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        sample = report.samples[rule][0]
+        print(f"  {rule}: {count:,} documents, such as {sample['source']} ({sample['value']:g}): {sample['text'][:50]!r}")
+    for rule, count in report.dropped_lines.items():
+        print(f"  {rule}: {count:,} lines")
+    if flags.report:
+        write_atomically(flags.report, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False).encode() + b"\n")
+    return 0

@@ -1,0 +1,136 @@
+"""Cleaning: every rule drops what it names and keeps the rest, changes are counted, provenance is kept."""
+
+import json
+
+import pytest
+
+from smedjan_common.commands import process as command
+from smedjan_common.data.filters import LINE_RULES, PRESETS, RULES, choose, filter_lines, first_broken
+from smedjan_common.data.process import NORMALISATIONS, process
+from smedjan_common.data.records import Reading
+from smedjan_common.errors import DataError
+
+GOOD = (
+    "The smith took the iron from the fire and laid it on the anvil with care. Nobody in the town could have said when he began to work "
+    "there, but all of them knew the sound of his hammer. In the morning people came to look at what he had made during the night. "
+    "Some bought a lock or a knife, others only stood near the door to be warm. He never asked for much, and that was why they liked him."
+)
+BAD: dict[str, str] = {
+    "gopher_words": "Too short to keep.",
+    "gopher_word_length": GOOD + " " + "x" * 2000,
+    "gopher_symbols": GOOD.replace(" ", " # ", 20),
+    "gopher_bullets": "\n".join(f"- {sentence}" for sentence in GOOD.split(". ")),
+    "gopher_ellipsis_lines": "\n".join(f"{sentence}…" for sentence in GOOD.split(". ")),
+    "gopher_letters": GOOD + " 1234" * 40,
+    "gopher_stop_words": "hammer " * 60,
+    "gopher_repeated_lines": GOOD + "\nand so on" * 5,
+    "gopher_repeated_paragraphs": GOOD + "\n\nand so on" * 5,
+    "gopher_repeated_line_characters": GOOD + ("\n" + GOOD[:400]) * 2,
+    "gopher_repeated_paragraph_characters": GOOD + ("\n\n" + GOOD[:400]) * 2,
+    "gopher_top_2gram": GOOD + " hot iron" * 40,
+    "gopher_top_3gram": GOOD + " very hot iron" * 30,
+    "gopher_top_4gram": GOOD + " such very hot iron" * 20,
+    "c4_sentences": "One sentence is all there is here, however long it goes on.",
+    "c4_lorem_ipsum": GOOD + " Lorem ipsum dolor sit amet.",
+    "c4_curly_brackets": GOOD + " int main() { return 0; }",
+    **{f"gopher_repeated_{n}grams": GOOD + " " + GOOD[:200] for n in range(5, 11)},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_drops_its_text_and_keeps_good_prose(name):
+    assert first_broken(GOOD, [name]) is None
+    broken = first_broken(BAD[name], [name])
+    assert broken is not None
+    assert broken[0] == name
+
+
+def test_line_rules_leave_out_lines():
+    text = "A sentence that stays.\nno end\nTwo words.\nPlease enable JavaScript now.\n\nAnd this one stays."
+    kept, taken = filter_lines(text, list(LINE_RULES))
+    assert kept == "A sentence that stays.\n\nAnd this one stays."
+    assert taken == {"c4_line_end": 1, "c4_line_words": 1, "c4_javascript": 1}
+    assert filter_lines(text, []) == (text, {})
+
+
+def test_presets_name_rules_and_single_ones_can_be_taken_away():
+    assert set(choose(["gopher"])[0]) == set(choose(["gopher-quality", "gopher-repetition"])[0])
+    assert set(choose(["gopher", "c4"])[0]) | set(choose(["c4"])[1]) == set(RULES) | set(LINE_RULES)
+    assert "gopher_words" not in choose(["gopher", "-gopher_words"])[0]
+    assert choose([]) == ([], [])
+    assert all(PRESETS.values())
+    with pytest.raises(DataError, match="gopher_words"):
+        choose(["gopher_word"])
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("nfc", "e\u0301", "é"),
+        ("newlines", "a\r\nb\rc", "a\nb\nc"),
+        ("control", "a\x00b\x07\n\tc\x85", "ab\n\tc"),
+        ("trailing", "a \nb\t\n", "a\nb\n"),
+    ],
+)
+def test_normalisations(name, before, after):
+    assert NORMALISATIONS[name](before) == after
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_documents_keep_their_fields_and_the_log_has_all(tmp_path):
+    records = [{"text": GOOD, "url": "u0", "id": 7}, {"text": "short"}, {"text": " \n"}, {"text": GOOD + "\r\nEnd."}]
+    report = process(
+        [write(tmp_path / "a.jsonl", records)],
+        str(tmp_path / "o.jsonl"),
+        rules=["gopher"],
+        normalise=["newlines"],
+        extra={"url": "elsewhere", "licence": "CC0"},
+        log=str(tmp_path / "log.jsonl"),
+    )
+    kept = read(tmp_path / "o.jsonl")
+    assert [record["url"] for record in kept] == ["u0", "elsewhere"]
+    assert kept[0]["id"] == 7
+    assert kept[1]["text"] == GOOD + "\nEnd."
+    assert report.dropped == {"gopher_words": 1, "empty": 1}
+    assert (report.documents, report.kept) == (4, 2)
+    assert report.samples["gopher_words"][0]["text"] == "short"
+    log = read(tmp_path / "log.jsonl")
+    assert [entry["kept"] for entry in log] == [True, False, False, True]
+    assert log[1]["rule"] == "gopher_words"
+    assert log[1]["value"] == 1
+    assert all(entry["licence"] == "CC0" and entry["source"] for entry in log)
+
+
+def test_separators_cut_text_files_and_processes_agree(tmp_path):
+    texts = [GOOD * 4 if number % 3 else "short" for number in range(4000)]
+    (tmp_path / "a.txt").write_text("\n%%\n".join(texts))
+    for count in (1, 2):
+        reading = Reading(separator="\n%%\n")
+        report = process(
+            [str(tmp_path / "a.txt")], str(tmp_path / f"{count}.jsonl"), rules=["gopher_words"], reading=reading, processes=count
+        )
+        assert report.documents == 4000
+        assert report.dropped == {"gopher_words": 1334}
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_the_command(tmp_path, capsys):
+    file = write(tmp_path / "a.jsonl", [{"text": GOOD}, {"text": "short"}])
+    arguments = ["--input", file, "--output", str(tmp_path / "o.jsonl"), "--rules", "gopher", "--report", str(tmp_path / "r.json")]
+    assert command.main(arguments) == 0
+    assert "1 of 2 documents" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["dropped"] == {"gopher_words": 1}
+    assert command.main(arguments) == 2
+    assert command.main([*arguments, "--force", "--rules", "c5"]) == 2
+    assert "c4" in capsys.readouterr().err
+    assert command.main([*arguments, "--force", "--normalise", "nfx"]) == 2
+    assert command.main(["--list-rules"]) == 0
+    assert "gopher_words" in capsys.readouterr().out
