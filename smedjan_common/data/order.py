@@ -80,12 +80,19 @@ class Batches:
     def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
         self.order = BatchOrder(token_file.num_tokens, seq_len, batch_size, seed)
         self.tokens, self.seq_len, self.batch_size = token_file.tokens, seq_len, batch_size
+        self._documents, self._name = token_file.documents, str(token_file.path)
         self.num_windows = self.order.num_windows
         self.steps_per_epoch = -(-self.num_windows // batch_size)
 
     def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The batch of a step."""
         return read_windows(self.tokens, self.order.windows(step, rows), self.seq_len)
+
+    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """The document of each input token of that batch, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
+        if self._documents is None:
+            raise DataError(f"{self._name!r} has no document offsets.", "", "Prepare it again: smedjan prepare.")
+        return document_numbers(self._documents, self.order.windows(step, rows), self.seq_len)
 
 
 def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +102,16 @@ def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple
         start = int(window) * seq_len
         both_BU[row] = tokens[start : start + seq_len + 1]
     return both_BU[:, :-1].copy(), both_BU[:, 1:].copy()
+
+
+def document_numbers(documents: np.ndarray, windows: np.ndarray, seq_len: int) -> np.ndarray:
+    """Which document each input token is of, int32 [B, T], counted from 0 in each row: what attention masks with.
+
+    `documents`: where documents start, in tokens (`TokenFile.documents`), ascending; `windows` int64 [B].
+    """
+    first = windows[:, None] * seq_len
+    number_BT = np.searchsorted(documents, (first + np.arange(seq_len)).astype(np.uint64), side="right")
+    return (number_BT - number_BT[:, :1]).astype(np.int32)
 
 
 def eval_batches(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.data import sources, workers
+from smedjan_common.data.journal import EVERY_BYTES, Journal
 from smedjan_common.data.sources import Block, Source
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError
@@ -45,6 +46,7 @@ class Summary:
     val_bytes: int
     split: str  # "none", "document" or "tail"
     seconds: float
+    resumed: bool = False  # whether it went on from a run that was stopped
 
     @property
     def bytes_per_token(self) -> float:
@@ -72,24 +74,32 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     errors: str = "strict",
+    journal_bytes: int = EVERY_BYTES,
 ) -> Summary:
     """Write `output` (and `val_output`) from text, JSONL, directories and globs. `progress(bytes done, bytes in all)`.
 
     `errors`: "strict" refuses bytes that are not UTF-8, "replace" makes them U+FFFD. Raises DataError, OSError; nothing half-written
-    is left then, and older files of these names stay as they were.
+    is left then, and older files of these names stay as they were. A run that is killed, or stopped by Ctrl-C after `journal_bytes` of
+    input, leaves a journal and goes on from there when it is called again with the same arguments and inputs.
     """
     _check(val_output, val_fraction, errors)
     started = time.monotonic()
     found = sources.find(inputs)
     split = _choose_split(found, val_fraction, field) if val_output else "none"
     notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
+    outputs = [(path, side) for path, side in ((output, "train"), (val_output, "validation")) if path is not None]
+    options = [tokenizer.hash, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
+    journal = Journal(output, found, options, journal_bytes)
+    state = journal.load()
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}))
-            for path, side in ((output, "train"), (val_output, "validation"))
-            if path is not None
-        ]
-        seen = _write(writers, _pieces(found, split, val_fraction, field), found, tokenizer, field, errors, workers, val_fraction, progress)
+        writers = []
+        stack.push(lambda kind, *_: None if kind is KeyboardInterrupt and journal.saved else journal.clear())
+        for number, (path, side) in enumerate(outputs):
+            resume = state["writers"][number] if state else None
+            writers.append(stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}, resume)))
+            writers[-1].keep_when_stopped = journal.saved
+        work = _Work(found, tokenizer, field, errors, workers, val_fraction, progress)
+        seen = work.write(writers, _pieces(found, split, val_fraction, field), journal, state["bundles"] if state else 0)
         _refuse_empty(writers, found, val_fraction)
         for writer in writers:
             writer.manifest["sources"] = seen
@@ -105,41 +115,64 @@ def prepare(
         val.num_bytes if val else 0,
         split,
         time.monotonic() - started,
+        state is not None,
     )
 
 
-def _write(
-    writers: Sequence[TokenFileWriter],
-    pieces: Iterator[Piece],
-    found: Sequence[Source],
-    tokenizer: Tokenizer,
-    field: str,
-    errors: str,
-    processes: int | None,
-    val_fraction: float,
-    progress: Callable[[int, int], None] | None,
-) -> list[dict[str, Any]]:
-    """Tokenise and write everything; what was read of each source: [{path, bytes, sha256}]."""
-    total = sum(source.size for source in found)
-    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
-    hashes = {str(source.path): (hashlib.sha256(), 0) for source in found}
+@dataclass(frozen=True)
+class _Work:
+    """Everything that tokenising needs to know."""
 
-    def read() -> Iterator[Piece]:
-        for piece in pieces:
-            sha, size = hashes[piece.block.path]
-            sha.update(piece.block.data)
-            hashes[piece.block.path] = (sha, size + len(piece.block.data))
+    found: Sequence[Source]
+    tokenizer: Tokenizer
+    field: str
+    errors: str
+    processes: int | None
+    val_fraction: float
+    progress: Callable[[int, int], None] | None
+
+    def write(self, writers: Sequence[TokenFileWriter], pieces: Iterator[Piece], journal: Journal, skip: int) -> list[dict[str, Any]]:
+        """Tokenise and write all bundles but the first `skip`; what was read of each source: [{path, bytes, sha256}]."""
+        total = sum(source.size for source in self.found)
+        count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if self.processes is None else self.processes
+        reader = _Reader(self.found, pieces, skip)
+        arguments = (self.tokenizer, self.field, self.errors, self.val_fraction)
+        with workers.Workers("smedjan_common.data.prepare:Tokenise", arguments, count) as pool:
+            for number, (size, sides) in enumerate(pool.map(reader.bundles()), skip + 1):
+                for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
+                    writer.append(tokens, starts, text_bytes)
+                reader.done += size
+                if self.progress:
+                    self.progress(min(reader.done, total), total)
+                journal.step(size, number, writers)
+                for writer in writers:
+                    writer.keep_when_stopped = journal.saved
+        return reader.seen()
+
+
+class _Reader:
+    """Bundles of pieces, hashed as they are read; those that are in the files already are read for their hashes only."""
+
+    def __init__(self, found: Sequence[Source], pieces: Iterator[Piece], skip: int):
+        self._pieces, self._skip, self.done = pieces, skip, 0
+        self._hashes = {str(source.path): hashlib.sha256() for source in found}
+        self._sizes = dict.fromkeys(self._hashes, 0)
+
+    def bundles(self) -> Iterator[list[Piece]]:
+        for number, bundle in enumerate(sources.bundles(self._hashed(), of=lambda piece: len(piece.block.data))):
+            if number >= self._skip:
+                yield bundle
+            else:
+                self.done += sum(len(piece.block.data) for piece in bundle)
+
+    def _hashed(self) -> Iterator[Piece]:
+        for piece in self._pieces:
+            self._hashes[piece.block.path].update(piece.block.data)
+            self._sizes[piece.block.path] += len(piece.block.data)
             yield piece
 
-    done = 0
-    with workers.Workers("smedjan_common.data.prepare:Tokenise", (tokenizer, field, errors, val_fraction), count) as pool:
-        for size, sides in pool.map(sources.bundles(read(), of=lambda piece: len(piece.block.data))):
-            for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
-                writer.append(tokens, starts, text_bytes)
-            done += size
-            if progress:
-                progress(min(done, total), total)
-    return [{"path": path, "bytes": size, "sha256": sha.hexdigest()} for path, (sha, size) in hashes.items()]
+    def seen(self) -> list[dict[str, Any]]:
+        return [{"path": path, "bytes": self._sizes[path], "sha256": sha.hexdigest()} for path, sha in self._hashes.items()]
 
 
 class Tokenise:

@@ -94,10 +94,18 @@ class TokenFile:
 class TokenFileWriter:
     """Writes a token file piece by piece. `with TokenFileWriter(path, …) as writer: writer.append(…)`; an error leaves nothing behind.
 
-    `close_with(extra)` or the end of the block without an error gives the files their names.
+    `finish()` or the end of the block without an error gives the files their names. `resume`: the `state()` of a writer that was
+    stopped; `keep_when_stopped`: Ctrl-C leaves the temporary files, for a journal that names them.
     """
 
-    def __init__(self, path: str | os.PathLike, vocab_size: int, tokenizer_hash: str, manifest: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        vocab_size: int,
+        tokenizer_hash: str,
+        manifest: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+    ):
         self.path = Path(path)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
@@ -107,8 +115,34 @@ class TokenFileWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finals = (self.path, offsets_path(self.path), manifest_path(self.path))
         self._temporary = {final: temporary_name(final) for final in finals}
+        self.keep_when_stopped = False
+        if resume:
+            self._resume(resume, finals)
+            return
         self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
         self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
+
+    def _resume(self, state: Mapping[str, Any], finals: tuple[Path, Path, Path]) -> None:
+        """Open the temporary files of a stopped writer and go back to where its state was taken."""
+        self.num_tokens, self.num_documents, self.num_bytes = state["tokens"], state["documents"], state["bytes"]
+        self._temporary |= dict(zip(finals[:2], map(Path, state["temporary"]), strict=True))
+        self._tokens = open(self._temporary[finals[0]], "r+b")  # noqa: SIM115
+        self._offsets = open(self._temporary[finals[1]], "r+b")  # noqa: SIM115
+        self._tokens.truncate(self.num_tokens * self.dtype.itemsize)
+        self._offsets.truncate(self.num_documents * 8)
+        while data := self._tokens.read(1 << 24):
+            self._sha.update(data)
+        self._offsets.seek(0, os.SEEK_END)
+
+    def state(self) -> dict[str, Any]:
+        """Sync what was written; what `resume` needs."""
+        for file in (self._tokens, self._offsets):
+            assert file is not None
+            file.flush()
+            os.fsync(file.fileno())
+        names = [str(temporary) for temporary in list(self._temporary.values())[:2]]
+        counts = {"tokens": self.num_tokens, "documents": self.num_documents, "bytes": self.num_bytes}
+        return {"temporary": names, "itemsize": self.dtype.itemsize} | counts
 
     def append(self, tokens: np.ndarray, document_starts: np.ndarray, num_bytes: int) -> None:
         """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for."""
@@ -149,12 +183,16 @@ class TokenFileWriter:
         sync_directory(self.path.parent)
         return manifest
 
-    def abort(self) -> None:
-        """Close and remove what was written."""
+    def close(self) -> None:
+        """Close the temporary files and leave them."""
         for file in (self._tokens, self._offsets):
             if file is not None:
                 file.close()
         self._tokens = self._offsets = None
+
+    def abort(self) -> None:
+        """Close and remove what was written."""
+        self.close()
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
 
@@ -166,7 +204,10 @@ class TokenFileWriter:
             if kind is None and self._tokens is not None:
                 self.finish()
         finally:
-            self.abort()
+            if kind is KeyboardInterrupt and self.keep_when_stopped:
+                self.close()
+            else:
+                self.abort()
 
 
 def file_hash(path: str | os.PathLike) -> str:

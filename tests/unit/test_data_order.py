@@ -88,6 +88,21 @@ def test_targets_are_inputs_shifted_by_one(tmp_path):
     assert np.array_equal(part, batches.batch(2)[0][1:3])
 
 
+def test_document_numbers_change_where_documents_start(tmp_path):
+    lengths = [3, 1, 20, 5, 7, 64, 2]
+    with TokenFileWriter(tmp_path / "t.bin", 300, "hash") as writer:
+        for number, length in enumerate(lengths):
+            writer.append(np.full(length, number), np.array([0]), length)
+    batches = Batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0)
+    for step in range(batches.steps_per_epoch):
+        inputs, _ = batches.batch(step)  # every token is the number of its document
+        assert np.array_equal(batches.documents(step), inputs - inputs[:, :1])
+        assert np.array_equal(batches.documents(step, slice(1, 2)), (inputs - inputs[:, :1])[1:2])
+    (tmp_path / "t.bin.offsets").unlink()
+    with pytest.raises(DataError, match="no document offsets"):
+        Batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0).documents(0)
+
+
 @pytest.mark.parametrize(("tokens", "says"), [(5, "--seq-len 4"), (1, "more text"), (0, "more text")])
 def test_a_file_too_short_for_a_window_says_what_would_fit(tokens, says):
     with pytest.raises(DataError, match=says):
