@@ -31,20 +31,26 @@ def main() -> int:
     from tests.conformance.cases import CASES
 
     backends = arguments.backends or [name for name, package in (("jax", "jax"), ("mlx", "mlx.core")) if installed(package)]
-    started, rows = time.time(), []
+    started, rows, output = time.time(), [], None
     chosen = [case for case in CASES.values() if re.fullmatch(arguments.combinations, case.id)]
     for dtype in arguments.dtypes or (["float32"] if arguments.device == "cpu" else ["float32", "bfloat16"]):
         for case in chosen:
             row = {"combination": case.id, "dtype": dtype} | measure(backends, case, dtype)
             rows.append(row)
             print(case.id, dtype, *(f"{name} {figure['value']:.1e}" for name, figure in row["figures"].items()), flush=True)
-    report = about(backends, arguments) | {"seconds": round(time.time() - started, 1), "largest": largest(rows), "combinations": rows}
-    output = arguments.output or ROOT / "bench" / "results" / f"conformance-{slug(report)}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+            output = write(backends, arguments, rows, time.time() - started)  # after each, so that a time limit costs one row only
     over = [f"{row['combination']} {row['dtype']} {name}" for row in rows for name, f in row["figures"].items() if not f["conforms"]]
     print(f"{output}: {len(rows)} rows, {len(over)} figures over their gates", *over, sep="\n  ")
     return 1 if over else 0
+
+
+def write(backends: list[str], arguments: argparse.Namespace, rows: list[dict], seconds: float) -> pathlib.Path:
+    """The report so far as JSON; returns its path."""
+    report = about(backends, arguments) | {"seconds": round(seconds, 1), "largest": largest(rows), "combinations": rows}
+    output = arguments.output or ROOT / "bench" / "results" / f"conformance-{slug(report)}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    return output
 
 
 def measure(backends: list[str], case, dtype: str) -> dict:
