@@ -33,7 +33,7 @@ _ROWS = 1024
 
 def _open_zstd(path: Path) -> BinaryIO:
     try:
-        from compression import zstd  # Python 3.14
+        from compression import zstd  # Python 3.14  # pyright: ignore[reportMissingImports]
 
         return zstd.open(path, "rb")  # type: ignore[return-value]
     except ImportError:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from smedjan_common import errors
 
@@ -113,7 +113,7 @@ def _make(target: str, args: tuple) -> Any:
     return getattr(importlib.import_module(module), name)(*args)
 
 
-def _send(pipe: BinaryIO | None, message: Any) -> None:
+def _send(pipe: IO[bytes] | None, message: Any) -> None:
     assert pipe is not None
     pickle.dump(message, pipe, protocol=pickle.HIGHEST_PROTOCOL)
     pipe.flush()
@@ -133,7 +133,7 @@ def _receive(process: subprocess.Popen) -> Any:
     return value
 
 
-def _close_quietly(pipe: BinaryIO | None) -> None:
+def _close_quietly(pipe: IO[bytes] | None) -> None:
     try:
         if pipe:
             pipe.close()
