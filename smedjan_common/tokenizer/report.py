@@ -72,7 +72,7 @@ def published() -> dict[str, Tokenizer]:
         paths = [Path(folder, file) for folder in folders[:1] for file in files]
         if paths and all(path.is_file() for path in paths):
             try:
-                found[name] = Tokenizer(foreign.read(paths[0], *paths[1:2]))
+                found[name] = Tokenizer(foreign.read(paths[0], vocab=paths[1] if len(paths) > 1 else None))
             except SmedjanError:
                 continue  # another version of the package ships something else
     return found
