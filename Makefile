@@ -15,7 +15,8 @@ OS := $(shell uname -s)-$(shell uname -m)
 BACKEND ?= $(if $(filter Darwin-arm64,$(OS)),mlx,jax)
 CUDA := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
 JAX_EXTRA := $(if $(CUDA),$(shell [ $(CUDA) -ge 580 ] && echo cuda13 || echo cuda12),cpu)
-EXTRA := $(if $(filter mlx,$(BACKEND)),mlx,$(JAX_EXTRA))
+MLX_EXTRA := $(if $(CUDA),mlx-$(JAX_EXTRA),mlx)
+EXTRA := $(if $(filter mlx,$(BACKEND)),$(MLX_EXTRA),$(JAX_EXTRA))
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OPENBLAS := $(if $(filter Linux-%,$(OS)),$(VENV)/.openblas)
