@@ -25,6 +25,7 @@ from smedjan_common.data.sources import Block, Source
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.patterns import mend_surrogates
 
 TRAIN, VAL, BY_HASH = 0, 1, 2
 _ENOUGH_VALIDATION_DOCUMENTS = 20
@@ -190,9 +191,13 @@ class Tokenise:
             for number, text in enumerate(sources.documents(block, self._field, self._errors)):
                 if not text and block.starts and block.ends:
                     continue
-                data = text.encode("utf-8", "replace") if piece.side == BY_HASH else b""
+                try:
+                    data = text.encode()
+                except UnicodeEncodeError:  # a lone surrogate, which JSON can write as an escape
+                    text = mend_surrogates(text)
+                    data = text.encode()
                 texts.append(text)
-                rows.append((self._side(piece, number, data), len(data) or utf8_length(text), block.starts, block.ends))
+                rows.append((self._side(piece, number, data), len(data), block.starts, block.ends))
         ids, counts = self._tokenizer.encode_many(texts)
         side, sizes, starts, ends = np.array(rows, np.int64).reshape(-1, 4).T
         ids = np.insert(ids, np.cumsum(counts)[ends == 1], self._end)
@@ -220,11 +225,6 @@ def _one_side(
 def document_hash(data: bytes) -> int:
     """64 bits of blake2b over a document's text; decides its side."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def utf8_length(text: str) -> int:
-    """Bytes of `text` in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _pieces(found: Sequence[Source], split: str, val_fraction: float, field: str) -> Iterator[Piece]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from smedjan_common.data.atomic import atomic_file
 from smedjan_common.data.sources import Block, Source, blocks, decode, documents, json_object
+from smedjan_common.tokenizer.patterns import mend_surrogates
 
 _WHOLE = 1 << 30
 _CHUNK = 1 << 20
@@ -68,4 +69,9 @@ def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
 
 def write_record(file: BinaryIO, record: dict[str, Any]) -> None:
     """One line."""
-    file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        data = line.encode()
+    except UnicodeEncodeError:
+        data = mend_surrogates(line).encode()
+    file.write(data + b"\n")

@@ -240,6 +240,12 @@ def test_options_that_do_not_fit_are_refused(tmp_path, tokenizer, options, says)
         prepare([tmp_path / "a.txt"], tmp_path / "t.bin", tokenizer, **options)
 
 
+def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "iron \\ud800."}\n{"text": "\\ud83d\\ude42"}\n')
+    prepare([tmp_path / "a.jsonl"], tmp_path / "t.bin", tokenizer)
+    assert documents_of(tmp_path / "t.bin", tokenizer) == ["iron \ufffd.", "🙂"]
+
+
 def test_one_huge_line(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", ["iron " * 2_000_000, "end"])
     summary = prepare([tmp_path / "a.jsonl"], tmp_path / "t.bin", tokenizer)

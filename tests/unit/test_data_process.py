@@ -109,6 +109,12 @@ def test_documents_keep_their_fields_and_the_log_has_all(tmp_path):
     assert all(entry["licence"] == "CC0" and entry["source"] for entry in log)
 
 
+def test_lone_surrogates_are_written_as_replacement_characters(tmp_path):
+    report = process([write(tmp_path / "a.jsonl", [{"text": "a \ud800 b"}])], str(tmp_path / "o.jsonl"))
+    assert report.kept == 1
+    assert read(tmp_path / "o.jsonl")[0]["text"] == "a \ufffd b"
+
+
 def test_separators_cut_text_files_and_processes_agree(tmp_path):
     texts = [GOOD * 4 if number % 3 else "short" for number in range(4000)]
     (tmp_path / "a.txt").write_text("\n%%\n".join(texts))
