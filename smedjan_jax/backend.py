@@ -42,7 +42,7 @@ class JaxBackend:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
-        return Device("jax", kind, device.device_kind, jax.device_count(), limit, peak_flops(device.device_kind), versions)
+        return Device("jax", kind, device.device_kind, 1, limit, peak_flops(device.device_kind), versions)  # a run uses one device
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         # copies: a step updates its state in place, and on a CPU JAX may share a NumPy array's memory
