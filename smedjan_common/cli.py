@@ -1,6 +1,7 @@
 """`smedjan <command>`: a table of commands; only the module of the one that is asked for is imported."""
 
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "tokenizer": Command("smedjan_common.commands.tokenizer", "train a tokenizer on your text"),
     "prepare": Command("smedjan_common.commands.prepare", "tokenise text into a token file to train on"),
+    "import-bpe": Command("smedjan_common.commands.import_bpe", "make tokenizer.json from GPT-2, tiktoken or Hugging Face files"),
+    "process": Command("smedjan_common.commands.process", "clean text: separators, normalisation, quality rules, provenance"),
+    "dedup": Command("smedjan_common.commands.dedup", "leave out documents that repeat others, exactly or nearly"),
+    "mix": Command("smedjan_common.commands.mix", "mix token files by weight into one"),
+    "hash": Command("smedjan_common.commands.hash", "fingerprints of texts, tokenizers and token files"),
     "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size"),
     "train": Command("smedjan_common.commands.train", "train a model, or go on with a run"),
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model"),
@@ -47,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `smedjan … --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
+        return 0
 
 
 def overview() -> str:

@@ -83,3 +83,11 @@ def test_the_program_of_one_backend_refuses_to_be_the_other(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 2
     assert "--backend mlx" in done.stderr
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)  # what `| head` does, only sooner
+    done = subprocess.run([sys.executable, "-m", "smedjan_common.cli", "train", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
