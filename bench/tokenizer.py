@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ PEERS = ("tokenizers", "tiktoken", "rustbpe", "sentencepiece")
 
 
 def texts_of(folder: str) -> list[str]:
-    return [path.read_text(encoding="utf-8") for path in sorted(Path(folder, "texts").iterdir())]
+    return [path.read_bytes().decode() for path in sorted(Path(folder, "texts").iterdir())]  # as it is, CRLF too
 
 
 def pattern() -> str:
@@ -168,7 +169,7 @@ def make_corpus(folder: Path, size: int) -> dict:
     share[3] = size
     for kind, name in dict.fromkeys(found):
         data = Path(name).read_bytes() if os.path.getsize(name) > 500 else b""
-        if not data or b"\0" in data or len(data) > share[kind] or used + len(data) > size or not is_utf8(data):
+        if not data or b"\0" in data or len(data) > share[kind] or used + len(data) > size or not is_plain(data):
             continue
         (folder / "texts" / f"{documents:05}.txt").write_bytes(data)
         digest.update(data)
@@ -176,12 +177,13 @@ def make_corpus(folder: Path, size: int) -> dict:
     return {"documents": documents, "bytes": used, "sha256": digest.hexdigest()}
 
 
-def is_utf8(data: bytes) -> bool:
+def is_plain(data: bytes) -> bool:
+    """Whether it is UTF-8 of assigned characters: about others the tools' Unicode versions differ, and so do their words."""
     try:
-        data.decode()
+        text = data.decode()
     except UnicodeDecodeError:
         return False
-    return True
+    return text.isascii() or all(unicodedata.category(character) != "Cn" for character in set(text))
 
 
 def table(results: dict) -> str:
@@ -232,8 +234,7 @@ def main() -> None:
                     row = {key: value if key in ("tokens", "peak_mib") else min(value, best[key]) for key, value in row.items()}
                 cases[name] = row
                 print(f"  {name}: {row}", file=sys.stderr)
-    tokens = [row["tokens"] for row in cases.values() if row and "tokens" in row]
-    assert not tokens or max(tokens) - min(tokens) <= 1e-6 * max(tokens), "the encoders do not agree"  # `regex` knows newer letters
+    assert len({row["tokens"] for row in cases.values() if row and "tokens" in row}) <= 1, "the encoders do not agree"
     results = {
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in PEERS if is_installed(name)},
