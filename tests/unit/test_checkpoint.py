@@ -370,3 +370,9 @@ def flip(path: Path, index: int, bit: int = 1) -> None:
     raw = bytearray(path.read_bytes())
     raw[index] ^= bit
     path.write_bytes(raw)
+
+
+def in_subprocess(code: str, *args: object) -> str:
+    """Run Python code in a process of its own, from the repository's root; returns what it printed."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]).stdout
