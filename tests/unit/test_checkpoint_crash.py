@@ -92,7 +92,7 @@ EVERY_POINT = """
 import os, shutil, sys
 from pathlib import Path
 from smedjan_common.checkpoint import atomic, find_checkpoints, prune_checkpoints, read_checkpoint, write_final
-from tests.unit.test_checkpoint import in_subprocess, assert_same_arrays, facts, sample_snapshot, write, write_checkpoint
+from tests.unit.test_checkpoint import assert_same_arrays, facts, sample_snapshot, write, write_checkpoint
 
 if sys.argv[2] == "moved-aside":
     atomic._exchange = lambda one, other: False
@@ -187,9 +187,7 @@ def test_the_temporary_directory_of_a_living_writer_is_left_alone_and_of_a_dead_
     with atomic.atomic_directory(tmp_path / "step-00000009") as temporary:
         (temporary / "half").write_text("half")
         write(tmp_path, 1)  # a thread of this process
-        writer = (
-            "import sys; from pathlib import Path; from tests.unit.test_checkpoint import in_subprocess, write; write(Path(sys.argv[1]), 2)"
-        )
+        writer = "import sys; from pathlib import Path; from tests.unit.test_checkpoint import write; write(Path(sys.argv[1]), 2)"
         subprocess.run([sys.executable, "-c", writer, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
         assert (temporary / "half").exists()
     assert tree(tmp_path / "step-00000009") == {"half": b"half"}

@@ -51,7 +51,7 @@ def test_a_limit_on_file_sizes_is_an_error_that_leaves_older_checkpoints_whole(t
     code = """
 import resource, sys
 from pathlib import Path
-from tests.unit.test_checkpoint import in_subprocess, write
+from tests.unit.test_checkpoint import write
 from smedjan_common.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 try:
@@ -90,7 +90,7 @@ def test_a_directory_without_permission_is_an_error(tmp_path):
     code = """
 import os, sys, tempfile
 from pathlib import Path
-from tests.unit.test_checkpoint import in_subprocess, write, prune_checkpoints, read_checkpoint
+from tests.unit.test_checkpoint import write, prune_checkpoints, read_checkpoint
 from smedjan_common.errors import CheckpointError
 with tempfile.TemporaryDirectory() as place:
     run = Path(place) / "run"
