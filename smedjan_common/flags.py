@@ -34,7 +34,8 @@ class DataFlags:
     """What to train on."""
 
     dataset: Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(required for a new run)")] = ()
-    """A token file (.bin, from `smedjan prepare`), or text and JSONL files: those are tokenised once, into CHECKPOINT_DIR/data."""
+    """A token file (.bin, from `smedjan prepare`), several mixed by weight (a.bin:0.7 b.bin:0.3), or text and JSONL files: those are
+    tokenised once, into CHECKPOINT_DIR/data."""
     val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset when that is text", "FILE ...")] = ()
     """What to validate on: a token file or texts, never trained on."""
     val_fraction: float = 0.02

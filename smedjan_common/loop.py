@@ -13,7 +13,8 @@ from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
 from smedjan_common.checkpoint import latest_checkpoint, read_checkpoint
-from smedjan_common.data.order import Batches, eval_batches
+from smedjan_common.data.mixture import batches
+from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError
 from smedjan_common.evaluate import evaluate
 from smedjan_common.flops import train_flops_per_token
@@ -53,7 +54,7 @@ class _Loop:
         self.model, self.train = self.config.model, self.config.train
         self.device = self.backend.describe()
         self.folder = RunFolder(self.config, self.device)
-        self.batches = Batches(self.config.train_data, self.train.seq_len, self.train.batch_size, self.train.seed)
+        self.batches = batches(self.config.train_data, self.train.seq_len, self.train.batch_size, self.train.seed)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
         self.meter = Meter(self.tokens_per_step)
         peak = self.device.peak_flops
@@ -160,8 +161,8 @@ class _Loop:
     def evaluate(self, state: State, step: int) -> None:
         assert self.config.val_data is not None
         parts = self.train.grad_accum  # as much memory as training takes
-        batches = eval_batches(self.config.val_data, self.train.seq_len, self.train.batch_size // parts, self.config.eval_batches * parts)
-        row = {"step": step, **evaluate(self.backend, state, batches, self.config.tokenizer.token_bytes())}
+        held_out = eval_batches(self.config.val_data, self.train.seq_len, self.train.batch_size // parts, self.config.eval_batches * parts)
+        row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
         self.metrics.write(row)
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
         if row["val_loss"] is not None:

@@ -6,10 +6,12 @@ texts and of what was done with them, so the same command finds it again and oth
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.sources import find
 from smedjan_common.data.token_file import TokenFile, file_hash
 from smedjan_common.errors import DataError
@@ -18,6 +20,7 @@ from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run_folder import DATA
 from smedjan_common.tokenizer import Tokenizer
 
+_TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
 TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
 
 
@@ -25,7 +28,7 @@ TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
 class RunData:
     """What a run trains and validates on. `train` is None only in a dry run over text that is not tokenised yet."""
 
-    train: TokenFile | None
+    train: TokenFile | Mixture | None
     val: TokenFile | None
     tokenizer: Tokenizer | None
     text_bytes: int = 0
@@ -39,9 +42,10 @@ def run_data(flags: DataFlags, given: frozenset[str], folder: Path, own: Tokeniz
     if not flags.dataset:
         raise DataError("There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE: a text, JSONL or a token file.")
     chosen = _chosen_tokenizer(flags, given)
-    if _is_token_file(flags.dataset, "--dataset"):
-        train = TokenFile.open(flags.dataset[0])
-        tokenizer = chosen or own or _tokenizer_beside(train)
+    if shards := _token_files(flags.dataset, "--dataset"):
+        files, weights = tuple(TokenFile.open(path) for path, _ in shards), tuple(weight for _, weight in shards)
+        train = files[0] if len(files) == 1 else Mixture(files, weights)
+        tokenizer = chosen or own or _tokenizer_beside(files[0])
         val = None
     else:
         data = _from_text(flags, folder, chosen, own, dry_run)
@@ -57,9 +61,13 @@ def run_data(flags: DataFlags, given: frozenset[str], folder: Path, own: Tokeniz
 
 def recorded_datasets(folder: Path, recorded: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """The token files that config.json of a run names, as flags; nothing when the first is no longer there."""
-    paths = {name: (recorded.get(name) or {}).get("path") for name in ("dataset", "val_dataset")}
-    here = {name: (str(folder / path),) for name, path in paths.items() if path and (folder / path).is_file()}
-    return here if "dataset" in here else {}
+    flags = {}
+    for name in ("dataset", "val_dataset"):
+        data = recorded.get(name) or {}
+        files = data.get("files") or ([data] if data.get("path") else [])
+        if files and all((folder / file["path"]).is_file() for file in files):
+            flags[name] = tuple(str(folder / file["path"]) + (f":{file['weight']}" if "weight" in file else "") for file in files)
+    return flags if "dataset" in flags else {}
 
 
 def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | None:
@@ -75,11 +83,12 @@ def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | No
     return tokenizer
 
 
-def _is_token_file(paths: tuple[str, ...], flag: str) -> bool:
-    token_files = [path for path in paths if path.endswith(".bin")]
-    if token_files and len(paths) > 1:
-        raise DataError(f"{flag} mixes a token file with others.", "A token file stands alone.", "Give one .bin, or texts.")
-    return bool(token_files)
+def _token_files(paths: tuple[str, ...], flag: str) -> list[tuple[str, float]]:
+    """Token files with their weights, 1 where none is given; nothing when the paths are texts. Raises DataError for both at once."""
+    found = [match for path in paths if (match := _TOKEN_FILE.fullmatch(path))]
+    if found and len(found) < len(paths):
+        raise DataError(f"{flag} mixes token files with texts.", "Texts are tokenised first.", "Give only .bin files, or only texts.")
+    return [(match[1], float(match[2] or 1)) for match in found]
 
 
 def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
@@ -132,8 +141,10 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
 
 
 def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFile:
-    if _is_token_file(flags.val_dataset, "--val-dataset"):
-        val = TokenFile.open(flags.val_dataset[0])
+    if shards := _token_files(flags.val_dataset, "--val-dataset"):
+        if len(shards) > 1:
+            raise DataError("--val-dataset names several token files.", "Validation reads one, from its beginning.", "Give one of them.")
+        val = TokenFile.open(shards[0][0])
         val.check_tokenizer(tokenizer.hash)
         return val
     sources = [str(source.path) for source in find(flags.val_dataset)]

@@ -16,6 +16,7 @@ import smedjan_common
 from smedjan_common.backend import Device, Snapshot
 from smedjan_common.checkpoint import prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.reporting.console import say
 from smedjan_common.reporting.metrics import Row
@@ -36,7 +37,7 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     checkpoint_dir: Path
-    train_data: TokenFile
+    train_data: TokenFile | Mixture
     val_data: TokenFile | None
     tokenizer: Tokenizer
     start: Path | None = None
@@ -68,8 +69,11 @@ class RunFolder:
             "framework": {"name": device.backend, "device": device.name, **device.versions},
         }
 
-    def _dataset(self, data: TokenFile) -> dict[str, Any]:
-        """Path relative to the run folder when it lies inside, so that the folder can move; else absolute."""
+    def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
+        """Path relative to the run folder when it lies inside, so that the folder can move; else absolute. A mixture lists its files."""
+        if isinstance(data, Mixture):
+            files = [self._dataset(file) | {"weight": weight} for file, weight in zip(data.files, data.weights, strict=True)]
+            return {"hash": data.hash, "files": files, "tokens": data.num_tokens}
         folder, path = self.path.resolve(), Path(data.path).resolve()
         return {
             "hash": data.hash,

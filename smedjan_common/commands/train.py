@@ -42,7 +42,7 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) -> int:
     from smedjan_common import resume
     from smedjan_common.commands.backends import check_backend
-    from smedjan_common.data.order import BatchOrder
+    from smedjan_common.data.mixture import batches
     from smedjan_common.reporting.console import say
 
     check_backend(name, flags.run.backend)
@@ -55,7 +55,7 @@ def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) ->
 
     def train_config(dtype: str) -> "TrainConfig":
         length, rows = (base or flags.training).seq_len, (base or flags.training).batch_size
-        epoch = -(-BatchOrder(data.train.num_tokens, length, rows, 0).num_windows // rows) if data.train else 1
+        epoch = batches(data.train, length, rows, 0).steps_per_epoch if data.train else 1
         return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
 
     train = train_config("float32")

@@ -6,11 +6,13 @@ in block b follow a permutation keyed by (seed, b). The j-th sample of file i in
 turns into a window: every file goes through all its windows once in each of its own epochs.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from smedjan_common.data.order import BatchOrder, permute, read_windows
+from smedjan_common.data.order import Batches, BatchOrder, permute, read_windows
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
@@ -55,6 +57,41 @@ def check_same_tokenizer(files: Sequence[TokenFile]) -> None:
         if file.tokenizer_hash != files[0].tokenizer_hash:
             why = f"{str(files[0].path)!r} has tokenizer {files[0].tokenizer_hash[:16]}…, {str(file.path)!r} {file.tokenizer_hash[:16]}…."
             raise DataError("The token files were made with different tokenizers.", why, "Prepare them with one tokenizer.")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Token files with weights as one dataset: what a run asks of a TokenFile. Raises DataError for different tokenizers."""
+
+    files: tuple[TokenFile, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_same_tokenizer(self.files)
+        shares(self.weights, BLOCK)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all files."""
+        return sum(file.num_tokens for file in self.files)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the files' hashes and weights in their order."""
+        return hashlib.sha256(
+            repr([(file.hash, weight) for file, weight in zip(self.files, self.weights, strict=True)]).encode()
+        ).hexdigest()
+
+    def check_tokenizer(self, tokenizer_hash: str) -> None:
+        """Raises DataError when the files were made with another tokenizer."""
+        self.files[0].check_tokenizer(tokenizer_hash)
+
+
+def batches(data: TokenFile | Mixture, seq_len: int, batch_size: int, seed: int) -> "Batches | MixedBatches":
+    """The batches of one token file or of a mixture, a pure function of (data, seed, step). Raises DataError for too few tokens."""
+    if isinstance(data, Mixture):
+        return MixedBatches(data.files, data.weights, seq_len, batch_size, seed)
+    return Batches(data, seq_len, batch_size, seed)
 
 
 class MixedOrder:
