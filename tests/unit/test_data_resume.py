@@ -17,7 +17,8 @@ from smedjan_common.tokenizer import Tokenizer
 
 ARGUMENTS = {"val_fraction": 0.1, "journal_bytes": 1 << 20, "workers": 1}
 CODE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, such as CI may be, start with SIGINT ignored
 from smedjan_common.data.prepare import prepare
 from smedjan_common.tokenizer import Tokenizer
 def slowly(done, total):
