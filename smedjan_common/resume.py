@@ -103,6 +103,12 @@ def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
     return ModelConfig.build(vocab_size=vocab_size, **values)
 
 
+def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
+    """Raises ConfigError for the flags of a new run that no text could make right, before its text is tokenised, which may take hours."""
+    model = new_model(flags, flags.data.vocab_size)
+    train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
+
+
 def same_model(base: ModelConfig, flags: ModelFlags, given: frozenset[str]) -> ModelConfig:
     """`base` as the given flags say it should be: equal to it when they agree."""
     changes: dict[str, Any] = {}

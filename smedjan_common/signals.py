@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType
 
+from smedjan_common.reporting.console import say
+
 
 class StopSignals:
     """A context in which `received` is the number of the first stop signal, or 0.
@@ -31,7 +33,7 @@ class StopSignals:
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        print(f"{name}: finishing this step, then saving (once more: stop at once, unsaved).", flush=True)
+        say(f"{name}: finishing this step, then saving (once more: stop at once, unsaved).")
 
     @property
     def exit_code(self) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smedjan_common.config import ModelConfig, TrainConfig
     from smedjan_common.flags import TrainFlags
     from smedjan_common.run_data import RunData
+    from smedjan_common.run_lock import RunLock
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
 Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
@@ -40,14 +41,25 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 
 
 def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) -> int:
+    from smedjan_common.run_lock import RunLock
+
+    with RunLock(writes=not flags.run.dry_run) as lock:
+        return _train_alone(name, load, flags, given, lock)
+
+
+def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[str], lock: "RunLock") -> int:
     from smedjan_common import resume
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.data.mixture import batches
     from smedjan_common.reporting.console import say
 
     check_backend(name, flags.run.backend)
+    check_counts(flags)
     folder = checkpoint_dir(flags)
+    lock.take(folder)
     start = resume.find_start(folder, flags.run.resume, say)
+    if start is None and not flags.run.pretrained:
+        resume.check_flags(flags, given)
     info, flags, data = _source(flags, given, folder, start)
     vocab_size = data.tokenizer.vocab_size if data.tokenizer else flags.data.vocab_size
     model = _model(flags, given, info, start, vocab_size)
@@ -67,6 +79,7 @@ def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) ->
             return 0
     if not flags.run.dry_run:
         _check_writable(folder)
+        lock.take(folder)
     make_backend, dtype = load()
     train = train_config(dtype)
     if start and info:
@@ -82,6 +95,7 @@ def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) ->
 
 def _run(flags, folder: Path, start: Path | None, info, model, train, data, backend) -> int:
     from smedjan_common import loop
+    from smedjan_common.reporting.console import say
     from smedjan_common.reporting.metrics import read_rows
     from smedjan_common.reporting.plan import heading
     from smedjan_common.resume import to_record
@@ -104,7 +118,7 @@ def _run(flags, folder: Path, start: Path | None, info, model, train, data, back
     )
     if flags.report.sample_every:
         check_sample_prompt(flags.report.sample_prompt, data.tokenizer, model.context_length)
-    print(heading(model, train, data, folder, backend.describe()), flush=True)
+    say(heading(model, train, data, folder, backend.describe()))
     return loop.run(config, backend)
 
 
@@ -115,6 +129,21 @@ def check_sample_prompt(prompt: str, tokenizer, context_length: int) -> None:
     if (length := len(tokenizer.encode(prompt))) >= context_length:
         what = f"--sample-prompt has {length} tokens."
         raise ConfigError(what, f"The context has {context_length}, so nothing could follow.", "Shorten it.")
+
+
+def check_counts(flags: "TrainFlags") -> None:
+    """Raises ConfigError for a number of steps, batches, tokens or checkpoints that cannot be, rather than after hours of training."""
+    from smedjan_common.errors import ConfigError
+
+    counts = {**vars(flags.run), **vars(flags.report)}
+    for names, least in (
+        (("checkpoint_every", "keep", "log_every", "eval_every", "sample_every"), 0),
+        (("eval_batches", "sample_tokens"), 1),
+    ):
+        for name in names:
+            if counts[name] < least:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
 
 
 def checkpoint_dir(flags: "TrainFlags") -> Path:

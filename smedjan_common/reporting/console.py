@@ -1,11 +1,22 @@
 """What a run says on the console: one line per log step, plain text, figures in aligned columns."""
 
+import contextlib
+import os
+import sys
+
 from smedjan_common.reporting.metrics import Row
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`) costs the output, not the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # what is buffered goes there too
+        os.close(null)
+        with contextlib.suppress(OSError):
+            print("note: nobody reads the output any more; the run goes on.", file=sys.stderr, flush=True)
 
 
 def step_line(row: Row, steps: int, seconds_left: float | None) -> str:

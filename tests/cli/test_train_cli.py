@@ -103,6 +103,9 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
         (("--dataset", "text.txt", "--mixer", "attenton"), "Did you mean attention?"),
         (("--dataset", "text.txt", "--steps", "0"), "--steps is 0"),
         (("--dataset", "text.txt", *NO_STEPS), "does not divide"),
+        (("--dataset", "text.txt", "--keep", "-1"), "--keep is -1"),
+        (("--dataset", "text.txt", "--log-every", "-5"), "--log-every is -5"),
+        (("--dataset", "text.txt", "--eval-batches", "0"), "--eval-batches is 0"),
         (("--dataset", "text.txt", "--lr-schedule", "cosin"), "Did you mean cosine?"),
         (("--dataset", "text.txt", "--dtype", "float8"), "--dtype"),
         (("--dataset", "text.txt", "--seq-len", "99999999"), "too short"),
@@ -122,6 +125,40 @@ def test_wrong_use_is_exit_2_with_what_why_and_what_to_do(text, tmp_path, monkey
     assert error.startswith("error: ")
     assert what in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("words", [("--heads", "3"), ("--lr", "-1"), ("--warmup", "9"), ("--mixer", "attenton"), ("--keep", "-1")])
+def test_wrong_flags_are_refused_before_the_text_is_tokenised(text, tmp_path, capsys, words):
+    assert train_here(*arguments(text, tmp_path / "run", 3, *words)) == 2
+    assert words[0] in capsys.readouterr().err or words[0] == "--mixer"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_process_in_the_run_folder_is_refused_and_the_first_loses_nothing(text, tmp_path, capsys):
+    words = arguments(text, tmp_path / "run", 40, "--log-every", 2, "--checkpoint-every", 5)
+    process = start(MODULE, *words, fake="seconds=0.1")
+    wait_for_rows(tmp_path / "run", 3, process)
+    assert train_here(*words) == 2
+    assert "Another process is training" in capsys.readouterr().err
+    assert train_here(*words, "--dry-run") == 0, "a dry run writes nothing"
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [row["step"] for row in read_rows(tmp_path / "run") if "loss" in row] == [1, *range(2, 41, 2)]
+    assert train_here(*words) == 0, "the lock went with its process"
+
+
+def test_a_pipe_that_nobody_reads_any_more_does_not_cost_the_run(text, tmp_path):
+    process = start(MODULE, *arguments(text, tmp_path / "run", 30, "--log-every", 2), fake="seconds=0.02")
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 0, error
+    assert saved_steps(tmp_path / "run") == [30]
+    assert "nobody reads the output" in error
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
 
 
 def test_a_folder_that_cannot_be_written_is_refused(text, tmp_path, capsys):
