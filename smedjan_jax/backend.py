@@ -166,4 +166,4 @@ def _guarded(function: Callable, *args: Any) -> Any:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fix = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
-        raise OutOfMemoryError("The device ran out of memory.", str(error).splitlines()[0][:200] + ".", fix) from error
+        raise OutOfMemoryError("The device ran out of memory.", str(error).splitlines()[0][:200].rstrip(".") + ".", fix) from error

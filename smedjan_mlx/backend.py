@@ -170,4 +170,4 @@ def _guarded(function: Callable, *args: Any) -> Any:
         if not any(sign in text.lower() for sign in ("unable to allocate", "out of memory", "insufficient memory", "[malloc")):
             raise
         fix = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
-        raise OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200] + ".", fix) from error
+        raise OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200].rstrip(".") + ".", fix) from error
