@@ -19,8 +19,8 @@ from tyro.conf import arg
 from smedjan_common.errors import SmedjanError, run_command
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
-STEPS = 500  # about a minute on 2 cores
-TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-every 100 --eval-batches 8 --checkpoint-every 200 --log-every 20"
+STEPS = 320  # on 2 quiet cores about 45 s with JAX, 100 s with MLX, whose exp on a CPU is slow
+TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-every 80 --eval-batches 8 --checkpoint-every 160 --log-every 20"
 PROMPTS = {"shakespeare": "**ROMEO**  \n", "python-stdlib": "def "}
 GENERATION = "--max-tokens 120 --temperature 0.8 --top-p 0.95"
 
