@@ -1,10 +1,26 @@
 """SIGINT and SIGTERM: the first asks the loop to finish its step and save, a second one ends the process at once."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from smedjan_common.reporting.console import say
+
+
+@contextlib.contextmanager
+def interrupt_ends_at_once() -> Iterator[None]:
+    """A context in which SIGINT ends the process without a KeyboardInterrupt: importing a framework may swallow one, and then the
+    program goes on, or crash by it. For places with nothing to save."""
+    raises = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raises:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopSignals:

@@ -69,6 +69,7 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.generate import Generation
     from smedjan_common.sampling import Sampling
+    from smedjan_common.signals import interrupt_ends_at_once
 
     check_backend(name, flags.backend)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
@@ -76,7 +77,8 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     prompt = _prompt(flags)
     info, tokenizer = _open(flags.checkpoint)
     ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
-    make_backend, auto = load()
+    with interrupt_ends_at_once():
+        make_backend, auto = load()
     snapshot = read_checkpoint(info.path, optimizer=False).snapshot
     backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
     length = min(len(ids) + max(flags.max_tokens, 0), info.model.context_length)

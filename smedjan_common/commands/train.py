@@ -52,6 +52,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.data.mixture import batches
     from smedjan_common.reporting.console import say
+    from smedjan_common.signals import interrupt_ends_at_once
 
     check_backend(name, flags.run.backend)
     check_counts(flags)
@@ -80,7 +81,8 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     if not flags.run.dry_run:
         _check_writable(folder)
         lock.take(folder)
-    make_backend, dtype = load()
+    with interrupt_ends_at_once():
+        make_backend, dtype = load()
     train = train_config(dtype)
     if start and info:
         for line in _changes(info, model, train, data):

@@ -62,6 +62,40 @@ def test_a_second_signal_stops_at_once(text, tmp_path):
     assert process.returncode == -signal.SIGINT, "a shell shows 130"
 
 
+def test_ctrl_c_is_not_lost_in_an_import_that_swallows_it(text, tmp_path):
+    code = """
+import sys, time
+from smedjan_common.commands import train
+def load():
+    print("importing", flush=True)
+    try:
+        time.sleep(20)
+    except KeyboardInterrupt:
+        print("swallowed", flush=True)
+    raise SystemExit(5)
+train.run("fake", load, sys.argv[1:])
+"""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler){code}",
+            *arguments(text, tmp_path / "run", 3),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout
+    while "importing" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT, "a shell shows 130"
+    assert "swallowed" not in rest
+
+
 def test_sigkill_leaves_a_run_that_goes_on_to_the_same_end(text, tmp_path):
     flags = ("--log-every", 2, "--checkpoint-every", 5, "--eval-every", 0)
     words = arguments(text, tmp_path / "run", 40, *flags)
