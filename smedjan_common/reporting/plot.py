@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 from smedjan_common.reporting.console import count
@@ -26,7 +27,9 @@ def plot(runs: dict[str, list[Row]], output: Path, title: str = "") -> None:
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=".", suffix=output.suffix)
     os.close(handle)
     try:
-        figure.savefig(temporary)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an emoji in a folder's name
+            figure.savefig(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, output)
     finally:

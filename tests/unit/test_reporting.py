@@ -109,3 +109,8 @@ def test_plots_of_any_length_are_drawn_whole(tmp_path, suffix, made):
     plot({"training": rows(*made) + evaluation, "other": rows(*made)}, tmp_path / f"x.{suffix}", "a title")
     assert [path.name for path in tmp_path.iterdir()] == [f"x.{suffix}"]
     assert (tmp_path / f"x.{suffix}").stat().st_size > 1000
+
+
+def test_a_title_that_the_font_cannot_draw_warns_nobody(tmp_path, recwarn):
+    plot({"training": [{"step": 1, "tokens": 8, "loss": 2.0}]}, tmp_path / "loss.png", "run \N{FOX FACE}")
+    assert not recwarn.list
