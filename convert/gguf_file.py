@@ -17,9 +17,9 @@ import numpy as np
 from convert import gguf_tokenizer
 from convert.hf_config import rope_to_hf
 from convert.names import check_llama, rows
-from convert.output import atomic_path
 from convert.portable import Lazy, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig
+from smedjan_common.data.atomic import atomic_path
 from smedjan_common.errors import CheckpointError, ConfigError
 
 _MAGIC = b"GGUF"

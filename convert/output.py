@@ -1,11 +1,9 @@
 """What every writer promises: nothing is overwritten without --force, nothing of other people's ever, and no half stands anywhere."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from smedjan_common.data.atomic import sync_directory, temporary_name
 from smedjan_common.errors import CheckpointError
 
 
@@ -22,19 +20,3 @@ def check_target(source: Path, target: Path, force: bool, ours: Callable[[Path],
         )
     if not ours(target):
         raise CheckpointError(f"{target} is in the way and is nothing that `convert` writes here.", "", "Move it elsewhere.")
-
-
-@contextlib.contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file at; it becomes `target` when the block ends, and vanishes when it raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(target)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_directory(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -107,8 +107,8 @@ def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
 
 def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool) -> RunData:
     """Token files of the texts of --dataset: those made before, or new ones."""
-    sources = [str(source.path) for source in find(flags.dataset)]
-    num_bytes = sum(source.size for source in find(flags.dataset))
+    found = find(flags.dataset)
+    sources, num_bytes = [str(source.path) for source in found], sum(source.size for source in found)
     if not num_bytes:
         raise DataError(f"{', '.join(flags.dataset)}: there is no text.", "Every file is empty.", "Give a file with some text.")
     share = 0.0 if flags.val_dataset else flags.val_fraction

@@ -4,7 +4,6 @@ CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/   final/   loss.png 
 """
 
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import smedjan_common
 from smedjan_common.backend import Device, Snapshot
 from smedjan_common.checkpoint import prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.data.atomic import write_atomically
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.reporting.console import say
@@ -93,10 +93,7 @@ class RunFolder:
             "framework": self._about["framework"],
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{CONFIG_FILE}.tmp"
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / CONFIG_FILE)
+        write_atomically(self.path / CONFIG_FILE, (json.dumps(values, indent=1) + "\n").encode())
 
     def save(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep."""

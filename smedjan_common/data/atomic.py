@@ -17,13 +17,19 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that takes its name when the block ends without an error, and vanishes otherwise."""
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write a file at; it becomes `path` when the block ends, and vanishes when it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)

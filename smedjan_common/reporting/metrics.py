@@ -7,9 +7,10 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from smedjan_common.data.atomic import write_atomically
 
 FILE = "metrics.jsonl"
 TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
@@ -42,7 +43,7 @@ class MetricsFile:
     def __init__(self, folder: Path, step: int, rows: list[Row] | None = None):
         self.path = folder / FILE
         self.rows = [row for row in (read_rows(folder) if rows is None else rows) if row["step"] <= step]
-        _replace(self.path, "".join(_line(row) for row in self.rows))
+        write_atomically(self.path, "".join(_line(row) for row in self.rows).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: Row) -> None:
@@ -66,12 +67,3 @@ def _parse(line: str) -> Row | None:
 
 def _line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
