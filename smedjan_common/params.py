@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smedjan_common.config import ModelConfig
@@ -28,16 +27,17 @@ class ParamSpec(NamedTuple):
     name: dotted path, equal to the attribute path in both backends and the key in checkpoints.
     shape: extents, weights [out, in].
     axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn): what a mesh shards by.
-    init: name of a row of INITIALIZERS. scale: its parameter (the standard deviation of "normal").
-    decay: whether weight decay applies.
+    init: name of a row of INITIALIZERS. scale: its parameter or parameters (the standard deviation of "normal").
+    decay: whether weight decay applies. lr_scale: multiplies the learning rate; 0: no optimizer moves it.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
-    scale: float = 0.02
+    scale: float | tuple[float, ...] = 0.02
     decay: bool = True
+    lr_scale: float = 1.0
 
     @property
     def size(self) -> int:
@@ -89,27 +89,11 @@ def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
     """The tensor's initial value, float32 [*shape]: a pure function of (seed, name, shape, init, scale)."""
     import numpy as np
 
+    from smedjan_common.initializers import INITIALIZERS
+
     key = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=16).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    import numpy as np
-
-    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
-
-
-def _constant(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    import numpy as np
-
-    return np.full(shape, scale, np.float32)
-
-
-INITIALIZERS: dict[str, Callable[[np.random.Generator, tuple[int, ...], float], np.ndarray]] = {
-    "normal": _normal,
-    "ones": _constant,
-}
 
 
 def check_tree(config: ModelConfig, tensors: dict[str, Any]) -> list[str]:

@@ -1,0 +1,57 @@
+"""The row of `attention`: softmax(q k^T / sqrt(K)) v with RoPE; multi-head or grouped-query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.mixers.spec import MixerSpec, StateSpec, residual_std, weight
+
+if TYPE_CHECKING:
+    from smedjan_common.config import ModelConfig
+    from smedjan_common.params import ParamSpec
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    kv = config.kv_heads * config.head_dim
+    return [
+        weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
+        weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("v_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+    ]
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    return 2 * config.dim * seq_len  # q k^T and p v: 2 * 2 * dim * seq_len / 2, the causal half
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    shape = (batch, config.kv_heads, max_len, config.head_dim)
+    return [StateSpec("key", shape), StateSpec("value", shape)]
+
+
+def _validate(config: ModelConfig) -> None:
+    if config.heads % config.kv_heads:
+        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
+        raise ConfigError(
+            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
+            "Every key/value head serves the same number of query heads.",
+            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
+        )
+
+
+ROW = MixerSpec(
+    "attention",
+    "softmax attention with RoPE, multi-head or grouped-query",
+    "attention",
+    "Attention",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+)
