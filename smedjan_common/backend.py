@@ -50,7 +50,10 @@ class Decoder(Protocol):
 
 
 class Backend(Protocol):
-    """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target of -1 does not count."""
+    """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target of -1 does not count.
+
+    `documents`, int32 of the same shape, numbers the documents of each row; nothing is read across them. None: a row is one.
+    """
 
     name: str
     model: ModelConfig
@@ -68,12 +71,14 @@ class Backend(Protocol):
         """The train state of a snapshot, bit for bit."""
         ...
 
-    def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
+    def train_step(
+        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+    ) -> tuple[State, Metrics]:
         """One optimizer step (gradient accumulation inside). Metrics: loss (mean over counted tokens, nats), grad_norm (before
         clipping), tokens. Returns at once; the old state is consumed."""
         ...
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray) -> Metrics:
+    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
         """Metrics of one batch: loss_sum (nats) and tokens. Returns at once."""
         ...
 

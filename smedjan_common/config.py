@@ -51,6 +51,28 @@ class ModelConfig(_Json):
     rope_factor: float = 1.0
     rope_original_len: int = 0
     init_std: float = 0.02
+    # options of rows of smedjan_common.mixers; 0 of a size: worked out from the model, as the row says
+    qk_norm: bool = False
+    window: int = 0
+    linear_decay: str = "scalar"
+    linear_feature_map: str = "identity"
+    linear_normalizer: str = "rmsnorm"
+    ssm_state: int = 128
+    ssm_head_dim: int = 64
+    ssm_expand: int = 2
+    ssm_groups: int = 1
+    conv_width: int = 4
+    mla_kv_rank: int = 0
+    mla_q_rank: int = 0
+    mla_rope_dim: int = 0
+    block_size: int = 64
+    block_topk: int = 4
+    rwkv_head_dim: int = 64
+    experts: int = 0
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    expert_dim: int = 0
+    router: str = "softmax"
 
     @classmethod
     def preset(cls, size: str, vocab_size: int = DEFAULT_VOCAB_SIZE, **changes: Any) -> Self:
@@ -159,12 +181,19 @@ class TrainConfig(_Json):
     gradient_checkpointing: str = "none"
     dtype: str = "float32"
     attention: str = "auto"
+    chunk_size: int = 64
+    mask_documents: bool = False
+    packing: str = "windows"
+    z_loss: float = 0.0
+    balance_loss: float = 0.01
+    router_z_loss: float = 1e-3
+    router_bias_rate: float = 1e-3
 
     def validate(self) -> None:
         """Raises ConfigError, with the fix, for a run that cannot work."""
         from smedjan_common.schedule import SCHEDULES
 
-        for name in ("steps", "batch_size", "seq_len", "grad_accum"):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
         for name in ("lr", "eps"):
@@ -175,7 +204,8 @@ class TrainConfig(_Json):
                 raise ConfigError(
                     f"{_flag(name)} is {getattr(self, name)}.", f"It must lie in {low} to {high}.", "Leave it out for the default."
                 )
-        for name in ("weight_decay", "clip_norm", "warmup", "seed"):
+        weights = ("z_loss", "balance_loss", "router_z_loss", "router_bias_rate")
+        for name in ("weight_decay", "clip_norm", "warmup", "seed", *weights):
             if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must not be negative.", "Take 0 to switch it off.")
         if self.batch_size % self.grad_accum:
@@ -195,6 +225,7 @@ class TrainConfig(_Json):
             ("gradient_checkpointing", GRADIENT_CHECKPOINTING),
             ("dtype", DTYPES),
             ("attention", ATTENTION),
+            ("packing", PACKING),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(
@@ -207,6 +238,11 @@ OPTIMIZERS = ("adamw",)
 GRADIENT_CHECKPOINTING = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "fused", "plain")
+PACKING = ("windows", "documents")
+LINEAR_DECAYS = ("none", "fixed", "scalar")
+LINEAR_FEATURE_MAPS = ("identity", "elu1")
+LINEAR_NORMALIZERS = ("rmsnorm", "denominator")
+ROUTERS = ("softmax", "bias")
 
 
 def ffn_width(dim: int, ffn_mult: float) -> int:

@@ -13,8 +13,19 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from smedjan_common.commands.optional import MaybeFloat, MaybeInt, MaybeStr
-from smedjan_common.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, OPTIMIZERS, ROPE_SCALINGS
-from smedjan_common.mixers import MIXERS
+from smedjan_common.config import (
+    ATTENTION,
+    DTYPES,
+    GRADIENT_CHECKPOINTING,
+    LINEAR_DECAYS,
+    LINEAR_FEATURE_MAPS,
+    LINEAR_NORMALIZERS,
+    OPTIMIZERS,
+    PACKING,
+    ROPE_SCALINGS,
+    ROUTERS,
+)
+from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.schedule import SCHEDULES
 
@@ -86,6 +97,14 @@ class ModelFlags:
     mixer: Annotated[str, arg(metavar="NAME,...", help=f"Sequence mixers, a pattern over the depth, of: {', '.join(MIXERS)}.")] = (
         "attention"
     )
+    ffn: Annotated[
+        MaybeStr,
+        arg(
+            metavar="NAME,...",
+            help=f"Feed-forwards, a pattern over the depth, of: {', '.join(FFNS)}.",
+            help_behavior_hint="(default: swiglu; experts when --experts is given)",
+        ),
+    ] = None
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: Annotated[str, _one_of(*ROPE_SCALINGS)] = "none"
@@ -96,6 +115,54 @@ class ModelFlags:
     """The context that the weights were trained with."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True)
+class MixerFlags:
+    """Options of single mixers and of the experts; each counts only where its mixer is in --mixer."""
+
+    qk_norm: bool = False
+    """attention: RMSNorm over each head of the queries and keys (Qwen3)."""
+    window: int = 0
+    """attention: see only this many newest positions. 0: all."""
+    linear_decay: Annotated[str, _one_of(*LINEAR_DECAYS)] = "scalar"
+    """linear: how the state fades. scalar: by a gate on the token, one per head; fixed: RetNet's rates."""
+    linear_feature_map: Annotated[str, _one_of(*LINEAR_FEATURE_MAPS)] = "identity"
+    """linear: what is done to queries and keys."""
+    linear_normalizer: Annotated[str, _one_of(*LINEAR_NORMALIZERS)] = "rmsnorm"
+    """linear: how the output is normalised; denominator needs --linear-feature-map elu1."""
+    ssm_state: int = 128
+    """ssm: state size, N."""
+    ssm_head_dim: int = 64
+    """ssm: head size, P."""
+    ssm_expand: int = 2
+    """ssm: inner width over --dim."""
+    ssm_groups: int = 1
+    """ssm: groups of heads that share B and C."""
+    conv_width: int = 4
+    """ssm, gated-deltanet: width of the causal convolution."""
+    mla_kv_rank: Annotated[int, _filled("4 heads' width", "INT")] = 0
+    """mla: rank of the joint compression of keys and values."""
+    mla_q_rank: Annotated[int, _filled("queries are not compressed", "INT")] = 0
+    """mla: rank of the compression of queries."""
+    mla_rope_dim: Annotated[int, _filled("half a head", "INT")] = 0
+    """mla: features of a head that are turned by position."""
+    block_size: int = 64
+    """block-sparse: positions of a block."""
+    block_topk: int = 4
+    """block-sparse: blocks that a query sees, its own included."""
+    rwkv_head_dim: int = 64
+    """rwkv: head size."""
+    experts: int = 0
+    """Experts of a feed-forward. 0: one dense feed-forward."""
+    experts_per_token: int = 2
+    """Experts that each token is sent to."""
+    shared_experts: int = 0
+    """Experts that see every token, besides the routed ones."""
+    expert_dim: Annotated[int, _filled("the feed-forward width", "INT")] = 0
+    """Width of one expert."""
+    router: Annotated[str, _one_of(*ROUTERS)] = "softmax"
+    """softmax: balanced by a loss (--balance-loss). bias: sigmoid scores, balanced without a loss by a bias on the choice."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +205,20 @@ class TrainingFlags:
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU."""
     attention: Annotated[str, _one_of(*ATTENTION)] = "auto"
     """Implementation of attention. fused fails where there is none; auto takes the best there is."""
+    chunk_size: int = 64
+    """Positions that mixers of linear cost take at once: a matter of speed, the result is the same."""
+    mask_documents: bool = False
+    """Keep documents apart: nothing is read across the end of a document inside a sequence."""
+    packing: Annotated[str, _one_of(*PACKING)] = "windows"
+    """How sequences are cut. windows: the text as one stream; documents: whole documents, rows filled by best fit."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in the loss (PaLM: 1e-4). 0: off."""
+    balance_loss: float = 0.01
+    """experts, router softmax: weight of the loss that spreads tokens over experts."""
+    router_z_loss: float = 1e-3
+    """experts, router softmax: weight of the router's own z-loss."""
+    router_bias_rate: float = 1e-3
+    """experts, router bias: how far a step moves the bias of an expert."""
     seed: int = 0
     """Fixes the initial weights, the order of the data and the samples."""
 
@@ -167,11 +248,12 @@ class TrainFlags:
     data: OmitArgPrefixes[DataFlags] = field(default_factory=DataFlags)
     run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    mixers: OmitArgPrefixes[MixerFlags] = field(default_factory=MixerFlags)
     training: OmitArgPrefixes[TrainingFlags] = field(default_factory=TrainingFlags)
     report: OmitArgPrefixes[ReportFlags] = field(default_factory=ReportFlags)
 
 
-GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "training": TrainingFlags, "report": ReportFlags}
+GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
 
 
 def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints, latest_checkpoint, read_info, verify_checkpoint
 from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
 from smedjan_common.errors import CheckpointError, ConfigError
-from smedjan_common.flags import GROUPS, ModelFlags, TrainFlags, TrainingFlags
+from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
 
@@ -95,12 +95,17 @@ def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
     model = flags.model
     values = {name: value for name in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(model, name)) is not None}
     values |= {name: getattr(model, name) for name in ("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std")}
-    values |= {"mixer": parse_pattern(model.mixer), "context_length": flags.training.seq_len}
+    values |= {**dataclasses.asdict(flags.mixers), "mixer": parse_pattern(model.mixer), "context_length": flags.training.seq_len}
+    values["ffn"] = _feed_forward(flags)
     if model.size != "custom":
         return ModelConfig.preset(model.size, vocab_size, **values)
     if missing := [f"--{name}" for name in ("dim", "layers", "heads") if name not in values]:
         raise ConfigError(f"--size custom lacks {', '.join(missing)}.", "It has no values of its own.", "Give --dim, --layers and --heads.")
     return ModelConfig.build(vocab_size=vocab_size, **values)
+
+
+def _feed_forward(flags: TrainFlags) -> tuple[str, ...]:
+    return parse_pattern(flags.model.ffn) if flags.model.ffn else ("experts",) if flags.mixers.experts else ("swiglu",)
 
 
 def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
@@ -109,24 +114,27 @@ def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
 
 
-def same_model(base: ModelConfig, flags: ModelFlags, given: frozenset[str]) -> ModelConfig:
+def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:
     """`base` as the given flags say it should be: equal to it when they agree."""
     changes: dict[str, Any] = {}
-    if "size" in given and flags.size != "custom":
-        ModelConfig.preset(flags.size)  # refuses an unknown name
-        changes |= PRESETS[flags.size]._asdict()
-    names = {f.name for f in dataclasses.fields(base)}
-    changes |= {name: value for name in names & given if (value := getattr(flags, name, None)) is not None}
+    model = flags.model
+    if "size" in given and model.size != "custom":
+        ModelConfig.preset(model.size)  # refuses an unknown name
+        changes |= PRESETS[model.size]._asdict()
+    names, values = {f.name for f in dataclasses.fields(base)}, {**vars(model), **vars(flags.mixers)}
+    changes |= {name: values[name] for name in names & given if values.get(name) is not None}
     if "mixer" in given:
-        changes["mixer"] = parse_pattern(flags.mixer)
-    if "ffn_mult" in given and flags.ffn_mult is not None:
-        changes["ffn_dim"] = ffn_width(changes.get("dim", base.dim), flags.ffn_mult)
+        changes["mixer"] = parse_pattern(model.mixer)
+    if {"ffn", "experts"} & given:
+        changes["ffn"] = _feed_forward(flags)
+    if "ffn_mult" in given and model.ffn_mult is not None:
+        changes["ffn_dim"] = ffn_width(changes.get("dim", base.dim), model.ffn_mult)
     return dataclasses.replace(base, **changes)
 
 
 def pretrained_model(base: ModelConfig, path: Path, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:
     """The model of a new run from weights of `base`: as same_model, but context and rotary settings may change."""
-    model = dataclasses.replace(same_model(base, flags.model, given), context_length=flags.training.seq_len)
+    model = dataclasses.replace(same_model(base, flags, given), context_length=flags.training.seq_len)
     differing = [f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(model, f.name)]
     if wrong := [f"{name}: {getattr(base, name)} there, {getattr(model, name)} now" for name in differing if name not in _SHAPE_FREE]:
         raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")

@@ -22,6 +22,8 @@ from smedjan_jax import optim
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.model import Model
 
+Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
+
 # measured on an H100 (PERFORMANCE.md): cuBLAS beats XLA's Triton matmuls by 8-11 % at every size
 XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 
@@ -54,11 +56,13 @@ class JaxBackend:
         slots = {slot: {n: jnp.array(snapshot.optimizer[f"{slot}.{n}"], copy=True) for n in state["params"]} for slot in state["slots"]}
         return {"params": state["params"], "slots": slots, "step": jnp.asarray(snapshot.step, jnp.int32)}
 
-    def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
-        return _guarded(self._train_step, state, inputs, targets, np.float32(lr))
+    def train_step(
+        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+    ) -> tuple[State, Metrics]:
+        return _guarded(self._train_step, state, (inputs, targets, documents), np.float32(lr))
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray) -> Metrics:
-        return _guarded(self._eval_step, state["params"], inputs, targets)
+    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
+        return _guarded(self._eval_step, state["params"], (inputs, targets, documents))
 
     def read(self, metrics: Metrics) -> dict[str, float]:
         return {name: float(value) for name, value in _guarded(jax.device_get, metrics).items()}
@@ -77,34 +81,40 @@ class JaxBackend:
     def peak_memory(self) -> int | None:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-    def _loss(self, params: dict[str, jax.Array], inputs_BT: jax.Array, targets_BT: jax.Array, tokens: jax.Array) -> jax.Array:
-        model = Model(self.model, params, self.train.dtype, self.train.attention, self.train.gradient_checkpointing)
-        return cross_entropy(model.hidden(inputs_BT), params["embed.weight"], targets_BT) / tokens
+    def _model(self, params: dict[str, jax.Array], gradient_checkpointing: str = "none") -> Model:
+        train = self.train
+        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
 
-    def _gradients(self, params: dict[str, jax.Array], inputs: jax.Array, targets: jax.Array, tokens: jax.Array):
+    def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> jax.Array:
+        inputs, targets, documents = batch
+        hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
+        return cross_entropy(hidden, params["embed.weight"], targets) / tokens
+
+    def _gradients(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array):
         """Loss and gradients of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
         parts = self.train.grad_accum
         if parts == 1:
-            return jax.value_and_grad(self._loss)(params, inputs, targets, tokens)
+            return jax.value_and_grad(self._loss)(params, batch, tokens)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(self._loss)(params, *part, tokens)), None
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(self._loss)(params, part, tokens)), None
 
         start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, start, (inputs.reshape(parts, -1, inputs.shape[1]), targets.reshape(parts, -1, targets.shape[1])))[0]
+        return jax.lax.scan(add, start, jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch))[0]
 
-    def _step(self, state: State, inputs: jax.Array, targets: jax.Array, lr: jax.Array) -> tuple[State, Metrics]:
-        tokens = jnp.sum(targets >= 0)
-        loss, grads = self._gradients(state["params"], inputs, targets, jnp.maximum(tokens, 1).astype(jnp.float32))
+    def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, Metrics]:
+        tokens = jnp.sum(batch[1] >= 0)
+        loss, grads = self._gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
         return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
-    def _evaluate(self, params: dict[str, jax.Array], inputs: jax.Array, targets: jax.Array) -> Metrics:
-        model = Model(self.model, params, self.train.dtype, self.train.attention)
-        return {"loss_sum": forward_loss(model.hidden(inputs), params["embed.weight"], targets), "tokens": jnp.sum(targets >= 0)}
+    def _evaluate(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
+        inputs, targets, documents = batch
+        hidden = self._model(params).hidden(inputs, documents)
+        return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": jnp.sum(targets >= 0)}
 
 
 class JaxDecoder:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import FFNS
-from smedjan_jax.modules import Linear, Params, apply_together
+from smedjan_jax.modules import Carried, Linear, Params, apply_together
 
 
 def ffn_class(name: str) -> Any:
@@ -27,17 +27,17 @@ class SwiGLU(nnx.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.mix(self.project(x))
+    def __call__(self, x: jax.Array, carried: Carried) -> tuple[jax.Array, Carried]:
+        return self.mix(self.project(x), carried)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
         gate, up = apply_together([self.gate_proj, self.up_proj], x)
         return gate, up
 
-    def mix(self, projected: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def mix(self, projected: tuple[jax.Array, jax.Array], carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, multiplied and projected back to [B, T, D]."""
-        return self.down_proj(swiglu(*projected))
+        return self.down_proj(swiglu(*projected)), carried
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import MIXERS
 from smedjan_jax.ffn import ffn_class
 from smedjan_jax.mixers import mixer_class
-from smedjan_jax.modules import Block, Embedding, Params, RMSNorm, Rope
+from smedjan_jax.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope
 
 State = dict[str, Any]
 
@@ -28,6 +28,7 @@ class Model(nnx.Module):
 
     params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
+    chunk_size: positions that mixers of linear cost take at once.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Model(nnx.Module):
         dtype: str = "float32",
         attention: str = "auto",
         gradient_checkpointing: str = "none",
+        chunk_size: int = 64,
     ):
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.chunk_size = chunk_size
         self.embed = Embedding(params, "embed")
         self.layers = nnx.List([_block(config, params, layer, attention) for layer in range(config.layers)])
         self.norm = RMSNorm(params, "norm", config.norm_eps)
@@ -49,14 +52,18 @@ class Model(nnx.Module):
         """Logits of the next token at every position of int tokens [B, T], float32 [B, T, V]."""
         return self.embed.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """What the head reads, [B, T, D] in the compute dtype."""
-        rope = Rope(self.config, tokens.shape[1])
+    def hidden(self, tokens: jax.Array, documents: jax.Array | None = None) -> jax.Array:
+        """What the head reads, [B, T, D] in the compute dtype. documents: int32 [B, T], see Context; nothing crosses their borders."""
+        return self.outputs(tokens, documents)[0]
+
+    def outputs(self, tokens: jax.Array, documents: jax.Array | None = None) -> tuple[jax.Array, Carried]:
+        """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
+        context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD = self.embed(tokens, self.dtype)
+        x_BTD, carried = self.embed(tokens, self.dtype), {}
         for block in self.layers:
-            x_BTD = apply(block, x_BTD, rope)
-        return self.norm(x_BTD)
+            x_BTD, carried = apply(block, x_BTD, context, carried)
+        return self.norm(x_BTD), carried
 
     def init_state(self, batch: int, max_len: int) -> State:
         """An empty decode state for `max_len` positions: {"position", "layers": [arrays by name, …]}."""
@@ -69,10 +76,10 @@ class Model(nnx.Module):
     def step(self, tokens: jax.Array, state: State, max_len: int) -> tuple[jax.Array, State]:
         """Consume T >= 1 new tokens: logits after the last one, float32 [B, V], and the new state."""
         position, T = state["position"], tokens.shape[1]
-        rope = Rope(self.config, max_len, position)
-        x_BTD, layers = self.embed(tokens, self.dtype), []
+        context = Context(Rope(self.config, max_len, position), position, None, self.chunk_size)
+        x_BTD, layers, carried = self.embed(tokens, self.dtype), [], {}
         for block, layer_state in zip(self.layers, state["layers"], strict=True):
-            x_BTD, layer_state = block.step(x_BTD, rope, layer_state, position)
+            x_BTD, layer_state, carried = block.step(x_BTD, context, layer_state, carried)
             layers.append(layer_state)
         logits_BV = self.embed.logits(self.norm(x_BTD[:, -1:]))[:, 0]
         return logits_BV, {"position": position + T, "layers": layers}
@@ -88,8 +95,8 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str) -> B
     )
 
 
-def _apply(block: Block, x_BTD: jax.Array, rope: Rope) -> jax.Array:
-    return block(x_BTD, rope)
+def _apply(block: Block, x_BTD: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+    return block(x_BTD, context, carried)
 
 
 CHECKPOINTED = {

@@ -7,6 +7,7 @@ Shapes: B batch, T positions, L positions of a table, D width, H heads, K head s
 """
 
 import itertools
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
 
 Params = dict[str, jax.Array]
+State = dict[str, jax.Array]  # decode state of one layer, by the names of its row
+Carried = dict[str, jax.Array]  # what a layer leaves for later layers or for the loss
 
 
 class Linear(nnx.Module):
@@ -64,8 +67,24 @@ class Embedding(nnx.Module):
         return jnp.matmul(x, self.weight.astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every block of one call is told.
+
+    position: tokens before these ones when decoding, int32 scalar; None in training. documents: int32 [B, T], positions with equal
+    numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of linear
+    cost take at once.
+    """
+
+    rope: "Rope"
+    position: jax.Array | None
+    documents: jax.Array | None
+    chunk_size: int = field(metadata={"static": True})
+
+
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)). Mixers and feed-forwards may add to `carried`, which blocks hand on."""
 
     def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any):
         self.mixer_norm = mixer_norm
@@ -73,17 +92,20 @@ class Block(nnx.Module):
         self.ffn_norm = ffn_norm
         self.ffn: Any = ffn
 
-    def __call__(self, x: jax.Array, rope: "Rope") -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
+        mixed, carried = self.mixer(self.mixer_norm(x), context, carried)
         # the barriers keep XLA from fusing the residual into both neighbours and computing it twice (PERFORMANCE.md)
-        x = jax.lax.optimization_barrier(x + self.mixer(self.mixer_norm(x), rope))
-        return jax.lax.optimization_barrier(x + self.ffn(self.ffn_norm(x)))
+        x = jax.lax.optimization_barrier(x + mixed)
+        fed, carried = self.ffn(self.ffn_norm(x), carried)
+        return jax.lax.optimization_barrier(x + fed), carried
 
-    def step(self, x: jax.Array, rope: "Rope", state: dict[str, jax.Array], position: jax.Array):
-        """The same for T new tokens that follow `position` earlier ones; returns (x, state)."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), rope, state, position)
+    def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
+        """The same for T new tokens that follow `context.position` earlier ones."""
+        mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
         x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), state
+        fed, carried = self.ffn(self.ffn_norm(x), carried)
+        return x + fed, state, carried
 
 
 class Rope(nnx.Module):

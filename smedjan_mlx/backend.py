@@ -21,6 +21,8 @@ from smedjan_mlx import optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
 
+Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
+
 
 class MlxBackend:
     """Trains and decodes one model with MLX on the default device."""
@@ -56,17 +58,17 @@ class MlxBackend:
         slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in state["params"]} for slot in state["slots"]}
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
 
-    def train_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float) -> tuple[State, Metrics]:
-        batch = mx.array(inputs), mx.array(targets)
-        new, metrics = _guarded(
-            self._split_step if self.train.grad_accum > 1 else self._train_step, state, *batch, mx.array(lr, mx.float32)
-        )
+    def train_step(
+        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+    ) -> tuple[State, Metrics]:
+        step = self._split_step if self.train.grad_accum > 1 else self._train_step
+        new, metrics = _guarded(step, state, _on_device(inputs, targets, documents), mx.array(lr, mx.float32))
         state.clear()  # the last reference to the old arrays: their memory is used for the new ones
         _guarded(mx.async_eval, new, metrics)
         return new, metrics
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray) -> Metrics:
-        metrics = _guarded(self._eval_step, state["params"], mx.array(inputs), mx.array(targets))
+    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
+        metrics = _guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents))
         _guarded(mx.async_eval, metrics)
         return metrics
 
@@ -88,22 +90,27 @@ class MlxBackend:
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()
 
-    def _loss(self, params: dict[str, mx.array], inputs: mx.array, targets: mx.array, tokens: mx.array) -> mx.array:
-        model = Model(self.model, params, self.train.dtype, self.train.attention, self.train.gradient_checkpointing)
-        return cross_entropy(model.hidden(inputs), params["embed.weight"], targets) / tokens
+    def _model(self, params: dict[str, mx.array], gradient_checkpointing: str = "none") -> Model:
+        train = self.train
+        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
 
-    def _step(self, state: State, inputs: mx.array, targets: mx.array, lr: mx.array) -> tuple[State, Metrics]:
-        tokens = mx.sum(targets >= 0)
-        loss, grads = mx.value_and_grad(self._loss)(state["params"], inputs, targets, mx.maximum(tokens, 1).astype(mx.float32))
+    def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> mx.array:
+        inputs, targets, documents = batch
+        hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
+        return cross_entropy(hidden, params["embed.weight"], targets) / tokens
+
+    def _step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
+        tokens = mx.sum(batch[1] >= 0)
+        loss, grads = mx.value_and_grad(self._loss)(state["params"], batch, mx.maximum(tokens, 1).astype(mx.float32))
         return self._apply(state, loss, grads, tokens, lr)
 
-    def _split_step(self, state: State, inputs: mx.array, targets: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+    def _split_step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
         """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
-        tokens, parts = mx.sum(targets >= 0), self.train.grad_accum
+        tokens, parts = mx.sum(batch[1] >= 0), self.train.grad_accum
         count = mx.maximum(tokens, 1).astype(mx.float32)
         total = (mx.array(0.0), tree_map(mx.zeros_like, state["params"]))
-        for part_inputs, part_targets in zip(mx.split(inputs, parts), mx.split(targets, parts), strict=True):
-            total = tree_map(mx.add, total, self._part(state["params"], part_inputs, part_targets, count))
+        for part in zip(*([None] * parts if array is None else mx.split(array, parts) for array in batch), strict=True):
+            total = tree_map(mx.add, total, self._part(state["params"], part, count))
             mx.async_eval(total)
         loss, grads = total
         return self._finish(state, loss, grads, tokens, lr)
@@ -114,9 +121,10 @@ class MlxBackend:
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
         return {"params": params, "slots": slots, "step": state["step"] + 1}, {"loss": loss, "grad_norm": norm, "tokens": tokens}
 
-    def _evaluate(self, params: dict[str, mx.array], inputs: mx.array, targets: mx.array) -> Metrics:
-        model = Model(self.model, params, self.train.dtype, self.train.attention)
-        return {"loss_sum": forward_loss(model.hidden(inputs), params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
+    def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
+        inputs, targets, documents = batch
+        hidden = self._model(params).hidden(inputs, documents)
+        return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
 
 
 class MlxDecoder:
@@ -159,6 +167,10 @@ def default_dtype() -> str:
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _on_device(*arrays: np.ndarray | None) -> Batch:
+    return tuple(None if array is None else mx.array(array) for array in arrays)
 
 
 def _guarded(function: Callable, *args: Any) -> Any:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import FFNS
-from smedjan_mlx.modules import Linear, Params, apply_together
+from smedjan_mlx.modules import Carried, Linear, Params, apply_together
 
 
 def ffn_class(name: str) -> Any:
@@ -28,17 +28,17 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.mix(self.project(x))
+    def __call__(self, x: mx.array, carried: Carried) -> tuple[mx.array, Carried]:
+        return self.mix(self.project(x), carried)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
         gate, up = apply_together([self.gate_proj, self.up_proj], x)
         return gate, up
 
-    def mix(self, projected: tuple[mx.array, mx.array]) -> mx.array:
+    def mix(self, projected: tuple[mx.array, mx.array], carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, multiplied and projected back to [B, T, D]."""
-        return self.down_proj(swiglu(*projected))
+        return self.down_proj(swiglu(*projected)), carried
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

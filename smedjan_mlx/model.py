@@ -18,7 +18,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.mixers import MIXERS
 from smedjan_mlx.ffn import ffn_class
 from smedjan_mlx.mixers import mixer_class
-from smedjan_mlx.modules import Block, Embedding, Params, RMSNorm, Rope
+from smedjan_mlx.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope
 
 State = dict[str, Any]
 
@@ -28,6 +28,7 @@ class Model(nn.Module):
 
     params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
+    chunk_size: positions that mixers of linear cost take at once.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Model(nn.Module):
         dtype: str = "float32",
         attention: str = "auto",
         gradient_checkpointing: str = "none",
+        chunk_size: int = 64,
     ):
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.chunk_size = chunk_size
         self.embed = Embedding(params, "embed")
         self.layers = [_block(config, params, layer, attention) for layer in range(config.layers)]
         self.norm = RMSNorm(params, "norm", config.norm_eps)
@@ -50,14 +53,18 @@ class Model(nn.Module):
         """Logits of the next token at every position of int tokens [B, T], float32 [B, T, V]."""
         return self.embed.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: mx.array) -> mx.array:
-        """What the head reads, [B, T, D] in the compute dtype."""
-        rope = Rope(self.config, tokens.shape[1])
+    def hidden(self, tokens: mx.array, documents: mx.array | None = None) -> mx.array:
+        """What the head reads, [B, T, D] in the compute dtype. documents: int32 [B, T], see Context; nothing crosses their borders."""
+        return self.outputs(tokens, documents)[0]
+
+    def outputs(self, tokens: mx.array, documents: mx.array | None = None) -> tuple[mx.array, Carried]:
+        """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
+        context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD = self.embed(tokens, getattr(mx, self.dtype))
+        x_BTD, carried = self.embed(tokens, getattr(mx, self.dtype)), {}
         for block in self.layers:
-            x_BTD = apply(block, x_BTD, rope)
-        return self.norm(x_BTD)
+            x_BTD, carried = apply(block, x_BTD, context, carried)
+        return self.norm(x_BTD), carried
 
     def init_state(self, batch: int, max_len: int) -> State:
         """An empty decode state for `max_len` positions: {"position", "layers": [arrays by name, …]}."""
@@ -70,10 +77,10 @@ class Model(nn.Module):
     def step(self, tokens: mx.array, state: State, max_len: int) -> tuple[mx.array, State]:
         """Consume T >= 1 new tokens: logits after the last one, float32 [B, V], and the new state."""
         position, T = state["position"], tokens.shape[1]
-        rope = Rope(self.config, max_len, position)
-        x_BTD, layers = self.embed(tokens, getattr(mx, self.dtype)), []
+        context = Context(Rope(self.config, max_len, position), position, None, self.chunk_size)
+        x_BTD, layers, carried = self.embed(tokens, getattr(mx, self.dtype)), [], {}
         for block, layer_state in zip(self.layers, state["layers"], strict=True):
-            x_BTD, layer_state = block.step(x_BTD, rope, layer_state, position)
+            x_BTD, layer_state, carried = block.step(x_BTD, context, layer_state, carried)
             layers.append(layer_state)
         logits_BV = self.embed.logits(self.norm(x_BTD[:, -1:]))[:, 0]
         return logits_BV, {"position": position + T, "layers": layers}
@@ -89,31 +96,32 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str) -> B
     )
 
 
-def _apply(block: Block, x_BTD: mx.array, rope: Rope) -> mx.array:
-    return block(x_BTD, rope)
+def _apply(block: Block, x_BTD: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+    return block(x_BTD, context, carried)
 
 
-def _apply_dots(block: Block, x_BTD: mx.array, rope: Rope) -> mx.array:
+def _apply_dots(block: Block, x_BTD: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
     """Recompute norms, rotation, mixing and activation; keep what the matmuls gave.
 
     Each half is cut right after its input matmuls. MLX evaluates lazily: a matmul at the end of a recomputed piece is
     not run again, since its own output is not needed for its gradient.
     """
-    for norm, module, extra in ((block.mixer_norm, block.mixer, (rope,)), (block.ffn_norm, block.ffn, ())):
-        projected = _recomputed([norm, module], lambda x, norm=norm, module=module: module.project(norm(x)))(x_BTD)
-        mixed = _recomputed([module], lambda *p, module=module, extra=extra: module.mix(p, *extra))(*projected)
-        x_BTD = x_BTD + mixed
-    return x_BTD
+    projected = _recomputed([block.mixer_norm, block.mixer], lambda x: block.mixer.project(block.mixer_norm(x), context))(x_BTD)
+    mixed, carried = _recomputed([block.mixer], lambda p, c: block.mixer.mix(p, context, c))(projected, carried)
+    x_BTD = x_BTD + mixed
+    projected = _recomputed([block.ffn_norm, block.ffn], lambda x: block.ffn.project(block.ffn_norm(x)))(x_BTD)
+    fed, carried = _recomputed([block.ffn], lambda p, c: block.ffn.mix(p, c))(projected, carried)
+    return x_BTD + fed, carried
 
 
-def _apply_full(block: Block, x_BTD: mx.array, rope: Rope) -> mx.array:
-    return _recomputed([block], lambda x: block(x, rope))(x_BTD)
+def _apply_full(block: Block, x_BTD: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+    return _recomputed([block], lambda x, c: block(x, context, c))(x_BTD, carried)
 
 
 def _recomputed(modules: list[nn.Module], function: Callable) -> Callable:
     """`function` checkpointed: mx.checkpoint differentiates with respect to arguments only, so weights become arguments."""
 
-    def with_weights(weights: list[dict], *args: mx.array) -> Any:
+    def with_weights(weights: list[dict], *args: Any) -> Any:
         for module, tensors in zip(modules, weights, strict=True):
             module.update(tensors)
         return function(*args)

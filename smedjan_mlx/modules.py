@@ -7,6 +7,7 @@ Shapes: B batch, T positions, L positions of a table, D width, H heads, K head s
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
 
 Params = dict[str, mx.array]
+State = dict[str, mx.array]  # decode state of one layer, by the names of its row
+Carried = dict[str, mx.array]  # what a layer leaves for later layers or for the loss
 
 
 class Linear(nn.Module):
@@ -64,8 +67,23 @@ class Embedding(nn.Module):
         return (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every block of one call is told.
+
+    position: tokens before these ones when decoding, int32 scalar; None in training. documents: int32 [B, T], positions with equal
+    numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of linear
+    cost take at once.
+    """
+
+    rope: "Rope"
+    position: mx.array | None
+    documents: mx.array | None
+    chunk_size: int
+
+
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)). Mixers and feed-forwards may add to `carried`, which blocks hand on."""
 
     def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any):
         super().__init__()
@@ -74,16 +92,19 @@ class Block(nn.Module):
         self.ffn_norm = ffn_norm
         self.ffn: Any = ffn
 
-    def __call__(self, x: mx.array, rope: "Rope") -> mx.array:
+    def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
-        x = x + self.mixer(self.mixer_norm(x), rope)
-        return x + self.ffn(self.ffn_norm(x))
-
-    def step(self, x: mx.array, rope: "Rope", state: dict[str, mx.array], position: mx.array):
-        """The same for T new tokens that follow `position` earlier ones; returns (x, state)."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), rope, state, position)
+        mixed, carried = self.mixer(self.mixer_norm(x), context, carried)
         x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), state
+        fed, carried = self.ffn(self.ffn_norm(x), carried)
+        return x + fed, carried
+
+    def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
+        """The same for T new tokens that follow `context.position` earlier ones."""
+        mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
+        x = x + mixed
+        fed, carried = self.ffn(self.ffn_norm(x), carried)
+        return x + fed, state, carried
 
 
 class Rope(nn.Module):

@@ -188,7 +188,7 @@ def _model(flags: "TrainFlags", given: frozenset[str], info: "CheckpointInfo | N
         return resume.new_model(flags, vocab_size)
     if start is None:
         return resume.pretrained_model(info.model, info.path, flags, given)
-    return resume.same_model(info.model, flags.model, given)
+    return resume.same_model(info.model, flags, given)
 
 
 def _changes(info: "CheckpointInfo", model: "ModelConfig", train: "TrainConfig", data: "RunData") -> list[str]:

@@ -14,7 +14,7 @@ from smedjan_common.reference.rope import rotate
 State = dict[str, np.ndarray]
 
 
-def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray) -> np.ndarray:
+def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
     query, key, value = _project(config, params, x_BxTxD, start=0)
     length = x_BxTxD.shape[1]
@@ -27,7 +27,7 @@ def initial_state(config: ModelConfig, batch: int) -> State:
     return {"key": empty, "value": empty}
 
 
-def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, state: State) -> tuple[np.ndarray, State]:
+def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, state: State, carried: dict) -> tuple[np.ndarray, State]:
     """One more token: [B, D] and the state -> [B, D] and the next state, which holds every key and value so far."""
     seen = state["key"].shape[1]
     query, key, value = _project(config, params, x_BxD[:, None], start=seen)

@@ -5,7 +5,7 @@ import numpy as np
 from smedjan_common.config import ModelConfig
 
 
-def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray) -> np.ndarray:
+def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """[B, T, D] -> [B, T, D], every token by itself."""
     gate_BxTxF = x_BxTxD @ params["gate_proj.weight"].T
     up_BxTxF = x_BxTxD @ params["up_proj.weight"].T

@@ -20,22 +20,33 @@ from smedjan_common.reference.norm import rms_norm
 Params = dict[str, np.ndarray]
 
 
-def forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
+def forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> np.ndarray:
     """Logits [B, T, padded V], float64."""
-    return hidden(config, params, tokens_BxT) @ as_float64(params["embed.weight"]).T
+    return hidden(config, params, tokens_BxT, documents_BxT) @ as_float64(params["embed.weight"]).T
 
 
-def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
-    """What the output head reads, [B, T, D], float64."""
+def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> np.ndarray:
+    """What the output head reads, [B, T, D], float64. With `documents_BxT` every document of a row is a sequence by itself."""
+    if documents_BxT is None:
+        return outputs(config, params, tokens_BxT)[0]
+    rows = []
+    for tokens_T, documents_T in zip(tokens_BxT, documents_BxT, strict=True):
+        borders = np.flatnonzero(np.diff(documents_T)) + 1
+        rows.append(np.concatenate([outputs(config, params, piece[None])[0][0] for piece in np.split(tokens_T, borders)]))
+    return np.stack(rows)
+
+
+def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tuple[np.ndarray, dict]:
+    """What the output head reads, and what the layers left beside it."""
     params = {name: as_float64(value) for name, value in params.items()}
-    x = params["embed.weight"][tokens_BxT]
+    x, carried = params["embed.weight"][tokens_BxT], {}
     for layer in range(config.layers):
         mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
         normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-        x = x + mixer.forward(config, under(params, f"{at}mixer."), normed)
+        x = x + mixer.forward(config, under(params, f"{at}mixer."), normed, carried)
         normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-        x = x + ffn.forward(config, under(params, f"{at}ffn."), normed)
-    return rms_norm(x, params["norm.weight"], config.norm_eps)
+        x = x + ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
+    return rms_norm(x, params["norm.weight"], config.norm_eps), carried
 
 
 def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
@@ -44,21 +55,23 @@ def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarra
     states = [mixer_module(config, layer).initial_state(config, len(tokens_BxT)) for layer in range(config.layers)]
     logits = []
     for tokens_B in tokens_BxT.T:
-        x = params["embed.weight"][tokens_B]
+        x, carried = params["embed.weight"][tokens_B], {}
         for layer in range(config.layers):
             mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
             normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-            mixed, states[layer] = mixer.step(config, under(params, f"{at}mixer."), normed, states[layer])
+            mixed, states[layer] = mixer.step(config, under(params, f"{at}mixer."), normed, states[layer], carried)
             x = x + mixed
             normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-            x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None])[:, 0]
+            x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
         logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) @ params["embed.weight"].T)
     return np.stack(logits, axis=1)
 
 
-def loss(config: ModelConfig, params: Params, inputs_BxT: np.ndarray, targets_BxT: np.ndarray) -> float:
+def loss(
+    config: ModelConfig, params: Params, inputs_BxT: np.ndarray, targets_BxT: np.ndarray, documents_BxT: np.ndarray | None = None
+) -> float:
     """Mean cross-entropy over the counted tokens, nats."""
-    return mean_cross_entropy(forward(config, params, inputs_BxT), targets_BxT)
+    return mean_cross_entropy(forward(config, params, inputs_BxT, documents_BxT), targets_BxT)
 
 
 def mixer_module(config: ModelConfig, layer: int) -> ModuleType:

@@ -13,9 +13,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_jax.modules import Linear, Params, Rope, apply_together
-
-State = dict[str, jax.Array]
+from smedjan_jax.modules import Carried, Context, Linear, Params, State, apply_together
 
 
 class Attention(nnx.Module):
@@ -29,56 +27,65 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
-        return self.mix(self.project(x), rope)
+        return self.mix(self.project(x, context), context, carried)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
         query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
         return query.reshape(heads), key.reshape(kv_heads), value.reshape(kv_heads)
 
-    def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> jax.Array:
+    def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         query, key, value = projected
-        return self._output(causal_attention(rope(query), rope(key), value, self.implementation))
+        mixed = causal_attention(context.rope(query), context.rope(key), value, self.implementation, context.documents)
+        return self._output(mixed), carried
 
-    def step(self, x: jax.Array, rope: Rope, state: State, position: jax.Array) -> tuple[jax.Array, State]:
-        """Decoding: T new tokens after `position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        query, key, value = self.project(x)
+    def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
+        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
+        rope, position = context.rope, context.position
+        assert position is not None
+        query, key, value = self.project(x, context)
         new = {"key": rope(key).swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
         T, L = x.shape[1], state["key"].shape[2]
         seen_TL = jnp.arange(L)[None, :] <= position + jnp.arange(T)[:, None]
-        return self._output(masked_attention(rope(query), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)), state
+        mixed = masked_attention(rope(query), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
+        return self._output(mixed), state, carried
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:
         B, T, _, _ = out_BTHK.shape
         return self.o_proj(out_BTHK.reshape(B, T, self.heads * self.head_dim))
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto") -> jax.Array:
-    """Attention of every position to itself and the earlier ones, [B, T, H, K]; key and value are [B, T, G, K].
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto", documents: jax.Array | None = None
+) -> jax.Array:
+    """Attention of every position to itself and the earlier ones of its document, [B, T, H, K]; key and value are [B, T, G, K].
 
     Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
     """
     obstacle = _fused_obstacle(query)
     if implementation == "fused" and obstacle:
         raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
+    same_BTT = None if documents is None else documents[:, :, None] == documents[:, None, :]
     if implementation == "plain" or obstacle:
-        T = query.shape[1]
-        return masked_attention(query, key, value, jnp.tril(jnp.ones((T, T), bool)))
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        seen_TT = jnp.tril(jnp.ones((query.shape[1], query.shape[1]), bool))
+        return masked_attention(query, key, value, seen_TT if same_BTT is None else seen_TT & same_BTT)
+    mask = None if same_BTT is None else same_BTT[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
 
 
 def masked_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
-    """The plain form: float32 scores and softmax over the positions that `seen` [T, L] allows, [B, T, H, K]."""
+    """The plain form: float32 scores and softmax over the positions that `seen`, [T, L] or [B, T, L], allows, [B, T, H, K]."""
     B, T, H, K = query.shape
     G = key.shape[2]
     q_BTGRK = query.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,blgk->bgrtl", q_BTGRK, key, preferred_element_type=jnp.float32) * K**-0.5
+    seen = seen if seen.ndim == 2 else seen[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(query.dtype)
     return jnp.einsum("bgrtl,blgk->btgrk", weights, value).reshape(B, T, H, K)
 

@@ -13,9 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_mlx.modules import Linear, Params, Rope, apply_together
-
-State = dict[str, mx.array]
+from smedjan_mlx.modules import Carried, Context, Linear, Params, State, apply_together
 
 
 class Attention(nn.Module):
@@ -30,52 +28,63 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.implementation = implementation
 
-    def __call__(self, x: mx.array, rope: Rope) -> mx.array:
+    def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """Training: all positions at once."""
-        return self.mix(self.project(x), rope)
+        return self.mix(self.project(x, context), context, carried)
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array, context: Context) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
         query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
         return query.reshape(heads).swapaxes(1, 2), key.reshape(kv_heads).swapaxes(1, 2), value.reshape(kv_heads).swapaxes(1, 2)
 
-    def mix(self, projected: tuple[mx.array, mx.array, mx.array], rope: Rope) -> mx.array:
+    def mix(self, projected: tuple[mx.array, mx.array, mx.array], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         query, key, value = projected
-        return self._output(causal_attention(rope(query), rope(key), value, self.implementation))
+        mixed = causal_attention(context.rope(query), context.rope(key), value, self.implementation, context.documents)
+        return self._output(mixed), carried
 
-    def step(self, x: mx.array, rope: Rope, state: State, position: mx.array) -> tuple[mx.array, State]:
-        """Decoding: T new tokens after `position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        query, key, value = self.project(x)
+    def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
+        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
+        rope, position = context.rope, context.position
+        assert position is not None
+        query, key, value = self.project(x, context)
         new = {"key": rope(key), "value": value}
         state = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (2,)) for n in new}
         T, L = x.shape[1], state["key"].shape[2]
         seen_TL = mx.arange(L)[None, :] <= position + mx.arange(T)[:, None]
-        return self._output(masked_attention(rope(query), state["key"], state["value"], seen_TL)), state
+        return self._output(masked_attention(rope(query), state["key"], state["value"], seen_TL)), state, carried
 
     def _output(self, out_BHTK: mx.array) -> mx.array:
         B, _, T, _ = out_BHTK.shape
         return self.o_proj(out_BHTK.swapaxes(1, 2).reshape(B, T, self.heads * self.head_dim))
 
 
-def causal_attention(query: mx.array, key: mx.array, value: mx.array, implementation: str = "auto") -> mx.array:
-    """Attention of every position to itself and the earlier ones, [B, H, T, K]; key and value are [B, G, T, K].
+def causal_attention(
+    query: mx.array, key: mx.array, value: mx.array, implementation: str = "auto", documents: mx.array | None = None
+) -> mx.array:
+    """Attention of every position to itself and the earlier ones of its document, [B, H, T, K]; key and value are [B, G, T, K].
 
     "auto" and "fused" take MLX's own kernel, which exists on every device.
     """
+    T, scale = query.shape[2], query.shape[-1] ** -0.5
+    if documents is None and implementation != "plain":
+        return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask="causal")
+    seen = mx.tril(mx.ones((T, T), dtype=mx.bool_))
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
     if implementation == "plain":
-        T = query.shape[2]
-        return masked_attention(query, key, value, mx.tril(mx.ones((T, T), dtype=mx.bool_)))
-    return mx.fast.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** -0.5, mask="causal")
+        return masked_attention(query, key, value, seen)
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=seen[:, None])
 
 
 def masked_attention(query: mx.array, key: mx.array, value: mx.array, seen: mx.array) -> mx.array:
-    """The plain form: float32 scores and softmax over the positions that `seen` [T, L] allows, [B, H, T, K]."""
+    """The plain form: float32 scores and softmax over the positions that `seen`, [T, L] or [B, T, L], allows, [B, H, T, K]."""
     B, H, T, K = query.shape
     G = key.shape[1]
     q_BGRTK = query.reshape(B, G, H // G, T, K)
     scores = (q_BGRTK @ key[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * K**-0.5
+    seen = seen if seen.ndim == 2 else seen[:, None, None]
     weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1).astype(query.dtype)
     return (weights @ value[:, :, None]).reshape(B, H, T, K)
