@@ -85,31 +85,33 @@ class JaxBackend:
         train = self.train
         return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
 
-    def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> jax.Array:
+    def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
         hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
-        return cross_entropy(hidden, params["embed.weight"], targets) / tokens
+        objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
+        return objective / tokens, {"loss": loss / tokens}
 
     def _gradients(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array):
-        """Loss and gradients of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
-        parts = self.train.grad_accum
+        """Gradients and what is reported of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
+        parts, gradients = self.train.grad_accum, jax.grad(self._loss, has_aux=True)
         if parts == 1:
-            return jax.value_and_grad(self._loss)(params, batch, tokens)
+            return gradients(params, batch, tokens)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(self._loss)(params, part, tokens)), None
+            return jax.tree.map(jnp.add, carry, gradients(params, part, tokens)), None
 
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, start, jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch))[0]
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
+        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), tokens)
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), split)[0]
 
     def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, Metrics]:
         tokens = jnp.sum(batch[1] >= 0)
-        loss, grads = self._gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
+        grads, metrics = self._gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
-        return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
+        return {"params": params, "slots": slots, "step": state["step"] + 1}, {**metrics, "grad_norm": norm, "tokens": tokens}
 
     def _evaluate(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
         inputs, targets, documents = batch

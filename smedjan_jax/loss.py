@@ -1,6 +1,8 @@
 """Cross-entropy of the tied head without keeping the logits: loss and its gradients in one pass, in chunks of tokens.
 
-    loss = sum over counted tokens of logsumexp(x E^T) - (x E^T)[target];   dlogits = softmax - onehot
+    loss = sum over counted tokens of lse - (x E^T)[target],   lse = logsumexp(x E^T)
+    objective = loss + z_loss * sum over counted tokens of lse^2          (PaLM, Chowdhery et al., 2022: keeps lse near 0)
+    dlogits = softmax (1 + 2 z_loss lse) - onehot
 
 The forward pass of the derivative computes dx = dlogits E and dE = dlogits^T x at once, so the backward pass only scales
 them: three matmuls, no logits kept, nothing computed twice. Logits, logsumexp and the sum are float32; dlogits is cast
@@ -17,13 +19,14 @@ import jax.numpy as jnp
 from smedjan_common.memory import loss_chunks
 
 
-def cross_entropy(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> jax.Array:
-    """Summed loss over targets >= 0 in nats, float32 scalar, to differentiate. Divide by the counted tokens for the mean."""
-    return _summed(*_flat(hidden, embed, targets))
+def cross_entropy(hidden: jax.Array, embed: jax.Array, targets: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    """Objective, to differentiate, and loss, to report: sums over targets >= 0 in nats, float32 scalars. Divide by the counted
+    tokens for the means."""
+    return _summed(*_flat(hidden, embed, targets), z_loss)
 
 
 def forward_loss(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> jax.Array:
-    """The same value for evaluation: no gradient is computed along the way."""
+    """The same loss for evaluation: no gradient is computed along the way."""
     x_ND, embed_VD, targets_N, chunks = _flat(hidden, embed, targets)
     weight_VD = embed_VD.astype(x_ND.dtype)
 
@@ -38,33 +41,39 @@ def _flat(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> tuple[jax.
     return hidden.reshape(tokens, -1), embed, targets.reshape(tokens), loss_chunks(tokens, embed.shape[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _summed(x_ND: jax.Array, embed_VD: jax.Array, targets_N: jax.Array, chunks: int) -> jax.Array:
-    return _forward(x_ND, embed_VD, targets_N, chunks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _summed(x_ND: jax.Array, embed_VD: jax.Array, targets_N: jax.Array, chunks: int, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    return _forward(x_ND, embed_VD, targets_N, chunks, z_loss)[0]
 
 
-def _forward(x_ND, embed_VD, targets_N, chunks):
+def _forward(x_ND, embed_VD, targets_N, chunks, z_loss):
     weight_VD = embed_VD.astype(x_ND.dtype)
 
     def add(carry, chunk):
-        total, dembed_VD = carry
+        total, penalty, dembed_VD = carry
         x_CD, targets_C = chunk
         logits_CV = _logits(x_CD, weight_VD)
         losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
-        dlogits_CV = jnp.where((targets_C >= 0)[:, None], jnp.exp(logits_CV - lse_C[:, None]) - hit_CV, 0.0).astype(x_CD.dtype)
+        counted_C = targets_C >= 0
+        softmax_CV = jnp.exp(logits_CV - lse_C[:, None])
+        if z_loss:
+            softmax_CV *= 1 + 2 * z_loss * lse_C[:, None]
+            penalty += jnp.where(counted_C, jnp.square(lse_C), 0.0).sum()
+        dlogits_CV = jnp.where(counted_C[:, None], softmax_CV - hit_CV, 0.0).astype(x_CD.dtype)
         dembed_VD += jnp.matmul(dlogits_CV.T, x_CD, preferred_element_type=jnp.float32)
-        return (total + losses_C.sum(), dembed_VD), dlogits_CV @ weight_VD
+        return (total + losses_C.sum(), penalty, dembed_VD), dlogits_CV @ weight_VD
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(embed_VD.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros(embed_VD.shape, jnp.float32))
     if chunks == 1:  # the same without a loop, which XLA fuses better
-        (total, dembed_VD), dx = add(start, (x_ND, targets_N))
+        (total, penalty, dembed_VD), dx = add(start, (x_ND, targets_N))
     else:
-        (total, dembed_VD), dx = jax.lax.scan(add, start, _split(x_ND, targets_N, chunks))
-    return total, (dx.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], dembed_VD)
+        (total, penalty, dembed_VD), dx = jax.lax.scan(add, start, _split(x_ND, targets_N, chunks))
+    objective = total + z_loss * penalty if z_loss else total
+    return (objective, total), (dx.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], dembed_VD)
 
 
-def _backward(chunks, saved, cotangent):
-    dx_ND, dembed_VD = saved
+def _backward(chunks, z_loss, saved, cotangents):
+    (dx_ND, dembed_VD), (cotangent, _) = saved, cotangents
     return (dx_ND * cotangent).astype(dx_ND.dtype), dembed_VD * cotangent, None
 
 

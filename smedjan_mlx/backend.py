@@ -7,7 +7,7 @@ as they are.
 import functools
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -94,32 +94,34 @@ class MlxBackend:
         train = self.train
         return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
 
-    def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> mx.array:
+    def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> tuple[mx.array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
         hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
-        return cross_entropy(hidden, params["embed.weight"], targets) / tokens
+        objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
+        return objective / tokens, {"loss": loss / tokens}
 
     def _step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
         tokens = mx.sum(batch[1] >= 0)
-        loss, grads = mx.value_and_grad(self._loss)(state["params"], batch, mx.maximum(tokens, 1).astype(mx.float32))
-        return self._apply(state, loss, grads, tokens, lr)
+        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, mx.maximum(tokens, 1).astype(mx.float32))
+        return self._apply(state, metrics, grads, tokens, lr)
 
     def _split_step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
         """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
         tokens, parts = mx.sum(batch[1] >= 0), self.train.grad_accum
         count = mx.maximum(tokens, 1).astype(mx.float32)
-        total = (mx.array(0.0), tree_map(mx.zeros_like, state["params"]))
+        total = cast(Any, ())
         for part in zip(*([None] * parts if array is None else mx.split(array, parts) for array in batch), strict=True):
-            total = tree_map(mx.add, total, self._part(state["params"], part, count))
+            (_, metrics), grads = self._part(state["params"], part, count)
+            total = tree_map(mx.add, total, (metrics, grads)) if total else (metrics, grads)
             mx.async_eval(total)
-        loss, grads = total
-        return self._finish(state, loss, grads, tokens, lr)
+        return self._finish(state, *total, tokens, lr)
 
-    def _apply(self, state: State, loss: mx.array, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+    def _apply(self, state: State, metrics: Metrics, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        return {"params": params, "slots": slots, "step": state["step"] + 1}, {"loss": loss, "grad_norm": norm, "tokens": tokens}
+        return {"params": params, "slots": slots, "step": state["step"] + 1}, {**metrics, "grad_norm": norm, "tokens": tokens}
 
     def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
         inputs, targets, documents = batch
@@ -169,7 +171,7 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def _on_device(*arrays: np.ndarray | None) -> Batch:
+def _on_device(*arrays: np.ndarray | None) -> tuple[Any, ...]:
     return tuple(None if array is None else mx.array(array) for array in arrays)
 
 
