@@ -7,7 +7,7 @@ as they are.
 import functools
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -110,10 +110,10 @@ class MlxBackend:
         """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
         tokens, parts = mx.sum(batch[1] >= 0), self.train.grad_accum
         count = mx.maximum(tokens, 1).astype(mx.float32)
-        total = cast(Any, ())
+        total: list[Any] = []
         for part in zip(*([None] * parts if array is None else mx.split(array, parts) for array in batch), strict=True):
             (_, metrics), grads = self._part(state["params"], part, count)
-            total = tree_map(mx.add, total, (metrics, grads)) if total else (metrics, grads)
+            total = tree_map(mx.add, total, [metrics, grads]) if total else [metrics, grads]
             mx.async_eval(total)
         return self._finish(state, *total, tokens, lr)
 
