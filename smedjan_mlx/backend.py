@@ -115,7 +115,7 @@ class MlxBackend:
             (_, metrics), grads = self._part(state["params"], part, count)
             total = tree_map(mx.add, total, [metrics, grads]) if total else [metrics, grads]
             mx.async_eval(total)
-        return self._finish(state, *total, tokens, lr)
+        return self._finish(state, total[0], total[1], tokens, lr)
 
     def _apply(self, state: State, metrics: Metrics, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
         norm = optim.global_norm(grads)
