@@ -1,4 +1,4 @@
-"""Cross-entropy: -log softmax(logits)[target], over the tokens whose target is not IGNORED; in nats.
+"""Cross-entropy: -log softmax(logits)[target], over the tokens whose target is not IGNORED; in nats. And the z-loss beside it.
 
 The softmax runs over all rows of the output head, those that pad the vocabulary included: no target ever names them, so
 training pushes them down by itself.
@@ -11,8 +11,7 @@ IGNORED = -1
 
 def cross_entropy(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> tuple[float, int]:
     """Sum over the counted tokens, and how many they are."""
-    shifted = logits_BxTxV - logits_BxTxV.max(axis=-1, keepdims=True)
-    log_probability = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    log_probability = logits_BxTxV - logsumexp(logits_BxTxV)[..., None]
     counted = targets_BxT != IGNORED
     picked_BxT = np.take_along_axis(log_probability, np.where(counted, targets_BxT, 0)[..., None], axis=-1)[..., 0]
     return float(-(picked_BxT * counted).sum()), int(counted.sum())
@@ -22,3 +21,15 @@ def mean_cross_entropy(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> flo
     """Mean over the counted tokens; 0 where none counts."""
     total, count = cross_entropy(logits_BxTxV, targets_BxT)
     return total / max(count, 1)
+
+
+def mean_z_loss(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> float:
+    """Mean of logsumexp(logits)^2 over the counted tokens: how far the softmax is from being normalised (PaLM, 2022)."""
+    counted = targets_BxT != IGNORED
+    return float((np.square(logsumexp(logits_BxTxV)) * counted).sum() / max(int(counted.sum()), 1))
+
+
+def logsumexp(values: np.ndarray) -> np.ndarray:
+    """log of the sum of exponentials over the last axis."""
+    largest = values.max(axis=-1)
+    return largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))

@@ -12,9 +12,9 @@ from types import ModuleType
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.reference.loss import mean_cross_entropy
+from smedjan_common.reference.loss import mean_cross_entropy, mean_z_loss
 from smedjan_common.reference.norm import rms_norm
 
 Params = dict[str, np.ndarray]
@@ -72,6 +72,19 @@ def loss(
 ) -> float:
     """Mean cross-entropy over the counted tokens, nats."""
     return mean_cross_entropy(forward(config, params, inputs_BxT, documents_BxT), targets_BxT)
+
+
+def objective(
+    config: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    inputs_BxT: np.ndarray,
+    targets_BxT: np.ndarray,
+    documents_BxT: np.ndarray | None = None,
+) -> float:
+    """What training minimises: the loss, and z_loss times the mean squared logsumexp of the logits."""
+    logits = forward(config, params, inputs_BxT, documents_BxT)
+    return mean_cross_entropy(logits, targets_BxT) + train.z_loss * mean_z_loss(logits, targets_BxT)
 
 
 def mixer_module(config: ModelConfig, layer: int) -> ModuleType:
