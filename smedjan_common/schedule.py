@@ -6,6 +6,7 @@ p = (s - warmup) / (steps - warmup) and floor f = min_lr_ratio:
     cosine     f + (1 - f) (1 + cos(pi p)) / 2             (Loshchilov & Hutter, 2017)
     linear     1 - (1 - f) p
     wsd        1 until the last decay_fraction of the run, then linear to f        (MiniCPM, 2024)
+    invsqrt    sqrt(w / (w + s - warmup)), at least f;  w = max(1, warmup)         (Vaswani et al., 2017)
     constant   1
 """
 
@@ -38,8 +39,13 @@ def _wsd(config: TrainConfig, progress: float) -> float:
     return 1 - (1 - config.min_lr_ratio) * max(0.0, into_decay)
 
 
+def _invsqrt(config: TrainConfig, progress: float) -> float:
+    width, since_warmup = max(1, config.warmup), progress * max(1, config.steps - config.warmup)
+    return max(config.min_lr_ratio, math.sqrt(width / (width + since_warmup)))
+
+
 def _constant(config: TrainConfig, progress: float) -> float:
     return 1.0
 
 
-SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "constant": _constant}
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "invsqrt": _invsqrt, "constant": _constant}

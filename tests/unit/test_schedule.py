@@ -19,6 +19,7 @@ POINTS = {
     "cosine": {10: 1.0, 55: 0.55, 100: 0.1, 32: 0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90))},
     "linear": {10: 1.0, 55: 0.55, 100: 0.1, 37: 1 - 0.9 * 0.3},
     "wsd": {10: 1.0, 55: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1},
+    "invsqrt": {10: 1.0, 20: math.sqrt(1 / 2), 40: 0.5, 90: 1 / 3, 100: math.sqrt(1 / 10), 1000: math.sqrt(1 / 10)},
     "constant": {10: 1.0, 55: 1.0, 99: 1.0, 100: 1.0},
 }
 
@@ -62,6 +63,13 @@ def test_any_setting_stays_between_floor_and_peak_and_never_rises_after_warm_up(
         assert following <= rate + 1e-12
     if step >= steps:
         assert following == rate
+
+
+def test_invsqrt_falls_by_the_steps_since_the_start_over_the_warm_up_and_stops_at_the_floor():
+    run = config("invsqrt", steps=10_000)
+    for step in range(10, 1000, 90):
+        assert learning_rate(run, step) == pytest.approx(2.0 * math.sqrt(10 / step), rel=1e-12)
+    assert learning_rate(run, 1001) == learning_rate(run, 9_000) == 2.0 * 0.1
 
 
 @given(steps=st.integers(2, 200), fraction=st.floats(0.01, 1))
