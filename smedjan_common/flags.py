@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from smedjan_common.commands.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.config import (
     ATTENTION,
+    CHECKPOINT_FORMATS,
     DTYPES,
     GRADIENT_CHECKPOINTING,
     LINEAR_DECAYS,
@@ -65,8 +66,12 @@ class RunFlags:
     """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
     checkpoint_every: int = 500
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
+    checkpoint_format: Annotated[str, _one_of(*CHECKPOINT_FORMATS)] = "neutral"
+    """neutral: every backend goes on from it. orbax: JAX's own, written shard by shard; `convert` makes a neutral one of it."""
     keep: int = 3
     """Keep this many newest checkpoints. 0: all."""
+    keep_every: int = 0
+    """Keep every checkpoint whose step is a multiple of this for ever, beside those of --keep. 0: none."""
     resume: Annotated[str, arg(metavar="auto|never|PATH")] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
     PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
@@ -265,6 +270,7 @@ def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[T
 def given_names(argv: list[str]) -> frozenset[str]:
     """Field names of the flags in a command line."""
     names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    names |= {name.removeprefix("no_") for name in names}
     return frozenset(names & {f.name for group in GROUPS.values() for f in dataclasses.fields(group)})
 
 

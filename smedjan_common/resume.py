@@ -14,11 +14,16 @@ from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints, latest_c
 from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
+from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
 
 FIXED = ("batch_size", "seq_len", "seed")  # they define the order of the data
-RECALLED = {"data": None, "report": None, "run": ("checkpoint_every", "keep")}  # groups (fields) that config.json records
+RECALLED = {
+    "data": None,
+    "report": None,
+    "run": ("checkpoint_every", "checkpoint_format", "keep", "keep_every"),
+}  # groups (fields) that config.json records
 _SHAPE_FREE = ("context_length", "rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std", "norm_eps")
 
 
@@ -111,7 +116,21 @@ def _feed_forward(flags: TrainFlags) -> tuple[str, ...]:
 def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     """Raises ConfigError for the flags of a new run that no text could make right, before its text is tokenised, which may take hours."""
     model = new_model(flags, flags.data.vocab_size)
+    check_options(model, given)
     train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
+
+
+def check_options(model: ModelConfig, given: frozenset[str]) -> None:
+    """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have: it would do nothing."""
+    rows = [*MIXERS.values(), *FFNS.values()]
+    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.options}
+    for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
+        owners = [row.name for row in rows if name in row.options]
+        raise ConfigError(
+            f"--{name.replace('_', '-')} would do nothing.",
+            f"The model has {', '.join(dict.fromkeys((*model.mixer, *model.ffn)))}; the option belongs to {' and '.join(owners)}.",
+            "Leave it out" + (f", or add --mixer {owners[0]}." if owners[0] in MIXERS else ", or add --experts 8."),
+        )
 
 
 def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:

@@ -1,12 +1,13 @@
 """The combinations that the suite walks, from the rows of smedjan_common.mixers: a new row is in every test by itself.
 
-Every mixer meets every feed-forward; the options (key/value heads, RoPE scaling) go with the first feed-forward, and all mixers
-together make one repeating pattern. What a row's own `validate` refuses is no combination. The models are tiny, because what
+Every mixer meets every feed-forward; key/value heads, RoPE scaling and the variants of a row go with the first feed-forward, and all
+mixers together make one repeating pattern. What a row's own `validate` refuses is no combination. The models are tiny, because what
 is compared is arithmetic and not scale, and their weights are wider than in training (init_std 0.15), so that attention is
 far from uniform and an error in it shows.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
 
 HEADS = {"mha": 4, "gqa": 2}  # key/value heads for 4 query heads
 BATCH, LENGTH, STEPS = 4, 17, 20  # an odd length: no chunk divides it
+CHUNK = 4  # mixers of linear cost go through several chunks
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
     id: str
     model: ModelConfig
     train: TrainConfig
+    default: bool = False  # the plain form of a row
 
     @cached_property
     def params(self) -> dict[str, np.ndarray]:
@@ -52,6 +55,14 @@ class Case:
             batches.append((tokens[:, :-1].copy(), targets))
         return batches
 
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """A document number for every input token, int32 [BATCH, LENGTH]: documents of one token, of many, and a row that is one."""
+        borders = np.zeros((BATCH, LENGTH), np.int32)
+        for row, starts in enumerate(([], [1, 2, 10], [3, 4, 5, 12], [8, LENGTH - 1])):
+            borders[row, starts] = 1
+        return np.cumsum(borders, axis=1, dtype=np.int32)
+
     @property
     def tokens(self) -> np.ndarray:
         """The inputs of the first step, [BATCH, LENGTH]."""
@@ -73,20 +84,24 @@ class Case:
 
 def train_config(**changes: object) -> TrainConfig:
     """20 steps in which warm-up, decay, clipping and weight decay all do something."""
-    defaults = {"lr": 3e-3, "warmup": 4, "weight_decay": 0.1, "clip_norm": 0.5, "attention": "plain"}
+    defaults = {"lr": 3e-3, "warmup": 4, "weight_decay": 0.1, "clip_norm": 0.5, "attention": "plain", "chunk_size": CHUNK}
     config = TrainConfig(**{"steps": STEPS, "batch_size": BATCH, "seq_len": LENGTH, **defaults, **changes})
     config.validate()
     return config
 
 
-def model_config(mixer: tuple[str, ...], ffn: str, heads: str = "mha", rope: str = "none") -> ModelConfig | None:
+def model_config(
+    mixer: tuple[str, ...], ffn: str, heads: str = "mha", rope: str = "none", options: Mapping[str, object] | None = None
+) -> ModelConfig | None:
     """A tiny model, or None where the rows refuse the combination. Its vocabulary is no multiple of 64: the head has padding rows."""
+    rows = [*(MIXERS[name] for name in mixer), FFNS[ffn]]
+    chosen = {name: value for row in rows for name, value in row.small.items()} | dict(options or {})
     scaling = {} if rope == "none" else {"rope_factor": 4.0, "rope_original_len": 1024, "context_length": 4096}
     model = ModelConfig(
         vocab_size=60, dim=32, layers=max(2, len(mixer)), heads=4, kv_heads=HEADS[heads], ffn_dim=64, mixer=mixer, ffn=(ffn,), init_std=0.15
     )
     try:
-        model = ModelConfig.from_dict({**model.to_dict(), "rope_scaling": rope, **scaling})
+        model = ModelConfig.from_dict({**model.to_dict(), "rope_scaling": rope, **scaling, **chosen})
     except ConfigError:
         return None
     return model
@@ -95,17 +110,25 @@ def model_config(mixer: tuple[str, ...], ffn: str, heads: str = "mha", rope: str
 def _combinations() -> dict[str, Case]:
     patterns = [(name,) for name in MIXERS] + ([tuple(MIXERS)] if len(MIXERS) > 1 else [])
     first, *others = FFNS
-    choices = [*itertools.product(patterns, [first], HEADS, ROPE_SCALINGS), *itertools.product(patterns, others, ["mha"], ["none"])]
+    plain = [(mixer, ffn, "mha", "none", "") for mixer in patterns for ffn in FFNS]
+    turned = [mixer for mixer in patterns if all(MIXERS[name].rope for name in mixer)]
+    choices = [
+        *plain,
+        *itertools.product(patterns, [first], ["gqa"], ["none"], [""]),
+        *itertools.product(turned, [first], ["mha"], ROPE_SCALINGS[1:], [""]),
+        *itertools.product(turned[:1], [first], ["gqa"], ROPE_SCALINGS[1:], [""]),
+        *(((name,), first, "mha", "none", variant) for name, row in MIXERS.items() for variant in row.variants),
+        *((patterns[0], ffn, "mha", "none", variant) for ffn in others for variant in FFNS[ffn].variants),
+    ]
     cases = {}
-    for mixer, ffn, heads, rope in choices:
-        model = model_config(mixer, ffn, heads, rope)
+    for choice in choices:
+        mixer, ffn, heads, rope, variant = choice
+        model = model_config(mixer, ffn, heads, rope, {**MIXERS[mixer[0]].variants, **FFNS[ffn].variants}.get(variant))
         if model is not None:
-            name = "-".join(["+".join(mixer), ffn, heads, *([rope] if rope != "none" else [])])
-            cases[name] = Case(name, model, train_config())
+            name = "-".join(["+".join(mixer) if len(mixer) < 3 else "all", ffn, heads, *filter(None, [rope.replace("none", ""), variant])])
+            cases[name] = Case(name, model, train_config(), choice in plain and (ffn == first or mixer == patterns[0]))
     return cases
 
 
 CASES = _combinations()
-DEFAULT_CASES = {
-    name: case for name, case in CASES.items() if case.model.rope_scaling == "none" and case.model.heads == case.model.kv_heads
-}
+DEFAULT_CASES = {name: case for name, case in CASES.items() if case.default}

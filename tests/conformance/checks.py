@@ -57,10 +57,12 @@ def decode_state(got: str, case: Case) -> None:
             raise Mismatch(f"{got}: layer {layer} has the state {shapes}, its row says {expected}")
 
 
-def forward(got: str, case: Case, want: str = "reference", tokens: np.ndarray | None = None) -> list[Difference]:
+def forward(
+    got: str, case: Case, want: str = "reference", tokens: np.ndarray | None = None, documents: np.ndarray | None = None
+) -> list[Difference]:
     """Logits of the whole model."""
     tokens = case.tokens if tokens is None else tokens
-    sides = (subjects.logits(side, case.model, case.params, tokens, case.train.dtype) for side in (got, want))
+    sides = (subjects.logits(side, case.model, case.params, tokens, case.train.dtype, documents=documents) for side in (got, want))
     return [Difference(f"{got} logits {tokens.shape}", largest(*sides), case.tolerance.forward)]
 
 
@@ -80,21 +82,21 @@ def loss(got: str, case: Case) -> list[Difference]:
     ]
 
 
-def gradient(got: str, case: Case) -> list[Difference]:
+def gradient(got: str, case: Case, documents: np.ndarray | None = None) -> list[Difference]:
     """<gradient, direction> against central differences of the float64 loss, for every parameter along random directions.
 
     For a direction d of standard normals the mean square of <e, d> is ||e||^2, so the root mean square of the differences over
     ||g|| estimates the relative L2 error of the gradient, and it does not matter how small some <g, d> happens to be.
     """
     batch = case.batches[0]
-    grads = subjects.loss_and_gradients(got, case.model, case.train, case.params, batch)[1]
+    grads = subjects.loss_and_gradients(got, case.model, case.train, case.params, batch, documents)[1]
     differences = []
     for name, grad in grads.items():
         rng = np.random.default_rng(len(differences))
         errors, sizes = [], [float(np.linalg.norm(grad.astype(np.float64)))]
         for _ in range(DIRECTIONS):
             direction = rng.standard_normal(grad.shape)
-            expected = _slope(case, name, direction)
+            expected = _slope(case, name, direction, documents)
             errors.append(float((grad * direction).sum(dtype=np.float64)) - expected)
             sizes.append(abs(expected))
         error = float(np.sqrt(np.mean(np.square(errors)))) / (max(sizes) or 1.0)
@@ -102,9 +104,9 @@ def gradient(got: str, case: Case) -> list[Difference]:
     return differences
 
 
-def _slope(case: Case, name: str, direction: np.ndarray) -> float:
+def _slope(case: Case, name: str, direction: np.ndarray, documents: np.ndarray | None) -> float:
     params = {n: reference.as_float64(value) for n, value in case.params.items()}
-    return directional_derivative(lambda p: reference.loss(case.model, p, *case.batches[0]), params, name, direction)
+    return directional_derivative(lambda p: reference.loss(case.model, p, *case.batches[0], documents), params, name, direction)
 
 
 def gradients_between(got: str, want: str, case: Case) -> list[Difference]:
@@ -210,6 +212,27 @@ def causality(got: str, case: Case, position: int) -> None:
         raise Mismatch(f"{got}: the output at {position} has a gradient of {np.abs(grad[future]).max():.3g} from later tokens")
     if not np.all(np.any(grad[past], axis=1)):
         raise Mismatch(f"{got}: the output at {position} does not depend on all earlier tokens")
+
+
+def chunk_sizes(got: str, case: Case, sizes: Sequence[int]) -> list[Difference]:
+    """Logits do not depend on how many positions are taken at once."""
+    sides = [subjects.logits(got, case.model, case.params, case.tokens, chunk_size=size) for size in sizes]
+    return [
+        Difference(f"{got} logits in chunks of {size}", largest(side, sides[0]), case.tolerance.forward)
+        for size, side in zip(sizes, sides, strict=True)
+    ]
+
+
+def isolation(got: str, case: Case) -> None:
+    """Nothing crosses the border of a document: other tokens before and after it leave its logits bit-identical."""
+    rng = np.random.default_rng(3)
+    tokens, row, inside = case.tokens.copy(), 2, slice(5, 12)
+    changed = tokens.copy()
+    outside = np.ones(tokens.shape[1], bool)
+    outside[inside] = False
+    changed[row, outside] = rng.integers(0, case.model.vocab_size, int(outside.sum()))
+    sides = [subjects.logits(got, case.model, case.params, t, documents=case.documents)[row, inside] for t in (tokens, changed)]
+    demand_equal_bits({"logits of a document": sides[1]}, {"logits of a document": sides[0]}, f"{got}: ")
 
 
 def norm(value: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.params import parameter_table
 from smedjan_common.reference import model as reference
 from smedjan_common.schedule import learning_rate
+from tests.conformance.cases import CHUNK
 
 Params = dict[str, np.ndarray]
 Batches = Sequence[tuple[np.ndarray, np.ndarray]]
@@ -84,27 +85,46 @@ backend = functools.cache(make_backend)
 
 
 @functools.cache
-def _forward(name: str, model: ModelConfig, dtype: str, attention: str) -> Callable[[Params, np.ndarray], Any]:
+def _forward(name: str, model: ModelConfig, dtype: str, attention: str, chunk_size: int) -> Callable[[Params, Any, Any], Any]:
     model_class = module(name, "model").Model
-    return framework(name).compile(lambda params, tokens: model_class(model, params, dtype, attention)(tokens))
+
+    def forward(params: Params, tokens: Any, documents: Any) -> Any:
+        built = model_class(model, params, dtype, attention, chunk_size=chunk_size)
+        return built.embed.logits(built.hidden(tokens, documents))
+
+    return framework(name).compile(forward)
 
 
 def logits(
-    name: str, model: ModelConfig, params: Params, tokens: np.ndarray, dtype: str = "float32", attention: str = "plain"
+    name: str,
+    model: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    dtype: str = "float32",
+    attention: str = "plain",
+    documents: np.ndarray | None = None,
+    chunk_size: int = CHUNK,
 ) -> np.ndarray:
     """Logits [B, T, padded V] of a backend or of the reference."""
     if name == "reference":
-        return reference.forward(model, params, tokens)
-    return np.asarray(_forward(name, model, dtype, attention)(on_device(name, params), framework(name).array(tokens)))
+        return reference.forward(model, params, tokens, documents)
+    array = framework(name).array
+    numbers = None if documents is None else array(documents)
+    return np.asarray(_forward(name, model, dtype, attention, chunk_size)(on_device(name, params), array(tokens), numbers))
 
 
 def loss_and_gradients(
-    name: str, model: ModelConfig, train: TrainConfig, params: Params, batch: tuple[np.ndarray, np.ndarray]
+    name: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    batch: tuple[np.ndarray, np.ndarray],
+    documents: np.ndarray | None = None,
 ) -> tuple[float, Params]:
     """Mean loss of one batch and its gradients, as the backend's training step sees them."""
     train = dataclasses.replace(train, beta1=0.0, clip_norm=0.0)
     side = backend(name, model, train)
-    state, metrics = side.train_step(side.init(params), *batch, lr=1e-3)
+    state, metrics = side.train_step(side.init(params), *batch, lr=1e-3, documents=documents)
     moments = side.save(state).optimizer
     return side.read(metrics)["loss"], {parameter: np.asarray(moments[f"mu.{parameter}"]) for parameter in params}
 
@@ -124,7 +144,9 @@ def train(name: str, model: ModelConfig, config: TrainConfig, start: Params | Sn
 @functools.cache
 def _stepper(name: str, model: ModelConfig, dtype: str, max_len: int) -> Callable[[Params, Any, Any], tuple[Any, Any]]:
     model_class = module(name, "model").Model
-    return framework(name).compile(lambda params, tokens, state: model_class(model, params, dtype).step(tokens, state, max_len))
+    return framework(name).compile(
+        lambda params, tokens, state: model_class(model, params, dtype, chunk_size=CHUNK).step(tokens, state, max_len)
+    )
 
 
 def decode(name: str, model: ModelConfig, params: Params, chunks: Sequence[np.ndarray], max_len: int, dtype: str = "float32") -> np.ndarray:
@@ -143,7 +165,7 @@ def _hidden_gradient(name: str, model: ModelConfig) -> Callable[[Params, Any, An
     model_class = module(name, "model").Model
 
     def output(embed: Any, params: Params, tokens: Any, weight_TxD: Any) -> Any:
-        hidden = model_class(model, {**params, "embed.weight": embed}, "float32", "plain").hidden(tokens)
+        hidden = model_class(model, {**params, "embed.weight": embed}, "float32", "plain", chunk_size=CHUNK).hidden(tokens)
         return (hidden**2 * weight_TxD).sum()
 
     return framework(name).compile(framework(name).grad(output))

@@ -9,8 +9,8 @@ import pytest
 from smedjan_common.config import ATTENTION, ModelConfig
 from smedjan_common.errors import ConfigError
 from tests import conftest
-from tests.conformance import subjects
-from tests.conformance.cases import Case, train_config
+from tests.conformance import checks, subjects
+from tests.conformance.cases import CHUNK, Case, train_config
 from tests.conformance.compare import Difference, demand, demand_equal_bits, largest, tensors
 from tests.conformance.gates import FLOAT32
 
@@ -88,6 +88,10 @@ def test_loss_in_chunks_is_the_loss_in_one(backend: str, default_case: Case, mon
         config = dataclasses.replace(case.train, seed=chunks)  # another configuration, so nothing compiled before is used
         part_loss, part = subjects.loss_and_gradients(backend, case.model, config, case.params, batch)
         demand([Difference("loss", abs(part_loss / whole_loss - 1), FLOAT32.same_arithmetic), *tensors(part, whole, FLOAT32.one_op)])
+
+
+def test_logits_do_not_depend_on_the_chunk_size(backend: str, default_case: Case):
+    demand(checks.chunk_sizes(backend, default_case, [CHUNK, 2, 7, 64]))
 
 
 def test_asking_twice_gives_the_same_bits(backend: str, case: Case):

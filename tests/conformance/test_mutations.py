@@ -7,6 +7,8 @@ not know which of its sides is wrong.
 
 import dataclasses
 import functools
+import importlib
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -21,70 +23,23 @@ from smedjan_common.reference import rope as reference_rope
 from tests.conformance import checks, rows, subjects
 from tests.conformance.cases import CASES, Case, train_config
 from tests.conformance.compare import Mismatch, demand, demand_equal_bits
+from tests.conformance.mutate import (
+    GQA,
+    OFF,
+    Patch,
+    demand_decoding,
+    demand_forward,
+    demand_gradient,
+    demand_loss,
+    demand_optimizer,
+    model_constant_off,
+    on,
+    swap,
+    tensor_off,
+)
 
-OFF = 1.001  # one part in a thousand
-GQA = CASES["attention-swiglu-gqa"]
 YARN = CASES["attention-swiglu-gqa-yarn"]
 TENSORS = list(parameter_table(GQA.model))
-
-Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-def demand_forward(backend: str, case: Case = GQA) -> None:
-    demand(checks.forward(backend, case))
-
-
-def demand_gradient(backend: str, case: Case = GQA) -> None:
-    demand(checks.gradient(backend, case))
-
-
-def demand_loss(backend: str, case: Case = GQA) -> None:
-    demand(checks.loss(backend, case))
-
-
-def demand_decoding(backend: str, case: Case = GQA) -> None:
-    demand(checks.decoding(backend, case, [4, 4, 1, 4, 4]))
-
-
-def demand_optimizer(backend: str, case: Case = GQA) -> None:
-    demand(checks.optimizer(backend, case))
-
-
-def tensor_off(name: str, element: tuple[int, ...] | None = None) -> Patch:
-    """The reference computes with a tensor, or one element of it, that is a thousandth too large."""
-
-    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        plain = reference.forward
-
-        def forward(config, params, tokens):
-            value = params[name].astype(np.float64)
-            factor = np.full(value.shape, OFF if element is None else 1.0)
-            if element is not None:
-                factor[np.unravel_index(np.abs(value).argmax(), value.shape)] = OFF
-            return plain(config, {**params, name: value * factor}, tokens)
-
-        monkeypatch.setattr(reference, "forward", forward)
-
-    return patch
-
-
-def model_constant_off(field: str, factor: float = OFF) -> Patch:
-    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        plain = reference.forward
-        monkeypatch.setattr(
-            reference,
-            "forward",
-            lambda config, *rest: plain(
-                dataclasses.replace(config, **{field: type(getattr(config, field))(getattr(config, field) * factor)}), *rest
-            ),
-        )
-
-    return patch
-
-
-def swap(owner: object, name: str, wrong: Callable) -> Patch:
-    """`wrong(right)` takes the place of a function of the definition."""
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
 
 
 def sees_one_token_ahead(right: Callable) -> Callable:
@@ -112,8 +67,8 @@ def _permute_heads(weight: np.ndarray, order: np.ndarray, config) -> np.ndarray:
 
 
 def gate_and_up_swapped(right: Callable) -> Callable:
-    return lambda config, params, x: right(
-        config, {**params, "gate_proj.weight": params["up_proj.weight"], "up_proj.weight": params["gate_proj.weight"]}, x
+    return lambda config, params, *rest: right(
+        config, {**params, "gate_proj.weight": params["up_proj.weight"], "up_proj.weight": params["gate_proj.weight"]}, *rest
     )
 
 
@@ -155,10 +110,10 @@ MODEL_MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     "rope turned the other way": (demand_forward, swap(attention, "rotate", rotates_the_other_way)),
     "rope's layout": (demand_forward, swap(attention, "rotate", interleaved_pairs)),
     "yarn's attention factor": (
-        lambda backend: demand_forward(backend, YARN),
+        on(demand_forward, YARN),
         swap(reference_rope, "attention_factor", lambda right: lambda config: 1 + (right(config) - 1) * 1.01),
     ),
-    "yarn's factor": (lambda backend: demand_forward(backend, YARN), model_constant_off("rope_factor")),
+    "yarn's factor": (on(demand_forward, YARN), model_constant_off("rope_factor")),
     "norm without its mean": (
         demand_forward,
         swap(reference, "rms_norm", lambda right: lambda x, w, eps: right(x - x.mean(-1, keepdims=True), w, eps)),
@@ -173,6 +128,11 @@ MODEL_MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     **{f"gradient with {name} off": (demand_gradient, tensor_off(name)) for name in TENSORS[:: len(TENSORS) // 3]},
     "decoding with a wrong mask": (demand_decoding, swap(attention, "_attend", sees_one_token_ahead)),
     "decoding with the rope base off": (demand_decoding, model_constant_off("rope_base")),
+    **{
+        f"{path.stem.removeprefix('mutations_')}: {name}": mutation
+        for path in sorted(pathlib.Path(__file__).parent.glob("mutations_*.py"))
+        for name, mutation in importlib.import_module(f"tests.conformance.{path.stem}").MUTATIONS.items()
+    },
 }
 
 
@@ -280,10 +240,10 @@ def test_one_gradient_off_is_caught(backend: str, monkeypatch: pytest.MonkeyPatc
     """Each tensor's gradient a thousandth too large is named by the check, and no other."""
     plain, slope, slopes = subjects.loss_and_gradients, checks._slope, {}
 
-    def remembered(case: Case, name: str, direction: np.ndarray) -> float:
+    def remembered(case: Case, name: str, direction: np.ndarray, documents: np.ndarray | None) -> float:
         key = name, direction.tobytes()
         if key not in slopes:
-            slopes[key] = slope(case, name, direction)
+            slopes[key] = slope(case, name, direction, documents)
         return slopes[key]
 
     monkeypatch.setattr(checks, "_slope", remembered)

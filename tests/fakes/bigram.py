@@ -17,6 +17,7 @@ class BigramBackend:
     """The Backend protocol. `events` records the order of dispatching and reading."""
 
     name = "fake"
+    own = None
 
     def __init__(self, model, train):
         self.model, self.train, self.events = model, train, []
@@ -33,7 +34,7 @@ class BigramBackend:
         copies = ({name: value.copy() for name, value in part.items()} for part in (snapshot.params, snapshot.optimizer))
         return dict(zip(("step", "params", "optimizer"), (snapshot.step, *copies), strict=True))
 
-    def train_step(self, state, inputs, targets, lr):
+    def train_step(self, state, inputs, targets, lr, documents=None):
         step = state["step"] + 1
         self.events.append(("dispatch", step))
         time.sleep(float(self.faults.get("seconds", 0)))
@@ -54,7 +55,7 @@ class BigramBackend:
         scaled = mu / (1 - train.beta1**step) / (np.sqrt(nu / (1 - train.beta2**step)) + train.eps)
         weight -= np.float32(lr) * (scaled + train.weight_decay * weight)
 
-    def eval_step(self, state, inputs, targets):
+    def eval_step(self, state, inputs, targets, documents=None):
         counted = targets.ravel() >= 0
         loss, _ = bigram_loss(state["params"]["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
         return {"loss_sum": loss * counted.sum(), "tokens": counted.sum()}
