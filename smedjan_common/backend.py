@@ -4,7 +4,9 @@ A backend is made for one (ModelConfig, TrainConfig). Its train state is opaque 
 keyed by the names of the parameter table. Nothing but `read`, `save`, `block` and `Decoder.feed` waits for the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +51,29 @@ class Decoder(Protocol):
         ...
 
 
+class OwnFormat(Protocol):
+    """A backend's own way to store its arrays, beside the neutral one that all backends share (smedjan_common.checkpoint.own)."""
+
+    name: str
+
+    def tensors(self, state: State) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters, and optimizer arrays named as a Snapshot's, where they are."""
+        ...
+
+    def begin(self, state: State, folder: Path) -> Callable[[], None]:
+        """Start to write the state into the new `folder`; it may change once this returns. What is returned waits for the end.
+        Both raise OSError."""
+        ...
+
+    def read(self, folder: Path) -> State:
+        """The state, bit for bit, on the devices of this run. Raises CheckpointError."""
+        ...
+
+    def read_params(self, folder: Path) -> dict[str, Any]:
+        """The parameters alone. Raises CheckpointError."""
+        ...
+
+
 class Backend(Protocol):
     """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target of -1 does not count.
 
@@ -58,6 +83,7 @@ class Backend(Protocol):
     name: str
     model: ModelConfig
     train: TrainConfig
+    own: OwnFormat | None  # None: the neutral checkpoint is its own
 
     def describe(self) -> Device:
         """The device, its memory and peak FLOP/s, and the versions of the frameworks."""

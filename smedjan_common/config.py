@@ -243,6 +243,7 @@ LINEAR_DECAYS = ("none", "fixed", "scalar")
 LINEAR_FEATURE_MAPS = ("identity", "elu1")
 LINEAR_NORMALIZERS = ("rmsnorm", "denominator")
 ROUTERS = ("softmax", "bias")
+CHECKPOINT_FORMATS = {"neutral": None, "orbax": "jax"}  # name -> the backend that alone reads it
 
 
 def ffn_width(dim: int, ffn_mult: float) -> int:

@@ -34,6 +34,7 @@ class MlxBackend:
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
         self.model, self.train = model, train
+        self.own = None  # the neutral checkpoint is MLX's own
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._train_step = compiled(self._step)
         self._part = compiled(mx.value_and_grad(self._loss))

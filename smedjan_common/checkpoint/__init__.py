@@ -3,12 +3,16 @@
     CHECKPOINT_DIR/step-00001000/   checkpoint.json   model.safetensors   optimizer.safetensors   tokenizer.json
     CHECKPOINT_DIR/final/           checkpoint.json   model.safetensors   tokenizer.json
 
+and what it shares with a backend's own (own.py): names, checkpoint.json, hashes, atomicity.
+
 docs/checkpoints.md describes the format. No framework but NumPy is imported here.
 """
 
+from smedjan_common.checkpoint.background import Background
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
-from smedjan_common.checkpoint.load import Checkpoint, step_name, verify_checkpoint
-from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, CheckpointInfo
+from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
+from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
+from smedjan_common.checkpoint.own import check_readable, read_own, read_weights, start_own
 from smedjan_common.checkpoint.read import read_checkpoint, read_info
 from smedjan_common.checkpoint.resume import check_resume, difference
 from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
@@ -17,11 +21,15 @@ from smedjan_common.checkpoint.write import write_checkpoint, write_final
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "KINDS",
+    "ORBAX",
+    "Background",
     "Checkpoint",
     "CheckpointInfo",
     "FileRecord",
     "Found",
     "TensorRecord",
+    "check_readable",
     "check_resume",
     "difference",
     "find_checkpoints",
@@ -29,6 +37,9 @@ __all__ = [
     "prune_checkpoints",
     "read_checkpoint",
     "read_info",
+    "read_own",
+    "read_weights",
+    "start_own",
     "step_name",
     "verify_checkpoint",
     "write_checkpoint",

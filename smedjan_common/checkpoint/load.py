@@ -2,16 +2,43 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, read_manifest
-from smedjan_common.checkpoint.tensors import check_tensors, open_regular, read_tensors
-from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.checkpoint.manifest import (
+    ARRAYS,
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    ORBAX,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointInfo,
+    read_manifest,
+)
+from smedjan_common.checkpoint.tensors import CHUNK_BYTES, check_tensors, open_regular, read_tensors
+from smedjan_common.config import CHECKPOINT_FORMATS, ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
+
+
+class Kind(NamedTuple):
+    """A kind of step checkpoint: its name on the command line, how its directories' names begin."""
+
+    name: str
+    prefix: str
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that alone reads it; None: every one does."""
+        return CHECKPOINT_FORMATS[self.name]
+
+
+KINDS = {FORMAT: Kind("neutral", "step"), ORBAX: Kind("orbax", "orbax")}
 
 
 @dataclass(frozen=True)
@@ -53,15 +80,24 @@ class Checkpoint:
         return self.info.dataset
 
 
-def step_name(step: int) -> str:
-    """`step-00001000`: names sort as their steps do."""
-    return f"step-{step:08d}"
+def step_name(step: int, format: str = FORMAT) -> str:
+    """`step-00001000`, `orbax-00001000`: names sort as their steps do."""
+    return f"{KINDS[format].prefix}-{step:08d}"
 
 
 def step_of(name: str) -> int | None:
     """The step in a directory's name; None when it is not of a step checkpoint."""
-    match = re.fullmatch(r"step-(\d{8,18})", name, re.ASCII)
-    return int(match[1]) if match else None
+    match = _NAME.fullmatch(name)
+    return int(match[2]) if match else None
+
+
+def check_name(name: str, step: int, format: str) -> bool:
+    """Whether a directory of this name may hold this step in this format: a step checkpoint's must, any other says nothing."""
+    match = _NAME.fullmatch(name)
+    return not match or (int(match[2]), match[1]) == (step, KINDS[format].prefix)
+
+
+_NAME = re.compile(rf"({'|'.join(kind.prefix for kind in KINDS.values())})-(\d{{8,18}})", re.ASCII)
 
 
 def load_info(path: Path) -> CheckpointInfo:
@@ -71,21 +107,46 @@ def load_info(path: Path) -> CheckpointInfo:
     """
     with faults(path):
         info = read_manifest(path)
-        if step_of(path.name) not in {None, info.step}:
+        if not check_name(path.name, info.step, info.format):
             raise CheckpointError(f"{path / MANIFEST} is of step {info.step}.", "That does not fit the name of the directory.")
+        if info.format != FORMAT:
+            _check_listing(info)
         for name, record in info.files.items():
             with open_regular(path / name) as file:
                 size = file.seek(0, 2)
-            if size != record.bytes and name == TOKENIZER:  # the others are named with their tensor when they are read
-                raise CheckpointError(f"{path / name} is damaged.", f"It has {size:,} bytes, checkpoint.json says {record.bytes:,}.")
-            if size != record.bytes:
+            if size != record.bytes and name in (WEIGHTS, OPTIMIZER):  # these are named with their tensor when they are read
                 check_tensors(path / name, record, info.tensors[name])
+            elif size != record.bytes:
+                raise CheckpointError(f"{path / name} is damaged.", f"It has {size:,} bytes, checkpoint.json says {record.bytes:,}.")
         return info
 
 
+def foreign(info: CheckpointInfo) -> CheckpointError:
+    """The refusal of a checkpoint that is another backend's own, with the command that makes a neutral one of it."""
+    kind, target = KINDS[info.format], info.path.with_name(step_name(info.step))
+    return CheckpointError(
+        f"{info.path} is in the format {kind.name}, not neutral.",
+        f"Only the backend {kind.backend} reads it.",
+        f"Make a neutral one of it, which every backend reads: convert {info.path} {target} --to neutral",
+    )
+
+
+def _check_listing(info: CheckpointInfo) -> None:
+    """Raises CheckpointError for a link among the arrays, or a file that checkpoint.json does not list: the backend would read it."""
+    for folder, names, files in os.walk(info.path / ARRAYS):
+        for name in (*names, *files):
+            path = Path(folder, name)
+            if path.is_symlink():
+                raise CheckpointError(f"{path} is a symbolic link.", "Links are not followed.")
+            if name in files and path.relative_to(info.path).as_posix() not in info.files:
+                raise CheckpointError(f"{path} is a file too many.", "checkpoint.json does not list it.")
+
+
 def load(path: Path, *, optimizer: bool = True, verify: bool = True) -> Checkpoint:
-    """The checkpoint in this very directory; raises CheckpointError naming file and tensor."""
+    """The checkpoint in this very directory; raises CheckpointError naming file and tensor, and for one that is a backend's own."""
     info = load_info(path)
+    if info.format != FORMAT:
+        raise foreign(info)
     with faults(path):
         tokenizer = _read_tokenizer(info)
         weights = read_tensors(path / WEIGHTS, info.files[WEIGHTS], info.tensors[WEIGHTS], verify=verify)
@@ -103,9 +164,21 @@ def verify_checkpoint(path: str | Path) -> CheckpointInfo:
     info = load_info(path := Path(path))
     with faults(path):
         _read_tokenizer(info)
-        for name, tensors in info.tensors.items():
-            check_tensors(path / name, info.files[name], tensors)
+        for name, record in info.files.items():
+            if name in info.tensors:
+                check_tensors(path / name, record, info.tensors[name])
+            elif name != TOKENIZER and file_hash(path / name) != record.sha256:
+                raise CheckpointError(f"{path / name} is damaged.", "Its SHA-256 is not the one in checkpoint.json.")
     return info
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file of a checkpoint, hexadecimal."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_tokenizer(info: CheckpointInfo) -> str | None:

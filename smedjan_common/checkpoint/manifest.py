@@ -6,6 +6,9 @@
      "tensors": {FILE: {NAME: {"dtype", "shape", "crc32"}}},
      "sha256": of the JSON of all the rest: keys sorted, no spaces, ASCII}
 
+A backend's own checkpoint (own.py) has the same keys: "format" says which, "files" lists what the backend wrote below ARRAYS, and
+"tensors" {"params": …, "optimizer": …} has no crc32.
+
 Reading believes nothing: every key, type, name and shape is checked before anything is allocated, and each fault is a
 CheckpointError. A later format gets a row in READERS; the row of format 1 stays (tests/fixtures/checkpoint-format-1).
 """
@@ -14,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +30,8 @@ from smedjan_common.errors import CheckpointError, SmedjanError
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
 MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
+ORBAX = "smedjan-orbax"  # JAX's own
+ARRAYS, PARAMS, SLOTS = "arrays", "params", "optimizer"  # in a backend's own checkpoint: the folder, and the two groups of tensors
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long
 _MAX_STEP = 1 << 62
@@ -33,7 +39,10 @@ _MAX_STEP = 1 << 62
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What checkpoint.json says. `path` is the checkpoint's directory; `optimizer` is None when it holds weights only."""
+    """What checkpoint.json says. `path` is the checkpoint's directory; `optimizer` is None when it holds weights only.
+
+    format: FORMAT for a neutral one, which has tensors in WEIGHTS and OPTIMIZER; ORBAX, which has PARAMS and SLOTS.
+    """
 
     path: Path
     step: int
@@ -49,6 +58,17 @@ class CheckpointInfo:
     files: dict[str, FileRecord]
     tensors: dict[str, dict[str, TensorRecord]]
     format_version: int = FORMAT_VERSION
+    format: str = FORMAT
+
+    @property
+    def weights(self) -> dict[str, TensorRecord]:
+        """The parameters."""
+        return self.tensors[WEIGHTS if self.format == FORMAT else PARAMS]
+
+    @property
+    def slots(self) -> dict[str, TensorRecord]:
+        """The optimizer's arrays; none when it holds weights only."""
+        return self.tensors.get(OPTIMIZER if self.format == FORMAT else SLOTS, {})
 
     @property
     def nbytes(self) -> int:
@@ -58,11 +78,15 @@ class CheckpointInfo:
 
 def manifest_text(info: CheckpointInfo) -> str:
     """checkpoint.json. Figures that are not finite become null."""
-    values = {"format": FORMAT, **{f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "path"}}
+    values = {"format": info.format, **{f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "path"}}
     values["model"] = info.model.to_dict()
     values["train"] = info.train.to_dict() if info.train else None
     values["files"] = {name: record._asdict() for name, record in info.files.items()}
-    values["tensors"] = {file: {name: t._asdict() for name, t in tensors.items()} for file, tensors in info.tensors.items()}
+    crc = () if info.format == FORMAT else ("crc32",)  # a backend's own files are checked whole
+    values["tensors"] = {
+        file: {name: {k: v for k, v in t._asdict().items() if k not in crc} for name, t in tensors.items()}
+        for file, tensors in info.tensors.items()
+    }
     values = json.loads(json.dumps(_plain(values)))  # what is hashed is what will be read: names of dicts are strings now
     return json.dumps(values | {"sha256": manifest_hash(values)}, indent=1, allow_nan=False) + "\n"
 
@@ -78,10 +102,11 @@ def read_manifest(directory: Path) -> CheckpointInfo:
     path = directory / MANIFEST
     values = _load(path)
     version = values.get("format_version")
-    if values.get("format") != FORMAT or type(version) is not int:
+    if type(values.get("format")) is not str or values["format"] not in READERS or type(version) is not int:
         raise CheckpointError(f"{path} is not of a checkpoint of smedjan.", f'Its "format" is {_short(values.get("format"))}.')
-    if version not in READERS:
-        why = f"This smedjan reads format {', '.join(map(str, READERS))}."
+    readers = READERS[values["format"]]
+    if version not in readers:
+        why = f"This smedjan reads format {', '.join(map(str, readers))}."
         fix = "Install a newer smedjan." if version > FORMAT_VERSION else ""
         raise CheckpointError(f"{path} is of checkpoint format {version}.", why, fix)
     try:
@@ -91,7 +116,7 @@ def read_manifest(directory: Path) -> CheckpointInfo:
     if not intact:
         raise CheckpointError(f"{path} is damaged, or was edited.", 'Its content does not fit its "sha256".')
     try:
-        return READERS[version](directory, values)
+        return readers[version](directory, values)
     except SmedjanError as error:
         raise CheckpointError(f"{path} cannot be used: {error.what}", error.why, error.fix) from None
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, IndexError, RecursionError) as error:
@@ -114,7 +139,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
     fields = {f.name for f in dataclasses.fields(CheckpointInfo)} - {"path"}
-    if odd := fields.symmetric_difference(values.keys() - {"format", "sha256"}):
+    if odd := fields.symmetric_difference(values.keys() - {"sha256"}):
         raise CheckpointError(f"the keys {', '.join(sorted(map(repr, odd)))} are missing or unknown.", "Format 1 has a fixed set of keys.")
     for key, kinds in _KINDS.items():
         if type(values[key]) not in kinds:
@@ -123,7 +148,7 @@ def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
         raise CheckpointError(f'"step" is {_short(values["step"])}.', "It counts the optimizer steps done.")
     tensors = {file: {n: _tensor(n, v) for n, v in _dict(entries).items()} for file, entries in values["tensors"].items()}
     files = {name: _file(name, record) for name, record in values["files"].items()}
-    _check_files(files, tensors)
+    (_check_files if values["format"] == FORMAT else _check_own_files)(files, tensors)
     info = CheckpointInfo(
         **{
             **{key: values[key] for key in fields},
@@ -138,7 +163,15 @@ def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
     return info
 
 
-READERS: dict[int, Callable[[Path, dict[str, Any]], CheckpointInfo]] = {1: _read_format_1}
+def _read_own_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
+    described = {group: {n: _dict(v) | {"crc32": 0} for n, v in _dict(entries).items()} for group, entries in values["tensors"].items()}
+    return _read_format_1(directory, values | {"tensors": described})
+
+
+READERS: dict[str, dict[int, Callable[[Path, dict[str, Any]], CheckpointInfo]]] = {
+    FORMAT: {1: _read_format_1},
+    ORBAX: {1: _read_own_format_1},
+}
 
 _KINDS = {
     "step": (int,),
@@ -160,21 +193,22 @@ def check_layout(info: CheckpointInfo) -> None:
     """Raises CheckpointError unless the listed tensors are the parameters of the model and optimizer arrays of their shapes."""
     from smedjan_common.params import check_tree, parameter_table
 
-    weights, slots = info.tensors[WEIGHTS], info.tensors.get(OPTIMIZER, {})
+    weights, slots = info.weights, info.slots
+    where, beside = (WEIGHTS, OPTIMIZER) if info.format == FORMAT else (PARAMS, SLOTS)
     if info.model.layers > len(weights):  # before a table of that many layers is made
-        raise CheckpointError(f"the model has {info.model.layers:,} layers.", f"{WEIGHTS} has only {len(weights):,} tensors.")
+        raise CheckpointError(f"the model has {info.model.layers:,} layers.", f"{where} has only {len(weights):,} tensors.")
     if wrong := check_tree(info.model, weights):
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{WEIGHTS} is not of this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
+        raise CheckpointError(f"{where} is not of this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
     table = parameter_table(info.model)
     for name, tensor in slots.items():
         slot, _, parameter = name.partition(".")
         if not slot.isidentifier() or parameter not in table:
-            raise CheckpointError(f"{OPTIMIZER} has a tensor {name!r}.", "It belongs to no parameter of this model.")
+            raise CheckpointError(f"{beside} has a tensor {name!r}.", "It belongs to no parameter of this model.")
         if tensor.shape != table[parameter].shape:
-            raise CheckpointError(f"{OPTIMIZER}: {name} has shape {tensor.shape}.", f"{parameter} has {table[parameter].shape}.")
-    if (info.optimizer is None) != (OPTIMIZER not in info.tensors):
-        raise CheckpointError(f'"optimizer" is {info.optimizer!r}.', f"That does not fit the presence of {OPTIMIZER}.")
+            raise CheckpointError(f"{beside}: {name} has shape {tensor.shape}.", f"{parameter} has {table[parameter].shape}.")
+    if (info.optimizer is None) != (beside not in info.tensors):
+        raise CheckpointError(f'"optimizer" is {info.optimizer!r}.', f"That does not fit the presence of {beside}.")
 
 
 def _check_files(files: Mapping[str, FileRecord], tensors: Mapping[str, Any]) -> None:
@@ -182,6 +216,16 @@ def _check_files(files: Mapping[str, FileRecord], tensors: Mapping[str, Any]) ->
         raise CheckpointError(f'"files" names {_short(min(odd))}.', f"Format 1 has {WEIGHTS}, {OPTIMIZER} and {TOKENIZER} only.")
     if WEIGHTS not in files or tensors.keys() != files.keys() - {TOKENIZER}:
         raise CheckpointError(f'"files" lists {", ".join(files) or "nothing"}.', "That does not fit the tensors listed.")
+
+
+def _check_own_files(files: Mapping[str, FileRecord], tensors: Mapping[str, Any]) -> None:
+    if odd := [name for name in files if name != TOKENIZER and not _OWN_FILE.fullmatch(name)]:
+        raise CheckpointError(f'"files" names {_short(min(odd))}.', f"A backend writes below {ARRAYS} only.")
+    if not files.keys() - {TOKENIZER} or not tensors.keys() <= {PARAMS, SLOTS} or PARAMS not in tensors:
+        raise CheckpointError(f'"tensors" lists {", ".join(map(_short, tensors)) or "nothing"}.', f"It lists {PARAMS} and {SLOTS}.")
+
+
+_OWN_FILE = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9._-]{{0,199}}){{1,8}}", re.ASCII)
 
 
 def _file(name: str, values: Any) -> FileRecord:

@@ -29,7 +29,7 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
             return load(step_path, optimizer=optimizer, verify=verify)
         except CheckpointError as error:
             if on_skip is None:
-                raise _with_offer(step_path, error) from None
+                raise with_offer(step_path, error) from None
             broken.append(f"{error.what} {error.why}")
             on_skip(broken[-1])
     final = standing(path / FINAL)
@@ -47,14 +47,14 @@ def read_info(path: str | Path) -> CheckpointInfo:
     try:
         return load_info(path)
     except CheckpointError as error:
-        raise _with_offer(path, error) from None
+        raise with_offer(path, error) from None
 
 
 def _is_run(path: Path) -> bool:
     """Whether to look for checkpoints in the directory; raises CheckpointError when it is none and holds none."""
     with faults(path):
         if not path.is_dir():
-            raise _with_offer(path, _no_directory(path))
+            raise with_offer(path, _no_directory(path))
         if (path / MANIFEST).exists() or step_of(path.name) is not None or path.name == FINAL:
             return False
         if step_directories(path) or (standing(path / FINAL) / MANIFEST).exists():
@@ -75,10 +75,10 @@ def _read(path: Path, optimizer: bool, verify: bool) -> Checkpoint:
     try:
         return load(path, optimizer=optimizer, verify=verify)
     except CheckpointError as error:
-        raise _with_offer(path, error) from None
+        raise with_offer(path, error) from None
 
 
-def _with_offer(path: Path, error: CheckpointError) -> CheckpointError:
+def with_offer(path: Path, error: CheckpointError) -> CheckpointError:
     """The same error, with the newest good other checkpoint beside `path` as what to do."""
     path = path if path.name not in {"", ".."} else Path(os.path.abspath(path))
     other = latest_checkpoint(path.parent, exclude=path)

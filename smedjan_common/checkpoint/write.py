@@ -13,8 +13,17 @@ import smedjan_common
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint.atomic import atomic_directory
 from smedjan_common.checkpoint.directory import FINAL
-from smedjan_common.checkpoint.load import step_name, step_of
-from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
+from smedjan_common.checkpoint.load import KINDS, check_name, step_name
+from smedjan_common.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointInfo,
+    check_layout,
+    manifest_text,
+)
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
@@ -47,35 +56,20 @@ def write_checkpoint(
     Raises CheckpointError when the arrays are not of this model, or nothing can be written; older checkpoints stay whole.
     """
     target = Path(directory) / (name or step_name(snapshot.step))
-    if not _NAME.fullmatch(target.name) or (name and target.name != name):
-        raise CheckpointError(f"{name!r} cannot name a checkpoint.", "It becomes a directory's name.", "Take letters, digits, - and _.")
-    if step_of(target.name) not in {None, snapshot.step}:
-        raise CheckpointError(f"{target.name} cannot name step {snapshot.step}.", "The number is the step.", "Leave the name out.")
+    if name and target.name != name:
+        raise unfit_name(name)
     arrays = {WEIGHTS: snapshot.params} | ({OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
-    info = CheckpointInfo(
-        path=target,
-        step=int(snapshot.step),
-        model=model,
-        train=train,
-        optimizer=(optimizer or (train.optimizer if train else "unknown")) if snapshot.optimizer else None,
-        tokenizer_hash=tokenizer_hash,
-        dataset=dict(dataset) if dataset is not None else None,
-        framework=dict(framework),
-        metrics=dict(metrics) if metrics is not None else None,
-        extra=dict(extra) if extra is not None else None,
-        smedjan_version=smedjan_common.__version__,
-        files={},
-        tensors={file: {key: _record(key, array) for key, array in values.items()} for file, values in arrays.items()},
-    )
-    check_layout(info)
-    need = sum(tensor.nbytes for tensors in info.tensors.values() for tensor in tensors.values())
+    tensors = {file: {key: tensor_record(key, array) for key, array in values.items()} for file, values in arrays.items()}
+    about = {"model": model, "train": train, "tokenizer_hash": tokenizer_hash, "dataset": dataset, "framework": framework}
+    info = describe(target, FORMAT, snapshot.step, tensors, **about, metrics=metrics, optimizer=optimizer, extra=extra)
+    need = prepare(info)
     try:
-        _check_target(target)
-        _check_space(target.parent, need)
         with atomic_directory(target) as temporary:
-            _fill(temporary, info, arrays, tokenizer_json)
+            for file, values in arrays.items():
+                info.files[file], info.tensors[file] = write_tensors(temporary / file, values)
+            complete(temporary, info, tokenizer_json)
     except OSError as error:
-        raise _cannot_write(target, error, need) from error
+        raise cannot_write(target, error, need) from error
     return target
 
 
@@ -108,7 +102,74 @@ def write_final(
     )
 
 
-def _record(name: str, array: Any) -> TensorRecord:
+def describe(
+    target: Path,
+    format: str,
+    step: int,
+    tensors: dict[str, dict[str, TensorRecord]],
+    *,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    tokenizer_hash: str | None,
+    dataset: Mapping[str, Any] | None,
+    framework: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    optimizer: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> CheckpointInfo:
+    """What checkpoint.json of `target` will say but for its files. Raises CheckpointError when name or tensors do not fit."""
+    if not _NAME.fullmatch(target.name):
+        raise unfit_name(target.name)
+    if not check_name(target.name, step, format):
+        why = f"The number is the step, and the name says {KINDS[format].name}."
+        raise CheckpointError(f"{target.name} cannot name step {step}.", why, f"Take {step_name(step, format)}, or another name.")
+    info = CheckpointInfo(
+        path=target,
+        step=int(step),
+        model=model,
+        train=train,
+        optimizer=(optimizer or (train.optimizer if train else "unknown")) if len(tensors) > 1 else None,
+        tokenizer_hash=tokenizer_hash,
+        dataset=dict(dataset) if dataset is not None else None,
+        framework=dict(framework),
+        metrics=dict(metrics) if metrics is not None else None,
+        extra=dict(extra) if extra is not None else None,
+        smedjan_version=smedjan_common.__version__,
+        files={},
+        tensors=tensors,
+        format=format,
+    )
+    check_layout(info)
+    return info
+
+
+def prepare(info: CheckpointInfo) -> int:
+    """Whether the place can take it: bytes that it needs. Raises CheckpointError."""
+    need = sum(tensor.nbytes for tensors in info.tensors.values() for tensor in tensors.values())
+    try:
+        _check_target(info.path)
+        _check_space(info.path.parent, need)
+    except OSError as error:
+        raise cannot_write(info.path, error, need) from error
+    return need
+
+
+def complete(temporary: Path, info: CheckpointInfo, tokenizer_json: str | None) -> None:
+    """Write what is left when the arrays stand: tokenizer.json, and checkpoint.json last. Raises OSError."""
+    if tokenizer_json is not None:
+        raw = tokenizer_json.encode()
+        _write_synced(temporary / TOKENIZER, raw)
+        info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
+    _write_synced(temporary / MANIFEST, manifest_text(info).encode())
+
+
+def unfit_name(name: str) -> CheckpointError:
+    """The refusal of a directory's name."""
+    return CheckpointError(f"{name!r} cannot name a checkpoint.", "It becomes a directory's name.", "Take letters, digits, - and _.")
+
+
+def tensor_record(name: str, array: Any) -> TensorRecord:
+    """The record of a tensor that is to be written, of its dtype and shape. Raises CheckpointError for a dtype that none holds."""
     try:
         return TensorRecord(dtype_code(array), tuple(map(int, array.shape)), 0)
     except KeyError:
@@ -133,16 +194,6 @@ def _check_space(directory: Path, need: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
-def _fill(temporary: Path, info: CheckpointInfo, arrays: Mapping[str, Mapping[str, Any]], tokenizer_json: str | None) -> None:
-    for name, values in arrays.items():
-        info.files[name], info.tensors[name] = write_tensors(temporary / name, values)
-    if tokenizer_json is not None:
-        raw = tokenizer_json.encode()
-        _write_synced(temporary / TOKENIZER, raw)
-        info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
-    _write_synced(temporary / MANIFEST, manifest_text(info).encode())
-
-
 def _write_synced(path: Path, raw: bytes) -> None:
     with open(path, "xb") as file:
         file.write(raw)
@@ -150,7 +201,8 @@ def _write_synced(path: Path, raw: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _cannot_write(target: Path, error: OSError, need: int) -> CheckpointError:
+def cannot_write(target: Path, error: OSError, need: int) -> CheckpointError:
+    """What a failing disk is to the user."""
     why, fix = f"{error.strerror or error}.", _FIXES.get(error.errno or 0, "Check the disk.")
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         why = f"{error.strerror}: it takes {need / 1e6:,.1f} MB."

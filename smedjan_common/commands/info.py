@@ -61,7 +61,7 @@ def describe(path: Path, verify: bool = False) -> Facts:
 
 
 def _checkpoint(path: Path, verify: bool) -> Facts:
-    from smedjan_common.checkpoint import read_info, verify_checkpoint
+    from smedjan_common.checkpoint import KINDS, read_info, verify_checkpoint
 
     info = read_info(path)
     if verify:
@@ -69,6 +69,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     return {
         "kind": "checkpoint" if info.optimizer else "checkpoint, weights only",
         "path": str(info.path),
+        "format": KINDS[info.format].name,
         "step": info.step,
         **_model(info.model),
         "training": info.train.to_dict() if info.train else None,
@@ -160,7 +161,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_dir() and ((path / "config.json").is_file() or (path / "metrics.jsonl").is_file() or any(path.glob("step-*")))
+    files = ("config.json", "metrics.jsonl", "step-*/checkpoint.json", "orbax-*/checkpoint.json")
+    return path.is_dir() and any(any(path.glob(file)) for file in files)
 
 
 KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (

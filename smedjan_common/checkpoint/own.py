@@ -1,0 +1,116 @@
+"""A backend's own checkpoint, such as JAX's Orbax: the backend writes the arrays, everything around them is as in a neutral one.
+
+    CHECKPOINT_DIR/orbax-00001000/   checkpoint.json   tokenizer.json   arrays/ (what the backend wrote, each file hashed)
+
+Taking the state and writing it are two things: `start_own` returns when the state may change, and what it returns does the rest,
+in a thread of its own if need be. The directory has its name when all of it is on the disk, not before.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.backend import OwnFormat
+from smedjan_common.checkpoint.atomic import atomic_directory, fsync_directory
+from smedjan_common.checkpoint.load import KINDS, file_hash, foreign, step_name, verify_checkpoint
+from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
+from smedjan_common.checkpoint.read import read_checkpoint, with_offer
+from smedjan_common.checkpoint.tensors import FileRecord
+from smedjan_common.checkpoint.write import cannot_write, complete, describe, prepare, tensor_record
+from smedjan_common.errors import CheckpointError
+
+FORMATS = {kind.name: format for format, kind in KINDS.items()}  # name on the command line -> format
+
+
+def start_own(
+    directory: str | Path,
+    begin: Callable[[Path], Callable[[], None]],
+    *,
+    kind: str,
+    step: int,
+    params: Mapping[str, Any],
+    optimizer_arrays: Mapping[str, Any],
+    tokenizer_json: str | None,
+    name: str | None = None,
+    **about: Any,
+) -> Callable[[], Path]:
+    """Start to write `directory/name` (default `orbax-00001000`); what is returned ends it, and returns its path or raises.
+
+    kind: a name of KINDS. begin(folder): the backend starts to write into this new folder, returns when the state may change, and
+    what it returns waits for the rest; both raise OSError. params, optimizer_arrays: anything with dtype and shape.
+    about: as write_checkpoint has it. Raises CheckpointError when it cannot be written; older checkpoints stay whole.
+    """
+    format = FORMATS[kind]
+    target = Path(directory) / (name or step_name(step, format))
+    groups = {PARAMS: params} | ({SLOTS: optimizer_arrays} if optimizer_arrays else {})
+    tensors = {group: {key: tensor_record(key, array) for key, array in arrays.items()} for group, arrays in groups.items()}
+    info = describe(target, format, step, tensors, **about)
+    need = prepare(info)
+    stack = contextlib.ExitStack()
+    try:
+        temporary = stack.enter_context(atomic_directory(target))
+        wait = begin(temporary / ARRAYS)
+    except BaseException as error:
+        stack.__exit__(*sys.exc_info())
+        if isinstance(error, OSError):
+            raise cannot_write(target, error, need) from error
+        raise
+
+    def finish() -> Path:
+        try:
+            with stack:  # takes its name, or is removed, when this block ends
+                wait()
+                info.files.update(_synced(temporary))
+                complete(temporary, info, tokenizer_json)
+        except OSError as error:
+            raise cannot_write(target, error, need) from error
+        return target
+
+    return finish
+
+
+def read_weights(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
+    """The parameters of a checkpoint, neutral or `own`, its hashes compared first. Raises CheckpointError."""
+    if info.format == FORMAT:
+        return read_checkpoint(info.path, optimizer=False).snapshot.params
+    try:
+        verify_checkpoint(info.path)
+    except CheckpointError as error:
+        raise with_offer(info.path, error) from None
+    return _owned(info, own).read_params(info.path / ARRAYS)
+
+
+def read_own(info: CheckpointInfo, own: OwnFormat | None) -> Any:
+    """The train state of a checkpoint in the backend's own format, where its mesh wants it. Raises CheckpointError."""
+    return _owned(info, own).read(info.path / ARRAYS)
+
+
+def check_readable(info: CheckpointInfo, backend: str) -> None:
+    """Raises CheckpointError, with the command that helps, for a checkpoint that only another backend reads."""
+    if KINDS[info.format].backend not in {None, backend}:
+        raise foreign(info)
+
+
+def _owned(info: CheckpointInfo, own: OwnFormat | None) -> OwnFormat:
+    if own is None or own.name != KINDS[info.format].name:
+        raise foreign(info)
+    return own
+
+
+def _synced(temporary: Path) -> dict[str, FileRecord]:
+    """Every file below ARRAYS, on the disk and hashed."""
+    files = {}
+    for folder, _, names in os.walk(temporary / ARRAYS, topdown=False):
+        for name in sorted(names):
+            path = Path(folder, name)
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            files[path.relative_to(temporary).as_posix()] = FileRecord(path.stat().st_size, file_hash(path))
+        fsync_directory(Path(folder))
+    return files
