@@ -18,13 +18,14 @@ class Flags:
     """
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """A run folder (its newest weights), a step-*/ or final/, or a Hugging Face directory of the Llama family."""
+    """A run folder (its newest weights), a step-*/, orbax-*/ or final/, or a Hugging Face directory of the Llama family."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
-    """What to write: a directory for neutral and hf, a file for gguf."""
-    to: Annotated[str, arg(metavar="neutral|hf|gguf")]
-    """neutral: smedjan's own, to generate from and to train on (--pretrained). hf: for transformers and mlx-lm. gguf: for llama.cpp."""
+    """What to write: a directory for neutral, orbax and hf, a file for gguf."""
+    to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
+    """neutral: smedjan's own, which both backends train on and generate from. orbax: JAX's own. hf: for transformers and mlx-lm.
+    gguf: for llama.cpp."""
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
-    """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral."""
+    """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """hf: a model that is larger is written in several files of at most this size (a number with KB, MB or GB)."""
     force: Annotated[bool, FlagCreatePairsOff] = False
@@ -52,8 +53,8 @@ def _run(flags: Flags) -> int:
     options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
     src, dst = Path(flags.src), Path(flags.dst)
     source = source_format(src)
-    if source is target and target.name == "neutral":
-        raise ConfigError(f"{src} is neutral already.", "Both backends take it as it is.", "Copy it, or name another --to.")
+    if source is target and target.name in ("neutral", "orbax"):
+        raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
     check_target(src, dst, flags.force, target.detect)
     assert source.read is not None
     model = source.read(src)
@@ -61,7 +62,7 @@ def _run(flags: Flags) -> int:
         notes = target.write(model, dst, options, show)
     for note in (*model.notes, *notes):
         print(f"note: {note}")
-    size = sum(file.stat().st_size for file in dst.iterdir()) if dst.is_dir() else dst.stat().st_size
+    size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file()) if dst.is_dir() else dst.stat().st_size
     parameters = model.config.num_params()
     print(
         f"{dst}: {target.about}, {parameters:,} parameters in {options.dtype}, {size / 1e6:,.1f} MB, "

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert import gguf_file, hf_export, hf_import, neutral
+from convert import gguf_file, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
 from smedjan_common.errors import CheckpointError, ConfigError, near
 
@@ -50,6 +50,14 @@ FORMATS: dict[str, Format] = {
             neutral.detect,
             neutral.read,
             lambda model, path, options, show: neutral.write(model, path, show),
+        ),
+        Format(
+            "orbax",
+            "JAX's own checkpoint",
+            ("float32",),
+            orbax.detect,
+            orbax.read,
+            lambda model, path, options, show: orbax.write(model, path, show),
         ),
         Format(
             "hf",

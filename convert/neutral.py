@@ -9,16 +9,16 @@ import numpy as np
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import CheckpointInfo, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import FORMAT, CheckpointInfo, read_info, verify_checkpoint, write_checkpoint
 from smedjan_common.checkpoint.directory import FINAL, step_directories
-from smedjan_common.checkpoint.manifest import MANIFEST, TOKENIZER, WEIGHTS
+from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
 from smedjan_common.tokenizer import Tokenizer
 
 
 def detect(path: Path) -> bool:
-    """Whether a directory is a checkpoint or holds some."""
-    return (path / MANIFEST).is_file() or (path / FINAL / MANIFEST).is_file() or bool(step_directories(path))
+    """Whether a directory is a neutral checkpoint, or holds some whose newest is neutral."""
+    return found_format(path) == FORMAT
 
 
 def read(path: Path) -> Portable:
@@ -26,10 +26,24 @@ def read(path: Path) -> Portable:
     info = newest(path)
     verify_checkpoint(info.path)
     tokenizer = Tokenizer.load(info.path / TOKENIZER) if TOKENIZER in info.files else None
-    stored = open_tensors(info.path / WEIGHTS)
-    order = info.tensors[WEIGHTS]
     source = {"format": "neutral", "step": info.step, "framework": info.framework}
-    return Portable(info.model, {name: stored[name] for name in order}, tokenizer, info.step, source)
+    slots = _stored(info, OPTIMIZER) if info.optimizer else {}
+    return Portable(info.model, _stored(info, WEIGHTS), tokenizer, info.step, source, slots=slots, info=info)
+
+
+def _stored(info: CheckpointInfo, file: str) -> dict[str, Lazy]:
+    stored = open_tensors(info.path / file)
+    return {name: stored[name] for name in info.tensors[file]}
+
+
+def found_format(path: Path) -> str | None:
+    """The format of the checkpoint with the newest weights under `path`, None where there is none."""
+    if not ((path / MANIFEST).is_file() or (path / FINAL / MANIFEST).is_file() or step_directories(path)):
+        return None
+    try:
+        return newest(path).format
+    except CheckpointError:
+        return FORMAT  # a broken one: reading it says what is wrong
 
 
 def newest(path: Path) -> CheckpointInfo:
@@ -42,26 +56,37 @@ def newest(path: Path) -> CheckpointInfo:
 
 
 def write(model: Portable, target: Path, show: Show) -> list[str]:
-    """Write `target` as a checkpoint of weights only, like final/; training starts from it with --pretrained.
+    """Write `target` as a checkpoint: a step's with everything that training goes on from, or weights only, like final/.
 
     Raises CheckpointError when it cannot be written or reads back differently.
     """
-    tensors = {name: cast(name, tensor, np.dtype(np.float32)) for name, tensor in model.tensors.items()}
-    arrays: dict[str, Any] = dict(watched(tensors, "write", show))  # each becomes an array when its turn comes
-    write_checkpoint(
-        target.parent,
-        Snapshot(model.step, arrays, {}),
-        model=model.config,
-        train=None,
-        tokenizer_json=model.tokenizer.to_json() if model.tokenizer else None,
-        tokenizer_hash=model.tokenizer.hash if model.tokenizer else None,
-        dataset=None,
-        framework={"name": "convert"},
-        extra={"converted_from": model.source},
-        name=target.name,
-    )
-    _verify(target, model, watched(tensors, "verify", show))
+    params, slots = float32(model.tensors), float32(model.slots)
+    arrays: dict[str, Any] = dict(watched({**params, **slots}, "write", show))  # each becomes an array when its turn comes
+    taken = Snapshot(model.step, {name: arrays[name] for name in params}, {name: arrays[name] for name in slots})
+    text = model.tokenizer.to_json() if model.tokenizer else None
+    write_checkpoint(target.parent, taken, tokenizer_json=text, name=target.name, **about(model))
+    _verify(target, model, watched({**params, **slots}, "verify", show))
     return []
+
+
+def about(model: Portable) -> dict[str, Any]:
+    """What checkpoint.json says of the model, whatever is to hold its arrays."""
+    info = model.info
+    return {
+        "model": model.config,
+        "train": info.train if info else None,
+        "optimizer": info.optimizer if info else None,
+        "tokenizer_hash": model.tokenizer.hash if model.tokenizer else None,
+        "dataset": info.dataset if info else None,
+        "framework": info.framework if info else {"name": "convert"},
+        "metrics": info.metrics if info else None,
+        "extra": ((info.extra if info else None) or {}) | {"converted_from": model.source},
+    }
+
+
+def float32(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """As smedjan keeps them."""
+    return {name: cast(name, tensor, np.dtype(np.float32)) for name, tensor in tensors.items()}
 
 
 def _verify(target: Path, model: Portable, expected: Mapping[str, Lazy]) -> None:
@@ -69,6 +94,13 @@ def _verify(target: Path, model: Portable, expected: Mapping[str, Lazy]) -> None
         again = read(target)
     except SmedjanError as error:
         raise CheckpointError(f"{target} is not what was written: {error.what}", error.why, "Check the disk and try again.") from None
-    check_equal(str(target), again.tensors, expected)
-    if again.config != model.config or (again.tokenizer and again.tokenizer.hash) != (model.tokenizer and model.tokenizer.hash):
+    check_equal(str(target), {**again.tensors, **again.slots}, expected)
+    check_same(target, again, model)
+
+
+def check_same(target: Path, again: Portable, model: Portable) -> None:
+    """Raises CheckpointError when configuration, step, tokenizer or training are not what was to be written."""
+    facts = [(side.config, side.step, side.tokenizer and side.tokenizer.hash) for side in (again, model)]
+    kept = [(side.info.train, side.info.dataset, side.info.optimizer) if side.info else None for side in (again, model)]
+    if facts[0] != facts[1] or (model.info and kept[0] != kept[1]):
         raise CheckpointError(f"{target} is not what was written.", "Its configuration or tokenizer differs.", "Report this.")

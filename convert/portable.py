@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Portable:
 
     step: optimizer steps done, 0 where that is not known. source: what the file it came from tells of itself (JSON values).
     notes: one sentence each, for the user: what is not the same on the other side.
+    slots: optimizer arrays by `{slot}.{parameter}`, and info: what checkpoint.json said, where it was a step checkpoint of smedjan.
     """
 
     config: ModelConfig
@@ -52,6 +54,8 @@ class Portable:
     step: int = 0
     source: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    slots: Mapping[str, Lazy] = field(default_factory=dict)
+    info: CheckpointInfo | None = None
 
 
 def cast(name: str, tensor: Lazy, dtype: np.dtype) -> Lazy:

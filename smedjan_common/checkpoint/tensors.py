@@ -85,7 +85,7 @@ def read_tensors(path: Path, record: FileRecord, tensors: Mapping[str, TensorRec
     arrays: dict[str, np.ndarray] = {}
 
     def allocate(name: str) -> memoryview:  # only now: header and size of the file have been checked
-        arrays[name] = np.empty(tensors[name].shape, _dtype(tensors[name].dtype))
+        arrays[name] = np.empty(tensors[name].shape, numpy_dtype(tensors[name].dtype))
         return _bytes_of(arrays[name])
 
     _read_into(path, record, tensors, allocate, verify)
@@ -264,7 +264,8 @@ def _is_pickle(file: BinaryIO) -> bool:
     return head == b"PK" or (head[:1] == b"\x80" and head[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"})
 
 
-def _dtype(code: str) -> np.dtype:
+def numpy_dtype(code: str) -> np.dtype:
+    """The dtype of a code that checkpoints hold."""
     if code == "BF16":
         import ml_dtypes  # 30 ms that float32 checkpoints need not wait for
 
