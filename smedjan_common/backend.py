@@ -1,6 +1,6 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
-A backend is made for one (ModelConfig, TrainConfig). Its train state is opaque here; on the host everything is NumPy,
+A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
 keyed by the names of the parameter table. Nothing but `read`, `save`, `block` and `Decoder.feed` waits for the device.
 """
 
@@ -28,6 +28,8 @@ class Device:
     memory_bytes: int | None = None
     peak_flops: float | None = None  # dense bf16, one device
     versions: dict[str, str] = field(default_factory=dict)
+    mesh: str = "data=1"  # how a run is spread over `count` devices
+    visible: int = 1  # devices that there are
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The JAX backend: compiled training, evaluation and decoding over flat dicts of arrays (protocol: smedjan_common.backend).
 
-One compilation per shape; the train state is donated, so a step updates it in place.
+One compilation per shape; the train state is donated, so a step updates it in place. On several devices the same functions run
+on each device's rows of the batch (smedjan_jax.sharding).
 """
 
 import functools
@@ -13,14 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_two_chunks
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.flops import peak_flops
-from smedjan_jax import optim
+from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
+from smedjan_common.params import parameter_table
+from smedjan_jax import optim, sharding
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.model import Model
+from smedjan_jax.modules import Linear
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
 
@@ -29,32 +34,53 @@ XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 
 
 class JaxBackend:
-    """Trains and decodes one model with JAX on the default device."""
+    """Trains and decodes one model with JAX. mesh: how it is spread over devices; None: the batch over all GPUs.
+
+    shapes: the train state's arrays as ShapeDtypeStructs, each with the sharding that says where it lies.
+    """
 
     name = "jax"
 
-    def __init__(self, model: ModelConfig, train: TrainConfig):
+    def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
         configure()
         self.model, self.train = model, train
-        self._train_step = jax.jit(self._step, donate_argnums=0)
-        self._eval_step = jax.jit(self._evaluate)
+        self.mesh = sharding.default_shape(train) if mesh is None else mesh
+        check_mesh(self.mesh, model, train)
+        self._devices = sharding.make_mesh(self.mesh)
+        self.shapes = self._state_shapes()
+        if self.mesh.size == 1:
+            self._spread = None
+            self._train_step = jax.jit(self._step, donate_argnums=0)
+            self._eval_step = jax.jit(self._evaluate)
+        else:
+            self._spread = sharding.Spread(model, self._devices, _linear_weights(model), train.dtype)
+            whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
+            self._train_step = jax.jit(self._step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
+            self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
+
+    @property
+    def shardings(self) -> State:
+        """Where each array of the train state lies."""
+        return jax.tree.map(lambda shape: shape.sharding, self.shapes)
 
     def describe(self) -> Device:
         device = jax.devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
-        return Device("jax", kind, device.device_kind, 1, limit, peak_flops(device.device_kind), versions)  # a run uses one device
+        peak = peak_flops(device.device_kind)
+        return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, str(self.mesh), len(jax.devices()))
 
     def init(self, params: dict[str, np.ndarray]) -> State:
-        # copies: a step updates its state in place, and on a CPU JAX may share a NumPy array's memory
-        device_params = {name: jnp.array(value, jnp.float32, copy=True) for name, value in params.items()}
-        return {"params": device_params, "slots": optim.init(self.train, device_params), "step": jnp.zeros((), jnp.int32)}
+        places = self.shardings
+        device_params = sharding.place({name: np.asarray(value, np.float32) for name, value in params.items()}, places["params"])
+        slots = jax.tree.map(jax.device_put, optim.init(self.train, device_params), places["slots"])
+        return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
 
     def restore(self, snapshot: Snapshot) -> State:
-        state = self.init(snapshot.params)
-        slots = {slot: {n: jnp.array(snapshot.optimizer[f"{slot}.{n}"], copy=True) for n in state["params"]} for slot in state["slots"]}
-        return {"params": state["params"], "slots": slots, "step": jnp.asarray(snapshot.step, jnp.int32)}
+        places = self.shardings
+        slots = {slot: {n: snapshot.optimizer[f"{slot}.{n}"] for n in tensors} for slot, tensors in places["slots"].items()}
+        return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
 
     def train_step(
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
@@ -79,7 +105,19 @@ class JaxBackend:
         return JaxDecoder(self.model, params, self.train.dtype, max_len)
 
     def peak_memory(self) -> int | None:
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in self._devices.local_devices) or None
+
+    def _state_shapes(self) -> State:
+        """Every array of the optimizer lies where its parameter lies."""
+        places, whole = sharding.param_shardings(self.model, self._devices), sharding.everywhere(self._devices)
+        params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(self.model).items()}
+        slots = jax.eval_shape(functools.partial(optim.init, self.train), params)
+
+        def placed(tensors: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+            return {name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=places[name]) for name, array in tensors.items()}
+
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return {"params": placed(params), "slots": {slot: placed(tensors) for slot, tensors in slots.items()}, "step": step}
 
     def _model(self, params: dict[str, jax.Array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
@@ -88,6 +126,7 @@ class JaxBackend:
     def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
+        params = self._spread.gather(params) if self._spread else params
         hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
         objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
         return objective / tokens, {"loss": loss / tokens}
@@ -107,14 +146,19 @@ class JaxBackend:
 
     def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, Metrics]:
         tokens = jnp.sum(batch[1] >= 0)
-        grads, metrics = self._gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
+        gradients = self._spread.gradients(self._gradients) if self._spread else self._gradients
+        grads, metrics = gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
         return {"params": params, "slots": slots, "step": state["step"] + 1}, {**metrics, "grad_norm": norm, "tokens": tokens}
 
     def _evaluate(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
+        return (self._spread.sums(self._evaluate_rows) if self._spread else self._evaluate_rows)(params, batch)
+
+    def _evaluate_rows(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
         inputs, targets, documents = batch
+        params = self._spread.gather(params) if self._spread else params
         hidden = self._model(params).hidden(inputs, documents)
         return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": jnp.sum(targets >= 0)}
 
@@ -148,6 +192,13 @@ def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
         return Model(model, params, dtype).step(tokens, state, max_len)
 
     return jax.jit(step, donate_argnums=2)
+
+
+def _linear_weights(model: ModelConfig) -> set[str]:
+    """Weights of linear maps, which are used in the compute dtype only."""
+    shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(model).items()}
+    modules = nnx.iter_modules(Model(model, shapes))  # type: ignore[arg-type]
+    return {".".join(map(str, (*path, "weight"))) for path, module in modules if isinstance(module, Linear)}
 
 
 def default_dtype() -> str:

@@ -17,6 +17,7 @@ from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_tw
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
+from smedjan_common.mesh import ONE_DEVICE, MeshShape
 from smedjan_mlx import optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
@@ -25,11 +26,13 @@ Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] eac
 
 
 class MlxBackend:
-    """Trains and decodes one model with MLX on the default device."""
+    """Trains and decodes one model with MLX on the default device, the only one that it takes."""
 
     name = "mlx"
 
-    def __init__(self, model: ModelConfig, train: TrainConfig):
+    def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
+        if mesh and mesh.size > 1:
+            raise ConfigError(f"--mesh {mesh} needs the backend jax.", "With MLX a run takes one device.", "Leave --mesh out.")
         if train.dtype != "float32" and not on_gpu():
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")

@@ -7,12 +7,15 @@ Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" 
 Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, K head size, R = H / G.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
+from smedjan_jax import sharding
 from smedjan_jax.modules import Carried, Context, Linear, Params, State, apply_together
 
 
@@ -68,6 +71,10 @@ def causal_attention(
 
     Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
     """
+    return sharding.over_heads(functools.partial(_attend, implementation), (query, key, value), documents)
+
+
+def _attend(implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
     obstacle = _fused_obstacle(query)
     if implementation == "fused" and obstacle:
         raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")

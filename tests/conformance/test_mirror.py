@@ -22,6 +22,7 @@ ONE_SIDED_FILES = {
 ONE_SIDED_NAMES = {
     ("jax", "backend.py", "configure"): "XLA reads its flags once, before the device starts",
     ("jax", "backend.py", "XLA_FLAGS"): "what configure() sets",
+    ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     ("mlx", "backend.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (

@@ -1,0 +1,153 @@
+"""One model on several devices: where its arrays lie, and a step that runs on every device's part of the batch.
+
+Along data and fsdp the program is written per device (shard_map): each computes its own rows exactly as a single device would, so
+whatever a mixer does (sorts, scans, kernels) never crosses devices. Matrices are gathered over fsdp in the dtype that they are used
+in, their gradients reduced and split in float32; what is left is summed over data. Along tensor XLA splits the matmuls by itself.
+
+What splits what: smedjan_common.mesh.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.mesh import AXES, MeshShape, mesh_axes
+from smedjan_common.params import parameter_table
+
+Params = dict[str, jax.Array]
+
+BATCH = ("data", "fsdp")  # the axes that the rows of a batch are dealt over
+
+
+def default_shape(train: TrainConfig) -> MeshShape:
+    """Every GPU that the batch can be shared out to, each with the whole model; one device on a CPU."""
+    devices = jax.devices()
+    return MeshShape(data=math.gcd(train.batch_size // train.grad_accum, len(devices)) if devices[0].platform != "cpu" else 1)
+
+
+def make_mesh(shape: MeshShape) -> Mesh:
+    """The first `shape.size` devices as a mesh. Raises ConfigError when there are fewer."""
+    devices = jax.devices()
+    if shape.size > len(devices):
+        names = f"{len(devices)} of {devices[0].device_kind}" if len(devices) > 1 else f"one, {devices[0].device_kind}"
+        raise ConfigError(f"--mesh {shape} needs {shape.size} devices.", f"JAX sees {names}.", "Take a smaller mesh, or leave --mesh out.")
+    sizes = tuple(getattr(shape, axis) for axis in AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: shape.size])
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> dict[str, Sharding]:
+    """Where each parameter lies; on a mesh of one device simply there."""
+    if mesh.size == 1:
+        return dict.fromkeys(parameter_table(model), SingleDeviceSharding(mesh.devices.item()))
+    return {name: NamedSharding(mesh, PartitionSpec(*mesh_axes(spec))) for name, spec in parameter_table(model).items()}
+
+
+def everywhere(mesh: Mesh) -> Sharding:
+    """A whole copy on each device."""
+    return SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> Sharding:
+    """The rows of a batch dealt out."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def place(host: Any, places: Any) -> Any:
+    """Host arrays on their devices; each device is sent its part. None shares the host's memory, which a donated step would overwrite."""
+
+    def one(value: np.ndarray, place: Sharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, place, lambda part: np.array(value[part]))
+
+    return jax.tree.map(one, host, places)
+
+
+class Spread:
+    """Turns functions of (params, batch, …) for one device into functions that every device of a mesh runs on its own rows.
+
+    linear: names of weights that are used in the dtype of the activations only, so that they may be cast before they travel.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, linear: set[str], dtype: str):
+        self.mesh = mesh
+        self._batch = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
+        splits = {name: mesh_axes(spec) for name, spec in parameter_table(model).items()}
+        self._params = {name: PartitionSpec(*(axis if axis in self._batch else None for axis in split)) for name, split in splits.items()}
+        self._split = {name: split.index("fsdp") for name, split in splits.items() if "fsdp" in split and "fsdp" in self._batch}
+        self._dtypes = {name: jnp.dtype(dtype if name in linear else "float32") for name in self._split}
+
+    def gather(self, params: Params) -> Params:
+        """The whole matrices of this device's parts; for the functions that are run."""
+        return {n: _gather(v, self._split[n], self._dtypes[n]) if n in self._split else v for n, v in params.items()}
+
+    def gradients(self, function: Callable) -> Callable:
+        """`function(params, batch, tokens)` gives gradients and a tree of sums; now over the whole batch, on every device's rows."""
+
+        def local(params: Params, batch: Any, tokens: jax.Array) -> tuple[Params, Any]:
+            grads, sums = function(params, batch, tokens)
+            return {name: self._sum(grad, gathered=name in self._split) for name, grad in grads.items()}, self._sum(sums)
+
+        return self._over_rows(local, PartitionSpec(), returns=(self._params, PartitionSpec()))
+
+    def sums(self, function: Callable) -> Callable:
+        """`function(params, batch)` gives a tree of sums; now over the whole batch."""
+        return self._over_rows(lambda params, batch: self._sum(function(params, batch)), returns=PartitionSpec())
+
+    def _sum(self, tree: Any, gathered: bool = False) -> Any:
+        """Over the devices' rows; the gradient of what was gathered is a sum over fsdp already."""
+        return jax.lax.psum(tree, tuple(axis for axis in self._batch if not (gathered and axis == "fsdp")))
+
+    def _over_rows(self, function: Callable, *more: PartitionSpec, returns: Any) -> Callable:
+        if not self._batch:
+
+            def whole(*args: Any) -> Any:
+                with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                    return function(*args)
+
+            return whole
+        # without a tensor axis nothing is left to XLA; XLA takes no manual axes of one device beside others
+        axes = set(self._batch) if self.mesh.shape["tensor"] > 1 else set(AXES)
+        specs = (self._params, PartitionSpec(self._batch), *more)
+        # unchecked: loops inside the mixers start from plain zeros. So a device's gradient is that of the sum of all devices' results
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=returns, axis_names=axes, check_vma=False)
+
+
+def tensor_parts() -> int:
+    """Devices along the tensor axis where this is traced; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def over_heads(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], *whole: Any) -> jax.Array:
+    """`function(*arrays, *whole)` [B, T, heads, K] of arrays of that form, which looks at each head alone, on every device's own heads.
+
+    XLA could not split a kernel that it knows nothing of.
+    """
+    if tensor_parts() == 1:
+        return function(*arrays, *whole)
+    heads = PartitionSpec(None, None, "tensor")
+    specs = *(heads for _ in arrays), *(PartitionSpec() for _ in whole)
+    return jax.shard_map(function, in_specs=specs, out_specs=heads, axis_names={"tensor"}, check_vma=False)(*arrays, *whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, dimension: int, dtype: Any) -> jax.Array:
+    """The whole of a matrix that is split over fsdp. Its gradient is summed in float32, whatever dtype it was used in."""
+    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=dimension, tiled=True)
+
+
+def _gather_forward(part, dimension, dtype):
+    return _gather(part, dimension, dtype), None
+
+
+def _gather_backward(dimension, dtype, saved, grad):
+    return (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=dimension, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
