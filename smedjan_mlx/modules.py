@@ -22,7 +22,7 @@ Carried = dict[str, mx.array]  # what a layer leaves for later layers or for the
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; W is [out, in]."""
+    """y = x W^T without bias; W is [out, in] and used in the dtype of the activations only."""
 
     def __init__(self, params: Params, name: str):
         super().__init__()
