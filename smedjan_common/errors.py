@@ -1,6 +1,6 @@
 """Errors for users: what is wrong, why, what to do; one class per exit code.
 
-Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 130/143 stopped by a signal.
+Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 129/130/143 stopped by a signal.
 """
 
 import difflib

@@ -2,20 +2,23 @@
 
 The device never waits for the host: a step is dispatched before the metrics of the one before are read, and at most IN_FLIGHT
 steps are queued. Evaluation, samples and checkpoints drain the queue; their time is not counted in tokens_per_second.
+A checkpoint's state is taken between two steps and written while the next ones run; a failure surfaces at the step after it.
 Batch and learning rate are functions of the step, so a resumed run is the same run.
 """
 
+import functools
 import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
-from smedjan_common.checkpoint import latest_checkpoint, read_checkpoint
+from smedjan_common.checkpoint import FORMAT, Background, latest_checkpoint, read_checkpoint, read_info, read_own, read_weights
 from smedjan_common.data.mixture import batches
 from smedjan_common.data.order import eval_batches
-from smedjan_common.errors import NotFiniteError
+from smedjan_common.errors import NotFiniteError, SmedjanError
 from smedjan_common.evaluate import evaluate
 from smedjan_common.flops import train_flops_per_token
 from smedjan_common.generate import Generation
@@ -32,7 +35,7 @@ IN_FLIGHT = 4
 
 
 def run(config: RunConfig, backend: Backend) -> int:
-    """Train to the last step, or until SIGINT or SIGTERM; returns the exit code: 0, or 130/143 after saving.
+    """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns the exit code: 0, or 130/143/129 after saving.
 
     Raises NotFiniteError, OutOfMemoryError, CheckpointError; nothing saved before is lost by any of them.
     """
@@ -47,7 +50,8 @@ class _Loop:
     stop: StopSignals
     queue: deque[tuple[int, float, Metrics]] = field(default_factory=deque)  # (step, lr, metrics) dispatched and not read yet
     last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
-    saved: int | None = None  # step of the newest checkpoint
+    saved: int | None = None  # step of the newest checkpoint, written or being written
+    writes: Background = field(default_factory=Background)
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
@@ -71,6 +75,7 @@ class _Loop:
             while step < self.train.steps and not self.stop.received:
                 step += 1
                 state = self.dispatch(state, step)
+                self.written()
                 self.drain(0 if step == begin + 1 else 1 if self.is_logged(step - 1) else IN_FLIGHT)
                 if step == begin + 1:
                     self.meter.start(step)  # the first step compiled
@@ -79,17 +84,20 @@ class _Loop:
             return self.finish(state, step, step > begin)
         finally:
             self.metrics.close()
+            self.abandon()
 
     def start(self) -> tuple[State, int]:
         """The state that the run begins with, and its step."""
         if self.config.start:
-            snapshot = read_checkpoint(self.config.start, verify=False).snapshot
-            say(f"Going on from {self.config.start}, step {snapshot.step} of {self.train.steps}.")
-            self.saved = snapshot.step if self.config.start.parent == self.config.checkpoint_dir else None
-            return self.backend.restore(snapshot), snapshot.step
+            info = read_info(self.config.start)
+            say(f"Going on from {self.config.start}, step {info.step} of {self.train.steps}.")
+            self.saved = info.step if self.config.start.parent == self.config.checkpoint_dir else None
+            if info.format == FORMAT:
+                return self.backend.restore(read_checkpoint(info.path, verify=False).snapshot), info.step
+            return read_own(info, self.backend.own), info.step
         if self.config.pretrained:
             say(f"Starting from the weights of {self.config.pretrained}.")
-            return self.backend.init(read_checkpoint(self.config.pretrained, optimizer=False).snapshot.params), 0
+            return self.backend.init(read_weights(read_info(self.config.pretrained), self.backend.own)), 0
         return self.backend.init(initial_params(self.model, self.train.seed)), 0
 
     def dispatch(self, state: State, step: int) -> State:
@@ -133,6 +141,7 @@ class _Loop:
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         for name, what in (("loss", "The loss is"), ("grad_norm", "The norm of the gradients is")):
             if not math.isfinite(values[name]):
+                self.written(wait=True)
                 good = latest_checkpoint(self.config.checkpoint_dir, verify=False)
                 where = f"The newest good checkpoint is {good}" if good else "There is no checkpoint yet"
                 raise NotFiniteError(
@@ -156,7 +165,7 @@ class _Loop:
             if samples:
                 self.sample(state, step)
             if saves and not last:
-                self.save(state)
+                self.save(state, step)
 
     def evaluate(self, state: State, step: int) -> None:
         assert self.config.val_data is not None
@@ -178,24 +187,50 @@ class _Loop:
         self.folder.save_sample(step, text)
         say("  | " + text.replace("\n", "\n  | "))
 
-    def save(self, state: State) -> Snapshot:
-        """Write a step checkpoint and redraw the plot."""
-        snapshot = self.backend.save(state)
-        if snapshot.step != self.saved:
-            path = self.folder.save(snapshot, self.last)
-            self.saved = snapshot.step
+    def save(self, state: State, step: int, snapshot: Snapshot | None = None) -> None:
+        """Take the state for a step checkpoint, which is written from here on; redraw the plot. snapshot: the state where it is known."""
+        self.written(wait=True)
+        metrics, rows = dict(self.last), list(self.metrics.rows)
+        if step == self.saved:
+            self.folder.draw(rows)
+            return
+        own = self.backend.own
+        if own and own.name == self.config.checkpoint_format:
+            write = self.folder.start_own(own, state, step, metrics)
+        else:
+            write = functools.partial(self.folder.save, snapshot or self.backend.save(state), metrics)
+        self.saved = step
+
+        def write_and_draw() -> Path:
+            path = write()
+            self.folder.draw(rows)
+            return path
+
+        self.writes.start(write_and_draw)
+
+    def written(self, wait: bool = False) -> None:
+        """Tell of a checkpoint that has been written since. Raises CheckpointError when it could not be."""
+        if path := self.writes.take(wait):
             say(f"saved {path}")
-        self.folder.draw(self.metrics.rows)
-        return snapshot
+
+    def abandon(self) -> None:
+        """The run ends by an error: what is being written may still become whole, and its own failure is only told."""
+        try:
+            self.written(wait=True)
+        except SmedjanError as error:
+            say(f"note: {error}")
 
     def finish(self, state: State, step: int, moved: bool) -> int:
         """The last checkpoint, and `final/` when all steps are done."""
         if step < self.train.steps:
             if moved:
-                self.save(state)
+                self.save(state, step)
+                self.written(wait=True)
             say(f"Stopped after step {step} of {self.train.steps}. The same command goes on from here.")
             return self.stop.exit_code
-        snapshot = self.save(state)
+        snapshot = self.backend.save(state)
+        self.save(state, step, snapshot)
+        self.written(wait=True)
         say(f"saved {self.folder.save_final(snapshot, self.last)}")
         say(f"Done: {step} steps in {duration(self.elapsed_before + time.perf_counter() - self.begun)}.{_figures(self.last)}")
         return self.stop.exit_code

@@ -1,10 +1,11 @@
 """A run as files: RunConfig says what to run, RunFolder writes the run folder.
 
-CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/   final/   loss.png   samples/   data/
+CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/ (or orbax-00001000/)   final/   loss.png   samples/   data/
 """
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import smedjan_common
-from smedjan_common.backend import Device, Snapshot
-from smedjan_common.checkpoint import prune_checkpoints, write_checkpoint, write_final
+from smedjan_common.backend import Device, OwnFormat, Snapshot, State
+from smedjan_common.checkpoint import prune_checkpoints, start_own, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.data.atomic import write_atomically
 from smedjan_common.data.mixture import Mixture
@@ -45,6 +46,8 @@ class RunConfig:
     history: list[Row] | None = None
     checkpoint_every: int = 500
     keep: int = 3
+    keep_every: int = 0
+    checkpoint_format: str = "neutral"
     log_every: int = 10
     eval_every: int = 250
     eval_batches: int = 20
@@ -97,8 +100,25 @@ class RunFolder:
 
     def save(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep."""
-        path = write_checkpoint(self.path, snapshot, metrics=metrics, **self._about)
-        prune_checkpoints(self.path, self.config.keep)
+        return self._pruned(write_checkpoint(self.path, snapshot, metrics=metrics, **self._about))
+
+    def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row) -> Callable[[], Path]:
+        """Take the state for a step checkpoint in the backend's own format; what is returned does what `save` does."""
+        params, slots = own.tensors(state)
+        finish = start_own(
+            self.path,
+            lambda folder: own.begin(state, folder),
+            kind=own.name,
+            step=step,
+            params=params,
+            optimizer_arrays=slots,
+            metrics=metrics,
+            **self._about,
+        )
+        return lambda: self._pruned(finish())
+
+    def _pruned(self, path: Path) -> Path:
+        prune_checkpoints(self.path, self.config.keep, keep_every=self.config.keep_every)
         return path
 
     def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:

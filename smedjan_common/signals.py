@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, a second one ends the process at once."""
+"""SIGINT, SIGTERM, SIGHUP: the first asks the loop to finish its step and save, a second one ends the process at once.
+
+SIGHUP comes when the terminal is closed, and often twice: from the kernel and from the shell. So it never is the second one.
+"""
 
 import contextlib
 import signal
@@ -29,7 +32,8 @@ class StopSignals:
     After it the system's own handling is back, so that a second signal ends the process even inside a long call of a framework.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANG_UP] if HANG_UP else []))
 
     def __init__(self) -> None:
         self.received = 0
@@ -37,7 +41,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+            ignored = self.HANG_UP and signal.getsignal(self.HANG_UP) == signal.SIG_IGN  # nohup
+            caught = (number for number in self.SIGNALS if not (ignored and number == self.HANG_UP))
+            self._before = {number: signal.signal(number, self._stop) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,8 +52,8 @@ class StopSignals:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for each in self._before:
+            signal.signal(each, signal.SIG_IGN if each == self.HANG_UP else signal.SIG_DFL)
         name = signal.Signals(number).name
         say(f"{name}: finishing this step, then saving (once more: stop at once, unsaved).")
 

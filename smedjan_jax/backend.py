@@ -23,6 +23,7 @@ from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.params import parameter_table
 from smedjan_jax import optim, sharding
+from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
@@ -48,6 +49,7 @@ class JaxBackend:
         check_mesh(self.mesh, model, train)
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
+        self.own = Orbax(self.shapes)
         if self.mesh.size == 1:
             self._spread = None
             self._train_step = jax.jit(self._step, donate_argnums=0)

@@ -65,7 +65,7 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 
 
 def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
-    from smedjan_common.checkpoint import read_checkpoint
+    from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.generate import Generation
     from smedjan_common.sampling import Sampling
@@ -76,15 +76,14 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     sampling.validate()
     prompt = _prompt(flags)
     info, tokenizer = _open(flags.checkpoint)
+    check_readable(info, name)
     ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
     with interrupt_ends_at_once():
         make_backend, auto = load()
-    snapshot = read_checkpoint(info.path, optimizer=False).snapshot
     backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
     length = min(len(ids) + max(flags.max_tokens, 0), info.model.context_length)
-    generation = Generation(
-        backend.decoder(snapshot.params, length), tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop
-    )
+    decoder = backend.decoder(read_weights(info, backend.own), length)
+    generation = Generation(decoder, tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop)
     _write(prompt if flags.echo else "", generation)
     if generation.reason == "context":
         print(f"note: stopped at the model's context of {info.model.context_length} tokens.", file=sys.stderr)

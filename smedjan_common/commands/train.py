@@ -56,12 +56,13 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
 
     check_backend(name, flags.run.backend)
     check_counts(flags)
+    check_format(flags.run.checkpoint_format, name)
     folder = checkpoint_dir(flags)
     lock.take(folder)
     start = resume.find_start(folder, flags.run.resume, say)
     if start is None and not flags.run.pretrained:
         resume.check_flags(flags, given)
-    info, flags, data = _source(flags, given, folder, start)
+    info, flags, data = _source(name, flags, given, folder, start)
     vocab_size = data.tokenizer.vocab_size if data.tokenizer else flags.data.vocab_size
     model = _model(flags, given, info, start, vocab_size)
     base = info.train if info and start else None
@@ -115,6 +116,8 @@ def _run(flags, folder: Path, start: Path | None, info, model, train, data, back
         history=read_rows(start.parent) if start else None,
         checkpoint_every=flags.run.checkpoint_every,
         keep=flags.run.keep,
+        keep_every=flags.run.keep_every,
+        checkpoint_format=flags.run.checkpoint_format,
         flags=to_record(flags),
         **dataclasses.asdict(flags.report),
     )
@@ -139,13 +142,28 @@ def check_counts(flags: "TrainFlags") -> None:
 
     counts = {**vars(flags.run), **vars(flags.report)}
     for names, least in (
-        (("checkpoint_every", "keep", "log_every", "eval_every", "sample_every"), 0),
+        (("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
         (("eval_batches", "sample_tokens"), 1),
     ):
         for name in names:
             if counts[name] < least:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
+
+
+def check_format(kind: str, backend: str) -> None:
+    """Raises ConfigError for a --checkpoint-format that is unknown or not of this backend."""
+    from smedjan_common.config import CHECKPOINT_FORMATS
+    from smedjan_common.errors import ConfigError, near
+
+    if kind not in CHECKPOINT_FORMATS:
+        raise ConfigError(f"--checkpoint-format {kind!r} is unknown.", "It must be a name of the list.", near(kind, CHECKPOINT_FORMATS))
+    if (owner := CHECKPOINT_FORMATS[kind]) not in {None, backend}:
+        raise ConfigError(
+            f"--checkpoint-format {kind} is of the backend {owner}, not {backend}.",
+            "Neutral checkpoints are for all.",
+            f"Leave it out; `convert CHECKPOINT DST --to {kind}` makes one of a neutral checkpoint.",
+        )
 
 
 def checkpoint_dir(flags: "TrainFlags") -> Path:
@@ -162,10 +180,11 @@ def checkpoint_dir(flags: "TrainFlags") -> Path:
 
 
 def _source(
-    flags: "TrainFlags", given: frozenset[str], folder: Path, start: Path | None
+    name: str, flags: "TrainFlags", given: frozenset[str], folder: Path, start: Path | None
 ) -> "tuple[CheckpointInfo | None, TrainFlags, RunData]":
     """The checkpoint that the run begins with, the flags completed from the run, and the data."""
-    from smedjan_common.checkpoint import read_info
+    from smedjan_common.checkpoint import check_readable, read_info
+    from smedjan_common.config import CHECKPOINT_FORMATS
     from smedjan_common.resume import recall
     from smedjan_common.run_data import recorded_datasets, run_data
     from smedjan_common.run_folder import read_config
@@ -173,10 +192,14 @@ def _source(
 
     begin = start or (Path(flags.run.pretrained) if flags.run.pretrained else None)
     info = read_info(begin) if begin else None
+    if info:
+        check_readable(info, name)
     own = Tokenizer.load(info.path) if info and (info.path / "tokenizer.json").is_file() else None
     recorded = read_config(start.parent) if start else None
     if recorded:
         flags = recall(flags, given, recorded.get("flags") or {})
+        if CHECKPOINT_FORMATS[flags.run.checkpoint_format] not in {None, name}:  # the run comes from another backend
+            flags = dataclasses.replace(flags, run=dataclasses.replace(flags.run, checkpoint_format="neutral"))
     known = recorded_datasets(start.parent, recorded) if recorded and start and not {"dataset", "val_dataset"} & given else {}
     return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run)
 

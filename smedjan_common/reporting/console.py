@@ -1,6 +1,7 @@
 """What a run says on the console: one line per log step, plain text, figures in aligned columns."""
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -8,10 +9,13 @@ from smedjan_common.reporting.metrics import Row
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`) costs the output, not the run."""
+    """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`) or a terminal that was closed costs the
+    output, not the run."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())  # what is buffered goes there too
         os.close(null)

@@ -1,6 +1,7 @@
 """`train` as users meet it: real processes, real signals, errors in three sentences. The bigram backend keeps it quick."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -28,10 +29,11 @@ def wait_for_rows(folder, count, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on_to_the_same_end(text, tmp_path, number, code):
     words = arguments(text, tmp_path / "run", 60, "--log-every", 2, "--checkpoint-every", 1000, "--eval-every", 0)
-    process = start(MODULE, *words, fake="seconds=0.03")
+    heeded = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # nohup starts what ignores it, and shells too
+    process = start(MODULE, *words, fake="seconds=0.03", **heeded)
     wait_for_rows(tmp_path / "run", 3, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -60,6 +62,35 @@ def test_a_second_signal_stops_at_once(text, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - begun < 3, "the step of 5 seconds was not waited for"
     assert process.returncode == -signal.SIGINT, "a shell shows 130"
+
+
+def test_a_closed_terminal_saves_and_ends_though_it_hangs_up_twice(text, tmp_path):
+    words = arguments(text, tmp_path / "run", 1000, "--log-every", 2, "--checkpoint-every", 10000, "--eval-every", 0)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.environ["SMEDJAN_FAKE"] = "seconds=0.05"
+        os.execv(sys.executable, [sys.executable, "-m", MODULE, *words])
+    deadline = time.monotonic() + 60
+    while len(read_rows(tmp_path / "run")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.close(terminal)  # the kernel hangs up
+    os.kill(child, signal.SIGHUP)  # and so does the shell
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    [step] = saved_steps(tmp_path / "run")
+    assert step >= 4
+
+
+def test_under_nohup_a_hang_up_is_nothing(text, tmp_path):
+    words = arguments(text, tmp_path / "run", 30, "--log-every", 2)
+    process = start(MODULE, *words, fake="seconds=0.03", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_rows(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert saved_steps(tmp_path / "run") == [30]
 
 
 def test_ctrl_c_is_not_lost_in_an_import_that_swallows_it(text, tmp_path):
