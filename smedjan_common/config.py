@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from smedjan_common.errors import ConfigError, near
+from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS, VOCAB_MULTIPLE
 
 
@@ -175,6 +176,9 @@ class TrainConfig(_Json):
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_momentum: float = 0.95
+    muon_steps: int = 5
+    muon_nesterov: bool = True
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     grad_accum: int = 1
@@ -193,16 +197,19 @@ class TrainConfig(_Json):
         """Raises ConfigError, with the fix, for a run that cannot work."""
         from smedjan_common.schedule import SCHEDULES
 
-        for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size"):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size", "muon_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
         for name in ("lr", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be a positive number.", "Take --lr 1e-3, say.")
-        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_ratio", 0, 1), ("decay_fraction", 0, 1)):
-            if not low <= getattr(self, name) <= high:
+        for name in ("min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must lie in 0 to 1.", "Leave it out for the default.")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{_flag(name)} is {getattr(self, name)}.", f"It must lie in {low} to {high}.", "Leave it out for the default."
+                    f"{_flag(name)} is {getattr(self, name)}.", "It must lie in 0 to 1, under 1.", "Leave it out for the default."
                 )
         weights = ("z_loss", "balance_loss", "router_z_loss", "router_bias_rate")
         for name in ("weight_decay", "clip_norm", "warmup", "seed", *weights):
@@ -234,7 +241,6 @@ class TrainConfig(_Json):
 
 
 ROPE_SCALINGS = ("none", "ntk", "yarn")
-OPTIMIZERS = ("adamw",)
 GRADIENT_CHECKPOINTING = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "fused", "plain")
@@ -251,9 +257,9 @@ def ffn_width(dim: int, ffn_mult: float) -> int:
     return math.ceil(dim * ffn_mult / FFN_MULTIPLE) * FFN_MULTIPLE
 
 
-def default_lr(dim: int) -> float:
-    """Peak AdamW learning rate by width, 3e-4 * sqrt(4096 / dim) to two digits: 1.7e-3 at 128, 3e-4 at 4096 (Llama's)."""
-    return float(f"{3e-4 * math.sqrt(4096 / dim):.1e}")
+def default_lr(dim: int, optimizer: str = "adamw") -> float:
+    """Peak learning rate by width, for AdamW 3e-4 * sqrt(4096 / dim) to two digits: 1.7e-3 at 128, 3e-4 at 4096 (Llama's)."""
+    return float(f"{3e-4 * math.sqrt(4096 / dim) * OPTIMIZERS[optimizer].lr:.1e}")
 
 
 def parse_pattern(text: str) -> tuple[str, ...]:

@@ -36,6 +36,14 @@ def _filled(default: str, metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+def _by_optimizer(setting: str) -> Any:
+    """A flag whose default stands in the row of the optimizer."""
+    values = {name: getattr(row, setting) for name, row in OPTIMIZERS.items()}
+    usual = values["adamw"]
+    others = "".join(f"; {name}: {value:g}" for name, value in values.items() if value != usual)
+    return _filled(f"{usual:g}{others}", "FLOAT")
+
+
 def _one_of(*names: str) -> Any:
     """A flag that takes one name of a table; the configuration refuses others and lists near ones."""
     return arg(metavar="|".join(names))
@@ -180,7 +188,7 @@ class TrainingFlags:
     """Sequences of one optimizer step, all --grad-accum parts together."""
     seq_len: int = 512
     """Tokens of one sequence; the model's context length."""
-    lr: Annotated[MaybeFloat, _filled("by width: 3e-4 * sqrt(4096 / dim)", "FLOAT")] = None
+    lr: Annotated[MaybeFloat, _filled("by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it", "FLOAT")] = None
     """Peak learning rate."""
     warmup: Annotated[MaybeInt, _filled("5% of --steps, at most 1000", "INT")] = None
     """Steps over which the learning rate rises."""
@@ -191,14 +199,20 @@ class TrainingFlags:
     decay_fraction: float = 0.2
     """The part of the run in which wsd decays."""
     optimizer: Annotated[str, _one_of(*OPTIMIZERS)] = "adamw"
-    """The optimizer."""
+    """muon orthogonalises the steps of hidden matrices and leaves the other tensors to adamw; lion keeps one moment instead of two."""
     beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the first moment; lion: weight of the momentum in its step."""
+    beta2: Annotated[MaybeFloat, _by_optimizer("beta2")] = None
+    """Decay of the second moment; lion: of the momentum."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    """Added to the root of the second moment; muon: to the norm of the momentum."""
+    muon_momentum: float = 0.95
+    """muon: decay of the momentum."""
+    muon_steps: int = 5
+    """muon: Newton-Schulz iterations of a step."""
+    muon_nesterov: bool = True
+    """muon: look one step ahead along the momentum."""
+    weight_decay: Annotated[MaybeFloat, _by_optimizer("weight_decay")] = None
     """Decoupled weight decay of the matrices."""
     clip_norm: float = 1.0
     """Clip the global norm of the gradients to this. 0: never."""

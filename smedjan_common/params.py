@@ -26,7 +26,8 @@ class ParamSpec(NamedTuple):
 
     name: dotted path, equal to the attribute path in both backends and the key in checkpoints.
     shape: extents, weights [out, in].
-    axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn): what a mesh shards by.
+    axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn, experts, or None): what a mesh shards by. An axis
+        along which a tensor is no linear map, because its elements are used one by one, is "taps" (of a convolution) or "single".
     init: name of a row of INITIALIZERS. scale: its parameter or parameters (the standard deviation of "normal").
     decay: whether weight decay applies. lr_scale: multiplies the learning rate; 0: no optimizer moves it.
     """
@@ -43,6 +44,12 @@ class ParamSpec(NamedTuple):
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it maps hidden features to hidden features, [out, in], or is one such map per expert, [E, out, in]."""
+        maps = self.axes[1:] if len(self.axes) == 3 and self.axes[0] == "experts" else self.axes
+        return len(maps) == 2 and not {"vocab", "taps", "single"} & set(maps)
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:

@@ -15,6 +15,7 @@ from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_widt
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
 from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
 
@@ -168,8 +169,10 @@ def train_config(flags: TrainingFlags, given: frozenset[str], base: TrainConfig 
         values |= {name: value for name, value in dataclasses.asdict(base).items() if name not in given}
     if values["steps"] is None:
         values["steps"] = max(1, epoch)
+    optimizer = OPTIMIZERS.get(values["optimizer"], OPTIMIZERS["adamw"])  # an unknown one is refused below
     if values["lr"] is None:
-        values["lr"] = default_lr(dim)
+        values["lr"] = default_lr(dim, optimizer.name)
+    values |= {name: getattr(optimizer, name) for name in ("beta2", "weight_decay") if values[name] is None}
     if values["warmup"] is None:
         values["warmup"] = min(1000, values["steps"] // 20)
     if "warmup" not in given:

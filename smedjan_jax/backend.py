@@ -21,6 +21,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
+from smedjan_common.optimizers import check_state
 from smedjan_common.params import parameter_table
 from smedjan_jax import optim, sharding
 from smedjan_jax.checkpoint import Orbax
@@ -76,10 +77,11 @@ class JaxBackend:
     def init(self, params: dict[str, np.ndarray]) -> State:
         places = self.shardings
         device_params = sharding.place({name: np.asarray(value, np.float32) for name, value in params.items()}, places["params"])
-        slots = jax.tree.map(jax.device_put, optim.init(self.train, device_params), places["slots"])
+        slots = jax.tree.map(jax.device_put, optim.init(self.model, self.train, device_params), places["slots"])
         return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
 
     def restore(self, snapshot: Snapshot) -> State:
+        check_state(self.model, self.train.optimizer, snapshot.optimizer)
         places = self.shardings
         slots = {slot: {n: snapshot.optimizer[f"{slot}.{n}"] for n in tensors} for slot, tensors in places["slots"].items()}
         return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
@@ -113,7 +115,7 @@ class JaxBackend:
         """Every array of the optimizer lies where its parameter lies."""
         places, whole = sharding.param_shardings(self.model, self._devices), sharding.everywhere(self._devices)
         params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(self.model).items()}
-        slots = jax.eval_shape(functools.partial(optim.init, self.train), params)
+        slots = jax.eval_shape(functools.partial(optim.init, self.model, self.train), params)
 
         def placed(tensors: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
             return {name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=places[name]) for name, array in tensors.items()}

@@ -17,6 +17,7 @@ from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_tw
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
+from smedjan_common.optimizers import check_state
 from smedjan_common.mesh import ONE_DEVICE, MeshShape
 from smedjan_mlx import optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
@@ -53,13 +54,14 @@ class MlxBackend:
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         device_params = {name: mx.array(np.asarray(value, np.float32)) for name, value in params.items()}
-        state = {"params": device_params, "slots": optim.init(self.train, device_params), "step": mx.array(0, mx.int32)}
+        state = {"params": device_params, "slots": optim.init(self.model, self.train, device_params), "step": mx.array(0, mx.int32)}
         mx.eval(state)
         return state
 
     def restore(self, snapshot: Snapshot) -> State:
+        check_state(self.model, self.train.optimizer, snapshot.optimizer)
         state = self.init(snapshot.params)
-        slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in state["params"]} for slot in state["slots"]}
+        slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in tensors} for slot, tensors in state["slots"].items()}
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
 
     def train_step(

@@ -10,7 +10,8 @@ import numpy as np
 
 from smedjan_common.config import TrainConfig
 from smedjan_common.mixers import MIXERS
-from smedjan_common.params import check_tree, decay_mask, parameter_table
+from smedjan_common.optimizers import slot_names
+from smedjan_common.params import check_tree, parameter_table
 from smedjan_common.reference import model as reference
 from smedjan_common.reference import optim as reference_optim
 from smedjan_common.reference.derivative import directional_derivative
@@ -30,8 +31,8 @@ def tree(got: str, case: Case) -> None:
     if problems := check_tree(case.model, snapshot.params):
         raise Mismatch("; ".join(problems))
     demand_equal_bits(snapshot.params, case.params, f"{got}: ")
-    slots = {name.split(".", 1)[0] for name in snapshot.optimizer}
-    expected = {f"{slot}.{name}": np.zeros(spec.shape, np.float32) for slot in slots for name, spec in parameter_table(case.model).items()}
+    slots, table = slot_names(case.model, case.train.optimizer), parameter_table(case.model)
+    expected = {f"{slot}.{name}": np.zeros(table[name].shape, np.float32) for slot, names in slots.items() for name in names}
     demand_equal_bits(snapshot.optimizer, expected, f"{got} optimizer: ")
 
 
@@ -106,7 +107,9 @@ def gradient(got: str, case: Case, documents: np.ndarray | None = None) -> list[
 
 def _slope(case: Case, name: str, direction: np.ndarray, documents: np.ndarray | None) -> float:
     params = {n: reference.as_float64(value) for n, value in case.params.items()}
-    return directional_derivative(lambda p: reference.loss(case.model, p, *case.batches[0], documents), params, name, direction)
+    return directional_derivative(
+        lambda p: reference.objective(case.model, case.train, p, *case.batches[0], documents), params, name, direction
+    )
 
 
 def gradients_between(got: str, want: str, case: Case) -> list[Difference]:
@@ -145,11 +148,11 @@ def runs(got: subjects.Run, want: subjects.Run, label: str = "", gates: Gates = 
 
 
 def optimizer(got: str, case: Case, config: TrainConfig | None = None) -> list[Difference]:
-    """Clipping and AdamW against the float64 definition, 20 steps on the same gradients: large and small (see below)."""
+    """Clipping and the optimizer against the float64 definition, 20 steps on the same gradients: large and small (see below)."""
     grads = optimizer_gradients(case)
     snapshot = subjects.optimizer_run(got, case.model, config or case.train, case.params, grads)
     params, state = reference_optimizer_run(case, grads)
-    moments = {f"{slot}.{name}": value for slot in ("mu", "nu") for name, value in getattr(state, slot).items()}
+    moments = {f"{slot}.{name}": value for slot, tensors in state.slots.items() for name, value in tensors.items()}
     moved = {name: snapshot.params[name] - case.params[name].astype(np.float64) for name in params}
     expected = {name: params[name] - case.params[name] for name in params}
     # the movement is a small difference of float32 parameters: one rounding per step, each half a unit of the last place
@@ -174,14 +177,16 @@ def optimizer_gradients(case: Case) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def reference_optimizer_run(case: Case, grads: Sequence[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], reference_optim.AdamWState]:
+def reference_optimizer_run(
+    case: Case, grads: Sequence[dict[str, np.ndarray]]
+) -> tuple[dict[str, np.ndarray], reference_optim.OptimizerState]:
     """The float64 definition over the same gradients."""
-    params = {name: reference.as_float64(value) for name, value in case.params.items()}
-    state = reference_optim.adamw_init(params)
+    params, specs = {name: reference.as_float64(value) for name, value in case.params.items()}, parameter_table(case.model)
+    state = reference_optim.init(case.train, specs)
     for step, grad in enumerate(grads):
         clipped, _ = reference_optim.clip_by_global_norm(grad, case.train.clip_norm)
         rate = learning_rate(case.train, step)
-        params, state = reference_optim.adamw_update(case.train, decay_mask(case.model), params, clipped, state, rate)
+        params, state = reference_optim.update(case.train, specs, params, clipped, state, rate)
     return params, state
 
 

@@ -121,12 +121,12 @@ def loss_and_gradients(
     batch: tuple[np.ndarray, np.ndarray],
     documents: np.ndarray | None = None,
 ) -> tuple[float, Params]:
-    """Mean loss of one batch and its gradients, as the backend's training step sees them."""
-    train = dataclasses.replace(train, beta1=0.0, clip_norm=0.0)
+    """Mean loss of one batch and the gradients of what is minimised, as the backend's training step sees them."""
+    train = dataclasses.replace(train, optimizer="adamw", beta1=0.0, clip_norm=0.0)
     side = backend(name, model, train)
     state, metrics = side.train_step(side.init(params), *batch, lr=1e-3, documents=documents)
     moments = side.save(state).optimizer
-    return side.read(metrics)["loss"], {parameter: np.asarray(moments[f"mu.{parameter}"]) for parameter in params}
+    return side.read(metrics)["loss"], {name: np.asarray(moments[f"mu.{name}"]) for name in params if f"mu.{name}" in moments}
 
 
 def train(name: str, model: ModelConfig, config: TrainConfig, start: Params | Snapshot, batches: Batches) -> Run:
@@ -179,17 +179,21 @@ def hidden_gradient(name: str, model: ModelConfig, params: Params, tokens: np.nd
     return np.asarray(_hidden_gradient(name, model)(params["embed.weight"], params, array(tokens), array(weight_TxD)))
 
 
-def optimizer_run(name: str, model: ModelConfig, config: TrainConfig, params: Params, gradients: Sequence[Params]) -> Snapshot:
-    """Clipping and the optimizer alone, over the same gradients for every side."""
+@functools.cache
+def _optimizer_step(name: str, model: ModelConfig, config: TrainConfig) -> Callable[..., Any]:
     optim = module(name, "optim")
-    array = framework(name).array
 
     def step(params: Any, grads: Any, slots: Any, count: Any, lr: Any) -> Any:
         grads = optim.clip(grads, optim.global_norm(grads), config.clip_norm)
         return optim.update(model, config, params, grads, slots, count, lr)
 
-    step, params = framework(name).compile(step), on_device(name, params)
-    slots = optim.init(config, params)
+    return framework(name).compile(step)
+
+
+def optimizer_run(name: str, model: ModelConfig, config: TrainConfig, params: Params, gradients: Sequence[Params]) -> Snapshot:
+    """Clipping and the optimizer alone, over the same gradients for every side."""
+    step, params, array = _optimizer_step(name, model, config), on_device(name, params), framework(name).array
+    slots = module(name, "optim").init(model, config, params)
     for count, grads in enumerate(gradients):
         rate = array(np.float32(learning_rate(config, count)))
         params, slots = step(params, on_device(name, grads), slots, array(np.int32(count)), rate)

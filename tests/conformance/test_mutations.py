@@ -155,15 +155,58 @@ def changed(**fields: object) -> Callable:
     return lambda right: lambda config, *rest: right(dataclasses.replace(config, **fields), *rest)
 
 
-OPTIMIZER_MUTATIONS: dict[str, Patch] = {
-    "beta1": swap(reference_optim, "adamw_update", changed(beta1=0.9 * OFF)),
-    "beta2": swap(reference_optim, "adamw_update", changed(beta2=0.95 * OFF)),
-    "eps": swap(reference_optim, "adamw_update", changed(eps=1e-8 * OFF)),
-    "weight decay": swap(reference_optim, "adamw_update", changed(weight_decay=0.1 * 1.01)),
-    "weight decay on norms": swap(
-        reference_optim, "adamw_update", lambda right: lambda config, decays, *rest: right(config, dict.fromkeys(decays, True), *rest)
-    ),
-    "weight decay off": swap(reference_optim, "adamw_update", changed(weight_decay=0.0)),
+def setting(**fields: object) -> Patch:
+    """The definition is given another setting."""
+    return swap(reference_optim, "update", changed(**fields))
+
+
+def counted(wrong: Callable[[int], int]) -> Patch:
+    """The definition counts the steps wrongly."""
+    return swap(
+        reference_optim,
+        "update",
+        lambda right: (
+            lambda config, specs, params, grads, state, lr: right(
+                config, specs, params, grads, state._replace(count=wrong(state.count)), lr
+            )
+        ),
+    )
+
+
+def parameters(**fields: object) -> Patch:
+    """The definition finds something else of every parameter in the table."""
+    return swap(
+        reference_optim,
+        "update",
+        lambda right: lambda config, specs, *rest: right(config, {name: spec._replace(**fields) for name, spec in specs.items()}, *rest),
+    )
+
+
+def direction(optimizer: str, wrong: Callable) -> Patch:
+    """`wrong(right)` takes the place of the rule of an optimizer."""
+    return lambda monkeypatch: monkeypatch.setitem(reference_optim.DIRECTIONS, optimizer, wrong(reference_optim.DIRECTIONS[optimizer]))
+
+
+def steps_along_the_new_momentum(right: Callable) -> Callable:
+    def lion(config, grad, kept, count):
+        kept = right(config, grad, kept, count)[1]
+        return np.sign(kept["mu"]), kept
+
+    return lion
+
+
+def scaled_by_the_rows(right: Callable) -> Callable:
+    return lambda matrix, steps, eps: right(matrix, steps, eps) * (len(matrix) / max(matrix.shape)) ** 0.5
+
+
+ADAMW_MUTATIONS: dict[str, Patch] = {
+    "beta1": setting(beta1=0.9 * OFF),
+    "beta2": setting(beta2=0.95 * OFF),
+    "eps": setting(eps=1e-8 * OFF),
+    "weight decay": setting(weight_decay=0.1 * 1.01),
+    "weight decay on norms": parameters(decay=True),
+    "weight decay off": setting(weight_decay=0.0),
+    "learning-rate multiplier": parameters(lr_scale=OFF),
     "clipping off": swap(reference_optim, "clip_by_global_norm", lambda right: lambda grads, limit: right(grads, 0.0)),
     "clipping per tensor": swap(
         reference_optim,
@@ -171,33 +214,59 @@ OPTIMIZER_MUTATIONS: dict[str, Patch] = {
         lambda right: lambda grads, limit: ({name: right({name: g}, limit)[0][name] for name, g in grads.items()}, 0.0),
     ),
     "clipping limit": swap(reference_optim, "clip_by_global_norm", lambda right: lambda grads, limit: right(grads, limit * OFF)),
-    "no bias correction": swap(
-        reference_optim,
-        "adamw_update",
-        lambda right: (
-            lambda config, decays, params, grads, state, lr: right(config, decays, params, grads, state._replace(count=10**6), lr)
-        ),
-    ),
-    "step counted from 1": swap(
-        reference_optim,
-        "adamw_update",
-        lambda right: (
-            lambda config, decays, params, grads, state, lr: right(
-                config, decays, params, grads, state._replace(count=state.count + (state.count == 0)), lr
-            )
-        ),
-    ),
+    "no bias correction": counted(lambda count: 10**6),
+    "step counted from 1": counted(lambda count: count + (count == 0)),
     "learning rate": swap(checks, "learning_rate", lambda right: lambda config, step: right(config, step) * OFF),
     "schedule one step late": swap(checks, "learning_rate", lambda right: lambda config, step: right(config, step + 1)),
+}
+MUON_MUTATIONS: dict[str, Patch] = {
+    "momentum": setting(muon_momentum=0.95 * OFF),
+    "one iteration less": setting(muon_steps=4),
+    "no look ahead": setting(muon_nesterov=False),
+    "first step counted twice": counted(lambda count: max(count, 1)),
+    "moments of the rest": setting(beta2=0.95 * OFF),
+    "weight decay": setting(weight_decay=0.1 * 1.01),
+    "scale": swap(reference_optim, "MUON_RMS", lambda right: right * OFF),
+    "scale by the rows": swap(reference_optim, "orthogonalized", scaled_by_the_rows),
+    **{
+        f"coefficient {'abc'[i]}": swap(
+            reference_optim, "NEWTON_SCHULZ", lambda right, i=i: tuple(value * (OFF if i == j else 1) for j, value in enumerate(right))
+        )
+        for i in range(3)
+    },
+    "the embedding as a matrix": swap(
+        reference_optim,
+        "update",
+        lambda right: (
+            lambda config, specs, *rest: right(config, {**specs, "embed.weight": specs["embed.weight"]._replace(axes=(None, None))}, *rest)
+        ),
+    ),
+}
+LION_MUTATIONS: dict[str, Patch] = {
+    "beta1": setting(beta1=0.9 * OFF),
+    "beta2": setting(beta2=0.95 * OFF),
+    "weight decay": setting(weight_decay=0.1 * 1.01),
+    "sign of the new momentum": direction("lion", steps_along_the_new_momentum),
+    "no sign": direction("lion", lambda right: lambda config, grad, kept, count: (grad, right(config, grad, kept, count)[1])),
+}
+OPTIMIZER_MUTATIONS = {
+    f"{optimizer}: {name}": (optimizer, patch)
+    for optimizer, patches in (("adamw", ADAMW_MUTATIONS), ("muon", MUON_MUTATIONS), ("lion", LION_MUTATIONS))
+    for name, patch in patches.items()
+}
+OPTIMIZER_CHECKS = {
+    name: on(demand_optimizer, dataclasses.replace(GQA, train=train_config(optimizer=name))) for name in reference_optim.DIRECTIONS
 }
 
 
 @pytest.mark.parametrize("mutation", OPTIMIZER_MUTATIONS)
 def test_a_wrong_optimizer_is_caught(backend: str, mutation: str, monkeypatch: pytest.MonkeyPatch):
-    passes(demand_optimizer, backend)
-    OPTIMIZER_MUTATIONS[mutation](monkeypatch)
+    optimizer, patch = OPTIMIZER_MUTATIONS[mutation]
+    check = OPTIMIZER_CHECKS[optimizer]
+    passes(check, backend)
+    patch(monkeypatch)
     with pytest.raises(Mismatch):
-        demand_optimizer(backend)
+        check(backend)
 
 
 RUN_MUTATIONS = {
