@@ -112,18 +112,19 @@ class Block(nnx.Module):
 
 
 class Rope(nnx.Module):
-    """Rotary position embedding of the positions from `position` (0 when None) on: tables for `max_len` positions."""
+    """Rotary position embedding of the positions from `position` (0 when None) on: tables for `max_len` positions, by head size K."""
 
     def __init__(self, config: ModelConfig, max_len: int, position: jax.Array | None = None):
-        cos_LF, sin_LF = rope_tables.tables(config, max_len)
-        self.cos, self.sin = nnx.data(jnp.asarray(cos_LF)), nnx.data(jnp.asarray(sin_LF))
+        tables = {dim: rope_tables.tables(config, max_len, dim) for dim in rope_tables.rotary_dims(config)}
+        self.cos = nnx.data({dim: jnp.asarray(cos_LF) for dim, (cos_LF, _) in tables.items()})
+        self.sin = nnx.data({dim: jnp.asarray(sin_LF) for dim, (_, sin_LF) in tables.items()})
         self.position = nnx.data(position)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Turn feature i of x [B, T, H, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
         B, T, H, K = x.shape
         pairs = x.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
-        cos_TF, sin_TF = self._at(self.cos, T), self._at(self.sin, T)
+        cos_TF, sin_TF = self._at(self.cos[K], T), self._at(self.sin[K], T)
         signed_sin = jnp.stack([-sin_TF, sin_TF], axis=1)[:, None]
         # reversing the pair axis is a copy that fuses; concatenating halves is not (PERFORMANCE.md)
         turned = pairs * cos_TF[:, None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin

@@ -112,11 +112,12 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig, max_len: int, position: mx.array | None = None):
         super().__init__()
-        self._periods = mx.array(rope_tables.periods(config))
+        self._periods = {dim: mx.array(rope_tables.periods(config, dim)) for dim in rope_tables.rotary_dims(config)}
         self._factor = rope_tables.attention_factor(config)
         self._position = 0 if position is None else position
 
     def __call__(self, x: mx.array) -> mx.array:
         """Turn feature i of x [B, H, T, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
-        turned = mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=self._position, freqs=self._periods)
+        K = x.shape[-1]
+        turned = mx.fast.rope(x, K, traditional=False, base=None, scale=1.0, offset=self._position, freqs=self._periods[K])
         return turned if self._factor == 1.0 else turned * self._factor

@@ -11,9 +11,9 @@ from smedjan_common.rope import attention_factor, frequencies
 
 
 def rotate(x_BxTxHxK: np.ndarray, config: ModelConfig, start: int = 0) -> np.ndarray:
-    """Turn every head's features by their position; the first token stands at `start`."""
+    """Turn all K features of every head by their position; the first token stands at `start`."""
     position_T = np.arange(start, start + x_BxTxHxK.shape[1], dtype=np.float64)
-    angle_Tx1xk = (position_T[:, None] * frequencies(config))[:, None, :]
+    angle_Tx1xk = (position_T[:, None] * frequencies(config, x_BxTxHxK.shape[-1]))[:, None, :]
     m = attention_factor(config)
     cos, sin = m * np.cos(angle_Tx1xk), m * np.sin(angle_Tx1xk)
     first, second = np.split(x_BxTxHxK, 2, axis=-1)
