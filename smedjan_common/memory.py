@@ -5,20 +5,24 @@ weights in use, the activations that the backward pass needs, and the logits.
 """
 
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.mesh import ONE_DEVICE, MeshShape
 from smedjan_common.mixers import MIXERS
-from smedjan_common.params import count_params
+from smedjan_common.params import count_params, parameter_table
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 LOGITS_BYTES = 5 << 29  # float32 logits held at once; medium at 64 x 1024 x 8192 stays whole, larger losses go in chunks
 
 
-def training_bytes(config: ModelConfig, train: TrainConfig) -> int:
-    """Peak memory of a training step: state + activations of one micro-batch + logits."""
+def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE) -> int:
+    """Peak memory of a training step on each device: state + activations of one micro-batch + logits. What tensor saves of the
+    activations is not counted."""
     width = _BYTES[train.dtype]
-    params = count_params(config)
-    state = params * 16 + (params * width if train.dtype != "float32" else 0)
-    tokens = train.batch_size // train.grad_accum * train.seq_len
-    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size * (4 + width)
+    specs = parameter_table(config).values()
+    state = 16 * sum(spec.size // mesh.parts(spec) for spec in specs)
+    if train.dtype != "float32" or mesh.fsdp > 1:  # the weights in use are a copy, whole
+        state += width * sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
+    tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
+    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor * (4 + width)
     return state + tokens * activation_values_per_token(config, train.gradient_checkpointing) * width + logits
 
 

@@ -17,6 +17,7 @@ from smedjan_common.params import ParamSpec, parameter_table
 
 if TYPE_CHECKING:
     from smedjan_common.config import ModelConfig, TrainConfig
+    from smedjan_common.flags import TrainingFlags
 
 # logical axis of the parameter table -> axis of the mesh. No device is the only one that has an expert
 RULES: dict[str, str | None] = {
@@ -47,11 +48,16 @@ class MeshShape:
         """Number of parts of the batch."""
         return self.data * self.fsdp
 
+    def parts(self, spec: ParamSpec, but: str | None = None) -> int:
+        """Number of parts of a parameter; `but`: an axis that is not counted."""
+        return math.prod(getattr(self, axis) for axis in mesh_axes(spec) if axis and axis != but)
+
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size > 1) or "data=1"
 
 
 ONE_DEVICE = MeshShape()
+WITHOUT_MESH = ("mlx",)
 AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
 
 
@@ -88,7 +94,14 @@ def mesh_axes(spec: ParamSpec) -> tuple[str | None, ...]:
     return tuple(axes)
 
 
-def check_mesh(mesh: MeshShape, model: "ModelConfig", train: "TrainConfig") -> None:
+def check_mesh_of(backend: str, mesh: MeshShape | None) -> None:
+    """Raises ConfigError for a mesh of several devices in a backend that takes one."""
+    if backend in WITHOUT_MESH and mesh and mesh.size > 1:
+        fix = "Leave --mesh out, or train with --backend jax."
+        raise ConfigError(f"--mesh {mesh} is not for the backend {backend}.", "There a run takes one device.", fix)
+
+
+def check_mesh(mesh: MeshShape, model: "ModelConfig", train: "TrainConfig | TrainingFlags") -> None:
     """Raises ConfigError when the mesh cannot share out this model or this batch evenly."""
     rows = train.batch_size // train.grad_accum
     if rows % mesh.batch:

@@ -14,6 +14,7 @@ from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints, latest_c
 from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
+from smedjan_common.mesh import check_mesh, parse_mesh
 from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.presets import PRESETS
@@ -119,6 +120,8 @@ def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     model = new_model(flags, flags.data.vocab_size)
     check_options(model, given)
     train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
+    if mesh := parse_mesh(flags.run.mesh):
+        check_mesh(mesh, model, flags.training)
 
 
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:

@@ -18,7 +18,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
 from smedjan_common.optimizers import check_state
-from smedjan_common.mesh import ONE_DEVICE, MeshShape
+from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_mlx import optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
@@ -32,8 +32,7 @@ class MlxBackend:
     name = "mlx"
 
     def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
-        if mesh and mesh.size > 1:
-            raise ConfigError(f"--mesh {mesh} needs the backend jax.", "With MLX a run takes one device.", "Leave --mesh out.")
+        check_mesh_of(self.name, mesh)
         if train.dtype != "float32" and not on_gpu():
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from smedjan_common.checkpoint import CheckpointInfo
     from smedjan_common.config import ModelConfig, TrainConfig
     from smedjan_common.flags import TrainFlags
+    from smedjan_common.mesh import MeshShape
     from smedjan_common.run_data import RunData
     from smedjan_common.run_lock import RunLock
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
-Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
+Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig", "MeshShape | None"], "Backend"], str]]
 
 
 def main(argv: list[str]) -> int:
@@ -51,12 +52,15 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     from smedjan_common import resume
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.data.mixture import batches
+    from smedjan_common.mesh import check_mesh, check_mesh_of, parse_mesh
     from smedjan_common.reporting.console import say
     from smedjan_common.signals import interrupt_ends_at_once
 
     check_backend(name, flags.run.backend)
     check_counts(flags)
     check_format(flags.run.checkpoint_format, name)
+    mesh = parse_mesh(flags.run.mesh)
+    check_mesh_of(name, mesh)
     folder = checkpoint_dir(flags)
     lock.take(folder)
     start = resume.find_start(folder, flags.run.resume, say)
@@ -73,6 +77,8 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
         return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
 
     train = train_config("float32")
+    if mesh:
+        check_mesh(mesh, model, train)
     if start and info:
         resume.check_fixed(info, train)
         _changes(info, model, train, data)  # refuses another model
@@ -88,7 +94,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     if start and info:
         for line in _changes(info, model, train, data):
             say(f"note: {line}")
-    backend = make_backend(model, train)
+    backend = make_backend(model, train, mesh)
     if flags.run.dry_run:
         from smedjan_common.reporting.plan import plan
 

@@ -7,6 +7,7 @@ from smedjan_common.backend import Device
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.flops import train_flops_per_token
 from smedjan_common.memory import training_bytes
+from smedjan_common.mesh import ONE_DEVICE, parse_mesh
 from smedjan_common.reporting.console import count, size
 
 
@@ -15,9 +16,11 @@ def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, dev
     held_out = f", {count(data.val.num_tokens)} to validate on" if data.val else ", nothing to validate on"
     tokens = f"{count(data.train.num_tokens)} tokens{held_out}" if data.train else f"{size(data.text_bytes)} of text, not tokenised yet"
     devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
+    mesh = f", mesh {device.mesh}" if device.count > 1 else ""
+    idle = f"; {device.count} of {device.visible} devices, --mesh data={device.visible} takes all" if device.count < device.visible else ""
     return "\n".join(
         (
-            f"device   {device.backend} on {devices} ({device.kind}), {train.dtype}",
+            f"device   {device.backend} on {devices} ({device.kind}), {train.dtype}{mesh}{idle}",
             f"model    {count(model.num_params())} parameters: dim {model.dim}, {model.layers} layers, {model.heads} heads"
             f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
             f"data     {tokens}",
@@ -34,7 +37,7 @@ def plan(
     per_step = train.batch_size * train.seq_len
     tokens = train.steps * per_step
     flops = train_flops_per_token(model, train.seq_len)
-    memory = training_bytes(model, train)
+    memory = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE)
     known = device.memory_bytes
     lines = [heading(model, train, data, folder, device)]
     if known_steps:
@@ -43,7 +46,7 @@ def plan(
     else:
         lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
     fits = "" if known is None else f" of {size(known)}" + ("" if memory <= known else ": TOO MUCH (lower --batch-size or --size)")
-    lines.append(f"memory   about {size(memory)}{fits}")
+    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 else ''}{fits}")
     lines.append(f"starts   {f'from {start}' if start else 'at step 0'}")
     lines.append("Dry run: nothing was written.")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ class BigramBackend:
     name = "fake"
     own = None
 
-    def __init__(self, model, train):
+    def __init__(self, model, train, mesh=None):
         self.model, self.train, self.events = model, train, []
         self.faults = dict(pair.split("=") for pair in os.environ.get("SMEDJAN_FAKE", "").split(",") if pair)
 
