@@ -240,6 +240,16 @@ class TrainConfig(_Json):
                 )
 
 
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises ConfigError for what this model cannot do."""
+        from smedjan_common.mixers import MIXERS
+
+        for name in dict.fromkeys(model.mixer):
+            if self.mask_documents and not MIXERS[name].documents:
+                able = ", ".join(row.name for row in MIXERS.values() if row.documents)
+                raise ConfigError(f"--mask-documents cannot be had with {name}.", MIXERS[name].about + ".", f"These can: {able}.")
+
+
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 GRADIENT_CHECKPOINTING = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")

@@ -12,12 +12,16 @@ import numpy as np
 from smedjan_common.backend import Backend, State
 
 
-def evaluate(backend: Backend, state: State, batches: Iterable[tuple[np.ndarray, np.ndarray]], token_bytes: np.ndarray) -> dict[str, Any]:
-    """`val_loss` and `val_bits_per_byte` (None where it is not defined) of `state` over `batches`; two batches are in flight."""
+def evaluate(backend: Backend, state: State, batches: Iterable[tuple[np.ndarray, ...]], token_bytes: np.ndarray) -> dict[str, Any]:
+    """`val_loss` and `val_bits_per_byte` (None where it is not defined) of `state`; two batches are in flight.
+
+    batches: (inputs, targets) or (inputs, targets, documents), as eval_batches gives them.
+    """
     nats, tokens, num_bytes = 0.0, 0, 0
     waiting = None
-    for inputs, targets in batches:
-        metrics = backend.eval_step(state, inputs, targets)
+    for batch in batches:
+        targets = batch[1]
+        metrics = backend.eval_step(state, *batch)
         num_bytes += int(token_bytes[targets[targets >= 0]].sum())
         if waiting is not None:
             nats, tokens = _add(backend, waiting, nats, tokens)

@@ -58,7 +58,8 @@ class _Loop:
         self.model, self.train = self.config.model, self.config.train
         self.device = self.backend.describe()
         self.folder = RunFolder(self.config, self.device)
-        self.batches = batches(self.config.train_data, self.train.seq_len, self.train.batch_size, self.train.seed)
+        train = self.train
+        self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
         self.meter = Meter(self.tokens_per_step)
         peak = self.device.peak_flops
@@ -103,7 +104,8 @@ class _Loop:
     def dispatch(self, state: State, step: int) -> State:
         """Queue one optimizer step on the device."""
         lr = learning_rate(self.train, step - 1)
-        state, metrics = self.backend.train_step(state, *self.batches.batch(step - 1), lr)
+        documents = self.batches.documents(step - 1) if self.train.mask_documents else None
+        state, metrics = self.backend.train_step(state, *self.batches.batch(step - 1), lr, documents)
         self.queue.append((step, lr, metrics))
         return state
 
@@ -170,7 +172,13 @@ class _Loop:
     def evaluate(self, state: State, step: int) -> None:
         assert self.config.val_data is not None
         parts = self.train.grad_accum  # as much memory as training takes
-        held_out = eval_batches(self.config.val_data, self.train.seq_len, self.train.batch_size // parts, self.config.eval_batches * parts)
+        held_out = eval_batches(
+            self.config.val_data,
+            self.train.seq_len,
+            self.train.batch_size // parts,
+            self.config.eval_batches * parts,
+            self.train.mask_documents,
+        )
         row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
         self.metrics.write(row)
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}

@@ -20,7 +20,7 @@ from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
 
-FIXED = ("batch_size", "seq_len", "seed")  # they define the order of the data
+FIXED = ("batch_size", "seq_len", "seed", "packing")  # they define the order of the data
 RECALLED = {
     "data": None,
     "report": None,
@@ -119,7 +119,7 @@ def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     """Raises ConfigError for the flags of a new run that no text could make right, before its text is tokenised, which may take hours."""
     model = new_model(flags, flags.data.vocab_size)
     check_options(model, given)
-    train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
+    train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32").check_model(model)
     if mesh := parse_mesh(flags.run.mesh):
         check_mesh(mesh, model, flags.training)
 

@@ -72,13 +72,16 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     base = info.train if info and start else None
 
     def train_config(dtype: str) -> "TrainConfig":
-        length, rows = (base or flags.training).seq_len, (base or flags.training).batch_size
-        epoch = batches(data.train, length, rows, 0).steps_per_epoch if data.train else 1
+        known = base or flags.training
+        epoch = batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch if data.train else 1
         return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
 
     train = train_config("float32")
     if mesh:
         check_mesh(mesh, model, train)
+    train.check_model(model)
+    if train.mask_documents:
+        check_documents(data)
     if start and info:
         resume.check_fixed(info, train)
         _changes(info, model, train, data)  # refuses another model
@@ -155,6 +158,17 @@ def check_counts(flags: "TrainFlags") -> None:
             if counts[name] < least:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
+
+
+def check_documents(data: "RunData") -> None:
+    """Raises DataError for a token file that does not say where its documents start."""
+    from smedjan_common.data.mixture import Mixture
+    from smedjan_common.data.order import document_offsets
+
+    files = data.train.files if isinstance(data.train, Mixture) else (data.train,)
+    for file in (*files, data.val):
+        if file:
+            document_offsets(file)
 
 
 def check_format(kind: str, backend: str) -> None:

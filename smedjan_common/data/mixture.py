@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smedjan_common.data.order import Batches, BatchOrder, permute, read_windows
+from smedjan_common.data.order import Batches, permute
+from smedjan_common.data.packing import PackedBatches
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
@@ -87,19 +88,24 @@ class Mixture:
         self.files[0].check_tokenizer(tokenizer_hash)
 
 
-def batches(data: TokenFile | Mixture, seq_len: int, batch_size: int, seed: int) -> "Batches | MixedBatches":
+CUTS: dict[str, type[Batches] | type[PackedBatches]] = {"windows": Batches, "documents": PackedBatches}  # by TrainConfig.packing
+
+
+def batches(
+    data: TokenFile | Mixture, seq_len: int, batch_size: int, seed: int, packing: str = "windows"
+) -> "Batches | PackedBatches | MixedBatches":
     """The batches of one token file or of a mixture, a pure function of (data, seed, step). Raises DataError for too few tokens."""
     if isinstance(data, Mixture):
-        return MixedBatches(data.files, data.weights, seq_len, batch_size, seed)
-    return Batches(data, seq_len, batch_size, seed)
+        return MixedBatches(data.files, data.weights, seq_len, batch_size, seed, packing)
+    return CUTS[packing](data, seq_len, batch_size, seed)
 
 
 class MixedOrder:
     """Which file and which of its windows make the batch of each step."""
 
-    def __init__(self, num_tokens: Sequence[int], weights: Sequence[float], seq_len: int, batch_size: int, seed: int):
+    def __init__(self, num_windows: Sequence[int], weights: Sequence[float], batch_size: int, seed: int):
         self.counts = shares(weights, BLOCK)
-        self.num_windows = [BatchOrder(tokens, seq_len, batch_size, seed).num_windows for tokens in num_tokens]
+        self.num_windows = list(num_windows)
         self.batch_size, self.seed = batch_size, seed
         self._ends = np.cumsum(self.counts)
 
@@ -135,10 +141,19 @@ class MixedOrder:
 class MixedBatches:
     """`Batches` of several token files; the same methods. An epoch is as many samples as all files have windows."""
 
-    def __init__(self, files: Sequence[TokenFile], weights: Sequence[float], seq_len: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        weights: Sequence[float],
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        packing: str = "windows",
+    ):
         check_same_tokenizer(files)
-        self.order = MixedOrder([file.num_tokens for file in files], weights, seq_len, batch_size, seed)
-        self.files, self.seq_len, self.batch_size = list(files), seq_len, batch_size
+        self.sources = [CUTS[packing](file, seq_len, batch_size, seed) for file in files]
+        self.order = MixedOrder([source.num_windows for source in self.sources], weights, batch_size, seed)
+        self.seq_len, self.batch_size = seq_len, batch_size
         self.num_windows = sum(self.order.num_windows)
         self.steps_per_epoch = -(-self.num_windows // batch_size)
 
@@ -148,5 +163,13 @@ class MixedBatches:
         inputs, targets = np.empty((2, len(file), self.seq_len), np.int32)
         for number in np.unique(file).tolist():
             here = file == number
-            inputs[here], targets[here] = read_windows(self.files[number].tokens, window[here], self.seq_len)
+            inputs[here], targets[here] = self.sources[number].read(window[here])
         return inputs, targets
+
+    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """The document of each input token of that batch, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
+        file, window = self.order.windows(step, rows)
+        out = np.empty((len(file), self.seq_len), np.int32)
+        for number in np.unique(file).tolist():
+            out[file == number] = self.sources[number].read_documents(window[file == number])
+        return out

@@ -75,24 +75,33 @@ def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarra
 
 
 class Batches:
-    """Batches of a token file. `batch(step)` -> (inputs int32 [B, T], targets int32 [B, T]); `rows` gives some rows only."""
+    """Batches of a token file. `batch(step)` -> (inputs int32 [B, T], targets int32 [B, T]); `rows` gives some rows only.
+
+    `read` and `read_documents` give the same of windows by their number, for mixtures (mixture.py).
+    """
 
     def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
         self.order = BatchOrder(token_file.num_tokens, seq_len, batch_size, seed)
         self.tokens, self.seq_len, self.batch_size = token_file.tokens, seq_len, batch_size
-        self._documents, self._name = token_file.documents, str(token_file.path)
+        self.file = token_file
         self.num_windows = self.order.num_windows
         self.steps_per_epoch = -(-self.num_windows // batch_size)
 
     def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The batch of a step."""
-        return read_windows(self.tokens, self.order.windows(step, rows), self.seq_len)
+        return self.read(self.order.windows(step, rows))
 
     def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
         """The document of each input token of that batch, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
-        if self._documents is None:
-            raise DataError(f"{self._name!r} has no document offsets.", "", "Prepare it again: smedjan prepare.")
-        return document_numbers(self._documents, self.order.windows(step, rows), self.seq_len)
+        return self.read_documents(self.order.windows(step, rows))
+
+    def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of windows int64 [B]."""
+        return read_windows(self.tokens, windows, self.seq_len)
+
+    def read_documents(self, windows: np.ndarray) -> np.ndarray:
+        """The documents of windows int64 [B]."""
+        return document_numbers(document_offsets(self.file), windows, self.seq_len)
 
 
 def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +111,17 @@ def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple
         start = int(window) * seq_len
         both_BU[row] = tokens[start : start + seq_len + 1]
     return both_BU[:, :-1].copy(), both_BU[:, 1:].copy()
+
+
+def document_offsets(token_file: TokenFile) -> np.ndarray:
+    """Where the documents of a token file start, uint64. Raises DataError when it does not say."""
+    if token_file.documents is None:
+        raise DataError(
+            f"{str(token_file.path)!r} has no document offsets.",
+            "Packing and --mask-documents need them.",
+            "Prepare it again: smedjan prepare.",
+        )
+    return token_file.documents
 
 
 def document_numbers(documents: np.ndarray, windows: np.ndarray, seq_len: int) -> np.ndarray:
@@ -115,12 +135,13 @@ def document_numbers(documents: np.ndarray, windows: np.ndarray, seq_len: int) -
 
 
 def eval_batches(
-    token_file: TokenFile, seq_len: int, batch_size: int, max_batches: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    token_file: TokenFile, seq_len: int, batch_size: int, max_batches: int | None = None, documents: bool = False
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Every target of the file once, in order; or, if that takes more than `max_batches`, windows spread evenly over it.
 
     The last window and the last batch are padded with target -1 (ignored), so that every batch is [batch_size, seq_len]. A file
-    shorter than one window gives one padded window. Raises DataError for a file with fewer than two tokens.
+    shorter than one window gives one padded window. With `documents` each batch has a third array, the documents of its tokens.
+    Raises DataError for a file with fewer than two tokens.
     """
     if token_file.num_tokens < 2:
         raise DataError(f"The dataset {str(token_file.path)!r} is too short.", "Evaluation needs two tokens.", "Prepare more text.")
@@ -128,7 +149,9 @@ def eval_batches(
     most = count if max_batches is None else max_batches * batch_size
     windows = np.arange(count) if count <= most else np.arange(most) * count // most
     for first in range(0, len(windows), batch_size):
-        yield _padded(token_file.tokens, windows[first : first + batch_size], seq_len, batch_size)
+        part = windows[first : first + batch_size]
+        batch = _padded(token_file.tokens, part, seq_len, batch_size)
+        yield (*batch, _padded_documents(token_file, part, seq_len, batch_size)) if documents else batch
 
 
 def _padded(tokens: np.ndarray, windows: np.ndarray, seq_len: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,3 +160,9 @@ def _padded(tokens: np.ndarray, windows: np.ndarray, seq_len: int, batch_size: i
         piece = tokens[int(window) * seq_len : (int(window) + 1) * seq_len + 1]
         inputs[row, : len(piece) - 1], targets[row, : len(piece) - 1] = piece[:-1], piece[1:]
     return inputs, targets
+
+
+def _padded_documents(token_file: TokenFile, windows: np.ndarray, seq_len: int, batch_size: int) -> np.ndarray:
+    numbers = np.zeros((batch_size, seq_len), np.int32)
+    numbers[: len(windows)] = document_numbers(document_offsets(token_file), windows, seq_len)
+    return numbers

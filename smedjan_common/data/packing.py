@@ -8,7 +8,7 @@ reaches into another document; attention stays inside by `documents`. The rows o
 
 import numpy as np
 
-from smedjan_common.data.order import IGNORED, BatchOrder
+from smedjan_common.data.order import IGNORED, BatchOrder, document_offsets
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
@@ -53,11 +53,7 @@ class PackedBatches:
     """`Batches` of whole documents; the same methods. `fill`: the part of the positions that is text, the rest has target -1."""
 
     def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
-        if token_file.documents is None:
-            raise DataError(
-                f"{str(token_file.path)!r} has no document offsets.", "Packing needs them.", "Prepare it again: smedjan prepare."
-            )
-        starts, lengths = stretches(token_file.documents, token_file.num_tokens, seq_len)
+        starts, lengths = stretches(document_offsets(token_file), token_file.num_tokens, seq_len)
         if not len(starts):
             raise DataError(f"The dataset {str(token_file.path)!r} has no documents of two tokens.", "", "Prepare more text.")
         rows = best_fit(lengths, seq_len)
@@ -72,7 +68,14 @@ class PackedBatches:
 
     def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(inputs int32 [B, T], targets int32 [B, T], -1 where a row has no more text)."""
-        numbers = self.order.windows(step, rows)
+        return self.read(self.order.windows(step, rows))
+
+    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """The stretch of each position, int32 [B, T] from 0 in each row; the rest of a row counts as one more, so that it sees itself."""
+        return self.read_documents(self.order.windows(step, rows))
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of packed rows int64 [B]."""
         inputs = np.zeros((len(numbers), self.seq_len), np.int32)
         targets = np.full((len(numbers), self.seq_len), IGNORED, np.int32)
         for row, number in enumerate(numbers.tolist()):
@@ -83,9 +86,8 @@ class PackedBatches:
                 at += length
         return inputs, targets
 
-    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """The stretch of each position, int32 [B, T] from 0 in each row; the rest of a row counts as one more, so that it sees itself."""
-        numbers = self.order.windows(step, rows)
+    def read_documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The stretches of packed rows int64 [B]."""
         out = np.empty((len(numbers), self.seq_len), np.int32)
         for row, number in enumerate(numbers.tolist()):
             lengths = [length for _, length in self._of(number)]

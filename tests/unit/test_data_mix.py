@@ -45,7 +45,7 @@ def test_weights_that_cannot_be_are_refused(weights):
 
 
 def test_every_block_has_the_same_shares_and_every_file_its_own_epochs():
-    order = MixedOrder([701, 51, 2001], [0.7, 0.1, 0.2], 10, 16, 3)
+    order = MixedOrder([70, 5, 200], [0.7, 0.1, 0.2], 16, 3)
     assert order.num_windows == [70, 5, 200]
     drawn = [order.windows(step) for step in range(4 * BLOCK // 16)]
     file, window = (np.concatenate(part) for part in zip(*drawn, strict=True))
@@ -63,7 +63,7 @@ def test_every_block_has_the_same_shares_and_every_file_its_own_epochs():
 @given(step=st.integers(0, 10**8), hosts=st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=50, deadline=None)
 def test_hosts_read_disjoint_rows_that_make_up_the_batch(step, hosts):
-    order = MixedOrder([5000, 300], [3, 1], 10, 8, 1)
+    order = MixedOrder([499, 29], [3, 1], 8, 1)
     whole = order.windows(step)
     parts = [order.windows(step, slice(host * 8 // hosts, (host + 1) * 8 // hosts)) for host in range(hosts)]
     for number in range(2):
@@ -140,3 +140,19 @@ def test_mix_and_hash_as_commands(tmp_path, capsys, monkeypatch):
     (tmp_path / "m.bin").write_bytes(b"\1" * (tmp_path / "m.bin").stat().st_size)
     assert hash_command.main(["m.bin"]) == 2
     assert "was changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_mixed_batches_know_the_documents_of_their_files(tmp_path, packing):
+    """Tokens of a document are equal here, so the document numbers must change exactly where the tokens do."""
+    first = write(tmp_path / "a.bin", [[i] * (3 + i % 5) for i in range(1, 200)])
+    second = write(tmp_path / "b.bin", [[i] * 30 for i in range(300, 330)])
+    mixed = MixedBatches([first, second], [0.5, 0.5], 16, 8, 0, packing)
+    for step in range(20):
+        (inputs, targets), documents = mixed.batch(step), mixed.documents(step)
+        counted = targets >= 0
+        same = np.diff(documents, axis=1) == 0
+        assert np.array_equal(same, np.diff(inputs, axis=1) == 0)
+        assert documents.dtype == np.int32
+        if packing == "documents":
+            assert np.array_equal(inputs[counted], targets[counted])
