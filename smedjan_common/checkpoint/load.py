@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,13 +134,11 @@ def foreign(info: CheckpointInfo) -> CheckpointError:
 
 def _check_listing(info: CheckpointInfo) -> None:
     """Raises CheckpointError for a link among the arrays, or a file that checkpoint.json does not list: the backend would read it."""
-    for folder, names, files in os.walk(info.path / ARRAYS):
-        for name in (*names, *files):
-            path = Path(folder, name)
-            if path.is_symlink():
-                raise CheckpointError(f"{path} is a symbolic link.", "Links are not followed.")
-            if name in files and path.relative_to(info.path).as_posix() not in info.files:
-                raise CheckpointError(f"{path} is a file too many.", "checkpoint.json does not list it.")
+    for path in (info.path / ARRAYS, *(Path(folder, name) for folder, *both in os.walk(info.path / ARRAYS) for name in chain(*both))):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link.", "Links are not followed.")
+        if not path.is_dir() and path.relative_to(info.path).as_posix() not in info.files:
+            raise CheckpointError(f"{path} is a file too many.", "checkpoint.json does not list it.")
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = True) -> Checkpoint:
