@@ -1,0 +1,92 @@
+"""What the delta-rule mixers share: cutting into chunks, borders of documents, and the scan over the chunks' states.
+
+In a chunk everything is matmuls over all chunks at once. What is sequential is one recurrence per chunk of a state S [V, K],
+
+    S' = S * keep + S M + A                keep [K] or a number, M [K, K] and A [V, K] of the chunk
+
+whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32.
+
+Shapes: N chunks of C positions, B batch, H heads, K and V key and value head size; chunked arrays are [N, B, H, C, K].
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Borders(NamedTuple):
+    """Which positions of a chunk share a document: with each other, with the chunk before, with the end of the chunk."""
+
+    same: jax.Array  # [N, B, 1, C, C] bool
+    reads: jax.Array  # [N, B, 1, C, 1] 1 where the state that comes in is of the position's document, else 0
+    writes: jax.Array  # [N, B, 1, C, 1] 1 where the state that goes out is
+    keeps: jax.Array  # [N, B, 1, 1, 1] 1 where both states are of one document
+
+
+def borders(documents: jax.Array | None, C: int) -> Borders:
+    """Of document numbers [B, T] (None: one document)."""
+    if documents is None:
+        one = jnp.ones((1, 1, 1, 1, 1), jnp.float32)
+        return Borders(one > 0, one, one, one)
+    padded = jnp.pad(documents, ((0, 0), (0, -documents.shape[1] % C)), mode="edge")
+    number = padded.reshape(len(documents), -1, 1, C, 1).swapaxes(0, 1)
+    last = number[..., -1:, :]
+    before = jnp.concatenate([number[:1, ..., :1, :], last[:-1]])
+    wide = (each.astype(jnp.float32) for each in (number == before, number == last, before == last))
+    return Borders(number == number.swapaxes(-1, -2), *wide)
+
+
+def cut(x: jax.Array, C: int) -> jax.Array:
+    """[B, T, H, K] -> [N, B, H, C, K]; zeros fill the last chunk."""
+    B, T, H, K = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, -T % C), (0, 0), (0, 0)))
+    return padded.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4)
+
+
+def join(x: jax.Array, T: int) -> jax.Array:
+    """[N, B, H, C, V] -> [B, T, H, V]."""
+    N, B, H, C, V = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
+
+
+def matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """a @ b in float32, of float32 matrices that are rounded to the compute dtype; the matmuls of its gradient are of the same kind."""
+    return _matmul(a, b, dtype)
+
+
+def _rounded_matmul(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded_matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype))
+
+
+def _matmul_backward(dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = operands
+    return _rounded_matmul(out, b.swapaxes(-1, -2), dtype), _rounded_matmul(a.swapaxes(-1, -2), out, dtype)
+
+
+_matmul: Any = jax.custom_vjp(_rounded_matmul, nondiff_argnums=(2,))
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def running_sum(x: jax.Array) -> jax.Array:
+    """Sums [..., C, K] over the positions of a chunk up to each; as a product they are one kernel."""
+    C = x.shape[-2]
+    return jnp.matmul(jnp.tril(jnp.ones((C, C), x.dtype)), x, precision=jax.lax.Precision.HIGHEST)
+
+
+def scan_states(state: jax.Array, keep: jax.Array, change: jax.Array, add: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """States before every chunk in the compute dtype [N, B, H, V, K], and the float32 one after the last [B, H, V, K].
+
+    S' = S * keep + S change + add, from `state` [B, H, V, K] on; keep, change and add lie along the chunks N.
+    """
+
+    def advance(S: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        keep, change, add = chunk
+        return S * keep + matmul(S, change, dtype) + add, S.astype(dtype)
+
+    last, states = jax.lax.scan(advance, state, (jnp.broadcast_to(keep, (len(add), *keep.shape[1:])), change, add))
+    return states, last

@@ -1,0 +1,116 @@
+"""Gated DeltaNet (Yang et al., 2024) in the form of Qwen3-Next (2025): the delta rule with a scalar decay per value head.
+
+    S_t = e^{g_t} S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,  o_t = S_t q_t
+
+The equations of the projections stand in smedjan_common/reference/gated_deltanet.py. A chunk of C positions at once, G the
+running sum of g in it, L_ij = e^{G_i - G_j}:
+
+    X = (I + beta * below(K K^T * L))^-1;  U = X beta V;  W = X beta e^G K                      below: under the diagonal
+    o = P U + (e^G Q - P W) S^T,  P = lower(Q K^T * L)                                          lower: the diagonal too
+    S' = e^{G_C} S + (U - W S^T)^T E,  E = e^{G_C - G} K
+
+g is not bounded, so the exponents are differences, none above 0; what the masks hide is -inf before exp, so that gradients stay finite.
+
+Shapes: B batch, T positions, D width, H value and G key heads, K = V head size, F = 2 G K + H V, C chunk; in a chunk [N, B, H, C, K].
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smedjan_common.config import ModelConfig
+from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
+from smedjan_jax.mixers.conv import causal_conv
+from smedjan_jax.mixers.triangular import unit_lower_inverse
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+
+Arrays = tuple[jax.Array, ...]
+
+QK_EPS = 1e-6
+
+
+class GatedDeltaNet(nnx.Module):
+    """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+        def linears(*names: str) -> list[Linear]:
+            return [Linear(params, f"{name}.{each}_proj") for each in names]
+
+        self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj, self.o_proj = linears(
+            "q", "k", "v", "z", "a", "b", "o"
+        )
+        self.conv = Linear(params, f"{name}.conv")
+        self.A_log, self.dt_bias = (nnx.data(params[f"{name}.{each}"]) for each in ("A_log", "dt_bias"))
+        self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+
+    def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+        """Training: all positions at once."""
+        return self.mix(self.project(x, context), context, carried)
+
+    def project(self, x: jax.Array, context: Context) -> Arrays:
+        """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
+        linears = [self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj]
+        q, k, v, z, a, b = apply_together(linears, x)
+        return jnp.concatenate([q, k, v], axis=-1), z, a, b
+
+    def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+        """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        features, z, a, b = projected
+        convolved, _ = causal_conv(features, self.conv.weight, None, None, context.documents)
+        B, T, _ = z.shape
+        state = jnp.zeros((B, self.heads, self.head_dim, self.head_dim), jnp.float32)
+        core = jax.checkpoint(gated_delta_rule, static_argnums=(3,))  # its C x C matrices would be the largest part of the memory
+        o, _ = core((*self._heads(convolved), *self._gates(a, b)), state, context.documents, min(context.chunk_size, T))
+        return self._output(o, z), carried
+
+    def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
+        """Decoding: T new tokens after those that made the state: `window`, what is convolved with them, and `S` [B, H, V, K]."""
+        features, z, a, b = self.project(x, context)
+        convolved, window = causal_conv(features, self.conv.weight, None, state["window"])
+        chunk = min(context.chunk_size, x.shape[1])
+        o, S = gated_delta_rule((*self._heads(convolved), *self._gates(a, b)), state["S"], None, chunk)
+        return self._output(o, z), {"window": window, "S": S}, carried
+
+    def _heads(self, convolved: jax.Array) -> Arrays:
+        """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, T, H, K] each."""
+        B, T, _ = convolved.shape
+        G, K = self.kv_heads, self.head_dim
+        active = jax.nn.silu(convolved.astype(jnp.float32)).reshape(B, T, -1, K)
+        qk, v = active[:, :, : 2 * G], active[:, :, 2 * G :]
+        qk = qk * jax.lax.rsqrt(jnp.sum(qk * qk, axis=-1, keepdims=True) + QK_EPS)
+        q, k = (jnp.repeat(each.astype(convolved.dtype), self.heads // G, axis=2) for each in (qk[:, :, :G] * K**-0.5, qk[:, :, G:]))
+        return q, k, v.astype(convolved.dtype)
+
+    def _gates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The log decay g and beta [B, T, H] in float32."""
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return -jnp.exp(self.A_log) * jax.nn.softplus(a + self.dt_bias), jax.nn.sigmoid(b)
+
+    def _output(self, o: jax.Array, z: jax.Array) -> jax.Array:
+        y = self.norm(o).reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
+        return self.o_proj(y.astype(z.dtype))
+
+
+def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | None, C: int) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, V] in float32 and the state after the last position, in chunks of C (the equations stand above).
+
+    arrays: q, k, v [B, T, H, K], log decay and beta [B, T, H]; state [B, H, V, K] float32; documents [B, T]. Matmuls in the dtype of q.
+    """
+    q, k, v, log_decay, beta = arrays
+    T, dtype = q.shape[1], q.dtype
+    q, k, v = (cut(each.astype(jnp.float32), C) for each in (q, k, v))
+    log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
+    same, reads, writes, keeps = borders(documents, C)
+    total = running_sum(log_decay)
+    upto = same & jnp.tril(jnp.ones((C, C), bool))
+    between = jnp.exp(jnp.where(upto, total - total.swapaxes(-1, -2), -jnp.inf))
+    k_transposed, start = k.swapaxes(-1, -2), jnp.exp(total) * reads
+    x = unit_lower_inverse(beta * matmul(k, k_transposed, dtype) * between)
+    u, w = matmul(x, beta * v, dtype), matmul(x, beta * start * k, dtype)
+    scores = matmul(q, k_transposed, dtype) * between
+    inner, query = matmul(scores, u, dtype), start * q - matmul(scores, w, dtype)
+    key = k * jnp.exp(total[..., -1:, :] - total) * writes
+    change, add = -matmul(w.swapaxes(-1, -2), key, dtype), matmul(u.swapaxes(-1, -2), key, dtype)
+    states, last = scan_states(state, jnp.exp(total[..., -1:, :]) * keeps, change, add, dtype)
+    return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last

@@ -1,0 +1,73 @@
+"""What the delta-rule mixers share: cutting into chunks, borders of documents, and the scan over the chunks' states.
+
+In a chunk everything is matmuls over all chunks at once. What is sequential is one recurrence per chunk of a state S [V, K],
+
+    S' = S * keep + S M + A                keep [K] or a number, M [K, K] and A [V, K] of the chunk
+
+whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32.
+
+Shapes: N chunks of C positions, B batch, H heads, K and V key and value head size; chunked arrays are [B, H, N, C, K].
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Borders(NamedTuple):
+    """Which positions of a chunk share a document: with each other, with the chunk before, with the end of the chunk."""
+
+    same: mx.array  # [B, 1, N, C, C] bool
+    reads: mx.array  # [B, 1, N, C, 1] 1 where the state that comes in is of the position's document, else 0
+    writes: mx.array  # [B, 1, N, C, 1] 1 where the state that goes out is
+    keeps: mx.array  # [B, 1, N, 1, 1] 1 where both states are of one document
+
+
+def borders(documents: mx.array | None, C: int) -> Borders:
+    """Of document numbers [B, T] (None: one document)."""
+    if documents is None:
+        one = mx.ones((1, 1, 1, 1, 1), mx.float32)
+        return Borders(one > 0, one, one, one)
+    padded = mx.pad(documents, [(0, 0), (0, -documents.shape[1] % C)], mode="edge")
+    number = padded.reshape(len(documents), 1, -1, C, 1)
+    last = number[..., -1:, :]
+    before = mx.concatenate([number[:, :, :1, :1], last[:, :, :-1]], axis=2)
+    wide = (each.astype(mx.float32) for each in (number == before, number == last, before == last))
+    return Borders(number == number.swapaxes(-1, -2), *wide)
+
+
+def cut(x: mx.array, C: int) -> mx.array:
+    """[B, H, T, K] -> [B, H, N, C, K]; zeros fill the last chunk."""
+    B, H, T, K = x.shape
+    return mx.pad(x, [(0, 0), (0, 0), (0, -T % C), (0, 0)]).reshape(B, H, -1, C, K)
+
+
+def join(x: mx.array, T: int) -> mx.array:
+    """[B, H, N, C, V] -> [B, H, T, V]."""
+    B, H, N, C, V = x.shape
+    return x.reshape(B, H, N * C, V)[:, :, :T]
+
+
+def matmul(a: mx.array, b: mx.array, dtype: mx.Dtype) -> mx.array:
+    """a @ b in float32, of float32 matrices that are rounded to the compute dtype; the matmuls of its gradient are of the same kind."""
+    return (a.astype(dtype) @ b.astype(dtype)).astype(mx.float32)
+
+
+def running_sum(x: mx.array) -> mx.array:
+    """Sums [..., C, K] over the positions of a chunk up to each."""
+    return mx.cumsum(x, axis=-2)
+
+
+def scan_states(state: mx.array, keep: mx.array, change: mx.array, add: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """States before every chunk in the compute dtype [B, H, N, V, K], and the float32 one after the last [B, H, V, K].
+
+    S' = S * keep + S change + add, from `state` [B, H, V, K] on; keep, change and add lie along the chunks N.
+    """
+    N, S, states = add.shape[2], state, []
+    keep = mx.broadcast_to(keep, (*keep.shape[:2], N, *keep.shape[3:]))
+    # split and not sliced: the gradient of N slices would be N arrays of full size
+    for chunk in zip(*(mx.split(each, N, axis=2) for each in (keep, change, add)), strict=True):
+        keep_n, change_n, add_n = (each[:, :, 0] for each in chunk)
+        states.append(S.astype(dtype))
+        S = S * keep_n + matmul(S, change_n, dtype) + add_n
+    return mx.stack(states, axis=2), S
