@@ -23,7 +23,7 @@ from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.optimizers import check_state
 from smedjan_common.params import parameter_table
-from smedjan_jax import optim, sharding
+from smedjan_jax import experts, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.model import Model
@@ -94,8 +94,8 @@ class JaxBackend:
     def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
         return _guarded(self._eval_step, state["params"], (inputs, targets, documents))
 
-    def read(self, metrics: Metrics) -> dict[str, float]:
-        return {name: float(value) for name, value in _guarded(jax.device_get, metrics).items()}
+    def read(self, metrics: Metrics) -> dict[str, Any]:
+        return {name: value.tolist() if value.ndim else float(value) for name, value in _guarded(jax.device_get, metrics).items()}
 
     def save(self, state: State) -> Snapshot:
         host = _guarded(jax.device_get, state)
@@ -131,9 +131,11 @@ class JaxBackend:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
         params = self._spread.gather(params) if self._spread else params
-        hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
+        hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
-        return objective / tokens, {"loss": loss / tokens}
+        share = jnp.sum(targets >= 0) / tokens
+        objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
+        return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
 
     def _gradients(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array):
         """Gradients and what is reported of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
@@ -155,7 +157,9 @@ class JaxBackend:
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        return {"params": params, "slots": slots, "step": state["step"] + 1}, {**metrics, "grad_norm": norm, "tokens": tokens}
+        params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
+        metrics = {**experts.summarised(self.model, metrics), "grad_norm": norm, "tokens": tokens}
+        return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
     def _evaluate(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
         return (self._spread.sums(self._evaluate_rows) if self._spread else self._evaluate_rows)(params, batch)

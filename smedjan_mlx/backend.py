@@ -19,7 +19,7 @@ from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
 from smedjan_common.optimizers import check_state
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
-from smedjan_mlx import optim
+from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
 
@@ -77,9 +77,9 @@ class MlxBackend:
         _guarded(mx.async_eval, metrics)
         return metrics
 
-    def read(self, metrics: Metrics) -> dict[str, float]:
+    def read(self, metrics: Metrics) -> dict[str, Any]:
         _guarded(mx.eval, metrics)
-        return {name: float(value.item()) for name, value in metrics.items()}
+        return {name: value.tolist() if value.ndim else float(value.item()) for name, value in metrics.items()}
 
     def save(self, state: State) -> Snapshot:
         _guarded(mx.eval, state)
@@ -102,9 +102,11 @@ class MlxBackend:
     def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> tuple[mx.array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
-        hidden = self._model(params, self.train.gradient_checkpointing).hidden(inputs, documents)
+        hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
-        return objective / tokens, {"loss": loss / tokens}
+        share = mx.sum(targets >= 0) / tokens
+        objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
+        return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
 
     def _step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
         tokens = mx.sum(batch[1] >= 0)
@@ -126,7 +128,9 @@ class MlxBackend:
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        return {"params": params, "slots": slots, "step": state["step"] + 1}, {**metrics, "grad_norm": norm, "tokens": tokens}
+        params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
+        metrics = {**experts.summarised(self.model, metrics), "grad_norm": norm, "tokens": tokens}
+        return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
     def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
         inputs, targets, documents = batch

@@ -14,7 +14,8 @@ import numpy as np
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.reference.loss import mean_cross_entropy, mean_z_loss
+from smedjan_common.reference import experts
+from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss
 from smedjan_common.reference.norm import rms_norm
 
 Params = dict[str, np.ndarray]
@@ -29,11 +30,8 @@ def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, document
     """What the output head reads, [B, T, D], float64. With `documents_BxT` every document of a row is a sequence by itself."""
     if documents_BxT is None:
         return outputs(config, params, tokens_BxT)[0]
-    rows = []
-    for tokens_T, documents_T in zip(tokens_BxT, documents_BxT, strict=True):
-        borders = np.flatnonzero(np.diff(documents_T)) + 1
-        rows.append(np.concatenate([outputs(config, params, piece[None])[0][0] for piece in np.split(tokens_T, borders)]))
-    return np.stack(rows)
+    rows = zip(tokens_BxT, documents_BxT, strict=True)
+    return np.stack([np.concatenate([outputs(config, params, piece)[0][0] for piece in _pieces(*row)]) for row in rows])
 
 
 def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -47,6 +45,21 @@ def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tupl
         normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
         x = x + ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
     return rms_norm(x, params["norm.weight"], config.norm_eps), carried
+
+
+def router_logits(
+    config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """The scores [N, E] of all tokens, of each layer that routes."""
+    rows = [] if documents_BxT is None else zip(tokens_BxT, documents_BxT, strict=True)
+    pieces = [tokens_BxT] if documents_BxT is None else [piece for row in rows for piece in _pieces(*row)]
+    scores = [outputs(config, params, piece)[1].get("router_logits", []) for piece in pieces]
+    return [np.concatenate([piece.reshape(-1, config.experts) for piece in layer]) for layer in zip(*scores, strict=True)]
+
+
+def _pieces(tokens_T: np.ndarray, documents_T: np.ndarray) -> list[np.ndarray]:
+    """The documents of a row, [1, t] each."""
+    return [piece[None] for piece in np.split(tokens_T, np.flatnonzero(np.diff(documents_T)) + 1)]
 
 
 def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
@@ -82,9 +95,13 @@ def objective(
     targets_BxT: np.ndarray,
     documents_BxT: np.ndarray | None = None,
 ) -> float:
-    """What training minimises: the loss, and z_loss times the mean squared logsumexp of the logits."""
+    """What training minimises: the loss, z_loss times the mean squared logsumexp of the logits, and the losses of routers."""
     logits = forward(config, params, inputs_BxT, documents_BxT)
-    return mean_cross_entropy(logits, targets_BxT) + train.z_loss * mean_z_loss(logits, targets_BxT)
+    total = mean_cross_entropy(logits, targets_BxT) + train.z_loss * mean_z_loss(logits, targets_BxT)
+    if config.router == "softmax" and (targets_BxT != IGNORED).any():
+        for logits_NxE in router_logits(config, params, inputs_BxT, documents_BxT):
+            total += train.balance_loss * experts.balance_loss(config, logits_NxE) + train.router_z_loss * experts.router_z_loss(logits_NxE)
+    return total
 
 
 def mixer_module(config: ModelConfig, layer: int) -> ModuleType:

@@ -18,9 +18,11 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.mixers import FFNS, MIXERS, Tolerance
 from smedjan_common.params import initial_params
 from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
+from tests.conformance.routing import separated
 
 HEADS = {"mha": 4, "gqa": 2}  # key/value heads for 4 query heads
 BATCH, LENGTH, STEPS = 4, 17, 20  # an odd length: no chunk divides it
+SEED = 1  # of initial values
 CHUNK = 4  # mixers of linear cost go through several chunks
 
 
@@ -37,11 +39,17 @@ class Case:
     def params(self) -> dict[str, np.ndarray]:
         """Initial values; those that start constant (norms) are perturbed, so that a forgotten weight shows."""
         rng = np.random.default_rng(0)
-        start = initial_params(self.model, seed=1)
-        return {
+        start = initial_params(self.model, SEED)
+        perturbed = {
             name: value if np.ptp(value) else (value + 0.2 * rng.standard_normal(value.shape)).astype(np.float32)
             for name, value in start.items()
         }
+        return separated(self.model, perturbed)
+
+    @property
+    def start(self) -> dict[str, np.ndarray]:
+        """Where training runs begin: plain initial values."""
+        return separated(self.model, initial_params(self.model, SEED))
 
     @cached_property
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,13 +17,11 @@ import platform
 import sys
 
 import tests.conftest  # settings first, also when this is run as a script
-from smedjan_common.params import initial_params
 from smedjan_common.schedule import learning_rate
 from tests.conformance import subjects
-from tests.conformance.cases import CASES, Case
+from tests.conformance.cases import CASES, SEED, Case
 
 FOLDER = pathlib.Path(__file__).parent / "rows"
-SEED = 1
 PACKAGES = {"jax": ("jax", "jaxlib", "optax", "numpy"), "mlx": ("mlx", "numpy")}
 
 __all__ = ["FOLDER", "SEED", "learning_rate", "made_with", "path", "run"]
@@ -32,7 +30,7 @@ __all__ = ["FOLDER", "SEED", "learning_rate", "made_with", "path", "run"]
 @functools.cache
 def _run(backend: str, key: str) -> subjects.Run:
     case = CASES[key]
-    return subjects.train(backend, case.model, case.train, initial_params(case.model, SEED), case.batches)
+    return subjects.train(backend, case.model, case.train, case.start, case.batches)
 
 
 def run(backend: str, case: Case) -> subjects.Run:

@@ -32,7 +32,7 @@ def through_a_file(directory: pathlib.Path, case: Case, snapshot: Snapshot, back
 
 
 def first_half(backend: str, case: Case) -> Snapshot:
-    return subjects.train(backend, case.model, case.train, rows.initial_params(case.model, rows.SEED), case.batches[:HALF]).snapshot
+    return subjects.train(backend, case.model, case.train, case.start, case.batches[:HALF]).snapshot
 
 
 def test_a_checkpoint_gives_back_every_bit(backend: str, case: Case, tmp_path: pathlib.Path):
@@ -70,7 +70,7 @@ def test_a_run_handed_to_the_other_backend_is_the_same_run(both_backends, case: 
 def test_a_run_handed_over_and_back_is_the_same_run(both_backends, default_case: Case, tmp_path: pathlib.Path):
     case, snapshot = default_case, None
     for turn, name in enumerate(("mlx", "jax", "mlx", "jax")):
-        start = snapshot or rows.initial_params(case.model, rows.SEED)
+        start = snapshot or case.start
         run = subjects.train(name, case.model, case.train, start, case.batches[turn * 5 : turn * 5 + 5])
         snapshot = through_a_file(tmp_path, case, run.snapshot, name)
     whole = rows.run("jax", case)

@@ -59,7 +59,8 @@ def test_loss_of_a_batch_without_counted_targets_is_zero_and_finite(backend: str
     inputs, targets = default_case.batches[0]
     side = subjects.backend(backend, default_case.model, default_case.train)
     state, metrics = side.train_step(side.init(default_case.params), inputs, np.full_like(targets, -1), lr=0.0)
-    assert side.read(metrics) == {"loss": 0.0, "grad_norm": 0.0, "tokens": 0.0}
+    read = side.read(metrics)
+    assert {name: read[name] for name in ("loss", "grad_norm", "tokens")} == {"loss": 0.0, "grad_norm": 0.0, "tokens": 0.0}
     demand_equal_bits(side.save(state).params, default_case.params)
 
 

@@ -283,7 +283,7 @@ RUN_MUTATIONS = {
 @pytest.mark.parametrize("mutation", RUN_MUTATIONS)
 def test_a_20_step_run_with_another_setting_is_caught(both_backends, mutation: str):
     """The comparison of whole runs sees every setting: one backend runs with it changed."""
-    other = subjects.train("mlx", GQA.model, RUN_MUTATIONS[mutation], rows.initial_params(GQA.model, rows.SEED), GQA.batches)
+    other = subjects.train("mlx", GQA.model, RUN_MUTATIONS[mutation], GQA.start, GQA.batches)
     with pytest.raises(Mismatch):
         demand(checks.runs(other, rows.run("jax", GQA)))
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from smedjan_common.params import initial_params
 from smedjan_common.reference.optim import clip_by_global_norm, global_norm
 from tests.conformance import checks, rows, subjects
 from tests.conformance.cases import Case
@@ -15,9 +14,7 @@ from tests.conformance.gates import FLOAT32
 
 def test_grad_norm_is_the_norm_before_clipping(backend: str, default_case: Case):
     run = rows.run(backend, default_case)
-    grads = subjects.loss_and_gradients(
-        backend, default_case.model, default_case.train, initial_params(default_case.model, rows.SEED), default_case.batches[0]
-    )[1]
+    grads = subjects.loss_and_gradients(backend, default_case.model, default_case.train, default_case.start, default_case.batches[0])[1]
     expected = global_norm(grads)
     assert expected > default_case.train.clip_norm, "the case should be one that clips"
     demand([Difference("grad_norm of the first step", abs(run.grad_norms[0] / expected - 1), FLOAT32.loss)])
@@ -38,16 +35,14 @@ def test_twenty_steps_are_the_same_in_both_backends(both_backends, case: Case):
 
 
 def test_training_lowers_the_loss_of_a_batch_that_repeats(backend: str, default_case: Case):
-    run = subjects.train(
-        backend, default_case.model, default_case.train, initial_params(default_case.model, 0), default_case.batches[:1] * 20
-    )
+    run = subjects.train(backend, default_case.model, default_case.train, default_case.start, default_case.batches[:1] * 20)
     assert run.losses[-1] < 0.8 * run.losses[0], f"{run.losses[0]:.3f} -> {run.losses[-1]:.3f}"
 
 
 def test_a_run_repeated_in_a_fresh_backend_has_the_same_bits(backend: str, default_case: Case):
     first = rows.run(backend, default_case)
     side = subjects.make_backend(backend, default_case.model, default_case.train)
-    state, losses = side.init(initial_params(default_case.model, rows.SEED)), []
+    state, losses = side.init(default_case.start), []
     for step, batch in enumerate(default_case.batches):
         state, metrics = side.train_step(state, *batch, lr=rows.learning_rate(default_case.train, step))
         losses.append(side.read(metrics)["loss"])
@@ -83,7 +78,7 @@ def test_gradient_checkpointing_changes_nothing(backend: str, default_case: Case
 
 
 def test_restoring_a_snapshot_continues_bit_for_bit(backend: str, default_case: Case):
-    start = initial_params(default_case.model, rows.SEED)
+    start = default_case.start
     first = subjects.train(backend, default_case.model, default_case.train, start, default_case.batches[:9]).snapshot
     assert first.step == 9
     second = subjects.train(backend, default_case.model, default_case.train, first, default_case.batches[9:])

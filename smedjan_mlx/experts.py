@@ -1,0 +1,195 @@
+"""Routed SwiGLU experts in MLX; equations and sources: smedjan_common.reference.experts.
+
+Nothing is dropped: the (token, expert) pairs are laid out expert by expert, each expert's rows are multiplied by its weights,
+and the results go back to their tokens. The work grows with the pairs, not with the experts. Rows are moved by gathers in both
+directions (the gradient of a gather by a permutation is the gather by its inverse), so no sum has an order of its own.
+
+The router and what is summed over a token's experts are float32, always.
+
+Shapes: N tokens, K experts of a token, E experts, M = N K pairs, R rows (the pairs, and zeros that fill the last block of an
+expert), C rows of a block, D width, F hidden features of an expert.
+"""
+
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.mixers.experts import block_rows, load_names, padded_rows
+from smedjan_mlx.ffn import SwiGLU, swiglu
+from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
+from smedjan_mlx.modules import Carried, Linear, Params
+
+LOSSES = ("balance_loss", "router_z_loss")
+
+
+class Layout(NamedTuple):
+    """Which row holds which pair; a pair's number is token * K + place among the token's experts."""
+
+    pair_R: mx.array  # M for a row of zeros
+    row_NK: mx.array
+    sizes_E: mx.array  # rows of each expert, whole blocks
+
+
+class Router(nn.Module):
+    """Scores of the experts, float32 [..., E], and the bias of the choice where there is one."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str):
+        super().__init__()
+        self.weight = params[f"{name}.weight"]
+        self.bias = params[f"{name}.bias"] if config.router == "bias" else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x.astype(mx.float32) @ self.weight.T
+
+
+class Experts(nn.Module):
+    """The feed-forward `experts`. It leaves its losses and its load (pairs of each expert) in what is carried."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
+        super().__init__()
+        self.router = Router(config, params, f"{name}.router")
+        self.gate_proj = Linear(params, f"{name}.gate_proj")
+        self.up_proj = Linear(params, f"{name}.up_proj")
+        self.down_proj = Linear(params, f"{name}.down_proj")
+        self.shared = SwiGLU(config, params, f"{name}.shared") if config.shared_experts else None
+        self.experts, self.chosen = config.experts, config.experts_per_token
+        self.name = name
+        self.implementation = preferred_implementation() if implementation == "auto" else implementation
+
+    def __call__(self, x: mx.array, carried: Carried) -> tuple[mx.array, Carried]:
+        return self.mix(self.project(x), carried)
+
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Scores [B, T, E], gate and up of the rows [R, F] and, of shared experts, [B, T, F], of x [B, T, D]."""
+        logits = self.router(x)
+        layout, _, _ = self._route(logits)
+        rows_RD = cast(mx.array, _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK))
+        together = mx.concatenate([self.gate_proj.weight, self.up_proj.weight], axis=1)
+        gate_RF, up_RF = mx.split(self._multiply(rows_RD, together, layout), 2, axis=-1)
+        return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
+
+    def mix(self, projected: tuple[mx.array, ...], carried: Carried) -> tuple[mx.array, Carried]:
+        """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
+        logits, gate_RF, up_RF, *shared = projected
+        layout, weights_NK, load_E = self._route(logits)
+        out_RD = self._multiply(swiglu(gate_RF, up_RF), self.down_proj.weight, layout)
+        out_NKD = cast(mx.array, _collect(out_RD, layout.pair_R, layout.row_NK)).astype(mx.float32)
+        y_ND = mx.sum(weights_NK[..., None] * out_NKD, axis=1)
+        y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)
+        if self.shared:
+            y = y + self.shared.mix((shared[0], shared[1]), {})[0]
+        return y, self._account(carried, logits.reshape(-1, self.experts), load_E)
+
+    def _route(self, logits: mx.array) -> tuple[Layout, mx.array, mx.array]:
+        chosen_NK, weights_NK = choose(logits.reshape(-1, self.experts), self.router.bias, self.chosen)
+        load_E = mx.sum(chosen_NK[..., None] == mx.arange(self.experts), axis=(0, 1))
+        return arrange(chosen_NK, load_E, self._block(chosen_NK.size)), weights_NK, load_E.astype(mx.float32)
+
+    def _block(self, pairs: int) -> int:
+        return 1 if self.implementation in UNBLOCKED else block_rows(pairs, self.experts)
+
+    def _multiply(self, x_RD: mx.array, weight: mx.array, layout: Layout) -> mx.array:
+        return grouped_matmul(x_RD, weight, layout.sizes_E, self._block(layout.row_NK.size), self.implementation)
+
+    def _account(self, carried: Carried, logits_NE: mx.array, load_E: mx.array) -> Carried:
+        carried = {**carried, f"{self.name}.load": load_E}
+        if self.router.bias is None:
+            losses = {"balance_loss": balance_loss(logits_NE, load_E), "router_z_loss": router_z_loss(logits_NE)}
+            carried |= {name: carried.get(name, 0.0) + value for name, value in losses.items()}
+        return carried
+
+
+def choose(logits_NE: mx.array, bias_E: mx.array | None, count: int) -> tuple[mx.array, mx.array]:
+    """The `count` experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
+    scores_NE = logits_NE if bias_E is None else mx.sigmoid(logits_NE)
+    order_NE = mx.argsort(-mx.stop_gradient(scores_NE if bias_E is None else scores_NE + bias_E), axis=-1)  # MLX's sort is stable
+    chosen_NK = mx.stop_gradient(order_NE[:, :count]).astype(mx.int32)
+    hit_NKE = chosen_NK[..., None] == mx.arange(logits_NE.shape[1])
+    picked_NK = mx.sum(mx.where(hit_NKE, scores_NE[:, None], 0.0), axis=-1)  # a compare, whose gradient is no scatter
+    if bias_E is None:
+        return chosen_NK, mx.softmax(picked_NK, axis=-1)
+    return chosen_NK, picked_NK / (mx.sum(picked_NK, axis=-1, keepdims=True) + 1e-20)
+
+
+def balance_loss(logits_NE: mx.array, load_E: mx.array) -> mx.array:
+    """E sum_e f_e P_e, 1 at perfect balance (Switch Transformer, 2021)."""
+    share_E = load_E / mx.sum(load_E)
+    return load_E.size * mx.sum(share_E * mx.mean(mx.softmax(logits_NE, axis=-1), axis=0))
+
+
+def router_z_loss(logits_NE: mx.array) -> mx.array:
+    """Mean of logsumexp^2 (ST-MoE, 2022)."""
+    return mx.mean(mx.square(mx.logsumexp(logits_NE, axis=-1)))
+
+
+def auxiliary_loss(train: TrainConfig, carried: Carried) -> mx.array | float:
+    """What the layers' losses add to the objective; 0 where there are none."""
+    return train.balance_loss * carried.get("balance_loss", 0.0) + train.router_z_loss * carried.get("router_z_loss", 0.0)
+
+
+def measured(config: ModelConfig, carried: Carried, share: mx.array) -> dict[str, mx.array]:
+    """What a part of a step reports: its losses, means over the layers, times its share of the counted tokens; and its loads."""
+    loads = {name: carried[name] for name in load_names(config)}
+    return {**{name: share * carried[name] / len(loads) for name in LOSSES if name in carried}, **loads}
+
+
+def move_biases(config: ModelConfig, params: Params, metrics: dict[str, mx.array], rate: mx.array) -> Params:
+    """Parameters after a step: each router's bias goes up by `rate` for experts under the mean load, down for those over it."""
+    if config.router != "bias":
+        return params
+    moved = {}
+    for name in load_names(config):
+        bias = name.replace(".load", ".router.bias")
+        moved[bias] = params[bias] + rate * mx.sign(mx.mean(metrics[name]) - metrics[name])
+    return {**params, **moved}
+
+
+def summarised(config: ModelConfig, metrics: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Metrics of a whole step, with the loads as one "expert_load" [layers, E]: each expert's share of its layer's pairs."""
+    loads = [metrics[name] for name in load_names(config)]
+    rest = {name: value for name, value in metrics.items() if not name.endswith(".load")}
+    return {**rest, "expert_load": mx.stack([load_E / mx.sum(load_E) for load_E in loads])} if loads else rest
+
+
+def arrange(chosen_NK: mx.array, load_E: mx.array, block: int) -> Layout:
+    """The rows of all pairs, expert by expert in the order of the tokens; each expert begins a new block."""
+    pairs, rows = chosen_NK.size, padded_rows(chosen_NK.size, load_E.size, block)
+    order_M = mx.argsort(chosen_NK.reshape(-1))  # the pair at each place of the sorted ones; MLX's sort is stable
+    sizes_E = (load_E + block - 1) // block * block
+    shift_E = (mx.cumsum(sizes_E) - sizes_E) - (mx.cumsum(load_E) - load_E)
+    row_M = mx.arange(pairs) + shift_E[chosen_NK.reshape(-1)[order_M]]
+    pair_R, row_NK = mx.full(rows, pairs, mx.int32), mx.zeros(pairs, mx.int32)
+    pair_R[row_M], row_NK[order_M] = order_M.astype(mx.int32), row_M.astype(mx.int32)
+    return Layout(pair_R, row_NK.reshape(chosen_NK.shape), sizes_E)
+
+
+@mx.custom_function
+def _spread(x_ND: mx.array, pair_R: mx.array, row_NK: mx.array) -> mx.array:
+    """The rows [R, D]: each pair's token, zeros in between."""
+    return _filled(x_ND, pair_R // row_NK.shape[1])
+
+
+@mx.custom_function
+def _collect(y_RD: mx.array, pair_R: mx.array, row_NK: mx.array) -> mx.array:
+    """Each pair's row, [N, K, D]."""
+    return y_RD[row_NK]
+
+
+@_spread.vjp
+def _spread_backward(primals, dy_RD, y_RD):
+    _, pair_R, row_NK = primals
+    return mx.sum(dy_RD[row_NK], axis=1), mx.zeros_like(pair_R), mx.zeros_like(row_NK)
+
+
+@_collect.vjp
+def _collect_backward(primals, dy_NKD, y_NKD):
+    _, pair_R, row_NK = primals
+    return _filled(dy_NKD.reshape(-1, dy_NKD.shape[-1]), pair_R), mx.zeros_like(pair_R), mx.zeros_like(row_NK)
+
+
+def _filled(x_ND: mx.array, rows: mx.array) -> mx.array:
+    """These rows of x, zeros for those past its end."""
+    last = x_ND.shape[0] - 1
+    return mx.where((rows <= last)[:, None], x_ND[mx.minimum(rows, last)], mx.zeros((), x_ND.dtype))
