@@ -1,12 +1,13 @@
 """Estimated device memory to train and to infer, in bytes. Estimates, for choosing a size: the run reports the real peak.
 
-Training holds float32 parameters, their gradients and two AdamW moments (16 bytes a parameter), a bf16 copy of the
-weights in use, the activations that the backward pass needs, and the logits.
+Training holds float32 parameters, their gradients and what the optimizer keeps (16 bytes a parameter with AdamW's two
+moments), a bf16 copy of the weights in use, the activations that the backward pass needs, and the logits.
 """
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.mesh import ONE_DEVICE, MeshShape
 from smedjan_common.mixers import MIXERS
+from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.params import count_params, parameter_table
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -17,8 +18,8 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     """Peak memory of a training step on each device: state + activations of one micro-batch + logits. What tensor saves of the
     activations is not counted."""
     width = _BYTES[train.dtype]
-    specs = parameter_table(config).values()
-    state = 16 * sum(spec.size // mesh.parts(spec) for spec in specs)
+    specs, slots = parameter_table(config).values(), OPTIMIZERS[train.optimizer].slots
+    state = 4 * sum((2 + len(slots(spec))) * (spec.size // mesh.parts(spec)) for spec in specs)
     if train.dtype != "float32" or mesh.fsdp > 1:  # the weights in use are a copy, whole
         state += width * sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len

@@ -23,16 +23,20 @@ if TYPE_CHECKING:
 class OptimizerSpec:
     """An optimizer.
 
-    slots(parameter) -> names of the arrays that are kept of it, float32 and of its shape.
+    keeps(parameter) -> names of the arrays that are kept of a parameter that moves, float32 and of its shape.
     lr: its default peak learning rate over that of adamw. beta2, weight_decay: its defaults.
     """
 
     name: str
     about: str
-    slots: "Callable[[ParamSpec], tuple[str, ...]]"
+    keeps: "Callable[[ParamSpec], tuple[str, ...]]"
     lr: float = 1.0
     beta2: float = 0.95
     weight_decay: float = 0.1
+
+    def slots(self, spec: "ParamSpec") -> tuple[str, ...]:
+        """Names of the arrays that are kept of a parameter; none of one that never moves."""
+        return self.keeps(spec) if spec.lr_scale else ()
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: they drive singular values into 0.7 to 1.2, the faster the smaller they are
@@ -57,7 +61,7 @@ def slot_names(config: "ModelConfig", optimizer: str) -> dict[str, list[str]]:
 
     slots: dict[str, list[str]] = {}
     for name, spec in parameter_table(config).items():
-        for slot in OPTIMIZERS[optimizer].slots(spec) if spec.lr_scale else ():
+        for slot in OPTIMIZERS[optimizer].slots(spec):
             slots.setdefault(slot, []).append(name)
     return slots
 

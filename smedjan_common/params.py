@@ -26,8 +26,8 @@ class ParamSpec(NamedTuple):
 
     name: dotted path, equal to the attribute path in both backends and the key in checkpoints.
     shape: extents, weights [out, in].
-    axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn, experts, or None): what a mesh shards by. An axis
-        along which a tensor is no linear map, because its elements are used one by one, is "taps" (of a convolution) or "single".
+    axes: logical axis of each dimension (vocab, embed, heads, kv_heads, ffn, experts, or None): what a mesh shards by. Tensors of
+        more dimensions whose values are used one by one, and not as a linear map (taps of convolutions), have only None.
     init: name of a row of INITIALIZERS. scale: its parameter or parameters (the standard deviation of "normal").
     decay: whether weight decay applies. lr_scale: multiplies the learning rate; 0: no optimizer moves it.
     """
@@ -49,7 +49,7 @@ class ParamSpec(NamedTuple):
     def matrix(self) -> bool:
         """Whether it maps hidden features to hidden features, [out, in], or is one such map per expert, [E, out, in]."""
         maps = self.axes[1:] if len(self.axes) == 3 and self.axes[0] == "experts" else self.axes
-        return len(maps) == 2 and not {"vocab", "taps", "single"} & set(maps)
+        return len(maps) == 2 and any(maps) and "vocab" not in maps
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -76,11 +76,6 @@ def norm_spec(name: str, dim: int) -> ParamSpec:
 def count_params(config: ModelConfig) -> int:
     """Exact number of values in the tree."""
     return sum(spec.size for spec in parameter_table(config).values())
-
-
-def decay_mask(config: ModelConfig) -> dict[str, bool]:
-    """name -> whether weight decay applies."""
-    return {name: spec.decay for name, spec in parameter_table(config).items()}
 
 
 def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:

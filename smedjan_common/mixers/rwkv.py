@@ -37,7 +37,7 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
         *specs,
         _vector("k_k", D, "rwkv_channels", (0.76, -0.1, 1.0, 0.0, size)),
         _vector("k_a", D, "constant", 1.02),
-        _vector("r_k", D, "constant", -0.04)._replace(shape=(D // size, size), axes=("heads", None)),
+        _vector("r_k", D, "constant", -0.04)._replace(shape=(D // size, size), axes=(None, None)),
         _vector("ln_x.weight", D, "constant", ((1 + layer) / config.layers) ** 0.7),
         _vector("ln_x.bias", D, "constant", 0.0),
         _matrix("o_proj", D, D, ("embed", "heads"), "constant", 0.0),

@@ -41,7 +41,7 @@ def init(config: TrainConfig, specs: Mapping[str, ParamSpec]) -> OptimizerState:
     """Zeros in every slot."""
     slots: dict[str, Tensors] = {}
     for name, spec in specs.items():
-        for slot in OPTIMIZERS[config.optimizer].slots(spec) if spec.lr_scale else ():
+        for slot in OPTIMIZERS[config.optimizer].slots(spec):
             slots.setdefault(slot, {})[name] = np.zeros(spec.shape)
     return OptimizerState(slots, 0)
 

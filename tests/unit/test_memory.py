@@ -6,7 +6,7 @@ import pytest
 
 from smedjan_common.config import DTYPES, GRADIENT_CHECKPOINTING, ModelConfig, TrainConfig
 from smedjan_common.memory import activation_values_per_token, inference_bytes, state_bytes, training_bytes
-from smedjan_common.params import count_params
+from smedjan_common.params import count_params, parameter_table
 from smedjan_common.presets import PRESETS
 
 MEDIUM = ModelConfig.preset("medium")
@@ -28,6 +28,14 @@ def test_inference_takes_the_weights_and_the_state(dtype: str):
 def test_training_holds_at_least_parameters_gradients_and_two_moments():
     small = dataclasses.replace(TRAIN, batch_size=1, seq_len=1, dtype="float32")
     assert count_params(MEDIUM) * 16 < training_bytes(MEDIUM, small) < count_params(MEDIUM) * 17
+
+
+def test_an_optimizer_that_keeps_less_takes_less():
+    small = dataclasses.replace(TRAIN, batch_size=1, seq_len=1, dtype="float32")
+    total = {name: training_bytes(MEDIUM, dataclasses.replace(small, optimizer=name)) for name in ("adamw", "muon", "lion")}
+    matrices = sum(spec.size for spec in parameter_table(MEDIUM).values() if spec.matrix)
+    assert total["adamw"] - total["muon"] == 4 * matrices
+    assert total["adamw"] - total["lion"] == 4 * count_params(MEDIUM)
 
 
 @pytest.mark.parametrize("size", PRESETS)
