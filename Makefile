@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test test-gpu lint bench clean
+.PHONY: train test test-gpu lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -38,6 +38,11 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/train_speed.py --backend $(BACKEND) --output bench/results/train_speed-local.json
+
+# goes on where an earlier run of the same sources was stopped
+equivalence: $(VENV)/.installed-test
+	$(BIN)/python bench/conformance.py $(EQUIVALENCE_ARGS)
+	$(BIN)/python -m bench.render
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -4,13 +4,17 @@
     python bench/conformance.py --device gpu            float32 and bfloat16 on the accelerator, whichever backends are installed
 
 It measures what tests/conformance demands, with the same checks, and exits with 1 when a figure is over its gate. Differences
-are relative: outputs by their largest value, gradients, parameters and moments by their L2 norm (gates.py).
+are relative: outputs by their largest value, gradients, parameters and moments by their L2 norm (gates.py). The file is whole after
+every combination; started again on the same sources, versions and device it goes on with those that are missing.
 """
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
+import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -18,78 +22,138 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from bench.rows import RESULTS, scrubbed, slug, sources
+from smedjan_common.data.atomic import write_atomically
 
 
 def main() -> int:
-    """Measure, write the file, print one line a combination."""
+    """Measure what is missing, write the file, print one line a combination."""
     arguments = parse_arguments()
-    os.environ["SMEDJAN_TEST_DEVICE"] = arguments.device
-    import tests.conftest  # noqa: F401  (the settings that must stand before a framework is imported)
+    settle(arguments.device)
     from tests.conformance.cases import CASES
 
     backends = arguments.backends or [name for name, package in (("jax", "jax"), ("mlx", "mlx.core")) if installed(package)]
-    started, rows, output = time.time(), [], None
-    chosen = [case for case in CASES.values() if re.fullmatch(arguments.combinations, case.id)]
-    for dtype in arguments.dtypes or (["float32"] if arguments.device == "cpu" else ["float32", "bfloat16"]):
-        for case in chosen:
-            row = {"combination": case.id, "dtype": dtype} | measure(backends, case, dtype)
-            rows.append(row)
-            print(case.id, dtype, *(f"{name} {figure['value']:.1e}" for name, figure in row["figures"].items()), flush=True)
-            output = write(backends, arguments, rows, time.time() - started)  # after each, so that a time limit costs one row only
-    over = [f"{row['combination']} {row['dtype']} {name}" for row in rows for name, f in row["figures"].items() if not f["conforms"]]
-    print(f"{output}: {len(rows)} rows, {len(over)} figures over their gates", *over, sep="\n  ")
-    return 1 if over else 0
+    dtypes = arguments.dtypes or (["float32"] if arguments.device == "cpu" else ["float32", "bfloat16"])
+    wanted = [(case, dtype) for dtype in dtypes for case in CASES if re.fullmatch(arguments.combinations, case)]
+    report = about(backends, arguments)
+    output = arguments.output or RESULTS / f"conformance-{report_slug(report)}.json"
+    rows, deadline = kept(output, report, wanted), time.monotonic() + arguments.limit_seconds
+    missing = [key for key in wanted if key not in rows]
+    print(f"{len(rows)} of {len(wanted)} combinations are in {output.name} already, {len(missing)} to go", flush=True)
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), settle, (arguments.device,)) as pool:
+        running = {pool.submit(measure, backends, case, dtype, deadline): (case, dtype) for case, dtype in missing}
+        for future in as_completed(running):
+            case, dtype = running[future]
+            row = future.result()
+            print(
+                case, dtype, *(f"{name} {figure['value']:.1e}" for name, figure in row["figures"].items()), row.get("error", ""), flush=True
+            )
+            if row["figures"]:
+                rows[case, dtype] = row
+                write(output, report, [rows[key] for key in wanted if key in rows])
+    over = [f"{case} {dtype} {name}" for (case, dtype), row in rows.items() for name, f in row["figures"].items() if not f["conforms"]]
+    errors = [f"{case} {dtype}: {row['error']}" for (case, dtype), row in rows.items() if "error" in row]
+    absent = [f"{case} {dtype} is missing" for case, dtype in wanted if (case, dtype) not in rows]
+    print(
+        f"{output.name}: {len(rows)} rows, {len(over)} figures over their gates, {len(errors)} errors", *over, *errors, *absent, sep="\n  "
+    )
+    return 1 if over or errors or absent else 0
 
 
-def write(backends: list[str], arguments: argparse.Namespace, rows: list[dict], seconds: float) -> pathlib.Path:
-    """The report so far as JSON; returns its path."""
-    report = about(backends, arguments) | {"seconds": round(seconds, 1), "largest": largest(rows), "combinations": rows}
-    output = arguments.output or ROOT / "bench" / "results" / f"conformance-{slug(report)}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    return output
+def settle(device: str) -> None:
+    """The settings that must stand before a framework is imported, in this process or in one of its pool."""
+    os.environ["SMEDJAN_TEST_DEVICE"] = device
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, two frameworks, one device
+    importlib.import_module("tests.conftest")
 
 
-def measure(backends: list[str], case, dtype: str) -> dict:
-    """The largest difference of each check over one combination, with its gate and the tensor it was found in."""
+def kept(output: pathlib.Path, report: dict, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
+    """The rows of an earlier report on the same sources, versions, device and settings, without those that had an error."""
+    before = json.loads(output.read_text()) if output.exists() else {}
+    if any(before.get(name) != report[name] for name in ("sources", "device", "python", "backends", "settings")):
+        return {}
+    found = {(row["combination"], row["dtype"]): row for row in before["combinations"] if "error" not in row}
+    return {key: found[key] for key in wanted if key in found}
+
+
+def write(output: pathlib.Path, report: dict, rows: list[dict]) -> None:
+    """The report so far as JSON."""
+    content = report | {"seconds": round(sum(row["seconds"] for row in rows), 1), "largest": largest(rows), "combinations": rows}
+    write_atomically(output, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def measure(backends: list[str], name: str, dtype: str, deadline: float) -> dict:
+    """The largest difference of each check over one combination, with its gate and the tensor it was found in.
+
+    Nothing is measured after `deadline` (time.monotonic()). An error of a side is told under "error", and the rest goes on.
+    """
     from smedjan_common.errors import ConfigError
+    from smedjan_common.mixers import MIXERS
     from smedjan_common.params import initial_params
     from tests.conformance import checks, subjects
+    from tests.conformance.cases import CASES, CHUNK
 
+    case, started = CASES[name], time.monotonic()
     case = dataclasses.replace(case, train=dataclasses.replace(case.train, dtype=dtype))
     found: dict[str, list] = {}
     refused: dict[str, str] = {}
+    errors: list[str] = []
 
-    def run(name: str, check: Callable[[], Iterable]) -> None:
+    def run(check_name: str, check: Callable[[], Any]) -> Any:
+        if started > deadline:
+            return None
         try:
-            found[name] = list(check())
+            return check()
         except ConfigError as error:
-            refused[name] = str(error)
+            refused[check_name] = str(error)
+        except Exception as error:  # the other checks are still worth knowing
+            errors.append(scrubbed(f"{check_name}: {type(error).__name__}: {error}".splitlines()[0]))
+        return None
 
+    def differences(check_name: str, check: Callable[[], Iterable]) -> None:
+        if (got := run(check_name, lambda: list(check()))) is not None:
+            found[check_name] = got
+
+    rows = [MIXERS[mixer] for mixer in case.model.mixer]
     start, runs = initial_params(case.model, 1), {}
     for backend in backends:
-        run(f"{backend} forward", lambda b=backend: checks.forward(b, case))
-        run(f"{backend} loss", lambda b=backend: checks.loss(b, case))
-        run(f"{backend} gradients", lambda b=backend: checks.gradient(b, case))
-        run(f"{backend} decoding", lambda b=backend: checks.decoding(b, case, [13, 1, 1, 1, 1]))
-        run(f"{backend} optimizer", lambda b=backend: checks.optimizer(b, case))
-        run(f"{backend} accumulation", lambda b=backend: checks.same_step(b, case, grad_accum=2))
-        run(f"{backend} checkpointing", lambda b=backend: checks.same_step(b, case, gradient_checkpointing="full"))
-        try:
-            runs[backend] = subjects.train(backend, case.model, case.train, start, case.batches)
-        except ConfigError as error:
-            refused[f"{backend} 20 steps"] = str(error)
-    if len(runs) == 2:
-        run("mlx-jax forward", lambda: checks.forward("mlx", case, want="jax"))
-        run("mlx-jax gradients", lambda: checks.gradients_between("mlx", "jax", case))
+        differences(f"{backend} forward", lambda b=backend: checks.forward(b, case))
+        differences(f"{backend} loss", lambda b=backend: checks.loss(b, case))
+        differences(f"{backend} gradients", lambda b=backend: checks.gradient(b, case))
+        differences(f"{backend} decoding", lambda b=backend: checks.decoding(b, case, [13, 1, 1, 1, 1]))
+        if all(row.documents for row in rows):
+            differences(f"{backend} documents", lambda b=backend: checks.forward(b, case, documents=case.documents))
+        if case.default:  # what does not depend on the other combinations' options
+            if any(row.linear for row in rows):
+                differences(f"{backend} chunk sizes", lambda b=backend: checks.chunk_sizes(b, case, (CHUNK, 2, 7, 64)))
+            differences(f"{backend} optimizer", lambda b=backend: checks.optimizer(b, case))
+            differences(f"{backend} accumulation", lambda b=backend: checks.same_step(b, case, grad_accum=2))
+            differences(f"{backend} checkpointing", lambda b=backend: checks.same_step(b, case, gradient_checkpointing="full"))
+        runs[backend] = run(f"{backend} 20 steps", lambda b=backend: subjects.train(b, case.model, case.train, start, case.batches))
+    if runs.get("jax") and runs.get("mlx"):
+        differences("mlx-jax forward", lambda: checks.forward("mlx", case, want="jax"))
+        differences("mlx-jax gradients", lambda: checks.gradients_between("mlx", "jax", case))
         steps = checks.runs(runs["mlx"], runs["jax"], gates=case.gates)
-        for name, part in (("loss", "loss"), ("gradient norm", "gradient norm"), ("parameters", "trained"), ("moments", "optimizer's")):
-            run(f"mlx-jax 20 steps {name}", lambda part=part: [d for d in steps if d.name.startswith(part)])
-    figures = {name: worst(differences) for name, differences in found.items()}
-    return {"figures": figures, **({"refused": refused} if refused else {})}
+        for part_name, part in (
+            ("loss", "loss"),
+            ("gradient norm", "gradient norm"),
+            ("parameters", "trained"),
+            ("moments", "optimizer's"),
+        ):
+            differences(f"mlx-jax 20 steps {part_name}", lambda part=part: [d for d in steps if d.name.startswith(part)])
+    return {
+        "combination": name,
+        "dtype": dtype,
+        "seconds": round(time.monotonic() - started, 1),
+        "figures": {check: worst(values) for check, values in found.items()},
+        **({"refused": refused} if refused else {}),
+        **({"error": "; ".join(errors)} if errors else {}),
+    }
 
 
 def worst(differences: list) -> dict:
@@ -119,6 +183,7 @@ def about(backends: list[str], arguments: argparse.Namespace) -> dict:
         "command": " ".join(["python", "bench/conformance.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": arguments.device,
+        "sources": sources("tests/conformance"),
         "python": platform.python_version(),
         "backends": {
             name: {"kind": d["kind"], "name": d["name"], **rows.made_with(name), **d["versions"]} for name, d in described.items()
@@ -127,10 +192,10 @@ def about(backends: list[str], arguments: argparse.Namespace) -> dict:
     }
 
 
-def slug(report: dict) -> str:
-    """`cpu`, or the accelerator's name: nvidia-h100-80gb-hbm3."""
+def report_slug(report: dict) -> str:
+    """`cpu`, or the accelerator's name: h100."""
     names = {side["name"] for side in report["backends"].values() if side["kind"] != "cpu"}
-    return re.sub(r"[^a-z0-9]+", "-", min(names).lower()).strip("-") if names else "cpu"
+    return slug(min(names)) if names else "cpu"
 
 
 def installed(package: str) -> bool:
@@ -148,6 +213,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", choices=("jax", "mlx"), help="default: those that are installed")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16 too")
     parser.add_argument("--combinations", default=".*", help="regular expression of the combinations to measure; default: all")
+    parser.add_argument(
+        "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at a time; default: the CPU's cores, at most 8"
+    )
+    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="measure no further combination after this long")
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/conformance-DEVICE.json")
     return parser.parse_args()
 

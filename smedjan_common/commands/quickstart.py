@@ -49,7 +49,7 @@ def _quickstart(flags: QuickstartFlags) -> int:
     backend = choose(["--backend", flags.backend])
     check_installed(backend)
     folder = Path(flags.checkpoint_dir)
-    _corpus(folder)
+    write_corpus(folder)
     for made, command in commands(folder, backend, flags.steps):
         if made is not None and made.exists():
             continue
@@ -61,7 +61,7 @@ def _quickstart(flags: QuickstartFlags) -> int:
     return 0
 
 
-def _corpus(folder: Path) -> None:
+def write_corpus(folder: Path) -> None:
     """Write corpus.jsonl, a document a line, unless it is there."""
     from smedjan_common.data.atomic import write_atomically
     from smedjan_common.data.corpus import default_corpus

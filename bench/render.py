@@ -1,0 +1,285 @@
+"""Fills the generated parts of the documentation and draws its pictures from the files in bench/results.
+
+    python -m bench.render
+
+A generated part stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` and is made by the function NAME of PARTS; the prose around
+is kept. A part without results stays as it is. Each device has its own result files; those of an accelerator come first.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+
+from bench.rows import RESULTS, ROOT, Row
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.memory import state_bytes
+from smedjan_common.mixers import MIXERS
+
+DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "images"
+PAGES = ("equivalence.md", "mixers.md", "performance.md", "training.md")
+CHECKS = {
+    "forward": "logits against the reference",
+    "loss": "loss",
+    "gradients": "gradients",
+    "decoding": "decoding token by token",
+    "documents": "logits with documents kept apart",
+    "chunk sizes": "logits in other chunks",
+    "optimizer": "20 optimizer steps on equal gradients",
+    "accumulation": "gradients accumulated over two parts",
+    "checkpointing": "gradients with checkpointing",
+}
+BETWEEN = {
+    "forward": "logits",
+    "gradients": "gradients",
+    "20 steps loss": "20 steps of training: loss",
+    "20 steps parameters": "20 steps of training: parameters",
+}
+
+
+def main() -> None:
+    """Write the pages and the pictures."""
+    from bench import pictures
+
+    for page in PAGES:
+        path = DOCS / page
+        path.write_text(rendered(path.read_text()))
+    IMAGES.mkdir(exist_ok=True)
+    for name, found in (("equivalence", conformance()), ("learning", newest("learning")), ("mixers", newest("mixers"))):
+        if found:
+            getattr(pictures, name)(found, IMAGES / f"{name}.png")
+
+
+def rendered(text: str) -> str:
+    """A page with its generated parts made anew."""
+
+    def fill(match: re.Match) -> str:
+        content = PARTS[match[1]]()
+        return match[0] if content is None else f"<!-- bench:{match[1]} -->\n{content}\n<!-- /bench:{match[1]} -->"
+
+    return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench:\1 -->", fill, text, flags=re.DOTALL)
+
+
+def reports(name: str) -> dict[str, Row]:
+    """Device -> result file, accelerators first."""
+    found = {path.stem.removeprefix(f"{name}-"): json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))}
+    return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
+
+
+def newest(name: str) -> Row | None:
+    """The result file of the best device."""
+    return next(iter(reports(name).values()), None)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+# equivalence
+
+
+def conformance() -> dict[str, list[Row]]:
+    """Device (h100, cpu) -> rows of all its files."""
+    found: dict[str, list[Row]] = {}
+    for name, report in reports("conformance").items():
+        found.setdefault(name.split("-")[0], []).extend(report["combinations"])
+    return found
+
+
+def equivalence() -> str | None:
+    """The largest difference of every check by device and backend, then what each combination has."""
+    found = conformance()
+    if not found:
+        return None
+    return "\n\n".join([*(_largest(found, dtype) for dtype in ("float32", "bfloat16")), _combinations(found["cpu"])])
+
+
+def _largest(found: dict[str, list[Row]], dtype: str) -> str:
+    devices = {device: kept for device in sorted(found) if (kept := [row for row in found[device] if row["dtype"] == dtype])}
+    if not devices:
+        return ""
+    counts = ", ".join(f"{len(rows)} on {_device(device)}" for device, rows in devices.items())
+    sides = [(device, backend) for device in devices for backend in ("jax", "mlx")]
+    against = [[text, *_cells([(devices[d], f"{b} {check}") for d, b in sides])] for check, text in CHECKS.items()]
+    between = [[text, *_cells([(rows, f"mlx-jax {check}") for rows in devices.values()])] for check, text in BETWEEN.items()]
+    return "\n\n".join(
+        [
+            f"The largest relative difference of any combination, {dtype} ({counts}):",
+            table(["", "gate", *(f"{_device(d)}: {b.upper()}" for d, b in sides)], [row for row in against if set(row[1:]) != {"-"}]),
+            table(["MLX against JAX", "gate", *map(_device, devices)], [row for row in between if set(row[1:]) != {"-"}]),
+        ]
+    )
+
+
+def _cells(sources: list[tuple[list[Row], str]]) -> list[str]:
+    """The gate and the largest figure of each source."""
+    figures = [[row["figures"][name] for row in rows if name in row["figures"]] for rows, name in sources]
+    gates = {figure["gate"] for several in figures for figure in several}
+    gate = (
+        f"{min(gates):.0e}".replace("e-0", "e-") + (f" to {max(gates):.0e}".replace("e-0", "e-") if len(gates) > 1 else "")
+        if gates
+        else "-"
+    )
+    return [gate, *(_short(max(figure["value"] for figure in several)) if several else "-" for several in figures)]
+
+
+def _combinations(rows: list[Row]) -> str:
+    checks = ["jax forward", "mlx forward", "jax gradients", "mlx gradients", "mlx-jax 20 steps loss", "mlx-jax 20 steps parameters"]
+    head = ["combination (CPU, float32)", "logits: JAX", "MLX", "gradients: JAX", "MLX", "20 steps, MLX against JAX: loss", "parameters"]
+    body = [
+        [row["combination"], *(_short(row["figures"][check]["value"]) if check in row["figures"] else "-" for check in checks)]
+        for row in rows
+        if row["dtype"] == "float32"
+    ]
+    return table(head, body)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
+def _device(name: str) -> str:
+    return name.upper()
+
+
+# mixers
+
+
+def menu() -> str:
+    """The rows of the table: what each is, its parameters and its decode state at medium."""
+    body = []
+    for name, row in MIXERS.items():
+        try:
+            model = ModelConfig.preset("medium", mixer=(name,), context_length=32768)
+        except ConfigError:
+            continue
+        states = [f"{state_bytes(model, 1, length, 'bfloat16') / 2**20:.1f}" for length in (1024, 32768)]
+        cost = "flat" if row.linear else "grows"
+        body.append([f"`{name}`", row.about, f"{model.num_params() / 1e6:.1f}M", cost, *states])
+    return table(["`--mixer`", "what", "parameters", "cost per token with length", "state at 1k, MiB", "at 32k, MiB"], body)
+
+
+def length() -> str | None:
+    """Time and memory per token by length, every device."""
+    parts = []
+    for report in reports("mixers").values():
+        rows = [row for row in report["rows"] if row["table"] == "length"]
+        lengths = sorted({row["seq_len"] for row in rows})
+        stack = f"{report['layers']} layers of width {report['dim']}, {report['tokens']} tokens a step, {report['dtype']}"
+        for field, text, shown in (("microseconds_per_token", "Microseconds", "{:.3g}"), ("bytes_per_token", "KiB", "{:.0f}")):
+            scale = 1 if field == "microseconds_per_token" else 1024
+            by = {(row["mixer"], row["seq_len"]): _cell(row, field, scale, shown) for row in rows}
+            body = [[f"`{mixer}`", *(by.get((mixer, n), "") for n in lengths)] for mixer in dict.fromkeys(row["mixer"] for row in rows)]
+            parts.append(f"{text} per token of a training step, {report['device']}, {stack}:\n")
+            parts.append(table(["T", *map(_thousands, lengths)], body) + "\n")
+    return "\n".join(parts).rstrip() or None
+
+
+def medium() -> str | None:
+    """Speed at medium."""
+    report = newest("mixers")
+    rows = [row for row in (report or {"rows": []})["rows"] if row["table"] == "medium"]
+    if not report or not rows:
+        return None
+    shown = (
+        ("parameters", 1e6, "{:.1f}M"),
+        ("tokens_per_second", 1, "{:,.0f}"),
+        ("tflops_causal_once", 1, "{:.0f}"),
+        ("bytes_per_token", 1024, "{:.0f}"),
+    )
+    body = [[f"`{row['mixer']}`", *(_cell(row, *column) for column in shown)] for row in rows]
+    head = ["medium, 64 x 1024", "parameters", "tokens/s", "TFLOP/s", "KiB per token"]
+    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}:\n\n" + table(head, body)
+
+
+def learning() -> str | None:
+    """Validation loss against attention's and the accuracies of recall."""
+    report = newest("learning")
+    if not report:
+        return None
+    rows = [row for row in report["rows"] if "error" not in row]
+    losses: dict[str, list[float]] = {}
+    for row in rows:
+        if row["task"] == "corpus":
+            losses.setdefault(row["mixer"], []).append(row["val_loss"])
+    mean = {mixer: statistics.mean(values) for mixer, values in losses.items()}
+    recall = {(row["task"], row["mixer"]): row["accuracy"] for row in rows if "accuracy" in row}
+    body = []
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        loss = [f"{mean[mixer]:.3f}", f"{100 * (mean[mixer] / mean['attention'] - 1):+.1f} %"] if mixer in mean else ["", ""]
+        right = [
+            " / ".join(f"{100 * value:.0f}" for value in recall.get((task, mixer), {}).values()) for task in ("associative", "copying")
+        ]
+        body.append([f"`{mixer}`", *loss, *right])
+    counts = " / ".join(next(iter(recall.values()))) if recall else ""
+    shape = report["corpus"]
+    intro = (
+        f"{report['device']}, {shape['steps']} steps of {shape['batch_size']} x {shape['seq_len']} tokens, {len(report['seeds'])} seeds:"
+    )
+    head = ["mixer", "validation loss", "against attention", f"pairs recalled, %, of {counts}", f"tokens copied, %, of {counts}"]
+    return f"{intro}\n\n{table(head, body)}"
+
+
+def rope() -> str | None:
+    """Validation loss at 1, 2 and 4 times the trained context."""
+    report = newest("rope_extension")
+    if not report or not report["rows"]:
+        return None
+    rows = report["rows"]
+    lengths = sorted({row["seq_len"] for row in rows})
+    by = {(row["weights"], row["rope_scaling"], row["seq_len"]): f"{row['val_loss']:.3f}" for row in rows}
+    kinds = dict.fromkeys((row["weights"], row["rope_scaling"]) for row in rows)
+    names = {"trained": "", "trained on": f", after {report['more_steps']} more steps at {lengths[-1]}"}
+    body = [[f"`{scaling}`{names[weights]}", *(by.get((weights, scaling, n), "") for n in lengths)] for weights, scaling in kinds]
+    trained = f"{report['steps']} steps of {report['batch_size']} x {report['seq_len']} tokens"
+    intro = f"`{report['size']}`, trained for {trained} ({report['device']}):"
+    return f"{intro}\n\n{table(['`--rope-scaling`, factor 4; validation loss at', *map(str, lengths)], body)}"
+
+
+# performance
+
+
+def memory() -> str | None:
+    """What each option costs and saves."""
+    report = newest("memory")
+    if not report:
+        return None
+    parts = []
+    for size in dict.fromkeys(row["size"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["size"] == size and "error" not in row]
+        shape = f"{size} ({rows[0]['batch_size']} x {rows[0]['seq_len']}, vocabulary {rows[0]['vocab_size']}), {report['device']}:"
+        body = [
+            [f"`{row['gradient_checkpointing']}`", str(row["grad_accum"]), str(row.get("loss_chunks", row["logits"]))]
+            + (["out of memory", "-"] if row.get("out_of_memory") else [f"{row['tokens_per_second']:,}", _gib(row["peak_memory_bytes"])])
+            for row in rows
+        ]
+        parts.append(shape + "\n\n" + table(["checkpointing", "parts", "chunks of the loss", "tokens/s", "memory, GiB"], body))
+    return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
+
+
+def _cell(row: Row, field: str, scale: float, shown: str) -> str:
+    return shown.format(row[field] / scale) if field in row else "out of memory" if "memory" in row.get("error", "").lower() else "-"
+
+
+def _gib(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**30:.1f}"
+
+
+def _thousands(value: int) -> str:
+    return f"{value // 1024}k" if value >= 1024 else str(value)
+
+
+PARTS: dict[str, Callable[[], str | None]] = {
+    "equivalence": equivalence,
+    "menu": menu,
+    "length": length,
+    "medium": medium,
+    "learning": learning,
+    "rope": rope,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    main()

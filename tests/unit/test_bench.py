@@ -1,0 +1,172 @@
+"""The measuring programs at toy size: every one runs, its rows are kept, and the pages show what the result files say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import corpus, learning, memory, mixers, pictures, recall, render, rope_extension, rows
+from smedjan_common.data.prepare import prepare
+from smedjan_common.mixers import MIXERS
+from smedjan_common.tokenizer import Tokenizer
+
+COUNTS = np.array([4, 8, 16, 24])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of token files as `corpus.make` leaves it, of a small text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("".join(f"The smith of village {i % 97} struck {i % 13} times.\n\n" for i in range(900)))
+    tokenizer = Tokenizer.train([str(folder / "text.txt")], vocab_size=300)
+    tokenizer.save(folder / "tokenizer.json")
+    prepare([str(folder / "text.txt")], folder / "train.bin", tokenizer, val_output=folder / "val.bin", val_fraction=0.1)
+    return folder
+
+
+def test_associative_recall_asks_for_the_values_of_keys_that_stood_before():
+    inputs, targets = recall.associative(np.random.default_rng(0), COUNTS, 64)
+    for count, row, wanted in zip(COUNTS, inputs, targets, strict=True):
+        pairs = dict(zip(row[0 : 2 * count : 2], row[1 : 2 * count : 2], strict=True))
+        assert len(pairs) == count
+        assert np.all(wanted[: 2 * count] == -1)
+        assert [pairs[key] for key in row[2 * count :]] == list(wanted[2 * count :])
+    assert inputs.max() < recall.VOCAB_SIZE
+
+
+def test_copying_asks_for_the_data_in_its_order():
+    inputs, targets = recall.copying(np.random.default_rng(0), COUNTS, 64)
+    for count, row, wanted in zip(COUNTS, inputs, targets, strict=True):
+        assert np.all(row[-count:] == recall.MARK)
+        data = row[:-count]
+        assert list(data[data != recall.BLANK]) == list(wanted[-count:])
+        assert np.all(wanted[:-count] == -1)
+
+
+def test_rows_are_kept_and_not_measured_twice_unless_the_settings_changed(tmp_path):
+    output = tmp_path / "results.json"
+    first = rows.Results(output, ("mixer", "seq_len"), layers=2)
+    first.add({"mixer": "ssm", "seq_len": 64, "value": 3})
+    first.add({"mixer": "ssm", "seq_len": 128, "error": "the time limit"})
+    again = rows.Results(output, ("mixer", "seq_len"), layers=2)
+    assert again.has({"mixer": "ssm", "seq_len": 64})
+    assert not again.has({"mixer": "ssm", "seq_len": 128}), "a failed row is measured again"
+    assert not rows.Results(output, ("mixer", "seq_len"), layers=3).rows
+
+
+def test_a_result_file_says_where_it_was_made_and_names_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows.sys, "argv", ["/some/place/bench/mixers.py", "--output", "/another/place/out.json"])
+    rows.Results(tmp_path / "r.json", ("a",)).add({"a": 1})
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["command"] == "python -m bench.mixers --output out.json"
+    assert set(found) == {"command", "date", "python", "device", "versions", "sources", "rows"}
+
+
+def test_a_process_that_dies_keeps_its_rows_and_says_why():
+    found = {}
+    tasks = [{"name": name, "end": name} for name in ("well", "error", "never")]
+    rows.in_processes("tests.fakes.measuring", tasks, lambda task, got: found.update({task["name"]: got}), jobs=3, seconds=15)
+    assert [row.get("value", row.get("error")) for row in found["well"]] == [1]
+    assert [row.get("value", row.get("error")) for row in found["error"]] == [1, "RuntimeError: no such device in file.py"]
+    assert [row.get("value", row.get("error")) for row in found["never"]] == [1, "the time limit"]
+
+
+def test_no_process_starts_when_the_time_is_over(capsys):
+    rows.in_processes("tests.fakes.measuring", [{"name": "late", "end": "well"}], pytest.fail, seconds=0)
+    assert "no time left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "cpu"), ("NVIDIA H100 80GB HBM3", "h100"), ("Apple M4 Max", "apple-m4-max")])
+def test_result_files_are_named_by_device(device, expected):
+    assert rows.slug(device) == expected
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_mixers_measures_time_and_memory_per_token(backend, capsys):
+    pytest.importorskip({"jax": "jax", "mlx": "mlx.core"}[backend])
+    wanted = mixers.shapes("attention", backend, mixers.FORMS["test"])
+    mixers.measure({"mixer": "attention", "backend": backend, "form": "test", "rows": wanted})
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["seq_len"] for row in found] == [32, 64]
+    assert all(row["tokens_per_second"] > 0 and row["bytes_per_token"] > 0 for row in found), found
+
+
+def test_mixers_tells_what_a_row_failed_of(capsys):
+    row = mixers.shapes("no-such-mixer", "jax", mixers.FORMS["test"])[0]
+    with pytest.raises(Exception, match="no-such-mixer"):
+        mixers.measure({"mixer": "no-such-mixer", "backend": "jax", "form": "test", "rows": [row]})
+
+
+@pytest.mark.parametrize("task", ["corpus", "associative", "copying"])
+def test_learning_trains_and_asks(task, data):
+    pytest.importorskip("jax")
+    row = learning.train({"task": task, "backend": "jax", "mixer": "attention", "seed": 0, "form": "test", "data": str(data)})
+    if task == "corpus":
+        assert 0 < row["val_loss"] < 8
+    else:
+        assert list(row["accuracy"]) == [str(count) for count in learning.RECALL_COUNTS]
+        assert all(0 <= value < 0.3 for value in row["accuracy"].values()), "two steps teach nothing"
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_every_mixer_fits_the_model_of_recall(name):
+    from smedjan_common.config import ModelConfig
+
+    options = {**learning.RECALL_MODEL, **learning.RECALL_OPTIONS, "context_length": learning.RECALL_LENGTH}
+    ModelConfig.build(vocab_size=recall.VOCAB_SIZE, mixer=(name,), **options)
+
+
+def test_rope_extension_evaluates_every_scaling_at_every_length(data, capsys):
+    pytest.importorskip("jax")
+    rope_extension.measure({**rope_extension.FORMS["test"], "backend": "jax", "mixer": "attention", "seed": 0, "data": str(data)})
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kinds = [("trained", "none"), ("trained", "ntk"), ("trained", "yarn"), ("trained on", "yarn")]
+    assert [(r["weights"], r["rope_scaling"], r["seq_len"]) for r in found] == [(*kind, n) for kind in kinds for n in (8, 16, 32)]
+    for row in found:
+        assert np.isclose(np.mean(row["by_position"]), row["val_loss"], atol=0.1), row
+
+
+def test_memory_measures_a_row_and_a_row_that_fails_says_so():
+    pytest.importorskip("jax")
+    shape = {**memory.SHAPES["test"][0], "mixer": "attention", "compile_only": False}
+    options = {"gradient_checkpointing": "full", "grad_accum": 2, "logits": "16 chunks"}
+    row = memory.measure({**shape, **options})
+    assert row["tokens_per_second"] > 0
+    assert row["planned_step_bytes"] > 0
+    assert row["loss_chunks"] == 16
+    assert "no-such-size" in memory.measure({**shape, **options, "size": "no-such-size"})["error"]
+
+
+@pytest.mark.parametrize("page", render.PAGES)
+def test_pages_show_what_the_result_files_and_the_tables_say(page):
+    text = (render.DOCS / page).read_text()
+    assert render.rendered(text) == text, "python -m bench.render makes the page anew"
+
+
+def test_a_generated_part_replaces_the_old_one_and_keeps_the_prose():
+    page = "before\n<!-- bench:menu -->\nold\n<!-- /bench:menu -->\nafter\n"
+    made = render.rendered(page)
+    assert made.startswith("before\n<!-- bench:menu -->\n| `--mixer`")
+    assert made.endswith("<!-- /bench:menu -->\nafter\n")
+    assert "old" not in made
+    assert all(f"`{name}`" in made for name in MIXERS)
+
+
+def test_pictures_are_drawn_of_rows_with_gaps(tmp_path):
+    common = {"device": "cpu", "layers": 2, "dim": 64, "dtype": "float32"}
+    lengths = [{"table": "length", "mixer": "ssm", "seq_len": n, "microseconds_per_token": 1.0, "bytes_per_token": 9} for n in (64, 128)]
+    failed = {"table": "length", "mixer": "mla", "seq_len": 64, "error": "out of memory"}
+    pictures.mixers({**common, "rows": [*lengths, failed]}, tmp_path / "mixers.png")
+    losses = [{"task": "corpus", "mixer": name, "seed": 0, "val_loss": 4.0} for name in ("attention", "ssm,ssm,ssm,attention")]
+    recalled = {"task": "copying", "mixer": "attention", "seed": 0, "accuracy": {"4": 1.0, "8": 0.5}}
+    pictures.learning({**common, "rows": [*losses, recalled]}, tmp_path / "learning.png")
+    figures = {"jax forward": {"value": 0.0, "gate": 1e-5}, "mlx-jax 20 steps loss": {"value": 1e-7, "gate": 5e-5}}
+    pictures.equivalence({"cpu": [{"combination": "attention", "dtype": "float32", "figures": figures}]}, tmp_path / "equivalence.png")
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("mixers", "learning", "equivalence"))
+
+
+def test_the_corpus_is_made_by_the_commands_of_quickstart(data, monkeypatch):
+    monkeypatch.setattr(corpus.quickstart, "write_corpus", lambda folder: None)
+    (data / "val.bin.json").touch()
+    corpus.make(data)  # everything is there, so no command runs
+    assert corpus.Corpus(data).train.num_tokens > 1000
