@@ -53,10 +53,11 @@ def _run(flags: Flags) -> int:
     options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
     src, dst = Path(flags.src), Path(flags.dst)
     source = source_format(src)
+    assert source.read is not None
     if source is target and target.name in ("neutral", "orbax"):
+        source.read(src)  # a broken one is told so
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
     check_target(src, dst, flags.force, target.detect)
-    assert source.read is not None
     model = source.read(src)
     with progress_bar() as show:
         notes = target.write(model, dst, options, show)
