@@ -138,7 +138,7 @@ class MixerFlags:
     """Options of single mixers and of the experts; each counts only where its mixer is in --mixer."""
 
     qk_norm: bool = False
-    """attention: RMSNorm over each head of the queries and keys (Qwen3)."""
+    """attention, block-sparse: RMSNorm over each head of the queries and keys (Qwen3)."""
     window: int = 0
     """attention: see only this many newest positions. 0: all."""
     linear_decay: Annotated[str, _one_of(*LINEAR_DECAYS)] = "scalar"

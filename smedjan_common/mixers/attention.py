@@ -14,16 +14,26 @@ if TYPE_CHECKING:
 
 def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     kv = config.kv_heads * config.head_dim
+    norms = [head_norm(f"{name}_norm", config.head_dim) for name in ("q", "k")] if config.qk_norm else []
     return [
         weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
         weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
         weight("v_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
         weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+        *norms,
     ]
 
 
+def head_norm(name: str, dim: int) -> ParamSpec:
+    """The weight of an RMSNorm over features that no mesh splits."""
+    from smedjan_common.params import norm_spec
+
+    return norm_spec(f"{name}.weight", dim)._replace(axes=(None,))
+
+
 def _flops(config: ModelConfig, seq_len: int) -> int:
-    return 2 * config.dim * seq_len  # q k^T and p v: 2 * 2 * dim * seq_len / 2, the causal half
+    window = min(config.window or seq_len, seq_len)
+    return round(4 * config.dim * window * (1 - window / (2 * seq_len)))  # q k^T and p v, 2 dim each a pair; without a window T / 2 pairs
 
 
 def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
@@ -43,6 +53,8 @@ def _validate(config: ModelConfig) -> None:
         raise ConfigError(
             f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
         )
+    if config.window < 0:
+        raise ConfigError(f"--window {config.window} is negative.", "It counts positions.", "Take 0 to see all, or 1024, say.")
 
 
 ROW = MixerSpec(
@@ -54,4 +66,6 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
+    options=("qk_norm", "window"),
+    variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
 )

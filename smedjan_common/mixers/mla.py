@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.mixers.attention import head_norm
 from smedjan_common.mixers.spec import MixerSpec, StateSpec, residual_std, weight
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     if config.mla_q_rank:
         queries = [
             weight("q_a_proj", config.mla_q_rank, config.dim, (None, "embed"), std),
-            _norm("q_a_norm", config.mla_q_rank),
+            head_norm("q_a_norm", config.mla_q_rank),
             weight("q_b_proj", query, config.mla_q_rank, ("heads", None), std),
         ]
     else:
@@ -35,16 +36,10 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     return [
         *queries,
         weight("kv_a_proj", kv_rank(config) + rope_dim(config), config.dim, (None, "embed"), std),
-        _norm("kv_a_norm", kv_rank(config)),
+        head_norm("kv_a_norm", kv_rank(config)),
         weight("kv_b_proj", 2 * config.dim, kv_rank(config), ("heads", None), std),
         weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
     ]
-
-
-def _norm(name: str, dim: int) -> ParamSpec:
-    from smedjan_common.params import norm_spec
-
-    return norm_spec(f"{name}.weight", dim)._replace(axes=(None,))
 
 
 def _flops(config: ModelConfig, seq_len: int) -> int:
@@ -83,5 +78,6 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
+    options=("mla_kv_rank", "mla_q_rank", "mla_rope_dim"),
     variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
 )

@@ -1,7 +1,7 @@
 """Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
 
-    q, k, v = x Wq^T, x Wk^T, x Wv^T;  q, k turned by their positions
-    p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   y_t = (sum_s p_ts v_s) Wo^T
+    q, k, v = x Wq^T, x Wk^T, x Wv^T;  qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions
+    p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
 Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
 """
@@ -9,6 +9,7 @@ Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length
 import numpy as np
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.reference.norm import rms_norm
 from smedjan_common.reference.rope import rotate
 
 State = dict[str, np.ndarray]
@@ -17,8 +18,8 @@ State = dict[str, np.ndarray]
 def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
     query, key, value = _project(config, params, x_BxTxD, start=0)
-    length = x_BxTxD.shape[1]
-    return _attend(config, params, query, key, value, visible_TxS=np.tril(np.ones((length, length), bool)))
+    at = np.arange(x_BxTxD.shape[1])
+    return _attend(config, params, query, key, value, visible_TxS=_visible(config, at[:, None] - at))
 
 
 def initial_state(config: ModelConfig, batch: int) -> State:
@@ -32,17 +33,23 @@ def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, 
     seen = state["key"].shape[1]
     query, key, value = _project(config, params, x_BxD[:, None], start=seen)
     state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
-    y_Bx1xD = _attend(config, params, query, state["key"], state["value"], visible_TxS=np.ones((1, seen + 1), bool))
+    y_Bx1xD = _attend(config, params, query, state["key"], state["value"], visible_TxS=_visible(config, seen - np.arange(seen + 1)[None]))
     return y_Bx1xD[:, 0], state
+
+
+def _visible(config: ModelConfig, behind: np.ndarray) -> np.ndarray:
+    """Whether a key that stands so many positions behind is seen."""
+    return (behind >= 0) & (behind < config.window) if config.window else behind >= 0
 
 
 def _project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
     def heads(name: str, count: int) -> np.ndarray:
         return (x_BxTxD @ params[f"{name}.weight"].T).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
 
-    query = rotate(heads("q_proj", config.heads), config, start)
-    key = rotate(heads("k_proj", config.kv_heads), config, start)
-    return query, key, heads("v_proj", config.kv_heads)
+    query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
+    if config.qk_norm:
+        query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
+    return rotate(query, config, start), rotate(key, config, start), heads("v_proj", config.kv_heads)
 
 
 def _attend(

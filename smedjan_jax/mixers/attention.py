@@ -2,6 +2,9 @@
 
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
+Options: qk_norm, an RMSNorm over each head of q and k before they are turned (Qwen3, 2025); window W: position t sees s with t - W < s <= t
+(Mistral, 2023).
+
 Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32.
 
 Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, K head size, R = H / G.
@@ -16,7 +19,7 @@ from flax import nnx
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_jax import sharding
-from smedjan_jax.modules import Carried, Context, Linear, Params, State, apply_together
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 
 
 class Attention(nnx.Module):
@@ -27,8 +30,11 @@ class Attention(nnx.Module):
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
         self.o_proj = Linear(params, f"{name}.o_proj")
+        if config.qk_norm:
+            self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
+            self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.implementation = implementation
+        self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
@@ -43,21 +49,27 @@ class Attention(nnx.Module):
 
     def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key, value = projected
-        mixed = causal_attention(context.rope(query), context.rope(key), value, self.implementation, context.documents)
-        return self._output(mixed), carried
+        query, key = self._turn(*projected[:2], context)
+        return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        rope, position = context.rope, context.position
+        position = context.position
         assert position is not None
         query, key, value = self.project(x, context)
-        new = {"key": rope(key).swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+        query, key = self._turn(query, key, context)
+        new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
         T, L = x.shape[1], state["key"].shape[2]
-        seen_TL = jnp.arange(L)[None, :] <= position + jnp.arange(T)[:, None]
-        mixed = masked_attention(rope(query), state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
+        seen_TL = visible(position + jnp.arange(T), L, self.window)
+        mixed = masked_attention(query, state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
         return self._output(mixed), state, carried
+
+    def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys, normalised by head where the model does so, turned by their positions."""
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return context.rope(query), context.rope(key)
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:
         B, T, _, _ = out_BTHK.shape
@@ -65,34 +77,43 @@ class Attention(nnx.Module):
 
 
 def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto", documents: jax.Array | None = None
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto", documents: jax.Array | None = None, window: int = 0
 ) -> jax.Array:
     """Attention of every position to itself and the earlier ones of its document, [B, T, H, K]; key and value are [B, T, G, K].
 
+    window: it sees only so many positions, itself included; 0: all.
     Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
     """
-    return sharding.over_heads(functools.partial(_attend, implementation), (query, key, value), documents)
+    return sharding.over_heads(functools.partial(_attend, implementation, window), (query, key, value), documents)
 
 
-def _attend(implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
+def _attend(implementation: str, window: int, query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
     obstacle = _fused_obstacle(query)
     if implementation == "fused" and obstacle:
         raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
-    same_BTT = None if documents is None else documents[:, :, None] == documents[:, None, :]
+    seen = visible(jnp.arange(query.shape[1]), query.shape[1], window)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
     if implementation == "plain" or obstacle:
-        seen_TT = jnp.tril(jnp.ones((query.shape[1], query.shape[1]), bool))
-        return masked_attention(query, key, value, seen_TT if same_BTT is None else seen_TT & same_BTT)
-    mask = None if same_BTT is None else same_BTT[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
+        return masked_attention(query, key, value, seen)
+    near = (window - 1, 0) if 0 < window < query.shape[1] else None  # positions before and after its own
+    mask, near = (None, near) if documents is None else (seen[:, None], None)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, local_window_size=near, implementation="cudnn")
+
+
+def visible(at: jax.Array, length: int, window: int = 0) -> jax.Array:
+    """Which of `length` positions those at the positions `at` [T] see, bool [T, L]: itself and earlier ones, at most `window` if not 0."""
+    behind_TL = at[:, None] - jnp.arange(length)
+    return (behind_TL >= 0) & (behind_TL < window) if window else behind_TL >= 0
 
 
 def masked_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
-    """The plain form: float32 scores and softmax over the positions that `seen`, [T, L] or [B, T, L], allows, [B, T, H, K]."""
+    """The plain form: float32 scores and softmax over the positions that `seen` ([T, L], [B, T, L], [B, G, T, L]) allows, [B, T, H, K]."""
     B, T, H, K = query.shape
     G = key.shape[2]
     q_BTGRK = query.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,blgk->bgrtl", q_BTGRK, key, preferred_element_type=jnp.float32) * K**-0.5
-    seen = seen if seen.ndim == 2 else seen[:, None, None]
+    seen = seen[:, None, None] if seen.ndim == 3 else seen[:, :, None] if seen.ndim == 4 else seen
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(query.dtype)
     return jnp.einsum("bgrtl,blgk->btgrk", weights, value).reshape(B, T, H, K)
 

@@ -2,6 +2,9 @@
 
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
+Options: qk_norm, an RMSNorm over each head of q and k before they are turned (Qwen3, 2025); window W: position t sees s with t - W < s <= t
+(Mistral, 2023).
+
 Implementations: "fused" is mx.fast.scaled_dot_product_attention (Metal and CUDA kernels; on a CPU MLX composes it);
 "plain" is matmul, softmax, matmul, in float32.
 
@@ -13,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_mlx.modules import Carried, Context, Linear, Params, State, apply_together
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 
 
 class Attention(nn.Module):
@@ -25,8 +28,11 @@ class Attention(nn.Module):
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
         self.o_proj = Linear(params, f"{name}.o_proj")
+        if config.qk_norm:
+            self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
+            self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.implementation = implementation
+        self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """Training: all positions at once."""
@@ -41,20 +47,26 @@ class Attention(nn.Module):
 
     def mix(self, projected: tuple[mx.array, mx.array, mx.array], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key, value = projected
-        mixed = causal_attention(context.rope(query), context.rope(key), value, self.implementation, context.documents)
-        return self._output(mixed), carried
+        query, key = self._turn(*projected[:2], context)
+        return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        rope, position = context.rope, context.position
+        position = context.position
         assert position is not None
         query, key, value = self.project(x, context)
-        new = {"key": rope(key), "value": value}
+        query, key = self._turn(query, key, context)
+        new = {"key": key, "value": value}
         state = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (2,)) for n in new}
         T, L = x.shape[1], state["key"].shape[2]
-        seen_TL = mx.arange(L)[None, :] <= position + mx.arange(T)[:, None]
-        return self._output(masked_attention(rope(query), state["key"], state["value"], seen_TL)), state, carried
+        seen_TL = visible(position + mx.arange(T), L, self.window)
+        return self._output(masked_attention(query, state["key"], state["value"], seen_TL)), state, carried
+
+    def _turn(self, query: mx.array, key: mx.array, context: Context) -> tuple[mx.array, mx.array]:
+        """Queries and keys, normalised by head where the model does so, turned by their positions."""
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return context.rope(query), context.rope(key)
 
     def _output(self, out_BHTK: mx.array) -> mx.array:
         B, _, T, _ = out_BHTK.shape
@@ -62,29 +74,35 @@ class Attention(nn.Module):
 
 
 def causal_attention(
-    query: mx.array, key: mx.array, value: mx.array, implementation: str = "auto", documents: mx.array | None = None
+    query: mx.array, key: mx.array, value: mx.array, implementation: str = "auto", documents: mx.array | None = None, window: int = 0
 ) -> mx.array:
     """Attention of every position to itself and the earlier ones of its document, [B, H, T, K]; key and value are [B, G, T, K].
 
-    "auto" and "fused" take MLX's own kernel, which exists on every device.
+    window: it sees only so many positions, itself included; 0: all. "auto" and "fused" take MLX's own kernel, which exists on every device.
     """
     T, scale = query.shape[2], query.shape[-1] ** -0.5
-    if documents is None and implementation != "plain":
+    if documents is None and not 0 < window < T and implementation != "plain":
         return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask="causal")
-    seen = mx.tril(mx.ones((T, T), dtype=mx.bool_))
+    seen = visible(mx.arange(T), T, window)
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])
     if implementation == "plain":
         return masked_attention(query, key, value, seen)
-    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=seen[:, None])
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=seen if documents is None else seen[:, None])
+
+
+def visible(at: mx.array, length: int, window: int = 0) -> mx.array:
+    """Which of `length` positions those at the positions `at` [T] see, bool [T, L]: itself and earlier ones, at most `window` if not 0."""
+    behind_TL = at[:, None] - mx.arange(length)
+    return (behind_TL >= 0) & (behind_TL < window) if window else behind_TL >= 0
 
 
 def masked_attention(query: mx.array, key: mx.array, value: mx.array, seen: mx.array) -> mx.array:
-    """The plain form: float32 scores and softmax over the positions that `seen`, [T, L] or [B, T, L], allows, [B, H, T, K]."""
+    """The plain form: float32 scores and softmax over the positions that `seen` ([T, L], [B, T, L], [B, G, T, L]) allows, [B, H, T, K]."""
     B, H, T, K = query.shape
     G = key.shape[1]
     q_BGRTK = query.reshape(B, G, H // G, T, K)
     scores = (q_BGRTK @ key[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * K**-0.5
-    seen = seen if seen.ndim == 2 else seen[:, None, None]
+    seen = seen[:, None, None] if seen.ndim == 3 else seen[:, :, None] if seen.ndim == 4 else seen
     weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1).astype(query.dtype)
     return (weights @ value[:, :, None]).reshape(B, H, T, K)
