@@ -2,12 +2,15 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
+import smedjan_common.run_folder
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.data.token_file import TokenFile
+from smedjan_common.errors import CheckpointError
 from smedjan_common.flops import train_flops_per_token
 from smedjan_common.loop import IN_FLIGHT
 from smedjan_common.reporting.metrics import EVAL_KEYS, TRAIN_KEYS, eval_rows, read_rows, train_rows
@@ -174,3 +177,69 @@ def test_a_dry_run_writes_nothing(text, run, tmp_path, capsys):
     assert tree(tmp_path) == before
     assert not run.exists()
     assert "nothing was written" in capsys.readouterr().out
+
+
+def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run, monkeypatch):
+    events, saved, write = [], {}, smedjan_common.run_folder.write_checkpoint
+
+    class Recorded(BigramBackend):
+        def train_step(self, state, *batch):
+            events.append(("step", state["step"] + 1))
+            saved[state["step"]] = state["params"]["embed.weight"].copy()
+            return super().train_step(state, *batch)
+
+    def slowly(folder, snapshot, **about):
+        events.append(("begin", snapshot.step))
+        while snapshot.step == 4 and ("step", 6) not in events:
+            time.sleep(0.01)
+        path = write(folder, snapshot, **about)
+        events.append(("end", snapshot.step))
+        return path
+
+    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", slowly)
+    monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.02")
+    assert train_here(*arguments(text, run, 12, "--checkpoint-every", 4, "--keep", 0), backend=Recorded) == 0
+    at = {event: place for place, event in enumerate(events)}
+    assert at[("begin", 4)] < at[("step", 6)] < at[("end", 4)], "a step waits for no write"
+    assert at[("end", 4)] < at[("begin", 8)] < at[("end", 8)] < at[("begin", 12)], "one write at a time"
+    assert saved_steps(run) == [4, 8, 12]
+    for step in (4, 8):
+        written = read_checkpoint(run / f"step-{step:08d}").snapshot.params["embed.weight"]
+        assert np.array_equal(written, saved[step]), "it is the state of its step, though training went on"
+
+
+def test_a_write_that_fails_ends_the_run_and_what_was_saved_before_stays(text, run, monkeypatch, capsys):
+    write = smedjan_common.run_folder.write_checkpoint
+
+    def fails_at_8(folder, snapshot, **about):
+        if snapshot.step == 8:
+            raise CheckpointError("The checkpoint could not be written.", "No space left on device.", "Free some space.")
+        return write(folder, snapshot, **about)
+
+    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", fails_at_8)
+    monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.02")
+    assert train_here(*arguments(text, run, 1000, "--checkpoint-every", 4, "--log-every", 1)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert saved_steps(run) == [4]
+    assert train_rows(read_rows(run))[-1]["step"] < 30, "it ends at the step after the failure, not at the end"
+
+
+def test_an_error_of_a_step_waits_for_the_checkpoint_being_written(text, run, monkeypatch, capsys):
+    write = smedjan_common.run_folder.write_checkpoint
+
+    def slowly(*args, **about):
+        time.sleep(0.5)
+        return write(*args, **about)
+
+    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", slowly)
+    monkeypatch.setenv("SMEDJAN_FAKE", "oom_at=6")
+    assert train_here(*arguments(text, run, 20, "--checkpoint-every", 5)) == 3
+    assert saved_steps(run) == [5]
+    assert f"saved {run / 'step-00000005'}" in capsys.readouterr().out
+
+
+def test_keep_every_keeps_its_steps_for_ever(text, run):
+    assert train_here(*arguments(text, run, 13, "--checkpoint-every", 2, "--keep", 2, "--keep-every", 4)) == 0
+    assert saved_steps(run) == [4, 8, 12, 13]
+    assert train_here("--checkpoint-dir", run, "--steps", 18) == 0, "both flags are remembered"
+    assert saved_steps(run) == [4, 8, 12, 16, 18]
