@@ -185,6 +185,7 @@ class TrainConfig(_Json):
     gradient_checkpointing: str = "none"
     dtype: str = "float32"
     attention: str = "auto"
+    deterministic: bool = False
     chunk_size: int = 64
     mask_documents: bool = False
     packing: str = "windows"

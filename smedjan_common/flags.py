@@ -227,6 +227,8 @@ class TrainingFlags:
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU."""
     attention: Annotated[str, _one_of(*ATTENTION)] = "auto"
     """Implementation of attention. fused fails where there is none; auto takes the best there is."""
+    deterministic: bool = False
+    """The same bits every time on a GPU too, where it is slower (docs/checkpoints.md); on a CPU they always are."""
     chunk_size: int = 64
     """Positions that mixers of linear cost take at once: a matter of speed, the result is the same."""
     mask_documents: bool = False

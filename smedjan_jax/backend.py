@@ -33,6 +33,7 @@ Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] eac
 
 # measured on an H100 (PERFORMANCE.md): cuBLAS beats XLA's Triton matmuls by 8-11 % at every size
 XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class JaxBackend:
@@ -44,7 +45,7 @@ class JaxBackend:
     name = "jax"
 
     def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
-        configure()
+        configure(train.deterministic)
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train)
@@ -89,7 +90,8 @@ class JaxBackend:
     def train_step(
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
     ) -> tuple[State, Metrics]:
-        return _guarded(self._train_step, state, (inputs, targets, documents), np.float32(lr))
+        batch = sharding.deal((inputs, targets, documents), self.mesh, self.train.grad_accum)
+        return _guarded(self._train_step, state, batch, np.float32(lr))
 
     def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
         return _guarded(self._eval_step, state["params"], (inputs, targets, documents))
@@ -125,7 +127,7 @@ class JaxBackend:
 
     def _model(self, params: dict[str, jax.Array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
-        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
+        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size, train.deterministic)
 
     def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
@@ -179,11 +181,12 @@ class JaxDecoder:
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
         self.model, self.dtype, self.max_len = model, dtype, max_len
         self._params = {name: jnp.asarray(value) for name, value in params.items()}
-        self._compiled = _decode_step(model, dtype, max_len)
+        self._everywhere = sharding.everywhere_with(self._params)
+        self._compiled = _decode_step(model, dtype, max_len, self._everywhere)
         self.reset()
 
     def reset(self) -> None:
-        self._state = Model(self.model, self._params, self.dtype).init_state(1, self.max_len)
+        self._state = jax.device_put(Model(self.model, self._params, self.dtype).init_state(1, self.max_len), self._everywhere)
 
     def feed(self, ids: list[int]) -> np.ndarray:
         logits = None
@@ -193,13 +196,14 @@ class JaxDecoder:
 
 
 @functools.lru_cache(maxsize=8)
-def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
-    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once."""
+def _decode_step(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding) -> Callable:
+    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once. Of parameters that are
+    split, XLA makes what it needs; what comes out is `everywhere`."""
 
     def step(params: dict[str, jax.Array], tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         return Model(model, params, dtype).step(tokens, state, max_len)
 
-    return jax.jit(step, donate_argnums=2)
+    return jax.jit(step, out_shardings=everywhere, donate_argnums=2)
 
 
 def _linear_weights(model: ModelConfig) -> set[str]:
@@ -215,13 +219,14 @@ def default_dtype() -> str:
     return "bfloat16" if jax.default_backend() == "gpu" else "float32"
 
 
-def configure() -> None:
+def configure(deterministic: bool = False) -> None:
     """Settings that must stand before JAX starts its device: XLA flags, memory share, compilation cache. Idempotent.
 
-    What the user's environment says already is left alone.
+    What the user's environment says already is left alone. `deterministic` fixes the algorithms of a GPU and the order of their sums.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in given]
+    wanted = (*XLA_FLAGS, DETERMINISTIC) if deterministic else XLA_FLAGS
+    missing = [flag for flag in wanted if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if jax.default_backend() == "gpu" and not jax.config.values["jax_compilation_cache_dir"]:

@@ -6,6 +6,7 @@ Master weights are float32; they are cast to the dtype of the activations where 
 Shapes: B batch, T positions, L positions of a table, D width, H heads, K head size, F = K/2 rotary pairs, V vocabulary.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from flax import nnx
 
 from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
+from smedjan_common.memory import loss_chunks
 from smedjan_jax import sharding
 
 Params = dict[str, jax.Array]
@@ -61,13 +63,43 @@ class Embedding(nnx.Module):
     def __init__(self, params: Params, name: str):
         self.weight = nnx.data(params[f"{name}.weight"])
 
-    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: Any, deterministic: bool = False) -> jax.Array:
+        """[B, T] -> [B, T, D]. `deterministic`: the gradient is a matrix product, since a GPU adds up equal tokens in any order."""
+        if deterministic:
+            return _look_up(self.weight, tokens, dtype)
         # cast after the look-up: the gradient is then summed over repeated tokens in float32
         return self.weight[tokens].astype(dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Scores of every token, accumulated and returned in float32 [B, T, V]."""
         return jnp.matmul(x, self.weight.astype(x.dtype).T, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(weight_VD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    return weight_VD[tokens].astype(dtype)
+
+
+def _looked_up(weight_VD: jax.Array, tokens: jax.Array, dtype: Any):
+    return _look_up(weight_VD, tokens, dtype), (tokens.reshape(-1), weight_VD.shape[0])
+
+
+def _row_sums(dtype: Any, residuals, cotangent: jax.Array):
+    """One-hot tokens times the gradients, in chunks of tokens: each product with 1 is exact, the sum is in float32."""
+    tokens_N, vocab = residuals
+    chunks = loss_chunks(tokens_N.size, vocab)
+    missing = -tokens_N.size % chunks
+    tokens = jnp.pad(tokens_N, (0, missing), constant_values=-1).reshape(chunks, -1)
+    gradients = jnp.pad(cotangent.reshape(tokens_N.size, -1), ((0, missing), (0, 0))).reshape(chunks, -1, cotangent.shape[-1])
+
+    def add(total_VD, chunk):
+        hit_VC = jax.lax.broadcasted_iota(jnp.int32, (vocab, chunk[0].size), 0) == chunk[0]
+        return total_VD + jnp.matmul(hit_VC.astype(dtype), chunk[1], preferred_element_type=jnp.float32), None
+
+    return jax.lax.scan(add, jnp.zeros((vocab, cotangent.shape[-1]), jnp.float32), (tokens, gradients))[0], None
+
+
+_look_up.defvjp(_looked_up, _row_sums)
 
 
 @jax.tree_util.register_dataclass

@@ -5,10 +5,11 @@ import sys
 from smedjan_common.commands import train
 
 
-def load():
+def load(deterministic: bool = False):
     """Import the framework: the backend's class, and the dtype that auto means on this machine."""
-    from smedjan_jax.backend import JaxBackend, default_dtype
+    from smedjan_jax.backend import JaxBackend, configure, default_dtype
 
+    configure(deterministic)
     return JaxBackend, default_dtype()
 
 

@@ -17,8 +17,8 @@ from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_tw
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
-from smedjan_common.optimizers import check_state
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
+from smedjan_common.optimizers import check_state
 from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
@@ -97,7 +97,7 @@ class MlxBackend:
 
     def _model(self, params: dict[str, mx.array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
-        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size)
+        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size, train.deterministic)
 
     def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> tuple[mx.array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""

@@ -28,7 +28,7 @@ class Model(nn.Module):
 
     params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
-    chunk_size: positions that mixers of linear cost take at once.
+    chunk_size: positions that mixers of linear cost take at once. deterministic: gradients have the same bits every time on a GPU too.
     """
 
     def __init__(
@@ -39,12 +39,16 @@ class Model(nn.Module):
         attention: str = "auto",
         gradient_checkpointing: str = "none",
         chunk_size: int = 64,
+        deterministic: bool = False,
     ):
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.chunk_size = chunk_size
+        self.deterministic = deterministic
+        if deterministic and attention == "auto":
+            attention = "reproducible"
         self.embed = Embedding(params, "embed")
         self.layers = [_block(config, params, layer, attention) for layer in range(config.layers)]
         self.norm = RMSNorm(params, "norm", config.norm_eps)
@@ -61,7 +65,7 @@ class Model(nn.Module):
         """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
         context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD, carried = self.embed(tokens, getattr(mx, self.dtype)), {}
+        x_BTD, carried = self.embed(tokens, getattr(mx, self.dtype), self.deterministic), {}
         for block in self.layers:
             x_BTD, carried = apply(block, x_BTD, context, carried)
         return self.norm(x_BTD), carried

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
+from smedjan_common.memory import loss_chunks
 
 Params = dict[str, mx.array]
 State = dict[str, mx.array]  # decode state of one layer, by the names of its row
@@ -58,13 +59,35 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = params[f"{name}.weight"]
 
-    def __call__(self, tokens: mx.array, dtype: Any) -> mx.array:
+    def __call__(self, tokens: mx.array, dtype: Any, deterministic: bool = False) -> mx.array:
+        """[B, T] -> [B, T, D]. `deterministic`: the gradient is a matrix product, since a GPU adds up equal tokens in any order."""
+        if deterministic:
+            return _look_up(self.weight, tokens).astype(dtype)
         # cast after the look-up: the gradient is then summed over repeated tokens in float32
         return self.weight[tokens].astype(dtype)
 
     def logits(self, x: mx.array) -> mx.array:
         """Scores of every token, returned in float32 [B, T, V]."""
         return (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
+
+
+@mx.custom_function
+def _look_up(weight_VD: mx.array, tokens: mx.array) -> mx.array:
+    return weight_VD[tokens]
+
+
+@_look_up.vjp
+def _row_sums(primals, cotangent, output):
+    """One-hot tokens times the gradients, in chunks of tokens: each product with 1 is exact, the sum is in float32."""
+    weight_VD, tokens = primals
+    vocab, tokens_N = weight_VD.shape[0], tokens.reshape(-1)
+    gradients_ND = cotangent.reshape(tokens_N.size, -1)
+    size = -(-tokens_N.size // loss_chunks(tokens_N.size, vocab))
+    total_VD = mx.zeros_like(weight_VD)
+    for start in range(0, tokens_N.size, size):
+        hit_VC = mx.arange(vocab)[:, None] == tokens_N[start : start + size]
+        total_VD = total_VD + hit_VC.astype(gradients_ND.dtype) @ gradients_ND[start : start + size]
+    return total_VD, mx.zeros_like(tokens)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from smedjan_common import openblas
 from smedjan_common.commands import train
 
 
-def load():
+def load(deterministic: bool = False):
     """Import the framework: the backend's class, and the dtype that auto means on this machine."""
     from smedjan_mlx.backend import MlxBackend, default_dtype
 

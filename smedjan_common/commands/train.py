@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from smedjan_common.run_lock import RunLock
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
-Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig", "MeshShape | None"], "Backend"], str]]
+Load = Callable[[bool], tuple[Callable[["ModelConfig", "TrainConfig", "MeshShape | None"], "Backend"], str]]
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +92,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
         _check_writable(folder)
         lock.take(folder)
     with interrupt_ends_at_once():
-        make_backend, dtype = load()
+        make_backend, dtype = load(train.deterministic)
     train = train_config(dtype)
     if start and info:
         for line in _changes(info, model, train, data):

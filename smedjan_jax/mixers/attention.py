@@ -19,6 +19,7 @@ from flax import nnx
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_jax import sharding
+from smedjan_jax.mixers import cudnn
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 
 
@@ -82,23 +83,22 @@ def causal_attention(
     """Attention of every position to itself and the earlier ones of its document, [B, T, H, K]; key and value are [B, T, G, K].
 
     window: it sees only so many positions, itself included; 0: all.
-    Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can.
+    Raises ConfigError when "fused" is asked for where it cannot run; "auto" takes it wherever it can, and "reproducible" with a backward
+    pass that gives the same bits every time.
     """
     return sharding.over_heads(functools.partial(_attend, implementation, window), (query, key, value), documents)
 
 
 def _attend(implementation: str, window: int, query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
-    obstacle = _fused_obstacle(query)
+    obstacle = cudnn.obstacle(query)
     if implementation == "fused" and obstacle:
         raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
-    seen = visible(jnp.arange(query.shape[1]), query.shape[1], window)
-    if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
     if implementation == "plain" or obstacle:
+        seen = visible(jnp.arange(query.shape[1]), query.shape[1], window)
+        if documents is not None:
+            seen = seen & (documents[:, :, None] == documents[:, None, :])
         return masked_attention(query, key, value, seen)
-    near = (window - 1, 0) if 0 < window < query.shape[1] else None  # positions before and after its own
-    mask, near = (None, near) if documents is None else (seen[:, None], None)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, local_window_size=near, implementation="cudnn")
+    return cudnn.attention(query, key, value, documents, window, implementation == "reproducible")
 
 
 def visible(at: jax.Array, length: int, window: int = 0) -> jax.Array:
@@ -116,14 +116,3 @@ def masked_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: j
     seen = seen[:, None, None] if seen.ndim == 3 else seen[:, :, None] if seen.ndim == 4 else seen
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(query.dtype)
     return jnp.einsum("bgrtl,blgk->btgrk", weights, value).reshape(B, T, H, K)
-
-
-def _fused_obstacle(query: jax.Array) -> str:
-    """Why cuDNN's attention cannot take these arrays; empty when it can."""
-    if jax.default_backend() != "gpu":
-        return "cuDNN attention needs an NVIDIA GPU."
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return "cuDNN attention needs --dtype bfloat16."
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return "cuDNN attention needs a head size that is a multiple of 8, at most 128."
-    return ""

@@ -77,6 +77,11 @@ def test_gradient_checkpointing_changes_nothing(backend: str, default_case: Case
     demand(checks.same_step(backend, default_case, gradient_checkpointing=kept))
 
 
+def test_deterministic_training_computes_the_same(backend: str, default_case: Case):
+    """The gradient of the embedding by matrix products, where a GPU would add in any order."""
+    demand(checks.same_step(backend, default_case, deterministic=True))
+
+
 def test_restoring_a_snapshot_continues_bit_for_bit(backend: str, default_case: Case):
     start = default_case.start
     first = subjects.train(backend, default_case.model, default_case.train, start, default_case.batches[:9]).snapshot

@@ -111,6 +111,6 @@ def bigram_loss(embed, inputs, targets):
     return float(loss), gradient.astype(np.float32)
 
 
-def load():
+def load(deterministic=False):
     """What smedjan_{jax,mlx}.train.load gives."""
     return BigramBackend, "float32"
