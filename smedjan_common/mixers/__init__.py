@@ -5,10 +5,12 @@ definition lives and how closely both backends meet it. Counting, initial values
 benchmarks walk these tables; a new row with its reference and its two classes is all that a new mixer takes.
 """
 
-from smedjan_common.mixers import attention, block_sparse, experts, gated_deltanet, mla, rwkv, swiglu
+from smedjan_common.mixers import attention, block_sparse, experts, gated_deltanet, linear, mla, rwkv, ssm, swiglu
 from smedjan_common.mixers.spec import FfnSpec, MixerSpec, StateSpec, Tolerance
 
 __all__ = ["FFNS", "MIXERS", "FfnSpec", "MixerSpec", "StateSpec", "Tolerance"]
 
-MIXERS: dict[str, MixerSpec] = {row.name: row for row in (attention.ROW, mla.ROW, block_sparse.ROW, rwkv.ROW, gated_deltanet.ROW)}
+MIXERS: dict[str, MixerSpec] = {
+    row.name: row for row in (attention.ROW, linear.ROW, ssm.ROW, mla.ROW, block_sparse.ROW, rwkv.ROW, gated_deltanet.ROW)
+}
 FFNS: dict[str, FfnSpec] = {row.name: row for row in (swiglu.ROW, experts.ROW)}

@@ -41,7 +41,8 @@ def scalar_decay(
     B, T = key.shape[:2]
     C = min(chunk_size, T)
     documents = None if documents is None else _chunks(documents, C, edge=True)
-    out, after = _chunked(*(_chunks(array, C) for array in (query, key, value, log_decay)), state, documents)
+    arrays = tuple(_chunks(array, C) for array in (query, key, value, log_decay))
+    out, after = _chunked(arrays, state, documents)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
 
 
@@ -53,14 +54,8 @@ def _chunks(array: jax.Array, size: int, edge: bool = False) -> jax.Array:
 
 
 @jax.checkpoint
-def _chunked(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array,
-    state: jax.Array | None,
-    documents: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+def _chunked(arrays: tuple[jax.Array, ...], state: jax.Array | None, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    query, key, value, log_decay = arrays
     C, dtype = key.shape[2], value.dtype
     seen = jnp.tril(jnp.ones((C, C), bool))
     # as a product the cumulative sum is one kernel

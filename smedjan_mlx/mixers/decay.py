@@ -38,8 +38,8 @@ def scalar_decay(
     B, T = key.shape[:2]
     C = min(chunk_size, T)
     documents = None if documents is None else _chunks(documents, C, edge=True)
-    chunked = mx.checkpoint(lambda q, k, v, g, before: _chunked(q, k, v, g, before, documents))
-    out, after = chunked(*(_chunks(array, C) for array in (query, key, value, log_decay)), state)
+    arrays = tuple(_chunks(array, C) for array in (query, key, value, log_decay))
+    out, after = mx.checkpoint(lambda arrays, state: _chunked(arrays, state, documents))(arrays, state)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
 
 
@@ -50,14 +50,8 @@ def _chunks(array: mx.array, size: int, edge: bool = False) -> mx.array:
     return padded.reshape(B, -1, size, *array.shape[2:])
 
 
-def _chunked(
-    query: mx.array,
-    key: mx.array,
-    value: mx.array,
-    log_decay: mx.array,
-    state: mx.array | None,
-    documents: mx.array | None,
-) -> tuple[mx.array, mx.array]:
+def _chunked(arrays: tuple[mx.array, ...], state: mx.array | None, documents: mx.array | None) -> tuple[mx.array, mx.array]:
+    query, key, value, log_decay = arrays
     C, dtype = key.shape[2], value.dtype
     seen = mx.tril(mx.ones((C, C), dtype=mx.bool_))
     sums = mx.cumsum(log_decay, axis=2).transpose(0, 1, 3, 4, 2)

@@ -1,0 +1,86 @@
+"""Mamba-2: a state space model with one decay per head (Dao & Gu, 2024).
+
+    z, (x, B, C), dt = split(u W_in^T);   x, B, C <- silu(causal convolution);   dt <- softplus(dt + dt_bias)
+    h_t = e^{-e^{A_log} dt_t} h_{t-1} + B_t (dt_t x_t)^T,  y_t = h_t^T C_t + D x_t
+    out = (norm(y * silu(z)) * w) W_out^T
+
+Which is the core of mixers/decay.py with the query C, the key B and the value dt x. Head h reads B and C of group h // (H / G).
+
+Shapes: B batch, T positions, D width, E = H P inner features, H heads, P head size, G groups, N state size.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers.ssm import convolved_dim, inner_dim
+from smedjan_jax.mixers.conv import causal_conv
+from smedjan_jax.mixers.decay import scalar_decay
+from smedjan_jax.modules import Carried, Context, Linear, Params, State
+
+Arrays = tuple[jax.Array, ...]
+
+
+class Mamba2(nnx.Module):
+    """The mixer `ssm`: input projection, convolution, state space model, gate, norm, output projection."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+        self.in_proj = Linear(params, f"{name}.in_proj")
+        self.conv = Linear(params, f"{name}.conv")
+        self.conv_bias = nnx.data(params[f"{name}.conv_bias"])
+        self.A_log = nnx.data(params[f"{name}.A_log"])
+        self.dt_bias = nnx.data(params[f"{name}.dt_bias"])
+        self.D = nnx.data(params[f"{name}.D"])
+        self.norm = GroupNorm(params, f"{name}.norm", config.norm_eps, config.ssm_groups)
+        self.out_proj = Linear(params, f"{name}.out_proj")
+        self.inner, self.convolved = inner_dim(config), convolved_dim(config)
+        self.groups, self.state_dim, self.head_dim = config.ssm_groups, config.ssm_state, config.ssm_head_dim
+
+    def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+        """Training: all positions at once."""
+        return self.mix(self.project(x, context), context, carried)
+
+    def project(self, x: jax.Array, context: Context) -> Arrays:
+        """z [B, T, E], x, B and C together [B, T, E + 2 G N], dt [B, T, H], of x [B, T, D]."""
+        return tuple(jnp.split(self.in_proj(x), [self.inner, self.inner + self.convolved], axis=-1))
+
+    def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+        """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        return self._mixed(projected, context, {})[0], carried
+
+    def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
+        """Decoding: T new tokens after those that made the state: h [B, H, N, P], and the inputs that the convolution still reads."""
+        y, state = self._mixed(self.project(x, context), context, state)
+        return y, state, carried
+
+    def _mixed(self, projected: Arrays, context: Context, state: State) -> tuple[jax.Array, State]:
+        gate, features, dt = projected
+        (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
+        features, window = causal_conv(features, self.conv.weight, self.conv_bias, state.get("window"), context.documents)
+        active = jax.nn.silu(features.astype(jnp.float32))
+        x, key, query = jnp.split(active, [self.inner, self.inner + G * N], axis=-1)
+        x = x.reshape(B, T, G, H // G, P)
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias)
+        value, log_decay = x * dt.reshape(B, T, G, H // G, 1), (-jnp.exp(self.A_log) * dt).reshape(B, T, G, H // G)
+        query, key = (array.astype(gate.dtype).reshape(B, T, G, *heads, N) for array, heads in ((query, (1,)), (key, ())))
+        before = state["state"].reshape(B, G, H // G, N, P) if state else None
+        y, after = scalar_decay(query, key, value.astype(gate.dtype), log_decay, context.chunk_size, before, context.documents)
+        y = y[:, :, :, 0] + self.D.reshape(G, H // G, 1) * x
+        gated = y.reshape(B, T, -1) * jax.nn.silu(gate.astype(jnp.float32))
+        out = self.out_proj(self.norm(gated).astype(gate.dtype))
+        return out, {"state": after.reshape(B, H, N, P), "window": window}
+
+
+class GroupNorm(nnx.Module):
+    """RMSNorm over each of `groups` equal parts of the features, with one weight per feature."""
+
+    def __init__(self, params: Params, name: str, eps: float, groups: int):
+        self.weight = nnx.data(params[f"{name}.weight"])
+        self.eps, self.groups = eps, groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, E] float32 -> [B, T, E]."""
+        parts = x.reshape(*x.shape[:2], self.groups, -1)
+        normed = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.eps)
+        return normed.reshape(x.shape) * self.weight

@@ -1,0 +1,80 @@
+"""Linear attention with a decay per head: simple GLA (Yang et al., 2024), RetNet (Sun et al., 2023), or no decay.
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T,  o_t = S_t^T phi(q_t) / sqrt(K),  k = phi(x Wk^T)
+    y = (rms_norm(o) * silu(gate)) Wo^T,  or o / (phi(q) . z + eps) in place of the norm, z the same sum of the keys alone
+
+The choices stand in smedjan_common/mixers/linear.py. Query head h reads key/value head h // (H / G), which has the decay.
+
+Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head size.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
+from smedjan_mlx.mixers.decay import scalar_decay
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+
+Arrays = tuple[mx.array, ...]
+
+
+class LinearAttention(nn.Module):
+    """The mixer `linear`: projections, decayed sums, norm, gate, output projection."""
+
+    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+        super().__init__()
+        self.q_proj = Linear(params, f"{name}.q_proj")
+        self.k_proj = Linear(params, f"{name}.k_proj")
+        self.v_proj = Linear(params, f"{name}.v_proj")
+        self.gate_proj = Linear(params, f"{name}.gate_proj")
+        if config.linear_decay == "scalar":
+            self.decay_proj = Linear(params, f"{name}.decay_proj")
+            self.decay_bias = params[f"{name}.decay_bias"]
+        if config.linear_normalizer == "rmsnorm":
+            self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
+        self.o_proj = Linear(params, f"{name}.o_proj")
+        self.config = config
+
+    def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+        """Training: all positions at once."""
+        return self.mix(self.project(x, context), context, carried)
+
+    def project(self, x: mx.array, context: Context) -> Arrays:
+        """q [B, T, D], k and v [B, T, G K], the gate [B, T, D] and, where it is learned, what makes the decay [B, T, G], of x [B, T, D]."""
+        learned = [self.decay_proj] if self.config.linear_decay == "scalar" else []
+        return tuple(apply_together([self.q_proj, self.k_proj, self.v_proj, self.gate_proj, *learned], x))
+
+    def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+        """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        return self._mixed(projected, context, None)[0], carried
+
+    def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
+        """Decoding: T new tokens after those whose sums are in the state [B, G, K, K], a column for the keys' sum added if it divides."""
+        y, after = self._mixed(self.project(x, context), context, state["state"])
+        return y, {"state": after}, carried
+
+    def _mixed(self, projected: Arrays, context: Context, state: mx.array | None) -> tuple[mx.array, mx.array]:
+        query, key, value, gate = projected[:4]
+        (B, T, D), G, K = query.shape, self.config.kv_heads, self.config.head_dim
+        query = (self._feature(query) * K**-0.5).astype(value.dtype).reshape(B, T, G, -1, K)
+        key, value = self._feature(key).astype(value.dtype).reshape(B, T, G, K), value.reshape(B, T, G, 1, K)
+        if self.config.linear_normalizer == "denominator":
+            value = mx.concatenate([value, mx.ones_like(value[..., :1])], axis=-1)
+        before = None if state is None else state[:, :, None]
+        o, after = scalar_decay(query, key, value, self._log_decay(projected)[..., None], context.chunk_size, before, context.documents)
+        o = self.norm(o) if self.config.linear_normalizer == "rmsnorm" else o[..., :K] / (o[..., K:] + DENOMINATOR_EPS)
+        gated = o.reshape(B, T, D) * nn.silu(gate.astype(mx.float32))
+        return self.o_proj(gated.astype(gate.dtype)), after[:, :, 0]
+
+    def _feature(self, z: mx.array) -> mx.array:
+        """phi, in float32: elu(z) + 1 is positive."""
+        z = z.astype(mx.float32)
+        return mx.maximum(z, 0) + mx.exp(mx.minimum(z, 0)) if self.config.linear_feature_map == "elu1" else z
+
+    def _log_decay(self, projected: Arrays) -> mx.array:
+        """g [B, T, G], float32, not positive."""
+        if self.config.linear_decay == "scalar":
+            return nn.log_sigmoid(projected[4].astype(mx.float32) + self.decay_bias) / DECAY_DIVISOR
+        fixed = fixed_log_decay(self.config) if self.config.linear_decay == "fixed" else [0.0] * self.config.kv_heads
+        return mx.broadcast_to(mx.array(fixed, mx.float32), (*projected[0].shape[:2], self.config.kv_heads))
