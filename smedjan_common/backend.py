@@ -14,7 +14,7 @@ import numpy as np
 from smedjan_common.config import ModelConfig, TrainConfig
 
 State = Any  # parameters, optimizer state and step, as the backend keeps them
-Metrics = dict[str, Any]  # name -> scalar, perhaps still being computed
+Metrics = dict[str, Any]  # name -> scalar or array, perhaps still being computed
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,16 @@ class Backend(Protocol):
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
     ) -> tuple[State, Metrics]:
         """One optimizer step (gradient accumulation inside). Metrics: loss (mean over counted tokens, nats), grad_norm (before
-        clipping), tokens. Returns at once; the old state is consumed."""
+        clipping), tokens; of a model with experts expert_load [layers, experts] (shares of the choices) and, with the softmax
+        router, balance_loss and router_z_loss (means over the layers, unweighted). Returns at once; the old state is consumed."""
         ...
 
     def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
         """Metrics of one batch: loss_sum (nats) and tokens. Returns at once."""
         ...
 
-    def read(self, metrics: Metrics) -> dict[str, float]:
-        """Wait for metrics and bring them to the host."""
+    def read(self, metrics: Metrics) -> dict[str, Any]:
+        """Wait for metrics and bring them to the host: floats, and nested lists of floats."""
         ...
 
     def save(self, state: State) -> Snapshot:

@@ -25,7 +25,7 @@ from smedjan_common.generate import Generation
 from smedjan_common.params import initial_params
 from smedjan_common.reporting.console import duration, eval_line, say, step_line
 from smedjan_common.reporting.meter import Meter
-from smedjan_common.reporting.metrics import MetricsFile, Row
+from smedjan_common.reporting.metrics import MetricsFile, Row, routing
 from smedjan_common.run_folder import RunConfig, RunFolder
 from smedjan_common.sampling import Sampling
 from smedjan_common.schedule import learning_rate
@@ -123,7 +123,7 @@ class _Loop:
         every = self.config.log_every
         return step in (1, self.train.steps) or (every > 0 and step % every == 0)
 
-    def log(self, step: int, lr: float, values: dict[str, float]) -> None:
+    def log(self, step: int, lr: float, values: dict[str, Any]) -> None:
         speed = self.meter.lap(step)
         row = {
             "step": step,
@@ -135,12 +135,13 @@ class _Loop:
             "mfu": speed * self.flops_per_token / self.peak_flops if speed and self.peak_flops else None,
             "peak_memory_bytes": self.backend.peak_memory(),
             "elapsed_seconds": self.elapsed_before + time.perf_counter() - self.begun,
+            **routing(values),
         }
         self.metrics.write(row)
         left = (self.train.steps - step) * self.tokens_per_step / speed if speed and step < self.train.steps else None
         say(step_line(row, self.train.steps, left))
 
-    def check_finite(self, step: int, values: dict[str, float]) -> None:
+    def check_finite(self, step: int, values: dict[str, Any]) -> None:
         for name, what in (("loss", "The loss is"), ("grad_norm", "The norm of the gradients is")):
             if not math.isfinite(values[name]):
                 self.written(wait=True)

@@ -6,7 +6,7 @@ moments), a bf16 copy of the weights in use, the activations that the backward p
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.mesh import ONE_DEVICE, MeshShape
-from smedjan_common.mixers import MIXERS
+from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.params import count_params, parameter_table
 
@@ -36,11 +36,16 @@ def activation_values_per_token(config: ModelConfig, gradient_checkpointing: str
     """Values kept per token from the forward for the backward pass."""
     kv = config.kv_heads * config.head_dim
     residual = config.dim
-    dots = config.dim * 3 + kv * 2 + config.ffn_dim * 2  # q, attention output, o / down output, k, v, gate, up
-    elementwise = config.dim * 3 + kv + config.ffn_dim  # two norms, rotated q and k, the product in the feed-forward
-    per_layer = {"none": residual * 2 + dots + elementwise, "dots": residual + dots, "full": residual}[gradient_checkpointing]
-    recomputed = 0 if gradient_checkpointing == "none" else dots + elementwise
-    return config.layers * per_layer + recomputed
+    total, largest = 0, 0
+    for layer in range(config.layers):
+        row = FFNS[config.ffn_of(layer)]
+        hidden = row.active(config) // (3 * config.dim)  # features of all the feed-forwards that a token meets
+        dots = config.dim * 3 + kv * 2 + hidden * 2  # q, attention output, o / down output, k, v, gate, up
+        elementwise = config.dim * 3 + kv + hidden  # two norms, rotated q and k, the product in the feed-forward
+        elementwise += row.copies(config) * 2 * config.dim  # what goes into experts and what comes out
+        total += {"none": residual * 2 + dots + elementwise, "dots": residual + dots, "full": residual}[gradient_checkpointing]
+        largest = max(largest, dots + elementwise)
+    return total + (0 if gradient_checkpointing == "none" else largest)
 
 
 def inference_bytes(config: ModelConfig, batch: int, max_len: int, dtype: str) -> int:

@@ -174,7 +174,11 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] 
 
 
 def _model(model: Any) -> Facts:
-    return {"parameters": model.num_params(), "model": model.to_dict()}
+    from smedjan_common.flops import active_params
+
+    active = active_params(model)
+    routed = {"active_parameters": active} if active != model.num_params() else {}
+    return {"parameters": model.num_params(), **routed, "model": model.to_dict()}
 
 
 def _shown(name: str, value: Any) -> str:

@@ -34,6 +34,14 @@ class SizesFlags:
     """Feed-forward width over --dim."""
     mixer: str = "attention"
     """Sequence mixers, a pattern over the depth."""
+    experts: int = 0
+    """Experts of a feed-forward. 0: one dense feed-forward."""
+    experts_per_token: int = 2
+    """Experts that each token is sent to."""
+    shared_experts: int = 0
+    """Experts that see every token, besides the routed ones."""
+    expert_dim: Annotated[int, arg(help_behavior_hint="(default: the feed-forward width)")] = 0
+    """Width of one expert."""
     batch_size: int = 16
     """Sequences of a training step, for the memory."""
     seq_len: int = 512
@@ -81,6 +89,11 @@ def models(flags: SizesFlags) -> "dict[str, ModelConfig]":
 
     changes: dict[str, Any] = {"mixer": parse_pattern(flags.mixer), "context_length": flags.seq_len}
     changes |= {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
+    options = {name: getattr(flags, name) for name in ("experts_per_token", "shared_experts", "expert_dim")}
+    if flags.experts:
+        changes |= {"ffn": ("experts",), "experts": flags.experts, **options}
+    elif idle := [name for name, value in options.items() if value != getattr(SizesFlags, name)]:
+        raise ConfigError(f"--{idle[0].replace('_', '-')} would do nothing.", "--experts is not given.", "Add --experts 8, say.")
     shaped = any(name in changes for name in ("dim", "layers", "heads"))
     size = flags.size or ("custom" if shaped else None)
     if size != "custom":
@@ -111,19 +124,21 @@ def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]
     }
 
 
-_COLUMNS = ("size", "parameters", "dim", "layers", "heads", "feed-forward", "FLOP/token", "to train", "to infer")
+_COLUMNS = ("dim", "layers", "heads", "feed-forward", "FLOP/token", "to train", "to infer")
 
 
 def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> str:
     """Aligned text."""
     from smedjan_common.reporting.console import count, size
 
-    cells: list[list[str]] = [list(_COLUMNS)]
+    routed = any(r["active_parameters"] != r["parameters"] for r in rows)
+    cells: list[list[str]] = [["size", "parameters", *(["for a token"] if routed else []), *_COLUMNS]]
     for r in rows:
         heads = str(r["heads"]) if r["heads"] == r["kv_heads"] else f"{r['heads']}/{r['kv_heads']}"
-        figures = [f"{r['parameters']:,}", str(r["dim"]), str(r["layers"]), heads, str(r["ffn_dim"])]
+        counts = [r["parameters"], r["active_parameters"]] if routed else [r["parameters"]]
+        figures = [*(f"{n:,}" for n in counts), str(r["dim"]), str(r["layers"]), heads, str(r["ffn_dim"])]
         cells.append([r["size"], *figures, count(r["train_flops_per_token"]), size(r["training_bytes"]), size(r["inference_bytes"])])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     columns = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = ["  ".join(put(cell, width) for put, cell, width in zip(columns, line, widths, strict=True)) for line in cells]
     recomputing = "" if train.gradient_checkpointing == "none" else f", gradient checkpointing {train.gradient_checkpointing}"

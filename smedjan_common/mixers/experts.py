@@ -103,6 +103,7 @@ ROW = FfnSpec(
     _active,
     _validate,
     options=("experts", "experts_per_token", "shared_experts", "expert_dim", "router"),
+    copies=lambda config: config.experts_per_token,
     small={"experts": 4, "experts_per_token": 2, "expert_dim": 48},
     variants={
         "bias": {"router": "bias"},

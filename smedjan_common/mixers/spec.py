@@ -59,7 +59,10 @@ class MixerSpec:
 
 @dataclass(frozen=True)
 class FfnSpec:
-    """A feed-forward: like MixerSpec, without a state. `active(config)`: parameters that one token meets."""
+    """A feed-forward: like MixerSpec, without a state.
+
+    active(config): parameters that one token meets. copies(config): how many copies of a token go their own ways.
+    """
 
     name: str
     about: str
@@ -70,6 +73,7 @@ class FfnSpec:
     validate: "Callable[[ModelConfig], None]"
     tolerance: Tolerance = Tolerance()
     options: tuple[str, ...] = ()
+    copies: "Callable[[ModelConfig], int]" = lambda config: 0
     small: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

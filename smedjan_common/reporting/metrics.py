@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line, flushed; what is not known is null.
 
     {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds"}
+    and of a model with experts {"balance_loss", "router_z_loss", "expert_load"}
     {"step", "val_loss", "val_bits_per_byte"}                                     evaluations, on lines of their own
 
 `step` counts optimizer steps done. A resumed run drops the rows past its checkpoint, so that every logged step stands once.
@@ -35,6 +36,15 @@ def train_rows(rows: list[Row]) -> list[Row]:
 def eval_rows(rows: list[Row]) -> list[Row]:
     """The rows of evaluations."""
     return [row for row in rows if row.get("val_loss") is not None]
+
+
+def routing(values: dict[str, Any]) -> Row:
+    """What a step of a model with experts adds to its row: the losses of its routers, null where the router has none, and
+    each expert's share of the tokens of its layer, [layers, experts]. Nothing of a dense model."""
+    if "expert_load" not in values:
+        return {}
+    losses = {name: values.get(name) for name in ("balance_loss", "router_z_loss")}
+    return {**losses, "expert_load": [[round(share, 5) for share in layer] for layer in values["expert_load"]]}
 
 
 class MetricsFile:

@@ -5,7 +5,7 @@ from typing import Any
 
 from smedjan_common.backend import Device
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.flops import train_flops_per_token
+from smedjan_common.flops import active_params, train_flops_per_token
 from smedjan_common.memory import training_bytes
 from smedjan_common.mesh import ONE_DEVICE, parse_mesh
 from smedjan_common.reporting.console import count, size
@@ -21,13 +21,18 @@ def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, dev
     return "\n".join(
         (
             f"device   {device.backend} on {devices} ({device.kind}), {train.dtype}{mesh}{idle}",
-            f"model    {count(model.num_params())} parameters: dim {model.dim}, {model.layers} layers, {model.heads} heads"
+            f"model    {count(model.num_params())} parameters{_active(model)}: dim {model.dim}, {model.layers} layers, {model.heads} heads"
             f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
             f"data     {tokens}",
             f"training {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, {train.optimizer}, peak lr {train.lr:g}"
             f" ({train.lr_schedule}, warm-up {train.warmup}), into {folder}",
         )
     )
+
+
+def _active(model: ModelConfig) -> str:
+    active = active_params(model)
+    return f", {count(active)} of them for a token" if active != model.num_params() else ""
 
 
 def plan(
