@@ -17,6 +17,7 @@ import numpy as np
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.flops import train_flops_per_token
+from smedjan_common.mesh import parse_mesh
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def _ours(backend_class, model: ModelConfig, args: argparse.Namespace):
         dtype=args.dtype,
         attention=args.attention,
     )
-    backend = backend_class(model, train)
+    backend = backend_class(model, train, parse_mesh(args.mesh))
     held = {"state": backend.init(initial_params(model, 0)), "metrics": None}
     batch = _batch(model, args)
 
@@ -98,6 +99,8 @@ def _ours(backend_class, model: ModelConfig, args: argparse.Namespace):
             "loss": backend.read(held["metrics"])["loss"],
             "peak_memory_bytes": backend.peak_memory(),
             "device": about.name,
+            "devices": about.count,
+            "mesh": about.mesh,
             "versions": about.versions,
         }
 
@@ -176,6 +179,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--grad-accum", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", default="none", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "plain"))
+    parser.add_argument("--mesh", default="data=1", help="devices of JAX, data=2 say")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)

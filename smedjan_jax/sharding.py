@@ -52,7 +52,13 @@ def param_shardings(model: ModelConfig, mesh: Mesh) -> dict[str, Sharding]:
 
 def everywhere(mesh: Mesh) -> Sharding:
     """A whole copy on each device."""
-    return SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec()) if mesh.size > 1 else SingleDeviceSharding(mesh.devices.item())
+
+
+def everywhere_with(arrays: dict[str, jax.Array]) -> Sharding:
+    """A whole copy on each device that has a part of these arrays."""
+    sharding = next(iter(arrays.values())).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def rows(mesh: Mesh) -> Sharding:
@@ -67,6 +73,11 @@ def place(host: Any, places: Any) -> Any:
         return jax.make_array_from_callback(value.shape, place, lambda part: np.array(value[part]))
 
     return jax.tree.map(one, host, places)
+
+
+def deal(batch: Any, mesh: MeshShape, parts: int) -> Any:
+    """The rows of a batch so ordered that the rows which all devices take for one of `parts` are those that one device would take."""
+    return jax.tree.map(lambda x: x.reshape(parts, mesh.batch, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), batch)
 
 
 class Spread:
@@ -117,6 +128,13 @@ class Spread:
         specs = (self._params, PartitionSpec(self._batch), *more)
         # unchecked: loops inside the mixers start from plain zeros. So a device's gradient is that of the sum of all devices' results
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=returns, axis_names=axes, check_vma=False)
+
+
+def batch_mean(x: jax.Array) -> jax.Array:
+    """The mean over the devices that hold other rows of the batch, where this is traced; x itself on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH if axis in mesh.manual_axes and mesh.shape[axis] > 1)
+    return jax.lax.pmean(x, axes) if axes else x
 
 
 def tensor_parts() -> int:
