@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from smedjan_common.openblas import OFF
+from tests.conformance.compare import Difference, demand
+from tests.conformance.gates import FLOAT32
 
 TEXT = "".join(f"The smith of village {i % 97} struck the iron {i % 13} times; sparks flew over anvil {i % 7}.\n" for i in range(3000))
 FLAGS = "--size custom --dim 32 --layers 2 --heads 4 --kv-heads 2 --vocab-size 300 --batch-size 4 --seq-len 32 --log-every 1".split()
@@ -98,3 +100,31 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_one_that_was_not(tmp_path, ba
         for f in (whole, parts)
     ]
     assert kept[0] == kept[1], "every line of metrics is the same"
+
+
+@pytest.fixture(scope="module")
+def sixty_steps(tmp_path_factory):
+    """Losses of 60 steps of JAX alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "my.txt").write_text(TEXT)
+    train("jax", folder, "--dataset", "my.txt", *FLAGS, *STEADY, "--steps", "60")
+    return [row["loss"] for row in rows(folder)]
+
+
+STEADY = ("--lr-schedule", "constant", "--warmup", "3", "--eval-every", "0")  # a rate that does not depend on --steps
+
+
+@pytest.mark.parametrize("form", ["neutral", "orbax"])
+def test_jax_then_mlx_then_jax_has_the_loss_curve_of_one_backend(tmp_path, sixty_steps, form):
+    (tmp_path / "my.txt").write_text(TEXT)
+    train("jax", tmp_path, "--dataset", "my.txt", *FLAGS, *STEADY, "--steps", "20", "--checkpoint-format", form)
+    if form == "orbax":
+        command = [sys.executable, "-m", "convert", "run/orbax-00000020", "run/step-00000020", "--to", "neutral"]
+        subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    assert "step 20 of 40" in train("mlx", tmp_path, "--steps", "40")
+    assert "step 40 of 60" in train("jax", tmp_path, "--steps", "60")
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 61))
+    apart = [abs(row["loss"] / alone - 1) for row, alone in zip(rows(tmp_path), sixty_steps, strict=True)]
+    assert apart[:20] == [0.0] * 20, "the first turn is the same backend"
+    assert max(apart[20:]) > 0, "the second is another one"
+    demand([Difference(f"loss at step {step}", value, FLOAT32.steps_loss) for step, value in enumerate(apart, 1)])
