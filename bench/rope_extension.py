@@ -10,6 +10,7 @@ the sequence, from evaluation steps whose other targets do not count.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -29,7 +30,15 @@ FACTOR, PARTS = 4, 8
 FORMS: dict[str, Row] = {
     "gpu": {"size": "small", "seq_len": 256, "batch_size": 32, "steps": 1500, "more_steps": 150, "max_batches": None},
     "cpu": {"size": "tiny", "seq_len": 128, "batch_size": 8, "steps": 400, "more_steps": 40, "max_batches": None},
-    "test": {"size": "tiny", "seq_len": 8, "batch_size": 8, "steps": 2, "more_steps": 1, "max_batches": 1},
+    "test": {
+        "size": "tiny",
+        "seq_len": 8,
+        "batch_size": 8,
+        "steps": 2,
+        "more_steps": 1,
+        "max_batches": 1,
+        "model": {"layers": 1, "dim": 32},
+    },
 }
 
 
@@ -61,7 +70,9 @@ def measure(task: Row) -> None:
     """Train, evaluate under every scaling, train on with yarn, evaluate; each row is printed when it is known."""
     data = corpus.Corpus(pathlib.Path(task["data"]))
     length, started = task["seq_len"], time.perf_counter()
-    model = ModelConfig.preset(task["size"], vocab_size=data.tokenizer.vocab_size, context_length=length, mixer=(task["mixer"],))
+    model = ModelConfig.preset(
+        task["size"], vocab_size=data.tokenizer.vocab_size, context_length=length, mixer=(task["mixer"],), **task.get("model", {})
+    )
     make_backend, dtype = _load(task["backend"])
     config = TrainConfig(
         task["steps"], task["batch_size"], length, default_lr(model.dim), task["seed"], warmup=task["steps"] // 20, dtype=dtype
@@ -69,10 +80,11 @@ def measure(task: Row) -> None:
     trained = make_backend(model, config)
     weights = trained.save(data.train_steps(trained, trained.init(initial_params(model, task["seed"])))).params
     lengths = [length * times for times in (1, 2, FACTOR)]
+    compiled = functools.cache(lambda scaling, seq_len: make_backend(extended(model, scaling), at_length(config, seq_len)))
 
     def evaluate(name: str, params: Row, scaling: str) -> None:
         for seq_len in lengths:
-            backend = make_backend(extended(model, scaling), at_length(config, seq_len))
+            backend = compiled(scaling, seq_len)
             state = backend.init(params)
             row = {"mixer": task["mixer"], "backend": task["backend"], "seed": task["seed"], "weights": name, "rope_scaling": scaling}
             row |= {"seq_len": seq_len, "parameters": model.num_params(), **data.evaluate(backend, state, task["max_batches"])}

@@ -65,7 +65,7 @@ def test_a_result_file_says_where_it_was_made_and_names_no_folder(tmp_path, monk
 def test_a_process_that_dies_keeps_its_rows_and_says_why():
     found = {}
     tasks = [{"name": name, "end": name} for name in ("well", "error", "never")]
-    rows.in_processes("tests.fakes.measuring", tasks, lambda task, got: found.update({task["name"]: got}), jobs=3, seconds=15)
+    rows.in_processes("tests.fakes.measuring", tasks, lambda task, got: found.update({task["name"]: got}), jobs=3, seconds=8)
     assert [row.get("value", row.get("error")) for row in found["well"]] == [1]
     assert [row.get("value", row.get("error")) for row in found["error"]] == [1, "RuntimeError: no such device in file.py"]
     assert [row.get("value", row.get("error")) for row in found["never"]] == [1, "the time limit"]
