@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench import corpus
-from bench.recall import TASKS, VOCAB_SIZE
+from bench.recall import TASKS, VOCAB_SIZE, stage
 from bench.rows import Results, Row, default_output, device_name, in_processes
 from smedjan_common.config import ModelConfig, TrainConfig, default_lr, parse_pattern
 from smedjan_common.mixers import MIXERS
@@ -28,14 +28,14 @@ from smedjan_common.schedule import learning_rate
 KEY = ("task", "backend", "mixer", "seed")
 HYBRIDS = ("ssm,ssm,ssm,attention", "gated-deltanet,gated-deltanet,gated-deltanet,attention")
 FORMS: dict[str, Row] = {
-    "gpu": {"corpus": {"steps": 1200, "batch_size": 16, "seq_len": 256}, "recall": {"steps": 3000, "batch_size": 64}, "seeds": [0, 1]},
+    "gpu": {"corpus": {"steps": 1000, "batch_size": 16, "seq_len": 256}, "recall": {"steps": 3000, "batch_size": 64}, "seeds": [0, 1]},
     "cpu": {"corpus": {"steps": 500, "batch_size": 8, "seq_len": 128}, "recall": {"steps": 2000, "batch_size": 64}, "seeds": [0]},
     "test": {"corpus": {"steps": 2, "batch_size": 2, "seq_len": 16}, "recall": {"steps": 2, "batch_size": 2}, "seeds": [0]},
 }
 # heads and states of 32 and blocks of 8 everywhere: the tables' own defaults are made for wider models and longer sequences
 RECALL_MODEL: Row = {"dim": 64, "layers": 4, "heads": 2, "ffn_dim": 128, "init_std": 0.1}
 RECALL_OPTIONS: Row = {"ssm_state": 32, "ssm_head_dim": 32, "rwkv_head_dim": 32, "block_size": 8, "block_topk": 2}
-RECALL_LENGTH, RECALL_COUNTS, RECALL_LR = 64, (4, 8, 16, 24), 4e-3
+RECALL_LENGTH, RECALL_COUNTS, RECALL_LR = 96, (4, 8, 16, 32), 1e-3
 HELD_OUT = 512  # sequences per count
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         if task == "corpus" or not seed
     ]
     tasks = [{**row, "form": form, "data": str(args.data)} for row in rows if not results.has(row)]
-    jobs = args.jobs or (1 if on_cpu else 6)
+    jobs = args.jobs or (1 if on_cpu else 8)
 
     def done(task: Row, rows: list[Row]) -> None:
         for row in rows:
@@ -98,7 +98,8 @@ def _recall(task: Row) -> Row:
     backend = _backend(task["backend"])[0](model, config)
     state, rng = backend.init(initial_params(model, task["seed"])), np.random.default_rng(task["seed"])
     for step in range(config.steps):
-        batch = make(rng, rng.choice(RECALL_COUNTS, config.batch_size), RECALL_LENGTH)
+        length, counts = stage(step / config.steps, RECALL_LENGTH, RECALL_COUNTS)
+        batch = make(rng, rng.choice(counts, config.batch_size), length)
         state, metrics = backend.train_step(state, *batch, learning_rate(config, step))
         if step % 50 == 49:
             backend.read(metrics)
@@ -137,7 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=("corpus", *TASKS), default=["corpus", *TASKS])
     parser.add_argument("--form", choices=FORMS, help="default: by the device")
     parser.add_argument("--data", type=pathlib.Path, default=corpus.FOLDER, help="folder of the token files, made there if need be")
-    parser.add_argument("--jobs", type=int, help="processes at a time; default: 6 on a GPU, 1 on a CPU")
+    parser.add_argument("--jobs", type=int, help="processes at a time; default: 8 on a GPU, 1 on a CPU")
     parser.add_argument("--limit-seconds", type=float, default=240)
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/learning-DEVICE.json")
     parser.add_argument("--task", help=argparse.SUPPRESS)

@@ -69,7 +69,8 @@ def learning(report: Row, output: pathlib.Path) -> None:
                 style = {"marker": "osD^vP*X"[number % 8], "linestyle": "--" if "," in mixer else "-", "markersize": 5, "linewidth": 1.5}
                 axes.plot(counts, list(row["accuracy"].values()), color=color[mixer], label=_label(mixer), **style)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([4, 8, 16], ["4", "8", "16"])
+        asked = sorted({int(count) for row in rows if row["task"] == task for count in row["accuracy"]})
+        axes.set_xticks(asked, [str(count) for count in asked])
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("pairs" if task == "associative" else "tokens to copy")
         axes.set_title(f"{title}: accuracy", loc="left", fontsize=10)

@@ -46,4 +46,12 @@ def _empty(rows: int, length: int) -> Batch:
     return np.full((rows, length), BLANK, np.int32), np.full((rows, length), -1, np.int32)
 
 
+def stage(progress: float, length: int, counts: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """(T, counts) to train on when `progress` (0 to 1) of the steps are done: sequences get longer, or attention needs many more steps."""
+    for until, short, few in ((0.3, 8, (2,)), (0.4, 16, (2, 4)), (0.55, 32, (2, 4, 8))):
+        if progress < until and short < length:
+            return short, few
+    return length, counts
+
+
 TASKS: dict[str, Callable[[np.random.Generator, np.ndarray, int], Batch]] = {"associative": associative, "copying": copying}

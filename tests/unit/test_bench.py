@@ -10,7 +10,7 @@ from smedjan_common.data.prepare import prepare
 from smedjan_common.mixers import MIXERS
 from smedjan_common.tokenizer import Tokenizer
 
-COUNTS = np.array([4, 8, 16, 24])
+COUNTS = np.array([2, 4, 8, 16, 24])
 
 
 @pytest.fixture(scope="module")
