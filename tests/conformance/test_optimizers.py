@@ -11,7 +11,8 @@ from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.params import parameter_table
 from tests.conformance import checks, subjects
 from tests.conformance.cases import DEFAULT_CASES, Case, train_config
-from tests.conformance.compare import demand, demand_equal_bits
+from tests.conformance.compare import Difference, demand, demand_equal_bits, relative_l2
+from tests.conformance.gates import BFLOAT16, FLOAT32
 
 FIRST = next(iter(DEFAULT_CASES.values()))
 
@@ -93,3 +94,28 @@ def test_a_state_of_another_optimizer_or_with_a_wrong_array_is_refused_by_name(b
     ):
         with pytest.raises(CheckpointError, match=wrong):
             side.restore(dataclasses.replace(snapshot, optimizer={**snapshot.optimizer, **changes}))
+
+
+def test_muon_in_bfloat16_moves_matrices_as_its_definition_does_up_to_rounding(backend: str):
+    """Newton-Schulz runs in the compute dtype; the momentum and the other tensors stay float32."""
+    case = using(FIRST, "muon", dtype="bfloat16")
+    grads = checks.optimizer_gradients(case)
+    moved, state = checks.reference_optimizer_run(case, grads)
+    snapshot = subjects.optimizer_run(backend, case.model, case.train, case.params, grads)
+    for name, spec in parameter_table(case.model).items():
+        start, gate = (case.params[name].astype(np.float64), BFLOAT16.same_arithmetic) if spec.matrix else (0.0, FLOAT32.one_op)
+        demand([Difference(name, relative_l2(snapshot.params[name] - start, moved[name] - start), gate)])
+        demand([Difference(f"momentum of {name}", relative_l2(snapshot.optimizer[f"mu.{name}"], state.slots["mu"][name]), FLOAT32.one_op)])
+
+
+def test_newton_schulz_drives_singular_values_to_about_one(backend: str):
+    matrices = np.random.default_rng(2).standard_normal((3, 24, 40)).astype(np.float32)
+    matrices[1] *= np.linspace(0.1, 1, 40, dtype=np.float32)  # singular values far apart
+    matrices /= np.linalg.norm(matrices, axis=(1, 2), keepdims=True)
+    turned = np.asarray(subjects.module(backend, "optim").newton_schulz(subjects.framework(backend).array(matrices), 5))
+    for before, after in zip(matrices, turned, strict=True):
+        (left, _, right), values = np.linalg.svd(before, full_matrices=False), np.linalg.svd(after, compute_uv=False)
+        assert values.min() > 0.6, values
+        assert values.max() < 1.25, values
+        inside = left.T @ after @ right.T
+        assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-4, "it turns no singular vector"
