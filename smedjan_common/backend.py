@@ -96,13 +96,13 @@ class Backend(Protocol):
         ...
 
     def restore(self, snapshot: Snapshot) -> State:
-        """The train state of a snapshot, bit for bit."""
+        """The train state of a snapshot, bit for bit. Raises CheckpointError where its optimizer arrays are not those of the run."""
         ...
 
     def train_step(
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
     ) -> tuple[State, Metrics]:
-        """One optimizer step (gradient accumulation inside). Metrics: loss (mean over counted tokens, nats), grad_norm (before
+        """One optimizer step (gradient accumulation inside). Metrics: loss (mean cross-entropy of counted tokens, nats), grad_norm (before
         clipping), tokens; of a model with experts expert_load [layers, experts] (shares of the choices) and, with the softmax
         router, balance_loss and router_z_loss (means over the layers, unweighted). Returns at once; the old state is consumed."""
         ...
