@@ -47,7 +47,7 @@ class Form(NamedTuple):
 FORMS = {
     "gpu": Form(512, 4, 8, 65536, (1024, 2048, 4096, 8192, 16384, 32768), "bfloat16", True),
     "cpu": Form(128, 2, 4, 4096, (256, 512, 1024, 2048, 4096), "float32", False),
-    "test": Form(64, 1, 2, 64, (32, 64), "float32", False),
+    "test": Form(64, 1, 2, 128, (64, 128), "float32", False),
 }
 
 
@@ -83,12 +83,12 @@ def measure(task: Row) -> None:
     """Compile and time the rows of one mixer, each printed as JSON when it is done."""
     form = FORMS[task["form"]]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        prepared = [pool.submit(_step, task["backend"], *configs(row, form)) for row in task["rows"]]
+        prepared = [pool.submit(_prepare, row, form) for row in task["rows"]]
         for future in prepared:
             future.exception()  # all are compiled before the first is timed
     for row in task["rows"]:
         try:
-            row |= _timed(*configs(row, form), prepared.pop(0).result())  # popped, so that its arrays go before the next row's come
+            row |= _timed(*prepared.pop(0).result())  # popped, so that its arrays go before the next row's come
         except Exception as error:  # a row that cannot be is a row that says why
             row["error"] = scrubbed(f"{type(error).__name__}: {error}".splitlines()[0])
         print(json.dumps(row), flush=True)
@@ -102,6 +102,16 @@ def configs(row: Row, form: Form) -> tuple[ModelConfig, TrainConfig]:
     else:
         model = ModelConfig.build(vocab_size=8192, dim=form.dim, layers=form.layers, heads=form.heads, **options)
     return model, TrainConfig(steps=1000, batch_size=row["batch_size"], seq_len=row["seq_len"], lr=3e-4, dtype=form.dtype)
+
+
+def _prepare(row: Row, form: Form) -> tuple[ModelConfig, TrainConfig, Any]:
+    """The configuration of a row and its compiled training step."""
+    model, train = configs(row, form)
+    if row["backend"] == "mlx":
+        return model, train, MlxStep(model, train)
+    from bench.jax_step import JaxStep
+
+    return model, train, JaxStep(model, train)
 
 
 def _timed(model: ModelConfig, train: TrainConfig, step: Any) -> Row:
@@ -158,15 +168,6 @@ class MlxStep:
         import mlx.core as mx
 
         mx.eval(self._state, self._metrics)
-
-
-def _step(backend: str, model: ModelConfig, train: TrainConfig) -> Any:
-    """A compiled training step."""
-    if backend == "mlx":
-        return MlxStep(model, train)
-    from bench.jax_step import JaxStep
-
-    return JaxStep(model, train)
 
 
 def _arguments() -> argparse.Namespace:

@@ -87,14 +87,14 @@ def test_mixers_measures_time_and_memory_per_token(backend, capsys):
     wanted = mixers.shapes("attention", backend, mixers.FORMS["test"])
     mixers.measure({"mixer": "attention", "backend": backend, "form": "test", "rows": wanted})
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["seq_len"] for row in found] == [32, 64]
+    assert [row["seq_len"] for row in found] == [64, 128]
     assert all(row["tokens_per_second"] > 0 and row["bytes_per_token"] > 0 for row in found), found
 
 
 def test_mixers_tells_what_a_row_failed_of(capsys):
     row = mixers.shapes("no-such-mixer", "jax", mixers.FORMS["test"])[0]
-    with pytest.raises(Exception, match="no-such-mixer"):
-        mixers.measure({"mixer": "no-such-mixer", "backend": "jax", "form": "test", "rows": [row]})
+    mixers.measure({"mixer": "no-such-mixer", "backend": "jax", "form": "test", "rows": [row]})
+    assert "no-such-mixer" in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize("task", ["corpus", "associative", "copying"])
