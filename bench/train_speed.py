@@ -85,13 +85,17 @@ def _ours(backend_class, model: ModelConfig, args: argparse.Namespace):
         gradient_checkpointing=args.gradient_checkpointing,
         dtype=args.dtype,
         attention=args.attention,
+        deterministic=args.deterministic,
+        mask_documents=args.mask_documents,
     )
     backend = backend_class(model, train, parse_mesh(args.mesh))
     held = {"state": backend.init(initial_params(model, 0)), "metrics": None}
     batch = _batch(model, args)
+    borders = np.random.default_rng(1).random((args.batch_size, args.seq_len)) < 1 / 200  # documents of 200 tokens on average
+    documents = np.cumsum(borders, axis=1, dtype=np.int32) if args.mask_documents else None
 
     def step():
-        held["state"], held["metrics"] = backend.train_step(held["state"], batch[:, :-1], batch[:, 1:], 3e-4)
+        held["state"], held["metrics"] = backend.train_step(held["state"], batch[:, :-1], batch[:, 1:], 3e-4, documents)
 
     def device():
         about = backend.describe()
@@ -179,6 +183,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--grad-accum", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", default="none", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "plain"))
+    parser.add_argument("--deterministic", action="store_true", help="the same bits every time")
+    parser.add_argument("--mask-documents", action="store_true", help="attention inside documents of about 200 tokens")
     parser.add_argument("--mesh", default="data=1", help="devices of JAX, data=2 say")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)

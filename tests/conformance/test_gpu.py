@@ -68,6 +68,32 @@ def test_fast_bfloat16_training_is_the_plain_one_within_bfloat16(name, change):
     np.testing.assert_allclose(fast_losses, other_losses, rtol=BFLOAT16.loss)
 
 
+@pytest.mark.parametrize("length", [128, 100], ids=["kernel", "products"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_reproducible_attention_is_cudnns_with_gradients_of_the_same_bits(length, documents):
+    import jax
+    import jax.numpy as jnp
+
+    from smedjan_jax.mixers import cudnn
+
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, 64) for heads in (4, 2, 2, 4)]
+    *tensors, weight = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    numbers = jnp.asarray(np.cumsum(rng.random((2, length)) < 0.1, axis=1), jnp.int32) if documents else None
+
+    def gradients(reproducible):
+        def total(*tensors):
+            return (cudnn.attention(*tensors, numbers, 0, reproducible) * weight).sum().astype(jnp.float32)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*tensors)
+
+    first, second, plain = gradients(True), gradients(True), gradients(False)
+    for a, b, c in zip(jax.tree.leaves(first), jax.tree.leaves(second), jax.tree.leaves(plain), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        a, c = np.asarray(a, np.float32), np.asarray(c, np.float32)
+        assert np.abs(a - c).max() <= 0.02 * np.abs(c).max()
+
+
 def test_fused_attention_by_name_refuses_float32_in_jax():
     backend, batches = make("jax", dtype="float32", attention="fused")
     with pytest.raises(ConfigError, match="bfloat16"):

@@ -24,7 +24,7 @@ def write_text(folder: Path) -> Path:
 
 def train_here(*words: object, backend: type = bigram.BigramBackend) -> int:
     """Train in this process; returns the exit code."""
-    return train.run("fake", lambda: (backend, "float32"), [str(word) for word in words])
+    return train.run("fake", lambda deterministic: (backend, "float32"), [str(word) for word in words])
 
 
 def arguments(text: Path, folder: Path, steps: int, *more: object) -> list[str]:
