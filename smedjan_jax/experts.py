@@ -18,6 +18,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.mixers.experts import block_rows, load_names, padded_rows
+from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_jax.modules import Carried, Linear, Params
@@ -114,12 +115,13 @@ def choose(logits_NE: jax.Array, bias_E: jax.Array | None, count: int) -> tuple[
 def balance_loss(logits_NE: jax.Array, load_E: jax.Array) -> jax.Array:
     """E sum_e f_e P_e, 1 at perfect balance (Switch Transformer, 2021)."""
     share_E = load_E / jnp.sum(load_E)
-    return load_E.size * jnp.sum(share_E * jnp.mean(jax.nn.softmax(logits_NE, axis=-1), axis=0))
+    chance_E = jnp.mean(jax.nn.softmax(logits_NE, axis=-1), axis=0)
+    return load_E.size * jnp.sum(sharding.batch_mean(share_E) * sharding.batch_mean(chance_E))
 
 
 def router_z_loss(logits_NE: jax.Array) -> jax.Array:
     """Mean of logsumexp^2 (ST-MoE, 2022)."""
-    return jnp.mean(jnp.square(jax.nn.logsumexp(logits_NE, axis=-1)))
+    return sharding.batch_mean(jnp.mean(jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))))
 
 
 def auxiliary_loss(train: TrainConfig, carried: Carried) -> jax.Array | float:
