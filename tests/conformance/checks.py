@@ -10,8 +10,10 @@ import numpy as np
 
 from smedjan_common.config import TrainConfig
 from smedjan_common.mixers import MIXERS
+from smedjan_common.mixers.experts import load_names
 from smedjan_common.optimizers import slot_names
 from smedjan_common.params import check_tree, parameter_table
+from smedjan_common.reference import experts
 from smedjan_common.reference import model as reference
 from smedjan_common.reference import optim as reference_optim
 from smedjan_common.reference.derivative import directional_derivative
@@ -238,6 +240,29 @@ def isolation(got: str, case: Case) -> None:
     changed[row, outside] = rng.integers(0, case.model.vocab_size, int(outside.sum()))
     sides = [subjects.logits(got, case.model, case.params, t, documents=case.documents)[row, inside] for t in (tokens, changed)]
     demand_equal_bits({"logits of a document": sides[1]}, {"logits of a document": sides[0]}, f"{got}: ")
+
+
+def routing(got: str, case: Case, parts: int = 1, wrong: subjects.Params | None = None) -> list[Difference]:
+    """Loads, losses and new biases of one training step against the definition (whose parameters are `wrong`, where given)."""
+    model, train, (inputs, targets) = case.model, dataclasses.replace(case.train, grad_accum=parts), case.batches[0]
+    side = subjects.backend(got, model, train)
+    state, metrics = side.train_step(side.init(case.params), inputs, targets, lr=1e-3)
+    told, after, params = side.read(metrics), side.save(state).params, wrong or case.params
+    logits = reference.router_logits(model, params, inputs)
+    names = [name.replace(".load", ".router.bias") for name in load_names(model)]
+    loads = [experts.load(model, experts.route(model, scores, params.get(name))[0]) for name, scores in zip(names, logits, strict=True)]
+    differences = [
+        Difference("load", largest(np.array(told["expert_load"]), np.array([load / load.sum() for load in loads])), FLOAT32.one_op)
+    ]
+    if model.router == "bias":
+        expected = {name: experts.next_bias(params[name], load, train.router_bias_rate) for name, load in zip(names, loads, strict=True)}
+        return differences + [Difference(name, largest(after[name], value), 1e-7) for name, value in expected.items()]
+    counted = [(part >= 0).sum() / (targets >= 0).sum() for part in np.split(targets, parts)]
+    pieces = [reference.router_logits(model, params, part) for part in np.split(inputs, parts)]
+    for name, function in (("balance_loss", lambda scores: experts.balance_loss(model, scores)), ("router_z_loss", experts.router_z_loss)):
+        expected = sum(share * np.mean([function(scores) for scores in piece]) for share, piece in zip(counted, pieces, strict=True))
+        differences.append(Difference(name, abs(told[name] / expected - 1), FLOAT32.loss))
+    return differences
 
 
 def norm(value: np.ndarray) -> float:
