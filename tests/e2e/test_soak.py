@@ -1,0 +1,154 @@
+"""Real runs of both backends that are killed at random moments, again and again: nothing that stood is lost, and the end is the same.
+
+`make soak` kills SMEDJAN_KILLS times (100) with the frameworks and as often without one, where a start takes no time; here it is a
+handful. Every checkpoint is written in the background, Orbax ones too.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
+from smedjan_common.openblas import OFF
+from tests.conformance.compare import demand_equal_bits
+from tests.fakes.runs import ROOT, TEXT, figures
+
+SUBJECTS = {
+    "jax": ("smedjan_jax",),
+    "jax, orbax": ("smedjan_jax", "--checkpoint-format", "orbax"),
+    "mlx": ("smedjan_mlx",),
+    "no framework": ("tests.fakes",),
+}
+ALL = int(os.environ.get("SMEDJAN_KILLS", "6"))
+KILLS = dict.fromkeys(SUBJECTS, -(-ALL // 3)) | {"no framework": ALL}
+FLAGS = (
+    *"--size custom --dim 16 --layers 1 --heads 2 --ffn-mult 1 --vocab-size 300 --batch-size 4 --seq-len 16 --eval-every 0".split(),
+    *"--lr-schedule constant --warmup 3 --lr 0.003 --log-every 1 --keep 3 --keep-every 40".split(),
+)
+OFTEN = ("--checkpoint-every", "4")
+ENDLESS = (*OFTEN, "--steps", "1000000")
+pytestmark = pytest.mark.timeout(max(600, 60 * ALL))
+
+
+def start(subject: str, folder: Path, *flags: str, **options) -> subprocess.Popen:
+    """Start or go on with the run in `folder`."""
+    package, *more = SUBJECTS[subject]
+    words = ["--dataset", str(folder / "text.txt"), "--checkpoint-dir", str(folder / "run"), *FLAGS, *more, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": os.environ | {OFF: "1"}}
+    return subprocess.Popen([sys.executable, "-u", "-m", f"{package}.train", *words], **pipes | options)
+
+
+def finish(subject: str, folder: Path, steps: int, often: tuple[str, ...] = OFTEN) -> None:
+    """Train to the end, which must be well."""
+    process = start(subject, folder, *often, "--steps", str(steps))
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+
+
+def killed(process: subprocess.Popen, rng: random.Random) -> str:
+    """Kill it at a random moment: one time in five while it starts, else when it trains. Returns what it printed."""
+    lines = []
+    assert process.stdout
+    if rng.random() < 0.2:
+        time.sleep(rng.random() * 3)
+    else:
+        while line := process.stdout.readline():
+            lines.append(line)
+            if line.startswith("step "):
+                break
+        time.sleep(rng.random() * 0.8)
+    process.send_signal(signal.SIGKILL)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "".join(lines) + rest
+    return "".join(lines) + rest
+
+
+def check(run: Path, output: str) -> None:
+    """Everything that looks like a checkpoint is one, and none that was told is lost but to --keep."""
+    broken: list[str] = []
+    found = find_checkpoints(run, on_skip=broken.append)
+    assert broken == []
+    for _, path in found:
+        verify_checkpoint(path)
+    told = [Path(line.split()[1]) for line in output.splitlines() if line.startswith("saved ")]
+    if told:
+        assert found[-1].path.name.split("-")[1] >= told[-1].name.split("-")[1]
+        assert latest_checkpoint(run) == found[-1].path
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, subject):
+    rng = random.Random(f"{subject} {os.environ.get('SMEDJAN_SEED', '0')}")
+    folder, whole, torn = tmp_path / "killed", tmp_path / "whole", 0
+    for place in (folder, whole):
+        place.mkdir()
+        (place / "text.txt").write_text(TEXT)
+    for _ in range(KILLS[subject]):
+        output = killed(start(subject, folder, *ENDLESS), rng)
+        if (folder / "run").is_dir():
+            check(folder / "run", output)
+            torn += any(path.name.startswith(".tmp-") for path in (folder / "run").iterdir())
+    found = find_checkpoints(folder / "run") if (folder / "run").is_dir() else []
+    steps = (found[-1].step if found else 0) + 3
+    finish(subject, folder, steps)
+    finish(subject, whole, steps, often=("--checkpoint-every", "0"))
+    print(f"{subject}: {KILLS[subject]} kills, {torn} of them inside a write, {steps} steps")
+    assert torn > 0 or KILLS[subject] < 10, "no kill fell into a write: the test proves nothing"
+    a, b = (read_checkpoint(place / "run" / "final") for place in (folder, whole))
+    assert (a.step, b.step) == (steps, steps)
+    demand_equal_bits(a.snapshot.params, b.snapshot.params)
+    assert figures(folder / "run") == figures(whole / "run"), "every step stands once, with the figures of the other run"
+
+
+def wait_for_a_checkpoint(process: subprocess.Popen) -> None:
+    assert process.stdout
+    while not (line := process.stdout.readline()).startswith("saved "):
+        assert line, "it ended before its first checkpoint"
+
+
+def errors_and_goes_on(subject: str, folder: Path, process: subprocess.Popen, words: str, mend) -> None:
+    """The process ends with exit 2 and these words, all checkpoints are whole, and when it is mended the run goes on."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert words in output
+    assert "Older checkpoints are whole" in output
+    assert "Traceback" not in output
+    check(folder / "run", output)
+    step = find_checkpoints(folder / "run")[-1].step
+    mend()
+    finish(subject, folder, step + 5)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(tmp_path, subject):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small tmpfs can only be mounted by root outside a container; RLIMIT_FSIZE stands in for it in tests/unit")
+    try:
+        (tmp_path / "text.txt").write_text(TEXT)
+        process = start(subject, tmp_path, *ENDLESS, "--keep", "0")
+        errors_and_goes_on(subject, tmp_path, process, "No space left on device", lambda: make_room(tmp_path / "run"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def make_room(run: Path) -> None:
+    for _, path in find_checkpoints(run)[:-1]:
+        subprocess.run(["rm", "-r", str(path)], check=True)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_directory_that_may_not_be_written_any_more_is_an_error(tmp_path, subject):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere; tests/unit/test_checkpoint_disk.py gives its rights up")
+    (tmp_path / "text.txt").write_text(TEXT)
+    process = start(subject, tmp_path, *ENDLESS)
+    wait_for_a_checkpoint(process)
+    (tmp_path / "run").chmod(0o555)
+    errors_and_goes_on(subject, tmp_path, process, "Permission denied", lambda: (tmp_path / "run").chmod(0o755))
