@@ -13,6 +13,7 @@ import pytest
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.mesh import parse_mesh
 from smedjan_common.params import initial_params
 from tests.conformance import subjects
 from tests.conformance.compare import demand_equal_bits
@@ -92,6 +93,19 @@ def test_reproducible_attention_is_cudnns_with_gradients_of_the_same_bits(length
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         a, c = np.asarray(a, np.float32), np.asarray(c, np.float32)
         assert np.abs(a - c).max() <= 0.02 * np.abs(c).max()
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
+def test_two_gpus_train_as_one_does_within_bfloat16(mesh):
+    jax = pytest.importorskip("jax")
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    start = initial_params(MODEL, 0)
+    one, batches = make("jax")
+    two = type(one)(MODEL, one.train, parse_mesh(mesh))
+    assert two.describe().count == 2
+    losses = [run(b, b.init(start), batches[:5])[1] for b in (two, one)]
+    np.testing.assert_allclose(*losses, rtol=BFLOAT16.loss)
 
 
 def test_fused_attention_by_name_refuses_float32_in_jax():

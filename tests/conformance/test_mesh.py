@@ -1,0 +1,234 @@
+"""Training on a mesh of devices is training on one: eight virtual devices of the CPU, in a process of their own.
+
+`measure` runs there, once for all tests: 20 steps on each mesh beside the same steps on one device.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.mesh import ONE_DEVICE, MeshShape, mesh_axes, parse_mesh
+from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.params import parameter_table
+from smedjan_common.reporting.metrics import read_rows, train_rows
+from smedjan_common.schedule import learning_rate
+from tests.conformance.cases import CASES, model_config
+from tests.conformance.compare import Difference, demand, demand_equal_bits, largest
+from tests.conformance.gates import FLOAT32
+from tests.conformance.routing import separated
+from tests.fakes.runs import ROOT, arguments, saved_steps, write_text
+
+pytestmark = pytest.mark.skipif(os.environ.get("SMEDJAN_TEST_DEVICE", "cpu") != "cpu", reason="virtual devices are of the CPU")
+MHA, GQA = CASES["attention-swiglu-mha"], CASES["attention-swiglu-gqa"]
+EXPERTS = CASES["attention-experts-mha"].model
+
+
+class Run(NamedTuple):
+    """A mesh, the model on it, changes of its training, steps, and the shares that one device has of layers.0.mixer.k_proj.weight,
+    [heads, width], and embed.weight, [vocabulary, width]."""
+
+    mesh: str
+    model: ModelConfig
+    changes: dict[str, object]
+    steps: int = 20
+    shares: tuple[tuple[int, ...], ...] = ()
+
+
+def every_mixer() -> ModelConfig:
+    """One model with every row of the menu."""
+    model = model_config(tuple(MIXERS), next(iter(FFNS)))
+    assert model
+    return model
+
+
+RUNS = {
+    "data": Run("data=8", MHA.model, {}, shares=((32, 32), (64, 32))),
+    "fsdp": Run("fsdp=8", GQA.model, {}, shares=((16, 4), (64, 4))),
+    "tensor": Run("tensor=4", MHA.model, {}, shares=((8, 32), (16, 32))),
+    "all axes": Run("data=2,fsdp=2,tensor=2", GQA.model, {"grad_accum": 2}, shares=((8, 16), (32, 16))),
+    "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2}, 3),
+    "every mixer": Run("data=2,fsdp=2,tensor=2", every_mixer(), {"mask_documents": True}, 0),  # evaluation alone: to compile is long
+}
+
+
+def batches():
+    """Eight rows a step, of two steps of the suite's."""
+    return [tuple(np.concatenate(pair) for pair in zip(*two, strict=True)) for two in zip(MHA.batches, MHA.batches[::-1], strict=True)]
+
+
+BESIDE = {"tensor": "data", "all axes": "fsdp"}  # runs that are the same on one device
+
+
+@functools.cache
+def train(name: str, mesh: MeshShape) -> dict[str, Any]:
+    """What a run gives on a mesh."""
+    from smedjan_common.params import initial_params
+    from smedjan_jax.backend import JaxBackend
+
+    run = RUNS[name]
+    config = dataclasses.replace(MHA.train, batch_size=8, **run.changes)
+    backend = JaxBackend(run.model, config, mesh)
+    state, rows = backend.init(separated(run.model, initial_params(run.model, 1))), []
+    documents = np.concatenate([MHA.documents] * 2) if config.mask_documents else None
+    for step, batch in enumerate(batches()[: run.steps]):
+        state, metrics = backend.train_step(state, *batch, learning_rate(config, step), documents)
+        rows.append(backend.read(metrics))
+    found = {"rows": rows, "snapshot": backend.save(state), "backend": backend, "state": state}
+    if run.model is GQA.model:
+        found["logits"] = backend.decoder(backend.params_of(state), 8).feed([1, 2, 3, 4])
+    if run.model is GQA.model or not run.steps:
+        found["evaluated"] = backend.read(backend.eval_step(state, *batches()[0], documents))
+    return found
+
+
+def differences(got: dict, want: dict) -> list[Difference]:
+    """A run on a mesh beside the one on one device, under the gates of 20-step runs."""
+    found = []
+    gates = {"loss": FLOAT32.steps_loss, "balance_loss": FLOAT32.steps_loss, "grad_norm": FLOAT32.steps_params, "tokens": 0.0}
+    for a, b in zip(got["rows"], want["rows"], strict=True):
+        found += [Difference(key, abs(a[key] / b[key] - 1), gate) for key, gate in gates.items() if key in b]
+    if "logits" in want:
+        found.append(Difference("logits of the decoder", largest(got["logits"], want["logits"]), FLOAT32.steps_params))
+    if "evaluated" in want:
+        pairs = {key: (got["evaluated"][key], value) for key, value in want["evaluated"].items()}
+        found += [Difference(f"evaluated {key}", abs(a / b - 1), FLOAT32.steps_loss) for key, (a, b) in pairs.items()]
+    for kind in ("params", "optimizer"):
+        for name, value in getattr(want["snapshot"], kind).items():
+            off = np.linalg.norm(getattr(got["snapshot"], kind)[name] - value) / (np.linalg.norm(value) or 1.0)
+            found.append(Difference(name, float(off), FLOAT32.steps_params))
+    return found
+
+
+def shares(state) -> dict[str, tuple]:
+    """Shapes of what the first device holds, of all tensors of the train state."""
+    held = {
+        f"{kind}.{name}": array
+        for kind, tensors in (state["slots"] | {"params": state["params"]}).items()
+        for name, array in tensors.items()
+    }
+    return {name: array.addressable_shards[0].data.shape for name, array in held.items()}
+
+
+def measure(path: str) -> None:
+    """In the process with eight devices: what the tests ask of every run, as JSON."""
+    report = {}
+    for name, run in RUNS.items():
+        got, want = train(name, parse_mesh(run.mesh)), train(BESIDE.get(name, name), ONE_DEVICE)
+        report[name] = {"differences": differences(got, want), "shares": shares(got["state"])}
+        for mesh in (ONE_DEVICE, parse_mesh("data=2,fsdp=2,tensor=2")):
+            other = type(got["backend"])(run.model, got["backend"].train, mesh)
+            demand_equal_bits(other.save(other.restore(got["snapshot"])).params, got["snapshot"].params, f"{name} restored on {mesh} ")
+    report["messages"] = messages()
+    Path(path).write_text(json.dumps(report))
+
+
+def messages() -> dict[str, dict[str, int]]:
+    """How many arrays of which dtype the bfloat16 step gathers, and reduces and splits, over fsdp."""
+    import jax
+
+    from smedjan_jax.backend import JaxBackend
+
+    backend = JaxBackend(GQA.model, dataclasses.replace(MHA.train, batch_size=8, dtype="bfloat16"), parse_mesh("data=2,fsdp=4"))
+    rows, rate = jax.ShapeDtypeStruct((8, 17), np.int32), jax.ShapeDtypeStruct((), np.float32)
+    program = backend._train_step.lower(backend.shapes, (rows, rows, None), rate).as_text()
+    found = {}
+    for kind in ("all_gather", "reduce_scatter"):
+        found[kind] = Counter(re.findall(rf'"stablehlo\.{kind}".*?: \(tensor<[\dx]*x(\w+)>\) ->', program, re.DOTALL))
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("mesh") / "report.json"
+    script = f"import tests.conftest; from tests.conformance import test_mesh; test_mesh.measure({str(path)!r})"
+    flags = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    env = os.environ | {"XLA_FLAGS": flags}  # what is compared is arithmetic: compiling for speed would take longer than it saves
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_on_a_mesh_equals_training_on_one_device(report, name):
+    demand(Difference(*values) for values in report[name]["differences"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parameters_and_slots_are_split_as_the_table_says(report, name):
+    run, got = RUNS[name], {key: tuple(shape) for key, shape in report[name]["shares"].items()}
+    table, mesh = parameter_table(run.model), parse_mesh(run.mesh)
+    for key, shape in got.items():
+        spec = table[key.partition(".")[2]]
+        assert shape == tuple(size // (getattr(mesh, axis) if axis else 1) for size, axis in zip(spec.shape, mesh_axes(spec), strict=True))
+    if run.shares:
+        assert (got["params.layers.0.mixer.k_proj.weight"], got["params.embed.weight"]) == run.shares
+
+
+def test_matrices_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_float32(report):
+    """One message a matrix and direction; the embedding is looked up in float32."""
+    matrices = sum(len(spec.shape) > 1 for spec in parameter_table(GQA.model).values())
+    assert report["messages"] == {"all_gather": {"bf16": matrices - 1, "f32": 1}, "reduce_scatter": {"f32": matrices}}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_linear_maps_see_only_the_compute_dtype_as_their_weights_travel_in_it(mixer, monkeypatch):
+    import jax
+
+    from smedjan_jax import modules
+    from smedjan_jax.model import Model
+
+    plain, seen = modules.Linear.__call__, set()
+    monkeypatch.setattr(modules.Linear, "__call__", lambda self, x: (seen.add(str(x.dtype)), plain(self, x))[1])
+    model = model_config((mixer,), list(FFNS)[-1])
+    assert model
+    params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in parameter_table(model).items()}
+    tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
+    jax.eval_shape(lambda params, tokens: Model(model, params, "bfloat16").hidden(tokens), params, tokens)
+    assert seen == {"bfloat16"}
+
+
+def test_a_run_killed_on_one_mesh_goes_on_on_another(tmp_path):
+    """The command as users type it: parameters split over four devices, killed, the rest on two and two, samples on the way."""
+    import smedjan_jax.train
+
+    text = write_text(tmp_path)
+    steady = ("--lr-schedule", "constant", "--warmup", 2, "--lr", 1e-3, "--log-every", 1, "--checkpoint-every", 8)
+    flags = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
+
+    def command(steps: int, mesh: str) -> subprocess.Popen:
+        words = arguments(text, tmp_path / "run", steps, *steady, "--sample-every", 4, "--sample-tokens", 3, "--mesh", mesh)
+        env = os.environ | {"XLA_FLAGS": flags, "SMEDJAN_FAKE": ""}
+        return subprocess.Popen([sys.executable, "-m", "smedjan_jax.train", *words], stdout=-1, stderr=-2, text=True, cwd=ROOT, env=env)
+
+    process, deadline = command(100_000, "fsdp=4"), time.monotonic() + 300
+    while not saved_steps(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    output, _ = process.communicate()
+    assert "4 x cpu (cpu), float32, mesh fsdp=4" in output
+    steps = saved_steps(tmp_path / "run")[-1] + 4
+    process = command(steps, "data=2,tensor=2")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "mesh data=2,tensor=2" in output
+    assert "  | " in output, "a sample was written"
+    alone = [str(word) for word in arguments(text, tmp_path / "alone", steps, *steady)]
+    assert smedjan_jax.train.main(alone) == 0
+    got, want = (train_rows(read_rows(tmp_path / name)) for name in ("run", "alone"))
+    assert [row["step"] for row in got] == [row["step"] for row in want]
+    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(got, want, strict=True))
+    demand([Difference("losses of the whole run", worst, FLOAT32.steps_loss)])
