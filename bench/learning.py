@@ -28,8 +28,8 @@ from smedjan_common.schedule import learning_rate
 KEY = ("task", "backend", "mixer", "seed")
 HYBRIDS = ("ssm,ssm,ssm,attention", "gated-deltanet,gated-deltanet,gated-deltanet,attention")
 FORMS: dict[str, Row] = {
-    "gpu": {"corpus": {"steps": 1000, "batch_size": 16, "seq_len": 256}, "recall": {"steps": 3000, "batch_size": 64}, "seeds": [0, 1]},
-    "cpu": {"corpus": {"steps": 500, "batch_size": 8, "seq_len": 128}, "recall": {"steps": 2000, "batch_size": 64}, "seeds": [0]},
+    "gpu": {"corpus": {"steps": 1000, "batch_size": 16, "seq_len": 256}, "recall": {"steps": 2400, "batch_size": 64}, "seeds": [0, 1]},
+    "cpu": {"corpus": {"steps": 500, "batch_size": 8, "seq_len": 128}, "recall": {"steps": 2400, "batch_size": 32}, "seeds": [0]},
     "test": {"corpus": {"steps": 2, "batch_size": 2, "seq_len": 16}, "recall": {"steps": 2, "batch_size": 2}, "seeds": [0]},
 }
 # heads and states of 32 and blocks of 8 everywhere: the tables' own defaults are made for wider models and longer sequences
