@@ -9,11 +9,12 @@ batch of one device. `times_one_device` is tokens per second over those of one d
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
-SPEED = pathlib.Path(__file__).with_name("train_speed.py")
+SPEED = os.path.relpath(pathlib.Path(__file__).with_name("train_speed.py"))
 # size -> rows on one device, and the flags that all its runs share
 SIZES = {
     "medium": (64, "--vocab-size 8192 --seq-len 1024"),
@@ -50,7 +51,7 @@ def _meshes(devices: int) -> list[tuple[str, int]]:
 
 
 def _run(*flags: str) -> dict | None:
-    done = subprocess.run([sys.executable, str(SPEED), "--backend", "jax", *flags], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, SPEED, "--backend", "jax", *flags], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"failed: {' '.join(flags)}", file=sys.stderr)
         return None
