@@ -140,3 +140,4 @@ def _combinations() -> dict[str, Case]:
 
 CASES = _combinations()
 DEFAULT_CASES = {name: case for name, case in CASES.items() if case.default}
+OTHER_CASES = {name: case for name, case in CASES.items() if not case.default}

@@ -58,7 +58,10 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run(backend: str, 
 
 
 @pytest.mark.parametrize(("first", "second"), [("jax", "mlx"), ("mlx", "jax")])
-def test_a_run_handed_to_the_other_backend_is_the_same_run(both_backends, case: Case, first: str, second: str, tmp_path: pathlib.Path):
+def test_a_run_handed_to_the_other_backend_is_the_same_run(
+    both_backends, default_case: Case, first: str, second: str, tmp_path: pathlib.Path
+):
+    case = default_case
     read = through_a_file(tmp_path, case, first_half(first, case), first)
     handed = subjects.train(second, case.model, case.train, read, case.batches[HALF:])
     for owner in both_backends:

@@ -17,8 +17,12 @@ def test_the_reference_step_by_step_equals_the_whole(case: Case):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_feeding_tokens_equals_the_whole_sequence(backend: str, case: Case, cut: str):
-    demand(checks.decoding(backend, case, CUTS[cut]))
+def test_feeding_tokens_equals_the_whole_sequence(backend: str, default_case: Case, cut: str):
+    demand(checks.decoding(backend, default_case, CUTS[cut]))
+
+
+def test_feeding_chunks_equals_the_whole_sequence_in_every_combination(backend: str, other_case: Case):
+    demand(checks.decoding(backend, other_case, CUTS["in chunks"]))
 
 
 def test_decoder_of_the_protocol_gives_the_logits_of_the_real_vocabulary(backend: str, default_case: Case):
@@ -43,8 +47,9 @@ def test_decoder_takes_the_parameters_of_a_state_as_they_are(backend: str, defau
     demand_equal_bits(side.save(state).params, default_case.params, "after decoding: ")
 
 
-def test_both_backends_decode_the_same_greedy_tokens(both_backends, case: Case):
+def test_both_backends_decode_the_same_greedy_tokens(both_backends, default_case: Case):
     """40 greedy tokens; a case whose best two logits lie closer than rounding would say nothing, so the margin is demanded too."""
+    case = default_case
     model, texts, margins = case.model, [], []
     for name in both_backends:
         decoder = subjects.backend(name, model, case.train).decoder(case.params, max_len=48)

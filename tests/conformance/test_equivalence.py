@@ -7,6 +7,7 @@ from smedjan_common.params import initial_params
 from tests.conformance import checks, subjects
 from tests.conformance.cases import Case
 from tests.conformance.compare import demand, demand_equal_bits
+from tests.conformance.conftest import installed
 
 
 def test_train_state_holds_the_tensors_of_the_table_bit_for_bit(backend: str, case: Case):
@@ -51,8 +52,8 @@ def test_logits_of_a_sequence_do_not_depend_on_the_rest_of_the_batch(backend: st
     demand_equal_bits({"logits": second}, {"logits": first})
 
 
-def test_loss_counts_exactly_the_targets_that_are_not_ignored(backend: str, case: Case):
-    demand(checks.loss(backend, case))
+def test_loss_counts_exactly_the_targets_that_are_not_ignored(backend: str, default_case: Case):
+    demand(checks.loss(backend, default_case))
 
 
 def test_loss_of_a_batch_without_counted_targets_is_zero_and_finite(backend: str, default_case: Case):
@@ -64,8 +65,13 @@ def test_loss_of_a_batch_without_counted_targets_is_zero_and_finite(backend: str
     demand_equal_bits(side.save(state).params, default_case.params)
 
 
-def test_every_gradient_equals_the_slope_of_the_reference(backend: str, case: Case):
-    demand(checks.gradient(backend, case))
+def test_every_gradient_equals_the_slope_of_the_reference(backend: str, default_case: Case):
+    demand(checks.gradient(backend, default_case))
+
+
+def test_every_gradient_equals_the_slope_of_the_reference_in_every_combination(other_case: Case):
+    """One backend; the other one is held against it below."""
+    demand(checks.gradient(installed()[0], other_case))
 
 
 def test_every_gradient_of_both_backends_is_equal(both_backends, case: Case):

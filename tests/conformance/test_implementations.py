@@ -8,14 +8,19 @@ import pytest
 
 from smedjan_common.config import ATTENTION, ModelConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.mixers import MIXERS
 from tests import conftest
 from tests.conformance import checks, subjects
-from tests.conformance.cases import CHUNK, Case, train_config
+from tests.conformance.cases import CASES, CHUNK, Case, train_config
 from tests.conformance.compare import Difference, demand, demand_equal_bits, largest, tensors
 from tests.conformance.gates import FLOAT32
 
+WITH_KERNELS = [name for name, case in CASES.items() if any(MIXERS[mixer].rope for mixer in case.model.mixer)]
 
-def test_every_attention_that_runs_here_gives_the_logits_of_the_plain_one(backend: str, case: Case):
+
+@pytest.mark.parametrize("key", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in WITH_KERNELS])
+def test_every_attention_that_runs_here_gives_the_logits_of_the_plain_one(backend: str, key: str):
+    case = CASES[key]
     plain = subjects.logits(backend, case.model, case.params, case.tokens)
     compared = []
     for name in ATTENTION:
@@ -94,6 +99,6 @@ def test_logits_do_not_depend_on_the_chunk_size(backend: str, default_case: Case
     demand(checks.chunk_sizes(backend, default_case, [CHUNK, 2, 7, 64]))
 
 
-def test_asking_twice_gives_the_same_bits(backend: str, case: Case):
-    sides = [subjects.logits(backend, case.model, case.params, case.tokens) for _ in range(2)]
+def test_asking_twice_gives_the_same_bits(backend: str, default_case: Case):
+    sides = [subjects.logits(backend, default_case.model, default_case.params, default_case.tokens) for _ in range(2)]
     demand_equal_bits({"logits": sides[0]}, {"logits": sides[1]})
