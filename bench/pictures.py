@@ -52,15 +52,14 @@ def learning(report: Row, output: pathlib.Path) -> None:
     trained = [m for m in mixers if any(row["task"] == "corpus" and row["mixer"] == m for row in rows)]
     for place, mixer in enumerate(trained):
         values = [row["val_loss"] for row in rows if row["task"] == "corpus" and row["mixer"] == mixer]
-        losses.barh(place, statistics.mean(values), color=color[mixer], height=0.7)
-        losses.plot(values, [place] * len(values), "k|", markersize=8)
+        losses.plot(values, [place] * len(values), "|", color=color[mixer], markersize=12)
+        losses.plot(statistics.mean(values), place, "o", color=color[mixer], markersize=7)
         if mixer == "attention":
             losses.axvline(statistics.mean(values) * 1.05, color="black", linestyle="--", linewidth=1)
     losses.set_yticks(range(len(trained)), [_label(mixer) for mixer in trained], fontsize=8)
-    losses.invert_yaxis()
-    means = [row["val_loss"] for row in rows if row["task"] == "corpus"] or [1]
-    losses.set_xlim(0.9 * min(means), 1.02 * max(max(means), 1.06 * min(means)))
-    losses.set_title("validation loss at tiny (dashed: attention + 5 %)", loc="left", fontsize=10)
+    losses.set_ylim(len(trained) - 0.4, -0.6)
+    losses.set_title("validation loss at tiny", loc="left", fontsize=10)
+    losses.set_xlabel("nats a token; dashed: attention + 5 %")
     _clean(losses, "x")
     for axes, task, title in ((associative, "associative", "associative recall"), (copying, "copying", "selective copying")):
         for number, mixer in enumerate(mixers):

@@ -18,7 +18,7 @@ from smedjan_common.memory import state_bytes
 from smedjan_common.mixers import MIXERS
 
 DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "images"
-PAGES = ("equivalence.md", "mixers.md", "performance.md", "training.md")
+PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "mixers.md", "performance.md", "training.md")
 CHECKS = {
     "forward": "logits against the reference",
     "loss": "loss",
@@ -174,7 +174,7 @@ def length() -> str | None:
             body = [[f"`{mixer}`", *(by.get((mixer, n), "") for n in lengths)] for mixer in dict.fromkeys(row["mixer"] for row in rows)]
             parts.append(f"{text} per token of a training step, {report['device']}, {stack}:\n")
             parts.append(table(["T", *map(_thousands, lengths)], body) + "\n")
-    return "\n".join(parts).rstrip() or None
+    return "\n".join(["![Time and memory per token by length](images/mixers.png)\n", *parts]).rstrip() if parts else None
 
 
 def medium() -> str | None:
@@ -219,7 +219,7 @@ def learning() -> str | None:
         f"{report['device']}, {shape['steps']} steps of {shape['batch_size']} x {shape['seq_len']} tokens, {len(report['seeds'])} seeds:"
     )
     head = ["mixer", "validation loss", "against attention", f"pairs recalled, %, of {counts}", f"tokens copied, %, of {counts}"]
-    return f"{intro}\n\n{table(head, body)}"
+    return f"![Validation loss, and accuracy of recall](images/learning.png)\n\n{intro}\n\n{table(head, body)}"
 
 
 def rope() -> str | None:
@@ -249,6 +249,8 @@ def memory() -> str | None:
     parts = []
     for size in dict.fromkeys(row["size"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["size"] == size and "error" not in row]
+        if not rows:
+            continue
         shape = f"{size} ({rows[0]['batch_size']} x {rows[0]['seq_len']}, vocabulary {rows[0]['vocab_size']}), {report['device']}:"
         body = [
             [f"`{row['gradient_checkpointing']}`", str(row["grad_accum"]), str(row.get("loss_chunks", row["logits"]))]
@@ -257,6 +259,40 @@ def memory() -> str | None:
         ]
         parts.append(shape + "\n\n" + table(["checkpointing", "parts", "chunks of the loss", "tokens/s", "memory, GiB"], body))
     return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
+
+
+def stalls() -> str | None:
+    """How long training waits for a save, every device."""
+    parts = []
+    for report in reports("checkpoint-stall").values():
+        shape = f"{report['size']}, {report['state_bytes'] / 1e9:.2g} GB of state, steps of {report['step_seconds']:.2g} s"
+        body = [
+            [
+                way,
+                *(
+                    f"{row[key]:.2g}" if row[key] is not None else "-"
+                    for key in ("stall_seconds", "written_seconds", "step_seconds_meanwhile")
+                ),
+            ]
+            for way, row in report["saves"].items()
+        ]
+        head = ["save", "training waits, s", "it stands after, s", "a step meanwhile, s"]
+        busy = f", load {report['load']:.0f} on {report['cores']} cores" if report["load"] > report["cores"] else ""
+        parts.append(f"{shape} ({report['device']}{busy}; `{report['command']}`):\n\n{table(head, body)}")
+    return "\n\n".join(parts) or None
+
+
+def converts() -> str | None:
+    """Memory that `convert` takes beyond what it takes for a tiny model."""
+    parts = []
+    for report in reports("checkpoint-convert").values():
+        body = [
+            [name, *(f"{row[key] / 1e9:.2g}" for key in ("model_bytes", "peak_anonymous_bytes", "peak_bytes")), f"{row['seconds']:.0f}"]
+            for name, row in report["converts"].items()
+        ]
+        head = ["", "arrays, GB", "memory of its own, GB", "with mapped files, GB", "seconds"]
+        parts.append(f"{report['parameters'] / 1e6:,.0f}M parameters (`{report['command']}`):\n\n{table(head, body)}")
+    return "\n\n".join(parts) or None
 
 
 def _cell(row: Row, field: str, scale: float, shown: str) -> str:
@@ -279,6 +315,8 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "learning": learning,
     "rope": rope,
     "memory": memory,
+    "stalls": stalls,
+    "converts": converts,
 }
 
 if __name__ == "__main__":
