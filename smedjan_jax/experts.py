@@ -103,13 +103,12 @@ class Experts(nnx.Module):
 
 def choose(logits_NE: jax.Array, bias_E: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
     """The `count` experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
-    scores_NE = logits_NE if bias_E is None else jax.nn.sigmoid(logits_NE)
-    chosen_NK = jax.lax.top_k(jax.lax.stop_gradient(scores_NE if bias_E is None else scores_NE + bias_E), count)[1]
+    choice_NE = jax.lax.stop_gradient(logits_NE if bias_E is None else jax.nn.sigmoid(logits_NE) + bias_E)
+    scores_NE = logits_NE if bias_E is None else jax.nn.log_sigmoid(logits_NE)  # their softmax is a sigmoid over the sum
+    chosen_NK = jax.lax.top_k(choice_NE, count)[1]
     hit_NKE = chosen_NK[..., None] == jnp.arange(logits_NE.shape[1])
     picked_NK = jnp.sum(jnp.where(hit_NKE, scores_NE[:, None], 0.0), axis=-1)  # a compare, whose gradient is no scatter
-    if bias_E is None:
-        return chosen_NK, jax.nn.softmax(picked_NK, axis=-1)
-    return chosen_NK, picked_NK / (jnp.sum(picked_NK, axis=-1, keepdims=True) + 1e-20)
+    return chosen_NK, jax.nn.softmax(picked_NK, axis=-1)
 
 
 def balance_loss(logits_NE: jax.Array, load_E: jax.Array) -> jax.Array:

@@ -103,14 +103,12 @@ class Experts(nn.Module):
 
 def choose(logits_NE: mx.array, bias_E: mx.array | None, count: int) -> tuple[mx.array, mx.array]:
     """The `count` experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
-    scores_NE = logits_NE if bias_E is None else mx.sigmoid(logits_NE)
-    order_NE = mx.argsort(-mx.stop_gradient(scores_NE if bias_E is None else scores_NE + bias_E), axis=-1)  # MLX's sort is stable
-    chosen_NK = mx.stop_gradient(order_NE[:, :count]).astype(mx.int32)
+    choice_NE = mx.stop_gradient(logits_NE if bias_E is None else mx.sigmoid(logits_NE) + bias_E)
+    scores_NE = logits_NE if bias_E is None else nn.log_sigmoid(logits_NE)  # their softmax is a sigmoid over the sum
+    chosen_NK = mx.stop_gradient(mx.argsort(-choice_NE, axis=-1)[:, :count]).astype(mx.int32)  # MLX's sort is stable
     hit_NKE = chosen_NK[..., None] == mx.arange(logits_NE.shape[1])
     picked_NK = mx.sum(mx.where(hit_NKE, scores_NE[:, None], 0.0), axis=-1)  # a compare, whose gradient is no scatter
-    if bias_E is None:
-        return chosen_NK, mx.softmax(picked_NK, axis=-1)
-    return chosen_NK, picked_NK / (mx.sum(picked_NK, axis=-1, keepdims=True) + 1e-20)
+    return chosen_NK, mx.softmax(picked_NK, axis=-1)
 
 
 def balance_loss(logits_NE: mx.array, load_E: mx.array) -> mx.array:

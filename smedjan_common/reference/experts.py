@@ -17,8 +17,6 @@ import numpy as np
 from smedjan_common.config import ModelConfig
 from smedjan_common.reference import ffn
 
-TINY = 1e-20  # of a sum of sigmoids that are all zero
-
 
 def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """[B, T, D] -> [B, T, D], every token by itself; the router's scores [B, T, E] go on the list carried["router_logits"]."""
@@ -41,7 +39,7 @@ def route(config: ModelConfig, logits: np.ndarray, bias_E: np.ndarray | None) ->
     chosen = np.argsort(-choice_scores(logits, bias_E), axis=-1, kind="stable")[..., : config.experts_per_token]
     picked = np.take_along_axis(logits, chosen, axis=-1)
     weights = np.exp(picked - picked.max(axis=-1, keepdims=True)) if bias_E is None else _sigmoid(picked)
-    return chosen, weights / (weights.sum(axis=-1, keepdims=True) + TINY)
+    return chosen, weights / weights.sum(axis=-1, keepdims=True)
 
 
 def choice_scores(logits: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:

@@ -66,6 +66,14 @@ def one_for_all(right: Callable) -> Callable:
     return lambda config, params, *rest: right(config, {n: v[:1].repeat(len(v), 0) if v.ndim == 3 else v for n, v in params.items()}, *rest)
 
 
+def last_expert_off(right: Callable) -> Callable:
+    def forward(config, params, *rest):
+        factor = np.where(np.arange(config.experts) == config.experts - 1, OFF, 1.0)[:, None, None]
+        return right(config, {n: v * factor if v.ndim == 3 else v for n, v in params.items()}, *rest)
+
+    return forward
+
+
 def _normalised(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -84,7 +92,12 @@ def root_of_the_z_loss(right: Callable) -> Callable:
 
 MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     **{f"{name} off": (on(demand_forward, SHARED), tensor_off(name)) for name in TENSORS},
-    **{f"one element of {name} off": (on(demand_forward, SHARED), tensor_off(name, (0,))) for name in TENSORS},
+    **{
+        f"one element of {name} off": (on(demand_forward, SHARED), tensor_off(name, (0,)))
+        for name in TENSORS
+        if "_proj" not in name or "shared" in name
+    },
+    "one expert off": (on(demand_forward, SOFTMAX), swap(experts, "forward", last_expert_off)),
     "weights not renormalised": (on(demand_forward, SOFTMAX), swap(experts, "route", not_renormalised)),
     "weights in the wrong order": (on(demand_forward, SOFTMAX), swap(experts, "route", weights_of_the_wrong_place)),
     "one expert for all": (on(demand_forward, SOFTMAX), swap(experts, "forward", one_for_all)),
