@@ -4,7 +4,9 @@ In a chunk everything is matmuls over all chunks at once. What is sequential is 
 
     S' = S * keep + S M + A                keep [K] or a number, M [K, K] and A [V, K] of the chunk
 
-whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32.
+whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32. A long sequence has too
+many chunks for one after the other: groups of them run side by side. In each, the recurrence takes the identity along, which becomes the
+product P of what its chunks do to a state, beside what they add to it, R; then S' = S P + R goes from group to group.
 
 Shapes: N chunks of C positions, B batch, H heads, K and V key and value head size; chunked arrays are [N, B, H, C, K].
 """
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+LONGEST_SCAN = 32  # chunks; more of them go in groups
 
 
 class Borders(NamedTuple):
@@ -83,10 +87,40 @@ def scan_states(state: jax.Array, keep: jax.Array, change: jax.Array, add: jax.A
 
     S' = S * keep + S change + add, from `state` [B, H, V, K] on; keep, change and add lie along the chunks N.
     """
+    N, K = len(add), add.shape[-1]
+    keep = jnp.broadcast_to(keep, (N, *keep.shape[1:]))
+    if N <= LONGEST_SCAN:
+        return _scan(state, keep, change, add, dtype)
+    g = group_size(N)
+    keep, change, add = (_grouped(each, g, fill) for each, fill in ((keep, 1.0), (change, 0.0), (add, 0.0)))
+    identity = jnp.broadcast_to(jnp.eye(K), (*add.shape[1:-2], K, K))
+    start = jnp.concatenate([identity, jnp.zeros_like(add[0])], axis=-2)
+    added = jnp.concatenate([jnp.zeros_like(jnp.broadcast_to(identity, (g, *identity.shape))), add], axis=-2)
+    before, after = _scan(start, keep, change, added, dtype)
 
+    def next_group(S: jax.Array, group: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.matmul(S, group[..., :K, :], precision=jax.lax.Precision.HIGHEST) + group[..., K:, :], S
+
+    last, first = jax.lax.scan(next_group, state, after)
+    states = matmul(jnp.broadcast_to(first, (g, *first.shape)), before[..., :K, :], dtype) + before[..., K:, :]
+    return states.astype(dtype).swapaxes(0, 1).reshape(-1, *states.shape[2:])[:N], last
+
+
+def group_size(chunks: int) -> int:
+    """Chunks of a group: about as many as there are groups."""
+    return 1 << (chunks.bit_length() // 2)
+
+
+def _scan(state: jax.Array, keep: jax.Array, change: jax.Array, add: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     def advance(S: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         keep, change, add = chunk
         return S * keep + matmul(S, change, dtype) + add, S.astype(dtype)
 
-    last, states = jax.lax.scan(advance, state, (jnp.broadcast_to(keep, (len(add), *keep.shape[1:])), change, add))
+    last, states = jax.lax.scan(advance, state, (keep, change, add))
     return states, last
+
+
+def _grouped(x: jax.Array, g: int, fill: float) -> jax.Array:
+    """[N, ...] -> [g, groups, ...]; `fill` makes chunks at the end that change nothing."""
+    padded = jnp.pad(x, ((0, -len(x) % g), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+    return padded.reshape(-1, g, *x.shape[1:]).swapaxes(0, 1)

@@ -4,7 +4,9 @@ In a chunk everything is matmuls over all chunks at once. What is sequential is 
 
     S' = S * keep + S M + A                keep [K] or a number, M [K, K] and A [V, K] of the chunk
 
-whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32.
+whose M would lose the decay to rounding in bfloat16 if it held it; so `keep` is a factor by itself, in float32. A long sequence has too
+many chunks for one after the other: groups of them run side by side. In each, the recurrence takes the identity along, which becomes the
+product P of what its chunks do to a state, beside what they add to it, R; then S' = S P + R goes from group to group.
 
 Shapes: N chunks of C positions, B batch, H heads, K and V key and value head size; chunked arrays are [B, H, N, C, K].
 """
@@ -12,6 +14,8 @@ Shapes: N chunks of C positions, B batch, H heads, K and V key and value head si
 from typing import NamedTuple
 
 import mlx.core as mx
+
+LONGEST_SCAN = 32  # chunks; more of them go in groups
 
 
 class Borders(NamedTuple):
@@ -63,11 +67,42 @@ def scan_states(state: mx.array, keep: mx.array, change: mx.array, add: mx.array
 
     S' = S * keep + S change + add, from `state` [B, H, V, K] on; keep, change and add lie along the chunks N.
     """
-    N, S, states = add.shape[2], state, []
+    N, K = add.shape[2], add.shape[-1]
     keep = mx.broadcast_to(keep, (*keep.shape[:2], N, *keep.shape[3:]))
+    if N <= LONGEST_SCAN:
+        return _scan(state, keep, change, add, dtype)
+    g = group_size(N)
+    keep, change, add = (_grouped(each, g, fill) for each, fill in ((keep, 1.0), (change, 0.0), (add, 0.0)))
+    B, H, groups, V = *add.shape[:2], add.shape[3], add.shape[-2]
+    identity = mx.broadcast_to(mx.eye(K), (B, H, groups, K, K))
+    start = mx.concatenate([identity, mx.zeros((B, H, groups, V, K))], axis=-2)
+    added = mx.concatenate([mx.zeros((B, H, g, groups, K, K)), add], axis=-2)
+    before, after = _scan(start, keep, change, added, dtype)
+    S, first = state, []
+    for group in mx.split(after, groups, axis=2):
+        first.append(S)
+        S = S @ group[:, :, 0, :K] + group[:, :, 0, K:]
+    states = matmul(mx.stack(first, axis=2)[:, :, None], before[..., :K, :], dtype) + before[..., K:, :].astype(mx.float32)
+    return states.astype(dtype).swapaxes(2, 3).reshape(B, H, -1, V, K)[:, :, :N], S
+
+
+def group_size(chunks: int) -> int:
+    """Chunks of a group: about as many as there are groups."""
+    return 1 << (chunks.bit_length() // 2)
+
+
+def _scan(state: mx.array, keep: mx.array, change: mx.array, add: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    N, S, states = add.shape[2], state, []
     # split and not sliced: the gradient of N slices would be N arrays of full size
     for chunk in zip(*(mx.split(each, N, axis=2) for each in (keep, change, add)), strict=True):
         keep_n, change_n, add_n = (each[:, :, 0] for each in chunk)
         states.append(S.astype(dtype))
         S = S * keep_n + matmul(S, change_n, dtype) + add_n
     return mx.stack(states, axis=2), S
+
+
+def _grouped(x: mx.array, g: int, fill: float) -> mx.array:
+    """[B, H, N, ...] -> [B, H, g, groups, ...]; `fill` makes chunks at the end that change nothing."""
+    widths = [(0, 0), (0, 0), (0, -x.shape[2] % g), *[(0, 0)] * (x.ndim - 3)]
+    padded = mx.pad(x, widths, constant_values=fill)
+    return padded.reshape(*x.shape[:2], -1, g, *x.shape[3:]).swapaxes(2, 3)
