@@ -2,7 +2,7 @@
 
     python bench/checkpoint.py stall --size large                  -> bench/results/checkpoint-stall-cpu.json
     python bench/checkpoint.py stall --size large --device gpu     -> bench/results/checkpoint-stall-gpu.json
-    python bench/checkpoint.py convert --size xxl --vocab-size 32768     -> bench/results/checkpoint-convert.json
+    python bench/checkpoint.py convert --size xxl --vocab-size 32768     -> bench/results/checkpoint-convert-cpu.json
 
 stall: the state of a real run, saved in each way while steps go on. `stall_seconds`: the loop does nothing else; `written_seconds`: until
 the checkpoint stands, synced and hashed; `step_seconds` of steps without a save, and of those while one is being written.
@@ -42,8 +42,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="smedjan-bench-", dir=args.folder) as folder:
         result = {"command": _command(args), **PARTS[args.part](args, Path(folder))}
     print(json.dumps(result, indent=1))
-    name = f"checkpoint-stall-{args.device}.json" if args.part == "stall" else "checkpoint-convert.json"
-    (args.output or ROOT / "bench" / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+    output = args.output or ROOT / "bench" / "results" / f"checkpoint-{args.part}-{args.device}.json"
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _command(args: argparse.Namespace) -> str:

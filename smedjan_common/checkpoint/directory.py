@@ -1,6 +1,6 @@
 """A run's directory of checkpoints: which are there, which is the newest good one, which may go.
 
-CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/final/
+CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/orbax-00001000/   CHECKPOINT_DIR/final/
 """
 
 from collections.abc import Callable
