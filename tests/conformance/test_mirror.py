@@ -29,6 +29,7 @@ ONE_SIDED_NAMES = {
 }
 SAME_WORDS = (
     (r"\b(jax\.Array|mx\.array)\b", "Array"),
+    (r"\b(jnp\.dtype|mx\.Dtype)\b", "Dtype"),
     (r"\b(nnx|nn)\.Module\b", "Module"),
     (r"\b(smedjan_jax|smedjan_mlx)\b", "smedjan"),
     (r"\b(Jax|Mlx)(?=[A-Z])", ""),
