@@ -103,7 +103,7 @@ def step_seconds(task: Row, model: ModelConfig, train: TrainConfig, steps: int) 
     """Seconds of a step: the median of groups, after the steps that compile."""
     package = f"smedjan_{task['backend']}"
     if task["implementation"]:
-        importlib.import_module(f"{package}.experts").preferred_implementation = lambda: task["implementation"]
+        setattr(importlib.import_module(f"{package}.experts"), "preferred_implementation", lambda: task["implementation"])  # noqa: B010
     row.LARGEST_BLOCK = task["largest_block"] or 1
     backend = getattr(importlib.import_module(f"{package}.backend"), {"jax": "JaxBackend", "mlx": "MlxBackend"}[task["backend"]])(
         model, train
@@ -123,7 +123,7 @@ def step_seconds(task: Row, model: ModelConfig, train: TrainConfig, steps: int) 
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", choices=("jax", "mlx"), default="jax")
     parser.add_argument("--device", choices=tuple(FORMS), help="which model and tokens (default: those of this machine)")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
