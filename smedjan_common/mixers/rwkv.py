@@ -22,17 +22,20 @@ LOW_RANKS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 PROJECTIONS = {"r": 0.5, "k": 0.05, "v": 0.5}  # bounds of the uniform start, times 1 / sqrt(D)
 
+OFFICIAL_STD = 0.02  # at this init_std, the default, the start is the official one; another one widens or narrows the random matrices
+
 
 def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     D, size, depth = config.dim, config.rwkv_head_dim, layer / max(1, config.layers - 1)
     after_first = layer > config.mixer.index("rwkv")
     specs = [_vector(f"x_{name}", D, "rwkv_shift", power * (1 - layer / config.layers)) for name, power in SHIFTS.items()]
-    specs += [_matrix(f"{name}_proj", D, D, ("heads", "embed"), "uniform", bound * D**-0.5) for name, bound in PROJECTIONS.items()]
+    width = config.init_std / OFFICIAL_STD
+    specs += [_matrix(f"{name}_proj", D, D, ("heads", "embed"), "uniform", width * bound * D**-0.5) for name, bound in PROJECTIONS.items()]
     specs.append(_vector("w0", D, "rwkv_channels", (-5.5, 6.0, 1 + depth**0.3, 2.5, size))._replace(lr_scale=2.0))
     specs.append(_vector("a0", D, "rwkv_channels", (-0.39, 0.4, 1.0, 0.3, size)))
     specs += [_vector("v0", D, "rwkv_channels", (0.93, -0.4, 1.0, 0.0, size))] if after_first else []
     for name in LOW_RANKS:
-        specs += _low_rank(name, D) if after_first or name != "v" else []
+        specs += _low_rank(name, D, width) if after_first or name != "v" else []
     return [
         *specs,
         _vector("k_k", D, "rwkv_channels", (0.76, -0.1, 1.0, 0.0, size)),
@@ -57,11 +60,11 @@ def _matrix(name: str, out: int, into: int, axes: tuple[str | None, str | None],
     return ParamSpec(f"{name}.weight", (out, into), axes, init, scale)
 
 
-def _low_rank(name: str, dim: int) -> list[ParamSpec]:
+def _low_rank(name: str, dim: int, width: float) -> list[ParamSpec]:
     rank = max(32, round(LOW_RANKS[name] * dim**0.5 / 32) * 32)
     pair = (
         _matrix(f"{name}1", rank, dim, (None, "embed"), "constant", 0.0),
-        _matrix(f"{name}2", dim, rank, ("heads", None), "orthogonal", 0.1),
+        _matrix(f"{name}2", dim, rank, ("heads", None), "orthogonal", width * 0.1),
     )
     return [spec._replace(decay=False) for spec in pair]
 
