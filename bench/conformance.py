@@ -50,6 +50,8 @@ def main() -> int:
         for future in as_completed(running):
             case, dtype = running[future]
             row = future.result()
+            if not row["figures"] and "error" not in row:
+                continue  # its turn came after the time limit
             print(
                 case, dtype, *(f"{name} {figure['value']:.1e}" for name, figure in row["figures"].items()), row.get("error", ""), flush=True
             )
