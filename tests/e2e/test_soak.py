@@ -52,22 +52,29 @@ def finish(subject: str, folder: Path, steps: int, often: tuple[str, ...] = OFTE
     assert process.returncode == 0, output
 
 
-def killed(process: subprocess.Popen, rng: random.Random) -> str:
-    """Kill it at a random moment: one time in five while it starts, else when it trains. Returns what it printed."""
+def killed(process: subprocess.Popen, run: Path, rng: random.Random) -> str:
+    """Kill it at a random moment: while it starts, while it trains, after a checkpoint, or in the midst of one. Returns what it printed."""
     lines = []
     assert process.stdout
-    if rng.random() < 0.2:
-        time.sleep(rng.random() * 3)
-    else:
-        while line := process.stdout.readline():
+    moment = rng.choice(("start", "step", "saved", "write"))
+    if moment in ("step", "saved"):
+        while (line := process.stdout.readline()) and not line.startswith(f"{moment} "):
             lines.append(line)
-            if line.startswith("step "):
-                break
-        time.sleep(rng.random() * 0.8)
+        lines.append(line)
+    if moment == "write":
+        before, deadline = unfinished(run), time.monotonic() + 120
+        while unfinished(run) <= before and time.monotonic() < deadline:
+            time.sleep(0.001)
+    time.sleep(rng.random() * {"start": 3, "write": 0.03}.get(moment, 0.5))
     process.send_signal(signal.SIGKILL)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, "".join(lines) + rest
     return "".join(lines) + rest
+
+
+def unfinished(run: Path) -> set[str]:
+    """Temporary directories of writers, living or dead."""
+    return {path.name for path in run.glob(".tmp-*")}
 
 
 def check(run: Path, output: str) -> None:
@@ -91,10 +98,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
         place.mkdir()
         (place / "text.txt").write_text(TEXT)
     for _ in range(KILLS[subject]):
-        output = killed(start(subject, folder, *ENDLESS), rng)
+        output = killed(start(subject, folder, *ENDLESS), folder / "run", rng)
         if (folder / "run").is_dir():
             check(folder / "run", output)
-            torn += any(path.name.startswith(".tmp-") for path in (folder / "run").iterdir())
+            torn += bool(unfinished(folder / "run"))
     found = find_checkpoints(folder / "run") if (folder / "run").is_dir() else []
     steps = (found[-1].step if found else 0) + 3
     finish(subject, folder, steps)
