@@ -58,20 +58,21 @@ def _chunked(arrays: tuple[jax.Array, ...], state: jax.Array | None, documents: 
     query, key, value, log_decay = arrays
     C, dtype = key.shape[2], value.dtype
     seen = jnp.tril(jnp.ones((C, C), bool))
-    # as a product the cumulative sum is one kernel
-    sums = jnp.einsum("ij,bnjgr->bngri", seen.astype(jnp.float32), log_decay, precision="highest")
     owner, ends, carries = None, jnp.asarray(True), jnp.asarray(True)
     if documents is not None:
         owner = jnp.concatenate([documents[:, :1, 0], documents[:, :, -1]], axis=1)  # of the state before the chunks, after each
-        seen = seen & (documents[..., :, None] == documents[..., None, :])[:, :, None, None]
+        seen = seen & (documents[..., :, None] == documents[..., None, :])
         ends = (documents == owner[:, 1:, None])[:, :, None, None]
         carries = (documents == owner[:, :-1, None])[:, :, None, None]
+    # from the chunk's beginning, or the document's, so that not one bit comes from another; as a product it is one kernel
+    positions = "ij" if documents is None else "bnij"
+    sums = jnp.einsum(f"{positions},bnjgr->bngri", seen.astype(jnp.float32), log_decay, precision="highest")
 
     left = _exp(sums[..., -1:] - sums, ends)  # of each position, at the chunk's end
     kept = (value.astype(jnp.float32) * left.transpose(0, 1, 4, 2, 3)[..., None]).astype(dtype)
     before, after = _states(_dot("bnjgk,bnjgrv->bngrkv", key, kept), sums[..., -1], owner, state)
 
-    decay = _exp(sums[..., :, None] - sums[..., None, :], seen)
+    decay = _exp(sums[..., :, None] - sums[..., None, :], seen if documents is None else seen[:, :, None, None])
     scores = _dot("bnigqk,bnjgk->bngqij", query, key)
     weights = (scores[:, :, :, :, None] * decay[:, :, :, None]).astype(dtype)
     within = _dot("bngqrij,bnjgrv->bnigqrv", weights, value)

@@ -53,14 +53,14 @@ def _chunks(array: mx.array, size: int, edge: bool = False) -> mx.array:
 def _chunked(arrays: tuple[mx.array, ...], state: mx.array | None, documents: mx.array | None) -> tuple[mx.array, mx.array]:
     query, key, value, log_decay = arrays
     C, dtype = key.shape[2], value.dtype
-    seen = mx.tril(mx.ones((C, C), dtype=mx.bool_))
-    sums = mx.cumsum(log_decay, axis=2).transpose(0, 1, 3, 4, 2)
-    owner, ends, carries = None, mx.array(True), mx.array(True)
+    seen, steps = mx.tril(mx.ones((C, C), dtype=mx.bool_)), log_decay.transpose(0, 1, 3, 4, 2)
+    sums, owner, ends, carries = mx.cumsum(steps, axis=-1), None, mx.array(True), mx.array(True)
     if documents is not None:
         owner = mx.concatenate([documents[:, :1, 0], documents[:, :, -1]], axis=1)  # of the state before the chunks, after each
         seen = seen & (documents[..., :, None] == documents[..., None, :])[:, :, None, None]
         ends = (documents == owner[:, 1:, None])[:, :, None, None]
         carries = (documents == owner[:, :-1, None])[:, :, None, None]
+        sums = mx.where(seen, steps[..., None, :], 0.0).sum(-1)  # from the document's beginning: not one bit comes from another
 
     left = _exp(sums[..., -1:] - sums, ends)  # of each position, at the chunk's end
     kept = (value.astype(mx.float32) * left.transpose(0, 1, 4, 2, 3)[..., None]).astype(dtype)
