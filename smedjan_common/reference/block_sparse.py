@@ -23,7 +23,9 @@ State = dict[str, np.ndarray]
 
 def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
-    return _attend(config, params, *_project(config, params, x_BxTxD, start=0), start=0)
+    query, key, value = _project(config, params, x_BxTxD, start=0)
+    carried.setdefault("block_scores", []).append(scores(config, query, key))  # for tests: how close the choices are
+    return _attend(config, params, query, key, value, start=0)
 
 
 def initial_state(config: ModelConfig, batch: int) -> State:

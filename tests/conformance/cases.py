@@ -19,6 +19,7 @@ from smedjan_common.mixers import FFNS, MIXERS, Tolerance
 from smedjan_common.params import initial_params
 from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
 from tests.conformance.routing import separated
+from tests.conformance.untied import untied
 
 HEADS = {"mha": 4, "gqa": 2}  # key/value heads for 4 query heads
 BATCH, LENGTH, STEPS = 4, 17, 20  # an odd length: no chunk divides it
@@ -44,12 +45,12 @@ class Case:
             name: value if np.ptp(value) else (value + 0.2 * rng.standard_normal(value.shape)).astype(np.float32)
             for name, value in start.items()
         }
-        return separated(self.model, perturbed)
+        return untied(self.model, separated(self.model, perturbed), self.tokens)
 
     @property
     def start(self) -> dict[str, np.ndarray]:
         """Where training runs begin: plain initial values."""
-        return separated(self.model, initial_params(self.model, SEED))
+        return untied(self.model, separated(self.model, initial_params(self.model, SEED)), self.tokens)
 
     @cached_property
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
