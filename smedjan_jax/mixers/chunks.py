@@ -76,10 +76,9 @@ _matmul: Any = jax.custom_vjp(_rounded_matmul, nondiff_argnums=(2,))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def running_sum(x: jax.Array) -> jax.Array:
-    """Sums [..., C, K] over the positions of a chunk up to each; as a product they are one kernel."""
-    C = x.shape[-2]
-    return jnp.matmul(jnp.tril(jnp.ones((C, C), x.dtype)), x, precision=jax.lax.Precision.HIGHEST)
+def running_sum(x: jax.Array, upto: jax.Array) -> jax.Array:
+    """Sums [..., C, K] over the positions that `upto` [..., C, C] allows each: of its document only, so that no other's rounding enters."""
+    return jnp.matmul(upto.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
 
 def scan_states(state: jax.Array, keep: jax.Array, change: jax.Array, add: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -102,6 +101,7 @@ def scan_states(state: jax.Array, keep: jax.Array, change: jax.Array, add: jax.A
         return jnp.matmul(S, group[..., :K, :], precision=jax.lax.Precision.HIGHEST) + group[..., K:, :], S
 
     last, first = jax.lax.scan(next_group, state, after)
+    before = before.astype(jnp.float32)
     states = matmul(jnp.broadcast_to(first, (g, *first.shape)), before[..., :K, :], dtype) + before[..., K:, :]
     return states.astype(dtype).swapaxes(0, 1).reshape(-1, *states.shape[2:])[:N], last
 

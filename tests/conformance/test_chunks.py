@@ -52,3 +52,20 @@ def test_logits_and_gradients_do_not_depend_on_the_groups(backend: str, mixer: s
     fresh = dataclasses.replace(case.train, seed=99)  # another configuration, so nothing compiled before is used
     grouped = subjects.loss_and_gradients(backend, case.model, fresh, case.params, case.batches[0], case.documents)
     demand([Difference("loss", abs(grouped[0] / plain[0] - 1), FLOAT32.same_arithmetic), *tensors(grouped[1], plain[1], 1e-5)])
+
+
+@pytest.mark.parametrize("mixer", ["rwkv", "gated-deltanet"])
+def test_groups_train_in_bfloat16(mixer: str, monkeypatch: pytest.MonkeyPatch):
+    """JAX only: MLX has no bfloat16 on a CPU."""
+    import dataclasses
+
+    from tests.conformance.cases import CASES
+    from tests.conformance.gates import BFLOAT16
+
+    case = CASES[f"{mixer}-swiglu-mha"]
+    losses = []
+    for seed, longest in ((97, 32), (98, 2)):
+        monkeypatch.setattr(subjects.module("jax", "mixers.chunks"), "LONGEST_SCAN", longest)
+        train = dataclasses.replace(case.train, dtype="bfloat16", seed=seed)
+        losses.append(subjects.train("jax", case.model, train, case.params, case.batches[:3]).losses)
+    np.testing.assert_allclose(*losses, rtol=BFLOAT16.loss)
