@@ -102,8 +102,8 @@ def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | No
     q, k, v = (cut(each.astype(jnp.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)
-    total = running_sum(log_decay)
     upto = same & jnp.tril(jnp.ones((C, C), bool))
+    total = running_sum(log_decay, upto)
     between = jnp.exp(jnp.where(upto, total - total.swapaxes(-1, -2), -jnp.inf))
     k_transposed, start = k.swapaxes(-1, -2), jnp.exp(total) * reads
     x = unit_lower_inverse(beta * matmul(k, k_transposed, dtype) * between)

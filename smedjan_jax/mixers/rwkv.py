@@ -146,10 +146,10 @@ def dplr_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | Non
     T, dtype = arrays[0].shape[1], arrays[0].dtype
     r, log_decay, k, v, a, b = (cut(each.astype(jnp.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
-    total = running_sum(log_decay)
+    upto = same & jnp.tril(jnp.ones((C, C), bool))
+    total = running_sum(log_decay, upto)
     up, down, end = jnp.exp(total), jnp.exp(-total), jnp.exp(total[..., -1:, :])
     r, a, k, b = r * up, a * jnp.exp(total - log_decay), k * down, b * down
-    upto = same & jnp.tril(jnp.ones((C, C), bool))
     below = same & jnp.tril(jnp.ones((C, C), bool), -1)
 
     def scores(left: jax.Array, right: jax.Array, seen: jax.Array) -> jax.Array:

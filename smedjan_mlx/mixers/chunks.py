@@ -57,9 +57,9 @@ def matmul(a: mx.array, b: mx.array, dtype: mx.Dtype) -> mx.array:
     return (a.astype(dtype) @ b.astype(dtype)).astype(mx.float32)
 
 
-def running_sum(x: mx.array) -> mx.array:
-    """Sums [..., C, K] over the positions of a chunk up to each."""
-    return mx.cumsum(x, axis=-2)
+def running_sum(x: mx.array, upto: mx.array) -> mx.array:
+    """Sums [..., C, K] over the positions that `upto` [..., C, C] allows each: of its document only, so that no other's rounding enters."""
+    return upto.astype(x.dtype) @ x
 
 
 def scan_states(state: mx.array, keep: mx.array, change: mx.array, add: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

@@ -104,8 +104,8 @@ def gated_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None
     q, k, v = (cut(each.astype(mx.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)
-    total = running_sum(log_decay)
     upto = same & mx.tril(mx.ones((C, C), dtype=mx.bool_))
+    total = running_sum(log_decay, upto)
     between = mx.exp(mx.where(upto, total - total.swapaxes(-1, -2), -mx.inf))
     k_transposed, start = k.swapaxes(-1, -2), mx.exp(total) * reads
     x = unit_lower_inverse(beta * matmul(k, k_transposed, dtype) * between)

@@ -149,10 +149,10 @@ def dplr_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None,
     T, dtype = arrays[0].shape[2], arrays[0].dtype
     r, log_decay, k, v, a, b = (cut(each.astype(mx.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
-    total = running_sum(log_decay)
+    upto = same & mx.tril(mx.ones((C, C), dtype=mx.bool_))
+    total = running_sum(log_decay, upto)
     up, down, end = mx.exp(total), mx.exp(-total), mx.exp(total[..., -1:, :])
     r, a, k, b = r * up, a * mx.exp(total - log_decay), k * down, b * down
-    upto = same & mx.tril(mx.ones((C, C), dtype=mx.bool_))
     below = same & mx.tril(mx.ones((C, C), dtype=mx.bool_), -1)
 
     def scores(left: mx.array, right: mx.array, seen: mx.array) -> mx.array:
