@@ -1,0 +1,37 @@
+"""Mutations of attention's options: the head norms, and the edge of the window."""
+
+import dataclasses
+from collections.abc import Callable
+
+from smedjan_common.params import parameter_table
+from smedjan_common.reference import attention
+from tests.conformance.cases import CASES
+from tests.conformance.mutate import demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off
+
+NORM, WINDOW = CASES["attention-swiglu-mha-qk-norm"], CASES["attention-swiglu-mha-window"]
+NORMS = [name for name in parameter_table(NORM.model) if name.endswith(("q_norm.weight", "k_norm.weight"))]
+
+
+def wide_by(more: int) -> Callable:
+    return lambda right: lambda config, behind: right(dataclasses.replace(config, window=config.window + more), behind)
+
+
+def after_turning(right: Callable) -> Callable:
+    """Heads that are normalised after they are turned: with a weight that differs between features that is not the same."""
+
+    def project(config, params, x, start):
+        plain = right(dataclasses.replace(config, qk_norm=False), params, x, start)
+        query, key = (attention.rms_norm(h, params[f"{n}_norm.weight"], config.norm_eps) for n, h in zip("qk", plain[:2], strict=True))
+        return query, key, plain[2]
+
+    return project
+
+
+MUTATIONS = {
+    **{f"{name} off": (on(demand_forward, NORM), tensor_off(name)) for name in NORMS},
+    "norm after turning": (on(demand_forward, NORM), swap(attention, "_project", after_turning)),
+    "window one wider": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(1))),
+    "window one narrower": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(-1))),
+    "gradient with a window one wider": (on(demand_gradient, WINDOW), swap(attention, "_visible", wide_by(1))),
+    "decoding with a window one narrower": (on(demand_decoding, WINDOW), swap(attention, "_visible", wide_by(-1))),
+}
