@@ -106,6 +106,7 @@ ROW = MixerSpec(
     _validate,
     rope=False,
     linear=True,
-    small={"rwkv_head_dim": 8},
+    # wider random matrices (the suite's init_std is 0.15) make its low-rank gates so steep that sums in another order differ by 2e-6
+    small={"rwkv_head_dim": 8, "init_std": 0.06},
     variants={"wide-heads": {"rwkv_head_dim": 16}},
 )

@@ -42,7 +42,7 @@ def demand_optimizer(backend: str, case: Case = GQA) -> None:
     demand(checks.optimizer(backend, case))
 
 
-def tensor_off(name: str, element: tuple[int, ...] | None = None) -> Patch:
+def tensor_off(name: str, element: tuple[int, ...] | None = None, by: float = OFF) -> Patch:
     """The reference computes with a tensor, or one element of it, that is a thousandth too large."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +50,9 @@ def tensor_off(name: str, element: tuple[int, ...] | None = None) -> Patch:
 
         def forward(config, params, tokens, documents=None):
             value = params[name].astype(np.float64)
-            factor = np.full(value.shape, OFF if element is None else 1.0)
+            factor = np.full(value.shape, by if element is None else 1.0)
             if element is not None:
-                factor[np.unravel_index(np.abs(value).argmax(), value.shape)] = OFF
+                factor[np.unravel_index(np.abs(value).argmax(), value.shape)] = by
             return plain(config, {**params, name: value * factor}, tokens, documents)
 
         monkeypatch.setattr(reference, "forward", forward)
