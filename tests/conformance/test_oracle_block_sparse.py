@@ -80,7 +80,8 @@ def turn(model: ModelConfig, x: Any) -> Any:
     """RoPE of heads [B, T, H, K], written with complex numbers."""
     frequencies = model.rope_base ** (-torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim)
     angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * frequencies
-    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 

@@ -160,6 +160,18 @@ def test_a_model_that_is_no_llama_is_refused_by_name():
             check_llama(ModelConfig(**(vars(config) | change)), "GGUF")
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"window": 64}, "window = 64"), ({"qk_norm": True}, "qk_norm"), *(({"mixer": (m,)}, m) for m in ("mla", "block-sparse"))],
+)
+def test_options_of_attention_and_its_relatives_have_no_llama_form(change: dict, name: str):
+    from convert.names import check_llama
+
+    for target in ("hf", "GGUF"):
+        with pytest.raises(ConfigError, match=name):
+            check_llama(ModelConfig(**(vars(model_config(300)) | change)), target)
+
+
 def test_a_field_that_the_llama_layout_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
     """A new option of ModelConfig must not be lost in silence."""
     from convert import names
