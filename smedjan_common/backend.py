@@ -85,7 +85,11 @@ class Backend(Protocol):
     name: str
     model: ModelConfig
     train: TrainConfig
-    own: OwnFormat | None  # None: the neutral checkpoint is its own
+
+    @property
+    def own(self) -> OwnFormat | None:
+        """Its own form of checkpoint. None: the neutral one is."""
+        ...
 
     def describe(self) -> Device:
         """The device, its memory and peak FLOP/s, and the versions of the frameworks."""

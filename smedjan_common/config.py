@@ -240,7 +240,6 @@ class TrainConfig(_Json):
                     f"{_flag(name)} {getattr(self, name)!r} is unknown.", "It must be a name of the list.", near(getattr(self, name), known)
                 )
 
-
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for what this model cannot do."""
         from smedjan_common.mixers import MIXERS

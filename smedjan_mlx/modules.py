@@ -8,7 +8,7 @@ Shapes: B batch, T positions, L positions of a table, D width, H heads, K head s
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,7 +62,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: mx.array, dtype: Any, deterministic: bool = False) -> mx.array:
         """[B, T] -> [B, T, D]. `deterministic`: the gradient is a matrix product, since a GPU adds up equal tokens in any order."""
         if deterministic:
-            return _look_up(self.weight, tokens).astype(dtype)
+            return cast(mx.array, _look_up(self.weight, tokens)).astype(dtype)
         # cast after the look-up: the gradient is then summed over repeated tokens in float32
         return self.weight[tokens].astype(dtype)
 

@@ -1,20 +1,25 @@
 """`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from smedjan_common.commands.optional import MaybeStr
-from smedjan_common.commands.train import Load
 from smedjan_common.errors import run_command
 
 if TYPE_CHECKING:
+    from smedjan_common.backend import Backend
     from smedjan_common.checkpoint import CheckpointInfo
+    from smedjan_common.config import ModelConfig, TrainConfig
     from smedjan_common.generate import Generation
 
 import tyro
 from tyro.conf import arg
+
+# imports a framework: -> (the backend's class, the dtype that auto means here)
+Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,7 @@ def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tupl
     return rms_norm(x, params["norm.weight"], config.norm_eps), carried
 
 
-def router_logits(
-    config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None
-) -> list[np.ndarray]:
+def router_logits(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> list[np.ndarray]:
     """The scores [N, E] of all tokens, of each layer that routes."""
     rows = [] if documents_BxT is None else zip(tokens_BxT, documents_BxT, strict=True)
     pieces = [tokens_BxT] if documents_BxT is None else [piece for row in rows for piece in _pieces(*row)]

@@ -97,7 +97,7 @@ def test_ctrl_c_is_not_lost_in_an_import_that_swallows_it(text, tmp_path):
     code = """
 import sys, time
 from smedjan_common.commands import train
-def load():
+def load(deterministic):
     print("importing", flush=True)
     try:
         time.sleep(20)

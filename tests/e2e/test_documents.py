@@ -49,7 +49,9 @@ def test_both_backends_train_the_same_and_otherwise_than_without(folder):
 
 
 def test_a_stopped_run_goes_on_with_the_same_documents(folder):
-    code, said = train(folder, "--dataset", "a.jsonl", *MODEL, *KEPT, "--steps", "6", "--checkpoint-every", "3", "--checkpoint-dir", "parts")
+    code, said = train(
+        folder, "--dataset", "a.jsonl", *MODEL, *KEPT, "--steps", "6", "--checkpoint-every", "3", "--checkpoint-dir", "parts"
+    )
     assert code == 0, said
     for name in ("final", "step-00000006"):
         (folder / "parts" / name).rename(folder / f"gone-{name}")
