@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test test-gpu lint bench equivalence clean
+.PHONY: train test test-full test-gpu lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -26,6 +26,10 @@ train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND))
 
 test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(OPENBLAS)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
+
+# every combination in every check: most of an hour on two cores
+test-full:
+	SMEDJAN_TEST_FULL=1 $(MAKE) test
 
 test-gpu: $(VENV)/.installed-test
 	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q -m "not gpu" tests/conformance $(PYTEST_ARGS)

@@ -1,13 +1,46 @@
 """Parameters of the suite: `backend`; `case` (every combination), `default_case` (every mixer and feed-forward once) and `other_case` (the
-rest, which takes one form of a check where `default_case` takes several: what a check costs is mostly JAX's compilations)."""
+rest, which takes one form of a check where `default_case` takes several: what a check costs is mostly JAX's compilations).
+
+The whole suite (`make test-full`, SMEDJAN_TEST_FULL=1) takes most of an hour on two cores. `make test` leaves out what SHORT says: the
+combinations beside the default ones and attention's, and for other mixers the checks of what is not theirs.
+"""
 
 import importlib.util
+import os
+import pathlib
 
 import pytest
 
 from tests.conformance.cases import CASES, DEFAULT_CASES, OTHER_CASES
 from tests.conformance.subjects import BACKENDS
 
+FULL = os.environ.get("SMEDJAN_TEST_FULL") == "1"
+ONCE = {  # what no mixer changes is checked with attention, and with attention and experts
+    "test_loss_in_chunks_is_the_loss_in_one",
+    "test_documents_go_with_their_rows_through_accumulation_and_checkpointing",
+    "test_a_run_repeated_in_a_fresh_backend_has_the_same_bits",
+    "test_every_attention_that_runs_here_gives_the_gradients_of_the_plain_one",
+    "test_deterministic_training_computes_the_same",
+    "test_decoder_of_the_protocol_gives_the_logits_of_the_real_vocabulary",
+    "test_decoder_takes_the_parameters_of_a_state_as_they_are",
+    "test_optimizer_equals_its_definition_for_20_steps",
+    "test_optimizer_settings_mean_the_same_in_both_backends_and_in_the_definition",
+    "test_compiled_mlx_trains_as_the_uncompiled",
+    "test_a_training_step_moves_the_parameters_by_clipped_adamw",
+    "test_loss_counts_exactly_the_targets_that_are_not_ignored",
+    "test_loss_of_a_batch_without_counted_targets_is_zero_and_finite",
+    "test_training_lowers_the_loss_of_a_batch_that_repeats",
+    "test_both_backends_decode_the_same_greedy_tokens",
+}
+OF_THE_PATTERN = {  # what all mixers together are checked for: their layers are checked one by one
+    "test_logits_equal_the_reference",
+    "test_logits_of_both_backends_are_equal",
+    "test_every_gradient_of_both_backends_is_equal",
+    "test_twenty_steps_are_the_same_in_both_backends",
+    "test_loss_rows_are_those_that_are_stored",
+    "test_a_checkpoint_gives_back_every_bit",
+}
+HERE = pathlib.Path(__file__).parent
 INSTALLED = {"jax": "jax", "mlx": "mlx.core"}
 
 
@@ -18,6 +51,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, [pytest.param(case, id=key, marks=pytest.mark.xdist_group(key)) for key, case in cases.items()])
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only the whole suite runs."""
+    left_out = [] if FULL else [item for item in items if item.path.parent == HERE and not _in_short_form(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _in_short_form(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    found = [params[name] for name in ("case", "default_case", "other_case", "apart", "key") if name in params]
+    if not found:
+        return True
+    key, name = getattr(found[0], "id", found[0]), getattr(item, "originalname", item.name)
+    if key not in CASES:
+        return True
+    if key.startswith("all-"):
+        return key in DEFAULT_CASES and name in OF_THE_PATTERN
+    if name in ONCE:
+        return key in ("attention-swiglu-mha", "attention-experts-mha")
+    return key in DEFAULT_CASES or key.startswith("attention-swiglu-")
 
 
 @pytest.fixture(autouse=True)
