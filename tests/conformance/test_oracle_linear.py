@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
-from tests.conformance import mixer_alone as alone
+from tests.conformance import one_mixer as alone
 from tests.conformance import subjects
 from tests.conformance.compare import Difference, Mismatch, demand, largest, tensors
 from tests.conformance.gates import FLOAT32
