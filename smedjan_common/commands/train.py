@@ -37,8 +37,8 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     from smedjan_common.flags import parse
 
     argv = sys.argv[1:] if argv is None else argv
-    flags, given = parse(argv, prog=f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train")
-    return run_command(lambda: _train(name, load, flags, given))
+    prog = f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train"
+    return run_command(lambda: _train(name, load, *parse(argv, prog=prog)))
 
 
 def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) -> int:
