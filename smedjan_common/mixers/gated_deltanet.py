@@ -71,6 +71,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
+    options=("conv_width",),
     rope=False,
     linear=True,
     small={"norm_eps": 1e-4},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves

@@ -95,6 +95,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
+    options=("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"),
     rope=False,
     linear=True,
     small={"ssm_state": 8, "ssm_head_dim": 16},

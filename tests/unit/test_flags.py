@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 import smedjan_common
-from smedjan_common.config import TrainConfig
-from smedjan_common.flags import DataFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
+from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.resume import check_options
 from smedjan_common.run_folder import RunConfig
 from tests.fakes.runs import ROOT
 
@@ -60,3 +63,12 @@ def test_an_unknown_flag_is_exit_2_and_the_near_one_is_named(capsys):
         parse(["--datset", "a.txt"])
     assert stopped.value.code == 2
     assert "--dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(MixerFlags)])
+def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(option):
+    owners = [row for row in (*MIXERS.values(), *FFNS.values()) if option in row.options]
+    assert owners, "a row must say that it reads it"
+    plain = ModelConfig.preset("tiny", mixer=("linear",) if owners[0].name == "attention" else ("attention",))
+    with pytest.raises(ConfigError, match="would do nothing"):
+        check_options(plain, frozenset({option}))
