@@ -16,6 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np  # imported where values are drawn: counting parameters (`smedjan sizes`) must not wait for it
@@ -96,6 +97,13 @@ def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
     key = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=16).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
+
+
+def require_tree(config: ModelConfig, tensors: dict[str, Any]) -> None:
+    """Raises CheckpointError, with the names, for parameters that are not this model's."""
+    if problems := check_tree(config, tensors):
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError("The parameters are not those of the model.", "; ".join(problems[:3]) + more + ".", "Take the model's own.")
 
 
 def check_tree(config: ModelConfig, tensors: dict[str, Any]) -> list[str]:

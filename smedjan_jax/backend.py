@@ -22,7 +22,7 @@ from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.optimizers import check_state
-from smedjan_common.params import parameter_table
+from smedjan_common.params import parameter_table, require_tree
 from smedjan_jax import experts, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
@@ -76,6 +76,7 @@ class JaxBackend:
         return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, str(self.mesh), len(jax.devices()))
 
     def init(self, params: dict[str, np.ndarray]) -> State:
+        require_tree(self.model, params)
         places = self.shardings
         device_params = sharding.place({name: np.asarray(value, np.float32) for name, value in params.items()}, places["params"])
         slots = jax.tree.map(jax.device_put, optim.init(self.model, self.train, device_params), places["slots"])

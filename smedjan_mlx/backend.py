@@ -19,6 +19,7 @@ from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.optimizers import check_state
+from smedjan_common.params import require_tree
 from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
@@ -52,6 +53,7 @@ class MlxBackend:
         return Device("mlx", "gpu" if on_gpu() else "cpu", name, 1, int(memory) if memory else None, peak_flops(name), versions)
 
     def init(self, params: dict[str, np.ndarray]) -> State:
+        require_tree(self.model, params)
         device_params = {name: mx.array(np.asarray(value, np.float32)) for name, value in params.items()}
         state = {"params": device_params, "slots": optim.init(self.model, self.train, device_params), "step": mx.array(0, mx.int32)}
         mx.eval(state)

@@ -30,7 +30,8 @@ FORWARD_GROUPED, FORWARD_FIXED, FORWARD_DIVIDED = (on(demand_forward, case) for 
 MUTATIONS = {
     # the norm takes a factor of q, k or v away: one element of them must be seen, all together only where nothing is normed
     **{f"one element of {name} off": (FORWARD, tensor_off(name, (0,))) for name in TENSORS},
-    **{f"{name} off, divided": (FORWARD_DIVIDED, tensor_off(name)) for name in TENSORS if "proj" in name},
+    # the divided form hardly depends on the decay: numerator and denominator fade alike
+    **{f"{name} off, divided": (FORWARD_DIVIDED, tensor_off(name)) for name in TENSORS if "proj" in name and "decay" not in name},
     "norm off": (FORWARD, tensor_off("layers.0.mixer.norm.weight")),
     "divisor of the decay": (FORWARD, decays(lambda g: g * 16 / 15.9)),
     "decay of the token before": (FORWARD, DECAY_LATE),
