@@ -71,9 +71,10 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     model = _model(flags, given, info, start, vocab_size)
     base = info.train if info and start else None
 
+    known = base or flags.training
+    epoch = batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch if data.train else 1
+
     def train_config(dtype: str) -> "TrainConfig":
-        known = base or flags.training
-        epoch = batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch if data.train else 1
         return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
 
     train = train_config("float32")

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+IMPLEMENTATION = "cudnn"
 QUERIES = 256
 KERNEL_BLOCK = 128  # queries of a block of the Triton kernel; sequences are whole blocks
 
@@ -79,7 +80,7 @@ def _forward(query, key, value, documents, window, residual):
         mask=mask,
         is_causal=True,
         local_window_size=near,
-        implementation="cudnn",
+        implementation=IMPLEMENTATION,
         return_residual=residual,
     )
 

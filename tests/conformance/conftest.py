@@ -1,8 +1,8 @@
 """Parameters of the suite: `backend`; `case` (every combination), `default_case` (every mixer and feed-forward once) and `other_case` (the
 rest, which takes one form of a check where `default_case` takes several: what a check costs is mostly JAX's compilations).
 
-The whole suite (`make test-full`, SMEDJAN_TEST_FULL=1) takes most of an hour on two cores. `make test` leaves out what SHORT says: the
-combinations beside the default ones and attention's, and for other mixers the checks of what is not theirs.
+The whole suite (`make test-full`, SMEDJAN_TEST_FULL=1) takes most of an hour on two cores. `make test` leaves out the
+combinations that `_in_short_form` does not name, and for other mixers than attention the checks of what is not theirs.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from tests.conformance.cases import CASES, DEFAULT_CASES, OTHER_CASES
 from tests.conformance.subjects import BACKENDS
 
 FULL = os.environ.get("SMEDJAN_TEST_FULL") == "1"
-ONCE = {  # what no mixer changes is checked with attention, and with attention and experts
+ONCE = {  # what no mixer changes, or what costs most, is checked with attention, and with attention and experts
     "test_loss_in_chunks_is_the_loss_in_one",
     "test_documents_go_with_their_rows_through_accumulation_and_checkpointing",
     "test_a_run_repeated_in_a_fresh_backend_has_the_same_bits",
@@ -31,8 +31,6 @@ ONCE = {  # what no mixer changes is checked with attention, and with attention 
     "test_loss_of_a_batch_without_counted_targets_is_zero_and_finite",
     "test_training_lowers_the_loss_of_a_batch_that_repeats",
     "test_both_backends_decode_the_same_greedy_tokens",
-}
-NOT_OF_EVERY_MIXER = {  # what of a run is not the mixer's: with attention, and with attention and experts
     "test_gradients_are_those_of_each_document_by_itself",
     "test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run",
     "test_a_run_handed_to_the_other_backend_is_the_same_run",
@@ -65,10 +63,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what only the whole suite runs."""
-    left_out = [] if FULL else [item for item in items if item.path.parent == HERE and not _in_short_form(item)]
+    left_out = {item for item in items if not FULL and item.path.parent == HERE and not _in_short_form(item)}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _in_short_form(item: pytest.Item) -> bool:
@@ -85,7 +83,7 @@ def _in_short_form(item: pytest.Item) -> bool:
         return key in DEFAULT_CASES and name in OF_THE_PATTERN
     if key in ("attention-swiglu-mha", "attention-experts-mha"):
         return True
-    if name in ONCE or name in NOT_OF_EVERY_MIXER or any(params.get(each, value) != value for each, value in ONE_OF_SEVERAL.items()):
+    if name in ONCE or any(params.get(each, value) != value for each, value in ONE_OF_SEVERAL.items()):
         return False
     return key in DEFAULT_CASES or key in VARIANTS
 
