@@ -31,6 +31,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import bench.rows  # noqa: E402 - started as a file, too
+
 REPEATS = 3
 
 
@@ -224,7 +226,7 @@ def _processor() -> str:
 
 
 def _machine(device: str, versions: dict[str, str]) -> dict[str, Any]:
-    known = {name: importlib.metadata.version(name) for name in ("smedjan", "numpy", "orbax-checkpoint", "jax")}
+    known = bench.rows.versions() | {"orbax-checkpoint": importlib.metadata.version("orbax-checkpoint")}
     cpu = {"processor": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     return {"device": device, **cpu, "python": platform.python_version(), "versions": known | versions}
 
