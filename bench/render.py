@@ -14,6 +14,7 @@ from collections.abc import Callable
 from bench.rows import RESULTS, ROOT, Row
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.flops import train_flops_per_token
 from smedjan_common.memory import state_bytes
 from smedjan_common.mixers import MIXERS
 
@@ -106,7 +107,7 @@ def _largest(found: dict[str, list[Row]], dtype: str) -> str:
     between = [[text, *_cells([(rows, f"mlx-jax {check}") for rows in devices.values()])] for check, text in BETWEEN.items()]
     return "\n\n".join(
         [
-            f"The largest relative difference of any combination, {dtype} ({counts}):",
+            f"The largest relative difference of any combination, {dtype} ({counts}; bold: over its gate):",
             table(["", "gate", *(f"{_device(d)}: {b.upper()}" for d, b in sides)], [row for row in against if set(row[1:]) != {"-"}]),
             table(["MLX against JAX", "gate", *map(_device, devices)], [row for row in between if set(row[1:]) != {"-"}]),
         ]
@@ -122,7 +123,13 @@ def _cells(sources: list[tuple[list[Row], str]]) -> list[str]:
         if gates
         else "-"
     )
-    return [gate, *(_short(max(figure["value"] for figure in several)) if several else "-" for several in figures)]
+    return [gate, *(_farthest(several) if several else "-" for several in figures)]
+
+
+def _farthest(figures: list[Row]) -> str:
+    """The largest figure, in bold when one is over its gate."""
+    value = _short(max(figure["value"] for figure in figures))
+    return value if all(figure["conforms"] for figure in figures) else f"**{value}**"
 
 
 def _combinations(rows: list[Row]) -> str:
@@ -156,9 +163,9 @@ def menu() -> str:
         except ConfigError:
             continue
         states = [f"{state_bytes(model, 1, length, 'bfloat16') / 2**20:.1f}" for length in (1024, 32768)]
-        cost = "flat" if row.linear else "grows"
-        body.append([f"`{name}`", row.about, f"{model.num_params() / 1e6:.1f}M", cost, *states])
-    return table(["`--mixer`", "what", "parameters", "cost per token with length", "state at 1k, MiB", "at 32k, MiB"], body)
+        growth = train_flops_per_token(model, 32768) / train_flops_per_token(model, 1024)
+        body.append([f"`{name}`", row.about, f"{model.num_params() / 1e6:.1f}M", f"{growth:.2f}", *states])
+    return table(["`--mixer`", "what", "parameters", "FLOPs per token, 32k over 1k", "state at 1k, MiB", "at 32k, MiB"], body)
 
 
 def length() -> str | None:
@@ -238,6 +245,29 @@ def rope() -> str | None:
     return f"{intro}\n\n{table(['`--rope-scaling`, factor 4; validation loss at', *map(str, lengths)], body)}"
 
 
+def experts() -> str | None:
+    """A step with 8 and 64 experts beside the dense model of equal active size."""
+    report = newest("experts")
+    if not report:
+        return None
+    body = [
+        [
+            f"{row['experts']}, `{row['implementation']}`" + (f" of {row['largest_block']}" if row["largest_block"] else "")
+            if row["experts"]
+            else "dense",
+            f"{row['parameters'] / 1e6:.0f}M",
+            f"{row['active_parameters'] / 1e6:.1f}M",
+            _cell(row, "step_ms", 1, "{:.1f}"),
+            _cell(row, "tokens_per_second", 1, "{:,.0f}"),
+        ]
+        for row in report["rows"]
+    ]
+    form = report["form"]
+    shape = f"`{form['size']}`, {form['batch_size']} x {form['seq_len']} tokens, 2 experts of {form['expert_dim']} a token, {form['dtype']}"
+    head = ["experts", "parameters", "active", "a step, ms", "tokens/s"]
+    return f"{shape} ({report['device']}, `{report['command']}`):\n\n{table(head, body)}"
+
+
 # performance
 
 
@@ -259,6 +289,26 @@ def memory() -> str | None:
         ]
         parts.append(shape + "\n\n" + table(["checkpointing", "parts", "chunks of the loss", "tokens/s", "memory, GiB"], body))
     return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
+
+
+def mesh() -> str | None:
+    """Several GPUs beside one."""
+    found = newest("mesh")
+    if not found:
+        return None
+    body = [
+        [
+            row["size"],
+            f"`{row['mesh']}`",
+            f"{row['batch_size']} x {row['seq_len']}",
+            f"{row['tokens_per_second']:,}",
+            f"{row['times_one_device']:.2f}",
+            _gib(row["peak_memory_bytes"]),
+        ]
+        for row in found
+    ]
+    head = ["model", "`--mesh`", "batch x seq", "tokens/s", "times one GPU", "memory of a GPU, GiB"]
+    return f"{found[0]['device']}, {found[0]['dtype']}, JAX {found[0]['versions']['jax']}:\n\n{table(head, body)}"
 
 
 def stalls() -> str | None:
@@ -314,7 +364,9 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "medium": medium,
     "learning": learning,
     "rope": rope,
+    "experts": experts,
     "memory": memory,
+    "mesh": mesh,
     "stalls": stalls,
     "converts": converts,
 }

@@ -151,7 +151,9 @@ def over_heads(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]
         return function(*arrays, *whole)
     heads = PartitionSpec(None, None, "tensor")
     specs = *(heads for _ in arrays), *(PartitionSpec() for _ in whole)
-    return jax.shard_map(function, in_specs=specs, out_specs=heads, axis_names={"tensor"}, check_vma=False)(*arrays, *whole)
+    # every axis, those of one device too: JAX lowers cuDNN attention on several devices only where nothing is left to XLA
+    axes = set(AXES) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.shard_map(function, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False)(*arrays, *whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

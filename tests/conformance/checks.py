@@ -135,6 +135,13 @@ def same_step(got: str, case: Case, **changes: object) -> list[Difference]:
     ]
 
 
+def accumulation(got: str, case: Case, parts: int) -> list[Difference]:
+    """`same_step` in parts, for all but the losses of routers: they are means over the tokens of a part, so they are off here."""
+    if load_names(case.model):
+        case = dataclasses.replace(case, train=dataclasses.replace(case.train, balance_loss=0.0, router_z_loss=0.0))
+    return same_step(got, case, grad_accum=parts)
+
+
 def runs(got: subjects.Run, want: subjects.Run, label: str = "", gates: Gates = FLOAT32) -> list[Difference]:
     """Two training runs: loss and gradient norm of every step, final parameters and optimizer state."""
 

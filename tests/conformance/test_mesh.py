@@ -31,6 +31,7 @@ from tests.conformance.routing import separated
 from tests.fakes.runs import ROOT, arguments, saved_steps, write_text
 
 pytestmark = pytest.mark.skipif(os.environ.get("SMEDJAN_TEST_DEVICE", "cpu") != "cpu", reason="virtual devices are of the CPU")
+ONE_WORKER = pytest.mark.xdist_group("mesh")  # that makes the report once
 MHA, GQA = CASES["attention-swiglu-mha"], CASES["attention-swiglu-gqa"]
 EXPERTS = CASES["attention-experts-mha"].model
 
@@ -131,6 +132,7 @@ def measure(path: str) -> None:
             other = type(got["backend"])(run.model, got["backend"].train, mesh)
             demand_equal_bits(other.save(other.restore(got["snapshot"])).params, got["snapshot"].params, f"{name} restored on {mesh} ")
     report["messages"] = messages()
+    report["kernels"] = {name: kernel_over_heads(parse_mesh(name)) for name in ("tensor=2", "data=2,tensor=2", "data=2,fsdp=2,tensor=2")}
     Path(path).write_text(json.dumps(report))
 
 
@@ -149,6 +151,23 @@ def messages() -> dict[str, dict[str, int]]:
     return found
 
 
+def kernel_over_heads(shape: MeshShape) -> float:
+    """The sum of twice 256 ones, doubled on every device's own heads by what JAX lowers as it does cuDNN attention."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    from smedjan_jax import sharding
+
+    double = custom_partitioning(lambda x: 2 * x)
+    double.def_partition(partition=None, infer_sharding_from_operands=None, sharding_rule="b t h k -> b t h k")
+    mesh = sharding.make_mesh(shape)
+    spread = sharding.Spread(GQA.model, mesh, set(), "float32")
+    total = spread.sums(lambda params, x: jnp.sum(sharding.over_heads(double, (x,))))
+    params = {name: jnp.zeros(spec.shape) for name, spec in parameter_table(GQA.model).items()}
+    return float(jax.jit(total)(params, jax.device_put(jnp.ones((4, 8, 4, 2)), sharding.rows(mesh))))
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("mesh") / "report.json"
@@ -160,11 +179,13 @@ def report(tmp_path_factory) -> dict:
     return json.loads(path.read_text())
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("name", RUNS)
 def test_training_on_a_mesh_equals_training_on_one_device(report, name):
     demand(Difference(*values) for values in report[name]["differences"])
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("name", RUNS)
 def test_parameters_and_slots_are_split_as_the_table_says(report, name):
     run, got = RUNS[name], {key: tuple(shape) for key, shape in report[name]["shares"].items()}
@@ -176,10 +197,16 @@ def test_parameters_and_slots_are_split_as_the_table_says(report, name):
         assert (got["params.layers.0.mixer.k_proj.weight"], got["params.embed.weight"]) == run.shares
 
 
+@ONE_WORKER
 def test_matrices_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_float32(report):
     """One message a matrix and direction; the embedding is looked up in float32."""
     matrices = sum(len(spec.shape) > 1 for spec in parameter_table(GQA.model).values())
     assert report["messages"] == {"all_gather": {"bf16": matrices - 1, "f32": 1}, "reduce_scatter": {"f32": matrices}}
+
+
+@ONE_WORKER
+def test_kernels_run_on_every_devices_own_heads(report):
+    assert report["kernels"] == dict.fromkeys(report["kernels"], 2.0 * 4 * 8 * 4 * 2)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
