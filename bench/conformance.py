@@ -124,7 +124,7 @@ def measure(backends: list[str], name: str, dtype: str, deadline: float) -> dict
             found[check_name] = got
 
     rows = [MIXERS[mixer] for mixer in case.model.mixer]
-    start, runs = initial_params(case.model, 1), {}
+    runs = {}
     for backend in backends:
         differences(f"{backend} forward", lambda b=backend: checks.forward(b, case))
         differences(f"{backend} loss", lambda b=backend: checks.loss(b, case))
@@ -138,7 +138,7 @@ def measure(backends: list[str], name: str, dtype: str, deadline: float) -> dict
             differences(f"{backend} optimizer", lambda b=backend: checks.optimizer(b, case))
             differences(f"{backend} accumulation", lambda b=backend: checks.accumulation(b, case, 2))
             differences(f"{backend} checkpointing", lambda b=backend: checks.same_step(b, case, gradient_checkpointing="full"))
-        runs[backend] = run(f"{backend} 20 steps", lambda b=backend: subjects.train(b, case.model, case.train, start, case.batches))
+        runs[backend] = run(f"{backend} 20 steps", lambda b=backend: subjects.train(b, case.model, case.train, case.start, case.batches))
     if runs.get("jax") and runs.get("mlx"):
         differences("mlx-jax forward", lambda: checks.forward("mlx", case, want="jax"))
         differences("mlx-jax gradients", lambda: checks.gradients_between("mlx", "jax", case))

@@ -74,6 +74,6 @@ ROW = MixerSpec(
     options=("conv_width",),
     rope=False,
     linear=True,
-    small={"norm_eps": 1e-4},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves
+    small={"norm_eps": 1e-3},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves
     variants={"one-tap": {"conv_width": 1}},
 )
