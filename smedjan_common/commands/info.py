@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import arg
 
-from smedjan_common.errors import DataError, run_command
+from smedjan_common.errors import CheckpointError, DataError, run_command
 
+if TYPE_CHECKING:
+    from smedjan_common.checkpoint import Found
+
+FINAL = "final"
 Facts = dict[str, Any]
 
 
@@ -20,7 +24,7 @@ class InfoFlags:
     path: Annotated[str, tyro.conf.Positional, arg(metavar="PATH")]
     """What to look at."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Compare the hashes of everything in it."""
+    """Compare the hashes of everything in it; of a run folder, of all its checkpoints."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 
@@ -38,11 +42,15 @@ def _info(flags: InfoFlags) -> int:
         import json
 
         print(json.dumps(facts, indent=1))
-        return 0
-    width = max(map(len, facts)) + 2
-    for name, value in facts.items():
-        if value is not None:
-            print(f"{name.replace('_', ' '):<{width}}{_shown(name, value)}")
+    else:
+        width = max(map(len, facts)) + 2
+        for name, value in facts.items():
+            if value is not None:
+                print(f"{name.replace('_', ' '):<{width}}{_shown(name, value)}")
+    if facts.get("verified") is False:
+        broken = facts["broken"]
+        what = f"{len(broken)} of the checkpoints in {path} {'is' if len(broken) == 1 else 'are'} broken."
+        raise CheckpointError(what, broken[0], "Restore from a copy, or remove what is broken.")
     return 0
 
 
@@ -71,7 +79,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         "path": str(info.path),
         "format": KINDS[info.format].name,
         "step": info.step,
-        **_model(info.model),
+        **_model(info.model, info.train.dtype if info.train else None),
         "training": info.train.to_dict() if info.train else None,
         "optimizer": info.optimizer,
         "dataset": info.dataset,
@@ -84,39 +92,58 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 
 def _run(path: Path, verify: bool) -> Facts:
-    from smedjan_common.checkpoint import find_checkpoints, verify_checkpoint
     from smedjan_common.config import ModelConfig, TrainConfig
     from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
     from smedjan_common.run_folder import read_config
 
-    broken: list[str] = []
-    found = find_checkpoints(path, on_skip=broken.append)
-    if verify:
-        for checkpoint in found:
-            verify_checkpoint(checkpoint.path)
+    found, broken = _checkpoints(path, verify)
     config = read_config(path) or {}
     rows = read_rows(path)
-    train, checks = train_rows(rows), eval_rows(rows)
-    steps = TrainConfig.from_dict(config["train"]).steps if "train" in config else None
+    trained, checks = train_rows(rows), eval_rows(rows)
+    train = TrainConfig.from_dict(config["train"]) if "train" in config else None
+    steps = train.steps if train else None
     step = max([found[-1].step if found else 0, rows[-1]["step"] if rows else 0])
     return {
         "kind": "run folder",
         "path": str(path),
         "step": step,
         "steps": steps,
-        "finished": (path / "final").is_dir() and steps is not None and step >= steps,
-        **(_model(ModelConfig.from_dict(config["model"])) if "model" in config else {}),
+        "finished": (path / FINAL).is_dir() and steps is not None and step >= steps,
+        **(_model(ModelConfig.from_dict(config["model"]), train.dtype if train else None) if "model" in config else {}),
         "training": config.get("train"),
         "dataset": config.get("dataset"),
         "tokenizer_hash": config.get("tokenizer_hash"),
-        "first": train[0] if train else None,
-        "last": train[-1] if train else None,
+        "first": trained[0] if trained else None,
+        "last": trained[-1] if trained else None,
         "validation": checks[-1] if checks else None,
         "checkpoints": [checkpoint.path.name for checkpoint in found],
         "broken": broken or None,
         "written_by": config.get("framework"),
-        "verified": True if verify else None,
+        "verified": not broken if verify else None,
     }
+
+
+def _checkpoints(path: Path, verify: bool) -> "tuple[list[Found], list[str]]":
+    """The step checkpoints of a run that are good, and a sentence for each that is broken, final/ among them."""
+    from smedjan_common.checkpoint import find_checkpoints, verify_checkpoint
+    from smedjan_common.checkpoint.atomic import standing
+    from smedjan_common.checkpoint.load import load_info
+
+    broken: list[str] = []
+
+    def good(place: Path) -> bool:
+        try:
+            verify_checkpoint(place) if verify else load_info(place)
+        except CheckpointError as error:
+            broken.append(f"{error.what} {error.why}".strip())
+            return False
+        return True
+
+    found = [checkpoint for checkpoint in find_checkpoints(path, on_skip=broken.append) if good(checkpoint.path)]
+    final = standing(path / FINAL)
+    if final.is_dir():
+        good(final)
+    return found, broken
 
 
 def _token_file(path: Path, verify: bool) -> Facts:
@@ -161,31 +188,55 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    files = ("config.json", "metrics.jsonl", "step-*/checkpoint.json", "orbax-*/checkpoint.json")
-    return path.is_dir() and any(any(path.glob(file)) for file in files)
+    files = ("metrics.jsonl", "step-*/checkpoint.json", "orbax-*/checkpoint.json", f"{FINAL}/checkpoint.json")
+    if not path.is_dir() or any(any(path.glob(file)) for file in files):
+        return path.is_dir()
+    from smedjan_common.run_folder import read_config
+
+    return {"model", "train"} <= (read_config(path) or {}).keys()
+
+
+def _foreign(path: Path, verify: bool) -> Facts:
+    raise DataError(
+        f"{path} has a config.json that is of no run.",
+        "That of a run has model and train; a directory of Hugging Face has one of its own.",
+        f"Convert a model of Hugging Face first: smedjan convert {path} DST --to neutral, then smedjan info DST.",
+    )
 
 
 KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
     (_is_checkpoint, lambda path, verify: _checkpoint(path if path.is_dir() else path.parent, verify)),
     (_is_run, _run),
+    (lambda path: (path / "config.json").is_file(), _foreign),
     (lambda path: path.suffix == ".bin", _token_file),
     (lambda path: path.suffix == ".json" or (path / "tokenizer.json").is_file(), _tokenizer),
 )
 
 
-def _model(model: Any) -> Facts:
-    from smedjan_common.flops import active_params
+def _model(model: Any, dtype: str | None) -> Facts:
+    """FLOPs (training: forward and backward) and decode state (one sequence) at the model's context; dtype None: not known, float32."""
+    from smedjan_common.flops import active_params, train_flops_per_token
+    from smedjan_common.memory import state_bytes
 
-    active = active_params(model)
+    active, context, dtype = active_params(model), model.context_length, dtype or "float32"
     routed = {"active_parameters": active} if active != model.num_params() else {}
-    return {"parameters": model.num_params(), **routed, "model": model.to_dict()}
+    return {
+        "parameters": model.num_params(),
+        **routed,
+        "train_flops_per_token": train_flops_per_token(model, context),
+        "decode_state_bytes": state_bytes(model, 1, context, dtype),
+        "decode_state_dtype": dtype,
+        "model": model.to_dict(),
+    }
 
 
 def _shown(name: str, value: Any) -> str:
-    if name == "bytes" or name == "text_bytes":
-        from smedjan_common.reporting.console import size
+    from smedjan_common.reporting.console import count, size
 
+    if name in ("bytes", "text_bytes", "decode_state_bytes"):
         return size(value)
+    if name == "train_flops_per_token":
+        return count(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_figure(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list):

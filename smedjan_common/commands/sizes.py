@@ -1,13 +1,16 @@
 """`smedjan sizes`: for every preset, or one custom model, exact parameters, FLOPs per token, memory to train and to infer."""
 
-from dataclasses import dataclass
+import dataclasses
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from smedjan_common.commands.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.errors import run_command
+from smedjan_common.flags import MixerFlags, given_names
 from smedjan_common.presets import DEFAULT_VOCAB_SIZE, PRESETS
 
 if TYPE_CHECKING:
@@ -34,14 +37,8 @@ class SizesFlags:
     """Feed-forward width over --dim."""
     mixer: str = "attention"
     """Sequence mixers, a pattern over the depth."""
-    experts: int = 0
-    """Experts of a feed-forward. 0: one dense feed-forward."""
-    experts_per_token: int = 2
-    """Experts that each token is sent to."""
-    shared_experts: int = 0
-    """Experts that see every token, besides the routed ones."""
-    expert_dim: Annotated[int, arg(help_behavior_hint="(default: the feed-forward width)")] = 0
-    """Width of one expert."""
+    ffn: Annotated[MaybeStr, arg(help_behavior_hint="(default: swiglu; experts when --experts is given)")] = None
+    """Feed-forwards, a pattern over the depth."""
     batch_size: int = 16
     """Sequences of a training step, for the memory."""
     seq_len: int = 512
@@ -52,15 +49,17 @@ class SizesFlags:
     """What is recomputed, for the memory."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
+    mixers: OmitArgPrefixes[MixerFlags] = field(default_factory=MixerFlags)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     flags = tyro.cli(SizesFlags, prog="smedjan sizes", args=argv, config=(tyro.conf.DisallowNone,))
-    return run_command(lambda: _sizes(flags))
+    return run_command(lambda: _sizes(flags, given_names(argv)))
 
 
-def _sizes(flags: SizesFlags) -> int:
+def _sizes(flags: SizesFlags, given: frozenset[str]) -> int:
     from smedjan_common.config import TrainConfig
 
     train = TrainConfig(
@@ -72,7 +71,7 @@ def _sizes(flags: SizesFlags) -> int:
         gradient_checkpointing=flags.gradient_checkpointing,
     )
     train.validate()
-    rows = [row(name, model, train) for name, model in models(flags).items()]
+    rows = [row(name, model, train) for name, model in models(flags, given).items()]
     if flags.json:
         import json
 
@@ -82,31 +81,57 @@ def _sizes(flags: SizesFlags) -> int:
     return 0
 
 
-def models(flags: SizesFlags) -> "dict[str, ModelConfig]":
-    """Name -> model, as the flags ask. Raises ConfigError."""
+def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str, ModelConfig]":
+    """Name -> model, as the flags ask; an option of a mixer that was given and that the models do not have is refused.
+
+    Raises ConfigError.
+    """
     from smedjan_common.config import ModelConfig, parse_pattern
+
+    names = [flags.size] if flags.size else list(PRESETS)
+    changes = {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
+    changes |= {**dataclasses.asdict(flags.mixers), "mixer": parse_pattern(flags.mixer), "context_length": flags.seq_len}
+    changes["ffn"] = parse_pattern(flags.ffn) if flags.ffn else ("experts",) if flags.mixers.experts else ("swiglu",)
+    if flags.size == "custom" or (not flags.size and _shape(flags)):
+        _check_custom(flags)
+        found = {"custom": ModelConfig.build(vocab_size=flags.vocab_size, **changes)}
+    else:
+        found = {name: ModelConfig.preset(name, flags.vocab_size, **changes) for name in names}
+    if given & {option.name for option in dataclasses.fields(MixerFlags)}:
+        from smedjan_common.resume import check_options  # imported where it is needed: it takes as long as everything else here
+
+        for model in found.values():
+            check_options(model, given)
+    return found
+
+
+def _check_custom(flags: SizesFlags) -> None:
+    """Raises ConfigError for a model of one's own whose shape is not all given."""
     from smedjan_common.errors import ConfigError
 
-    changes: dict[str, Any] = {"mixer": parse_pattern(flags.mixer), "context_length": flags.seq_len}
-    changes |= {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
-    options = {name: getattr(flags, name) for name in ("experts_per_token", "shared_experts", "expert_dim")}
-    if flags.experts:
-        changes |= {"ffn": ("experts",), "experts": flags.experts, **options}
-    elif idle := [name for name, value in options.items() if value != getattr(SizesFlags, name)]:
-        raise ConfigError(f"--{idle[0].replace('_', '-')} would do nothing.", "--experts is not given.", "Add --experts 8, say.")
-    shaped = any(name in changes for name in ("dim", "layers", "heads"))
-    size = flags.size or ("custom" if shaped else None)
-    if size != "custom":
-        return {name: ModelConfig.preset(name, flags.vocab_size, **changes) for name in ([size] if size else PRESETS)}
-    if missing := [f"--{name}" for name in ("dim", "layers", "heads") if name not in changes]:
+    shape = _shape(flags)
+    if not (missing := [f"--{name}" for name in _SHAPE if name not in shape]):
+        return
+    if flags.size:
         raise ConfigError(f"--size custom lacks {', '.join(missing)}.", "It has no values of its own.", "Give --dim, --layers and --heads.")
-    return {"custom": ModelConfig.build(vocab_size=flags.vocab_size, **changes)}
+    raise ConfigError(
+        f"--{shape[0]} is given without --size.",
+        "It is not said which model to change: a preset, or one of your own, which takes --dim, --layers and --heads.",
+        f"Add --size tiny, say, or {' and '.join(missing)}.",
+    )
+
+
+_SHAPE = ("dim", "layers", "heads")
+
+
+def _shape(flags: SizesFlags) -> list[str]:
+    return [name for name in _SHAPE if getattr(flags, name) is not None]
 
 
 def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]:
     """The figures of one model; bytes and FLOPs as whole numbers."""
     from smedjan_common.flops import active_params, train_flops_per_token
-    from smedjan_common.memory import inference_bytes, training_bytes
+    from smedjan_common.memory import inference_bytes, state_bytes, training_bytes
 
     return {
         "size": name,
@@ -120,11 +145,12 @@ def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]
         "vocab_size": model.vocab_size,
         "train_flops_per_token": train_flops_per_token(model, train.seq_len),
         "training_bytes": training_bytes(model, train),
+        "decode_state_bytes": state_bytes(model, 1, train.seq_len, train.dtype),
         "inference_bytes": inference_bytes(model, 1, train.seq_len, train.dtype),
     }
 
 
-_COLUMNS = ("dim", "layers", "heads", "feed-forward", "FLOP/token", "to train", "to infer")
+_COLUMNS = ("dim", "layers", "heads", "ffn dim", "FLOP/token", "to train", "state", "to infer")
 
 
 def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> str:
@@ -137,13 +163,15 @@ def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> 
         heads = str(r["heads"]) if r["heads"] == r["kv_heads"] else f"{r['heads']}/{r['kv_heads']}"
         counts = [r["parameters"], r["active_parameters"]] if routed else [r["parameters"]]
         figures = [*(f"{n:,}" for n in counts), str(r["dim"]), str(r["layers"]), heads, str(r["ffn_dim"])]
-        cells.append([r["size"], *figures, count(r["train_flops_per_token"]), size(r["training_bytes"]), size(r["inference_bytes"])])
+        memory = [size(r[name]) for name in ("training_bytes", "decode_state_bytes", "inference_bytes")]
+        cells.append([r["size"], *figures, count(r["train_flops_per_token"]), *memory])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     columns = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = ["  ".join(put(cell, width) for put, cell, width in zip(columns, line, widths, strict=True)) for line in cells]
     recomputing = "" if train.gradient_checkpointing == "none" else f", gradient checkpointing {train.gradient_checkpointing}"
     note = (
-        f"vocabulary {vocab_size}; memory is estimated: {train.dtype} computation, to train with {train.batch_size} x {train.seq_len}"
-        f" tokens a step (AdamW, float32 masters{recomputing}), to infer with one sequence of {train.seq_len}"
+        f"vocabulary {vocab_size}; FLOP/token: of training, forward and backward; memory is estimated for {train.dtype} computation:\n"
+        f"to train with {train.batch_size} x {train.seq_len} tokens a step (AdamW, float32 masters{recomputing}),\n"
+        f"to infer with one sequence of {train.seq_len}: the weights and the decode state (state)"
     )
     return "\n".join([*lines, "", note])

@@ -6,6 +6,9 @@ import shutil
 import pytest
 
 from smedjan_common.commands import info, plot
+from smedjan_common.config import ModelConfig
+from smedjan_common.flops import train_flops_per_token
+from smedjan_common.memory import state_bytes
 from tests.fakes.runs import arguments, train_here, write_text
 
 
@@ -29,6 +32,20 @@ def test_a_run_folder(made, capsys):
     assert found["first"]["step"] == 1
     assert found["last"]["step"] == 12
     assert found["validation"]["val_loss"] > 0
+    assert found["verified"] is True
+
+
+def test_flops_and_decode_state_are_those_of_the_context_and_the_training_dtype(made, capsys):
+    for place in ("run", "run/step-00000006"):
+        found = facts(capsys, made / place)
+        model, dtype = ModelConfig.from_dict(found["model"]), found["training"]["dtype"]
+        assert found["train_flops_per_token"] == train_flops_per_token(model, model.context_length)
+        assert found["decode_state_bytes"] == state_bytes(model, 1, model.context_length, dtype)
+        assert found["decode_state_dtype"] == dtype
+    assert info.main([str(made / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "train flops per token" in out
+    assert "decode state bytes" in out
 
 
 def test_checkpoints_with_and_without_optimizer(made, capsys):
@@ -60,6 +77,42 @@ def test_a_damaged_checkpoint_is_refused_by_verify(made, tmp_path, capsys):
     weights.write_bytes(data)
     assert info.main([str(tmp_path / "final"), "--verify"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("victim", ["final", "step-00000012", "step-00000006"])
+def test_a_run_with_a_damaged_checkpoint_is_not_verified(made, tmp_path, victim, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    weights = run / victim / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert info.main([str(run), "--json", "--verify"]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["verified"] is False
+    assert str(weights) in found["broken"][0]
+    assert str(weights) in err
+    assert victim not in found["checkpoints"]
+
+
+def test_a_run_beside_a_broken_checkpoint_is_not_verified_and_says_so_unasked(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    for victim in ("step-00000012", "final"):
+        (run / victim / "checkpoint.json").unlink()
+    found = facts(capsys, run)
+    assert (len(found["broken"]), found["verified"], found["checkpoints"]) == (2, None, ["step-00000006"])
+    assert info.main([str(run), "--verify"]) == 2
+    assert "2 of the checkpoints" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama", "architectures": []}', "{", "[]"])
+def test_a_directory_of_hugging_face_is_no_run(tmp_path, text, capsys):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert info.main([str(tmp_path)]) == 2
+    assert "smedjan convert" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["missing", "text.txt", "."])

@@ -7,6 +7,8 @@ import pytest
 from smedjan_common.commands import sizes
 from smedjan_common.config import ModelConfig
 from smedjan_common.flops import train_flops_per_token
+from smedjan_common.memory import state_bytes
+from smedjan_common.mixers import MIXERS
 from smedjan_common.presets import PRESETS
 
 
@@ -30,6 +32,47 @@ def test_the_table_shows_the_same(capsys):
     assert all(name in out for name in PRESETS)
 
 
+@pytest.mark.parametrize("words", [(), ("--experts", "64", "--seq-len", "131072", "--vocab-size", "262144")])
+def test_the_table_has_the_decode_state_and_fits_120_columns(words, capsys):
+    assert sizes.main(list(words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "state" in lines[0].split()
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_decode_state_is_that_of_the_context_and_the_dtype(dtype, capsys):
+    [row] = rows(capsys, "--size", "tiny", "--seq-len", "1024", "--dtype", dtype, "--mixer", "ssm,attention").values()
+    model = ModelConfig.preset("tiny", mixer=("ssm", "attention"), context_length=1024)
+    assert row["decode_state_bytes"] == state_bytes(model, 1, 1024, dtype)
+
+
+@pytest.mark.parametrize("option", [(mixer.name, name) for mixer in MIXERS.values() for name in mixer.options], ids="-".join)
+def test_every_option_of_a_mixer_is_taken(option, capsys):
+    mixer, name = option
+    value = getattr(ModelConfig.preset("tiny"), name)
+    words = ["--qk-norm"] if name == "qk_norm" else [f"--{name.replace('_', '-')}", str(value or 4)]
+    rows(capsys, "--size", "tiny", "--mixer", mixer, *words)
+
+
+def test_options_of_mixers_and_experts_count(capsys):
+    [row] = rows(capsys, "--size", "tiny", "--mixer", "block-sparse", "--seq-len", "32", "--block-size", "2").values()
+    assert row["parameters"] > 0
+    [row] = rows(capsys, "--size", "tiny", "--mixer", "ssm", "--ssm-state", "16").values()
+    assert row["parameters"] == ModelConfig.preset("tiny", mixer=("ssm",), ssm_state=16).num_params()
+    [row] = rows(capsys, "--size", "tiny", "--ffn", "swiglu,experts", "--experts", "4", "--router", "bias").values()
+    model = ModelConfig.preset("tiny", ffn=("swiglu", "experts"), experts=4, router="bias")
+    assert row["parameters"] == model.num_params()
+
+
+def test_part_of_a_shape_without_a_size_is_refused_with_what_to_add(capsys):
+    assert sizes.main(["--heads", "3"]) == 2
+    err = capsys.readouterr().err
+    assert "--heads is given without --size" in err
+    assert "--dim and --layers" in err
+    assert "lacks" not in err
+
+
 def test_custom_and_overridden_sizes(capsys):
     [row] = rows(
         capsys, "--size", "custom", "--dim", "64", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab-size", "300"
@@ -42,7 +85,16 @@ def test_custom_and_overridden_sizes(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [("--size", "tinny"), ("--size", "custom"), ("--dim", "64"), ("--dtype", "float8"), ("--vocab-size", "0")]
+    "words",
+    [
+        ("--size", "tinny"),
+        ("--size", "custom"),
+        ("--dim", "64"),
+        ("--dtype", "float8"),
+        ("--vocab-size", "0"),
+        ("--ssm-state", "16"),
+        ("--experts-per-token", "4"),
+    ],
 )
 def test_wrong_use_is_exit_2(words, capsys):
     assert sizes.main(list(words)) == 2
