@@ -18,7 +18,8 @@ class Flags:
     """
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """A run folder (its newest weights), a step-*/, orbax-*/ or final/, or a Hugging Face directory of the Llama family."""
+    """A run folder (to neutral and orbax its newest step-*/ or orbax-*/, unless final/ is newer; to hf and gguf its newest weights), a
+    step-*/, orbax-*/ or final/, or a Hugging Face directory of the Llama family."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory for neutral, orbax and hf, a file for gguf."""
     to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
@@ -43,6 +44,7 @@ def _run(flags: Flags) -> int:
     from pathlib import Path
 
     from convert.formats import FORMATS, Options, dtype_name, source_format
+    from convert.neutral import training_state
     from convert.output import check_target
     from smedjan_common.data.progress import progress_bar
     from smedjan_common.errors import ConfigError, near
@@ -51,10 +53,12 @@ def _run(flags: Flags) -> int:
         raise ConfigError(f"--to {flags.to!r} is unknown.", "It names a format.", near(flags.to, FORMATS))
     started, target = time.monotonic(), FORMATS[flags.to]
     options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
-    src, dst = Path(flags.src), Path(flags.dst)
+    dst = Path(flags.dst)
+    keeps_training = target.name in ("neutral", "orbax")
+    src = training_state(Path(flags.src)) if keeps_training else Path(flags.src)
     source = source_format(src)
     assert source.read is not None
-    if source is target and target.name in ("neutral", "orbax"):
+    if source is target and keeps_training:
         source.read(src)  # a broken one is told so
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
     check_target(src, dst, flags.force, target.detect)
@@ -64,9 +68,10 @@ def _run(flags: Flags) -> int:
     for note in (*model.notes, *notes):
         print(f"note: {note}")
     size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file()) if dst.is_dir() else dst.stat().st_size
-    parameters = model.config.num_params()
+    parameters, taken = model.config.num_params(), model.info.path if model.info else src
+    state = " and optimizer state" if keeps_training and model.slots else ""
     print(
-        f"{dst}: {target.about}, {parameters:,} parameters in {options.dtype}, {size / 1e6:,.1f} MB, "
+        f"{dst}: {target.about} of {taken}, {parameters:,} parameters{state} in {options.dtype}, {size / 1e6:,.1f} MB, "
         f"read back and equal, {time.monotonic() - started:.1f} s"
     )
     return 0

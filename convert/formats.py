@@ -83,7 +83,7 @@ def source_format(path: Path) -> Format:
     """The format of what stands at `path`. Raises CheckpointError when it is none that can be read."""
     if not path.exists():
         raise CheckpointError(f"There is no {path}.", "Nothing has this name.", "Check the path.")
-    row = next((row for row in FORMATS.values() if row.detect(path)), None)
+    row = next((row for row in FORMATS.values() if row.detect(path)), FORMATS["hf"] if hf_import.is_damaged(path) else None)
     readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values() if known.read)
     if row is None:
         more = "A file alone is no model: give the directory it is in." if path.is_file() else "Check the path."

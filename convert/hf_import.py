@@ -36,6 +36,14 @@ def detect(path: Path) -> bool:
         return False
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a directory is one of Hugging Face's by its files, though not by what config.json says: reading it tells what is wrong.
+
+    Not a part of `detect`, which also says what --force may replace.
+    """
+    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
+
+
 def read(path: Path) -> Portable:
     """The model of a directory; no tensor but an untied head is read yet.
 

@@ -10,6 +10,7 @@ from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import FORMAT, CheckpointInfo, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint.atomic import standing
 from smedjan_common.checkpoint.directory import FINAL, step_directories
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
@@ -53,6 +54,16 @@ def newest(path: Path) -> CheckpointInfo:
         last = read_info(final)
         return last if last.step >= info.step else info
     return info
+
+
+def training_state(path: Path) -> Path:
+    """Of a run, the newest step checkpoint, which training goes on from, unless final/ is of a later step; else `path` itself."""
+    if (path / MANIFEST).is_file() or not (steps := step_directories(path)):
+        return path
+    last = steps[-1]
+    final = standing(path / FINAL)
+    newer = (final / MANIFEST).is_file() and read_info(final).step > last.step
+    return final if newer else last.path
 
 
 def write(model: Portable, target: Path, show: Show) -> list[str]:

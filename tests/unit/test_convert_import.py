@@ -292,7 +292,15 @@ def test_a_wrong_configuration_is_refused_with_what_is_wrong(hf: Path, values: d
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '{"model_type": "llama"}', "[" * 100_000])
 def test_a_configuration_that_is_none_is_refused(hf: Path, text: str):
     (hf / "config.json").write_text(text, encoding="latin-1")
-    refusal(hf)
+    said = refusal(hf)
+    assert str(hf / "config.json") in said
+    assert "no format" not in said
+
+
+def test_a_directory_with_a_wrong_configuration_is_not_what_force_may_replace(hf: Path, tmp_path: Path):
+    (hf / "config.json").write_text("{}")
+    assert "of the type None" in refusal(hf)
+    assert not hf_import.detect(hf)
 
 
 def test_dtypes_may_be_mixed(hf: Path):

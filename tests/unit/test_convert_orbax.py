@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from convert.cli import main
 from convert.formats import source_format
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import read_checkpoint, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import read_checkpoint, read_info, verify_checkpoint, write_checkpoint, write_final
 from smedjan_common.config import TrainConfig
 from tests.conformance import subjects
 from tests.conformance.cases import CASES
@@ -106,6 +107,45 @@ def test_a_run_whose_newest_is_orbax_is_a_source_and_weights_alone_pass_too(tmp_
     assert (info.optimizer, info.slots, info.step) == (None, {}, 7)
     convert(tmp_path / "weights", tmp_path / "again", "--to", "neutral")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "final/model.safetensors").read_bytes()
+
+
+def final(run: Path, step: int) -> Path:
+    """final/ of another step than step_checkpoint's, weights only."""
+    config = model_config(tokenizer().vocab_size)
+    shutil.rmtree(run / "final", ignore_errors=True)
+    about = {"tokenizer_json": tokenizer().to_json(), "tokenizer_hash": tokenizer().hash, "dataset": DATASET}
+    return write_final(run, Snapshot(step, parameters(config), {}), model=config, train=None, framework={"name": "test"}, **about)
+
+
+@pytest.mark.parametrize(("form", "other"), [("neutral", "orbax"), ("orbax", "neutral")])
+def test_of_a_run_the_checkpoint_that_training_goes_on_from_is_taken(tmp_path: Path, form: str, other: str, capsys: pytest.CaptureFixture):
+    run = tmp_path / "run"
+    source = step_checkpoint(run)
+    if form == "orbax":
+        convert(source, run / "orbax-00000012", "--to", "orbax")
+        source.rename(tmp_path / "away")
+        source = run / "orbax-00000012"
+    for step in (7, 12):  # final/ is older, or as new
+        final(run, step)
+        capsys.readouterr()
+        convert(run, tmp_path / f"out{step}", "--to", other)
+        said = capsys.readouterr().out
+        assert f"of {source}," in said
+        assert "and optimizer state" in said
+        assert facts(tmp_path / f"out{step}") == facts(source)
+        assert f"{form} already" in refused(capsys, run, tmp_path / "x", "--to", form)
+    assert "would be lost" in refused(capsys, run, source, "--to", other, "--force")
+    last = final(run, 13)
+    convert(run, tmp_path / "out13", "--to", "orbax")
+    assert f"of {last}," in capsys.readouterr().out
+    assert read_info(tmp_path / "out13").optimizer is None
+
+
+def test_hf_takes_the_weights_of_final_as_before(tmp_path: Path, capsys: pytest.CaptureFixture):
+    step_checkpoint(tmp_path)
+    last = final(tmp_path, 12)
+    convert(tmp_path, tmp_path / "hf", "--to", "hf")
+    assert f"of {last}," in capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
