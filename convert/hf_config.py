@@ -17,6 +17,7 @@ from smedjan_common.errors import CheckpointError, ConfigError, near
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 _MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long
+_MISTRAL_WINDOW = 4096  # what transformers takes where config.json has no sliding_window
 _NOT_HERE = "The model cannot be expressed here."
 
 
@@ -96,6 +97,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         context_length=context,
         norm_eps=_number(values, "rms_norm_eps", where, 1e-6),
         init_std=_number(values, "initializer_range", where, 0.02),
+        window=_window(values, where, context),
         **_rope_from_hf(values, where, context),
     )
     config.validate()
@@ -108,11 +110,19 @@ def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:
         raise _inexpressible(where, "quantised weights", "Training starts from whole ones")
     if values.get("hidden_act", "silu") not in {"silu", "swish"}:
         raise _inexpressible(where, f"the activation {values['hidden_act']!r}", "The feed-forward here is SwiGLU, with SiLU")
-    window = values.get("sliding_window") if values.get("use_sliding_window", values["model_type"] == "mistral") else None
+    window = values.get("sliding_window") if values["model_type"] == "qwen2" and values.get("use_sliding_window") else None
     if window is not None and window < values.get("max_position_embeddings", 0):
-        raise _inexpressible(where, f"a sliding window of {window} positions", "Attention here sees the whole context")
+        raise _inexpressible(where, f"a sliding window of {window} positions in some layers", "Attention here has one window in all layers")
     if odd := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
-        raise _inexpressible(where, f"layers of the type {odd[0]!r}", "Attention here sees the whole context")
+        raise _inexpressible(where, f"layers of the type {odd[0]!r}", "Attention here has one window in all layers, --window")
+
+
+def _window(values: dict[str, Any], where: str, context: int) -> int:
+    """Mistral's sliding window, which counts a position itself as --window does; 0 where it is as long as the context."""
+    if values["model_type"] != "mistral" or values.get("sliding_window", _MISTRAL_WINDOW) is None:
+        return 0
+    window = _integer(values, "sliding_window", where, _MISTRAL_WINDOW, limit=1 << 40)
+    return window if window < context else 0
 
 
 def _rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str, Any]:

@@ -174,6 +174,7 @@ SAVED = {
     "rows": {"rows": 305},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 32}},
     "mistral": {"kind": "Mistral", "sliding_window": None},
+    "mistral, window": {"kind": "Mistral", "sliding_window": 16},
     "qwen2": {"kind": "Qwen2"},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-3},
 }

@@ -81,7 +81,6 @@ INEXPRESSIBLE = {
     "activation": ({"hidden_act": "gelu"}, "the activation 'gelu'"),
     "type": ({"model_type": "gpt2"}, "of the type 'gpt2'"),
     "near type": ({"model_type": "qwen3"}, "Did you mean qwen2"),
-    "window": ({"model_type": "mistral", "sliding_window": 16}, "sliding window of 16"),
     "window of qwen2": ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
     "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
     "head_dim": ({"head_dim": 16}, "head_dim 16"),
@@ -280,7 +279,7 @@ def test_other_shapes_types_and_missing_tensors_are_named(hf: Path, tmp_path: Pa
         ({"num_attention_heads": 3}, "head_dim"),
         ({"num_attention_heads": 32, "head_dim": 1, "num_key_value_heads": 16}, "odd number"),
         ({"layer_types": 7}, "config.json cannot be used"),
-        ({"model_type": "mistral", "sliding_window": "x"}, "config.json cannot be used"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window 'x'"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_what_is_wrong(hf: Path, values: dict, words: str):
@@ -356,6 +355,15 @@ def test_reading_raises_only_errors_of_ours(hf: Path):
     change(hf, "config.json", hidden_size=[])
     with pytest.raises(SmedjanError):
         hf_import.read(hf)
+
+
+@pytest.mark.parametrize(("sliding", "window"), [(16, 16), (127, 127), (128, 0), (4096, 0), (None, 0)])
+def test_the_sliding_window_of_mistral_is_the_window(hf: Path, sliding: int | None, window: int):
+    document = json.loads((hf / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": sliding}
+    (hf / "config.json").write_text(json.dumps(document))
+    assert hf_import.read(hf).config.window == window
+    change(hf, "config.json", sliding_window=None, max_position_embeddings=8192)  # left out: what transformers takes
+    assert hf_import.read(hf).config.window == 4096
 
 
 def test_yarn_is_read_from_either_generation(hf: Path):
