@@ -32,6 +32,10 @@ class CheckpointError(SmedjanError):
     """A checkpoint that is cut short, corrupted, of another model or of a newer format."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint of a format that only a newer smedjan reads: nothing is wrong with it."""
+
+
 class OutOfMemoryError(SmedjanError):
     """The device or the machine has too little memory."""
 

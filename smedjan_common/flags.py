@@ -127,7 +127,7 @@ class ModelFlags:
     """Stretch positions to extend the context of --pretrained."""
     rope_factor: float = 1.0
     """How much --rope-scaling stretches."""
-    rope_original_len: Annotated[int, arg(help_behavior_hint="(default: the context over the factor)")] = 0
+    rope_original_len: Annotated[int, arg(help_behavior_hint="(default: that of --pretrained; else the context over the factor)")] = 0
     """The context that the weights were trained with."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
@@ -190,7 +190,7 @@ class TrainingFlags:
     batch_size: int = 16
     """Sequences of one optimizer step, all --grad-accum parts together."""
     seq_len: int = 512
-    """Tokens of one sequence; the model's context length."""
+    """Tokens of one sequence; the model's context length. With --pretrained the default is the context of the weights."""
     lr: Annotated[MaybeFloat, _filled("by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it", "FLOAT")] = None
     """Peak learning rate."""
     warmup: Annotated[MaybeInt, _filled("5% of --steps, at most 1000", "INT")] = None

@@ -6,12 +6,15 @@ The rule for users: the same command again goes on. Flags that are given must ag
 """
 
 import dataclasses
+import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints, latest_checkpoint, read_info, verify_checkpoint
-from smedjan_common.config import ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
+from smedjan_common.checkpoint import CheckpointInfo, difference, find_checkpoints, latest_checkpoint, read_info, verify_checkpoint
+from smedjan_common.checkpoint.directory import check_formats
+from smedjan_common.config import CHECKPOINT_FORMATS, ModelConfig, TrainConfig, default_lr, ffn_width, parse_pattern
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
 from smedjan_common.mesh import check_mesh, parse_mesh
@@ -19,6 +22,10 @@ from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
+from smedjan_common.rope import original_length
+
+if TYPE_CHECKING:
+    from smedjan_common.tokenizer import Tokenizer
 
 FIXED = ("batch_size", "seq_len", "seed", "packing")  # they define the order of the data
 RECALLED = {
@@ -26,7 +33,10 @@ RECALLED = {
     "report": None,
     "run": ("checkpoint_every", "checkpoint_format", "keep", "keep_every"),
 }  # groups (fields) that config.json records
-_SHAPE_FREE = ("context_length", "rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std", "norm_eps")
+_SHAPE_FREE = (
+    *("context_length", "rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std", "norm_eps"),
+    *("window", "block_size", "block_topk"),
+)
 
 
 def find_start(folder: Path, resume: str, say: Callable[[str], None]) -> Path | None:
@@ -39,6 +49,7 @@ def find_start(folder: Path, resume: str, say: Callable[[str], None]) -> Path | 
     verify_checkpoint(info.path)
     others = [found for found in find_checkpoints(folder) if found.path.resolve() != info.path.resolve()]
     inside = info.path.resolve().parent == folder.resolve()
+    check_formats(folder, info.path if inside else None)
     if newer := [found for found in others if found.step > info.step or not inside]:
         raise CheckpointError(
             f"{folder} has checkpoints that {info.path} would not go on from, such as {newer[-1].path.name}.",
@@ -53,11 +64,18 @@ def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     start = latest_checkpoint(folder, on_skip=broken.append)
     for line in broken:
         say(f"note: {line}")
+    check_formats(folder, start)
     if start is None and broken:
         raise CheckpointError(
             f"No checkpoint in {folder} can be used.",
             "All of them are damaged.",
             "Give another --checkpoint-dir to start anew, or restore one from a copy.",
+        )
+    if start is None and (folder / "final").exists():
+        raise CheckpointError(
+            f"{folder} has a finished run without its step checkpoints.",
+            "final/ holds weights only, nothing to go on from, and a new run would overwrite it.",
+            f"Give another --checkpoint-dir, or start there from the weights: --pretrained {folder / 'final'} --checkpoint-dir NEW.",
         )
     if start is None and read_rows(folder):
         say(f"note: the run in {folder} ended before its first checkpoint; it starts again.")
@@ -72,6 +90,47 @@ def _refuse_a_run(folder: Path) -> None:
             "--resume never starts anew and overwrites nothing.",
             "Give another --checkpoint-dir, remove this one, or take --resume auto to go on.",
         )
+
+
+def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
+    """Raises ConfigError for what `file` of a run records and a run cannot have recorded: flags and datasets of wrong types."""
+    fix = "Restore it from a copy, or remove it and give the flags of the run again."
+    flags = recorded.get("flags")
+    if not isinstance(flags, dict | None):
+        raise ConfigError(f"{file} is damaged, or was edited.", f'Its "flags" is {flags!r}, not a JSON object.', fix)
+    for name, hint in _recorded_types().items():
+        if flags and name in flags and not _is_of(hint, flags[name]):
+            raise ConfigError(f"{file} is damaged, or was edited.", f'Its "{name}" in "flags" is {flags[name]!r}.', fix)
+    if flags and (kind := flags.get("checkpoint_format", "neutral")) not in CHECKPOINT_FORMATS:
+        raise ConfigError(f"{file} has an unknown checkpoint_format.", f"It is {kind!r}; known: {', '.join(CHECKPOINT_FORMATS)}.", fix)
+    for name in ("dataset", "val_dataset"):
+        if not is_dataset(recorded.get(name)):
+            raise ConfigError(f"{file} is damaged, or was edited.", f'Its "{name}" does not describe token files.', fix)
+
+
+def _recorded_types() -> dict[str, Any]:
+    types = {group: typing.get_type_hints(GROUPS[group]) for group in RECALLED}
+    return {name: types[group][name] for group, only in RECALLED.items() for name in only or types[group]}
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value of JSON is of a flag's type."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_is_of(parts[0], part) for part in value)
+    if parts:  # a union
+        return any(_is_of(part, value) for part in parts)
+    return type(value) in (int, float) and abs(value) < math.inf if hint is float else type(value) is hint
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether `data` is as RunFolder describes a token file or a mixture; None: that there is none."""
+    if not isinstance(data, dict):
+        return data is None
+    files = data.get("files", [data])
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        return False
+    return all(isinstance(file.get("path"), str) and _is_of(float, file.get("weight", 1.0)) for file in files)
 
 
 def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -> TrainFlags:
@@ -155,14 +214,50 @@ def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> M
     return dataclasses.replace(base, **changes)
 
 
+def pretrained_flags(flags: TrainFlags, given: frozenset[str], base: ModelConfig) -> TrainFlags:
+    """`flags` of a new run from weights of `base`; --seq-len is their context where it is not given, extended where the flags extend it."""
+    if "seq_len" in given:
+        return flags
+    seq_len, factor = base.context_length, flags.model.rope_factor
+    if base.rope_scaling == "none" and flags.model.rope_scaling != "none" and 1 < factor < math.inf:  # another factor is refused later
+        seq_len = round(seq_len * factor)
+    return dataclasses.replace(flags, training=dataclasses.replace(flags.training, seq_len=seq_len))
+
+
 def pretrained_model(base: ModelConfig, path: Path, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:
-    """The model of a new run from weights of `base`: as same_model, but context and rotary settings may change."""
+    """The model of a new run from weights of `base`: as same_model, but what changes no shape may change (_SHAPE_FREE).
+
+    A scaled one says at which context the weights were trained before they were extended: the new context over the factor need not be it.
+    """
     model = dataclasses.replace(same_model(base, flags, given), context_length=flags.training.seq_len)
-    differing = [f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(model, f.name)]
-    if wrong := [f"{name}: {getattr(base, name)} there, {getattr(model, name)} now" for name in differing if name not in _SHAPE_FREE]:
+    if model.rope_scaling == "none" and "rope_scaling" in given:
+        plain = {name: value for name, value in (("rope_factor", 1.0), ("rope_original_len", 0)) if name not in given}
+        model = dataclasses.replace(model, **plain)
+    if model.rope_scaling != "none" and "rope_original_len" not in given:
+        trained = base.context_length if base.rope_scaling == "none" else original_length(base)
+        model = dataclasses.replace(model, rope_original_len=trained)
+    if wrong := difference(base, dataclasses.replace(model, **{name: getattr(base, name) for name in _SHAPE_FREE})):
         raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")
     model.validate()
+    check_options(model, given)
     return model
+
+
+def check_tokenizer(info: CheckpointInfo, tokenizer: "Tokenizer") -> None:
+    """Raises CheckpointError for another tokenizer than that of the weights; where theirs is not known, for one of more tokens."""
+    fix = "Give the tokenizer of the weights and a dataset made with it, or train anew, without --pretrained, in another --checkpoint-dir."
+    if info.tokenizer_hash and info.tokenizer_hash != tokenizer.hash:
+        raise CheckpointError(
+            f"{info.path} was trained with another tokenizer: {info.tokenizer_hash[:16]}… there, {tokenizer.hash[:16]}… now.",
+            "The same token would mean other text.",
+            fix,
+        )
+    if not info.tokenizer_hash and tokenizer.vocab_size > info.model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model of {info.path} {info.model.vocab_size:,}.",
+            "The others would have no row of the embedding.",
+            fix,
+        )
 
 
 def train_config(flags: TrainingFlags, given: frozenset[str], base: TrainConfig | None, dim: int, epoch: int, dtype: str) -> TrainConfig:

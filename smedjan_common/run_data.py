@@ -7,6 +7,7 @@ texts and of what was done with them, so the same command finds it again and oth
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,23 @@ class RunData:
     text_bytes: int = 0
 
 
-def run_data(flags: DataFlags, given: frozenset[str], folder: Path, own: Tokenizer | None, dry_run: bool = False) -> RunData:
+def run_data(
+    flags: DataFlags,
+    given: frozenset[str],
+    folder: Path,
+    own: Tokenizer | None,
+    dry_run: bool = False,
+    check: Callable[[Tokenizer], None] = lambda tokenizer: None,
+) -> RunData:
     """Open or make the data of a run. `own`: the tokenizer of the checkpoint that the run starts from. Raises DataError.
 
-    A dry run writes nothing: texts that are not tokenised yet are only measured.
+    `check` raises for a tokenizer that the run cannot have. A dry run writes nothing: texts that are not tokenised yet are only measured.
     """
     if not flags.dataset:
         raise DataError("There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE: a text, JSONL or a token file.")
     chosen = _chosen_tokenizer(flags, given)
+    if known := chosen or own:
+        check(known)  # before texts are tokenised, which may take hours
     if shards := _token_files(flags.dataset, "--dataset"):
         files, weights = tuple(TokenFile.open(path) for path, _ in shards), tuple(weight for _, weight in shards)
         train = files[0] if len(files) == 1 else Mixture(files, weights)
@@ -53,6 +63,7 @@ def run_data(flags: DataFlags, given: frozenset[str], folder: Path, own: Tokeniz
             return data
         train, val, tokenizer = data.train, data.val, data.tokenizer
     assert tokenizer is not None
+    check(tokenizer)
     train.check_tokenizer(tokenizer.hash)
     if flags.val_dataset and not dry_run:
         val = _validation(flags, folder, tokenizer)

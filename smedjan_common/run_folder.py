@@ -143,6 +143,6 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a run folder; None when there is none or it is not whole."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

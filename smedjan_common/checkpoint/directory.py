@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from smedjan_common.checkpoint.atomic import fsync_directory, remove, remove_leftovers, replaced_names
 from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
-from smedjan_common.errors import CheckpointError
+from smedjan_common.errors import CheckpointError, NewerFormatError
 
 FINAL = "final"
 OnSkip = Callable[[str], None]
@@ -55,6 +55,23 @@ def latest_checkpoint(
         except CheckpointError as error:
             _tell(on_skip, error)
     return None
+
+
+def check_formats(directory: str | Path, after: Path | None) -> None:
+    """Raises NewerFormatError for a step checkpoint later than `after` (None: for any) that only a newer smedjan reads.
+
+    It is not broken: a run that went on from `after` would overwrite good work.
+    """
+    for _, path in reversed(step_directories(Path(directory))):
+        if after is not None and path.resolve() == after.resolve():
+            return
+        try:
+            load_info(path)
+        except NewerFormatError as error:
+            fix = f"{error.fix[:-1]}, or give another --checkpoint-dir: a run that went on from an older one would overwrite it."
+            raise NewerFormatError(error.what, error.why, fix) from None
+        except CheckpointError:
+            continue
 
 
 def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0) -> list[Path]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import CheckpointError, SmedjanError
+from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
 MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
@@ -98,7 +98,10 @@ def manifest_hash(values: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> CheckpointInfo:
-    """Read and check checkpoint.json; raises CheckpointError naming the file and what in it is wrong."""
+    """Read and check checkpoint.json; raises CheckpointError naming the file and what in it is wrong.
+
+    NewerFormatError: of a later format.
+    """
     path = directory / MANIFEST
     values = _load(path)
     version = values.get("format_version")
@@ -107,8 +110,9 @@ def read_manifest(directory: Path) -> CheckpointInfo:
     readers = READERS[values["format"]]
     if version not in readers:
         why = f"This smedjan reads format {', '.join(map(str, readers))}."
-        fix = "Install a newer smedjan." if version > FORMAT_VERSION else ""
-        raise CheckpointError(f"{path} is of checkpoint format {version}.", why, fix)
+        if version > max(readers):
+            raise NewerFormatError(f"{path} is of checkpoint format {version}.", why, "Install a newer smedjan.")
+        raise CheckpointError(f"{path} is of checkpoint format {version}.", why)
     try:
         intact = manifest_hash(values) == values.get("sha256")
     except (ValueError, RecursionError):

@@ -67,6 +67,9 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     if start is None and not flags.run.pretrained:
         resume.check_flags(flags, given)
     info, flags, data = _source(name, flags, given, folder, start)
+    if info and not start and "seq_len" not in given:
+        flags = resume.pretrained_flags(flags, given, info.model)
+        say(f"note: --seq-len is {flags.training.seq_len}, {_length_of(flags, info)}.")
     vocab_size = data.tokenizer.vocab_size if data.tokenizer else flags.data.vocab_size
     model = _model(flags, given, info, start, vocab_size)
     base = info.train if info and start else None
@@ -103,10 +106,15 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
         from smedjan_common.reporting.plan import plan
 
         return say(plan(model, train, data, folder, start, backend.describe(), known_steps=data.train is not None or "steps" in given)) or 0
-    return _run(flags, folder, start, info, model, train, data, backend)
+    return _run(name, flags, folder, start, info, model, train, data, backend)
 
 
-def _run(flags, folder: Path, start: Path | None, info, model, train, data, backend) -> int:
+def _length_of(flags: "TrainFlags", info: "CheckpointInfo") -> str:
+    of_weights = f"the context of {info.path}"
+    return of_weights if flags.training.seq_len == info.model.context_length else f"{of_weights} times --rope-factor"
+
+
+def _run(name: str, flags, folder: Path, start: Path | None, info, model, train, data, backend) -> int:
     from smedjan_common import loop
     from smedjan_common.reporting.console import say
     from smedjan_common.reporting.metrics import read_rows
@@ -127,7 +135,7 @@ def _run(flags, folder: Path, start: Path | None, info, model, train, data, back
         checkpoint_every=flags.run.checkpoint_every,
         keep=flags.run.keep,
         keep_every=flags.run.keep_every,
-        checkpoint_format=flags.run.checkpoint_format,
+        checkpoint_format=_format_here(flags.run.checkpoint_format, name, say),
         flags=to_record(flags),
         **dataclasses.asdict(flags.report),
     )
@@ -135,6 +143,16 @@ def _run(flags, folder: Path, start: Path | None, info, model, train, data, back
         check_sample_prompt(flags.report.sample_prompt, data.tokenizer, model.context_length)
     say(heading(model, train, data, folder, backend.describe()))
     return loop.run(config, backend)
+
+
+def _format_here(kind: str, backend: str, say: Callable[[str], object]) -> str:
+    """The format that this backend writes in a run whose format is `kind`; config.json keeps that one for when the run goes back."""
+    from smedjan_common.config import CHECKPOINT_FORMATS
+
+    if CHECKPOINT_FORMATS[kind] in {None, backend}:
+        return kind
+    say(f"note: checkpoints are neutral from here on: {kind}, which the run asks for, is of the backend {CHECKPOINT_FORMATS[kind]}.")
+    return "neutral"
 
 
 def check_sample_prompt(prompt: str, tokenizer, context_length: int) -> None:
@@ -205,10 +223,10 @@ def _source(
 ) -> "tuple[CheckpointInfo | None, TrainFlags, RunData]":
     """The checkpoint that the run begins with, the flags completed from the run, and the data."""
     from smedjan_common.checkpoint import check_readable, read_info
-    from smedjan_common.config import CHECKPOINT_FORMATS
-    from smedjan_common.resume import recall
+    from smedjan_common.reporting.console import say
+    from smedjan_common.resume import check_recorded, check_tokenizer, is_dataset, recall
     from smedjan_common.run_data import recorded_datasets, run_data
-    from smedjan_common.run_folder import read_config
+    from smedjan_common.run_folder import CONFIG_FILE, read_config
     from smedjan_common.tokenizer import Tokenizer
 
     begin = start or (Path(flags.run.pretrained) if flags.run.pretrained else None)
@@ -217,12 +235,19 @@ def _source(
         check_readable(info, name)
     own = Tokenizer.load(info.path) if info and (info.path / "tokenizer.json").is_file() else None
     recorded = read_config(start.parent) if start else None
-    if recorded:
+    if recorded and start:
+        check_recorded(start.parent / CONFIG_FILE, recorded)
         flags = recall(flags, given, recorded.get("flags") or {})
-        if CHECKPOINT_FORMATS[flags.run.checkpoint_format] not in {None, name}:  # the run comes from another backend
-            flags = dataclasses.replace(flags, run=dataclasses.replace(flags.run, checkpoint_format="neutral"))
+    elif start and info:
+        say(f"note: {start.parent / CONFIG_FILE} is missing or not readable: flags of the run are not known, those not given are defaults.")
+        recorded = {"dataset": info.dataset if is_dataset(info.dataset) else None}
     known = recorded_datasets(start.parent, recorded) if recorded and start and not {"dataset", "val_dataset"} & given else {}
-    return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run)
+
+    def check(tokenizer: Tokenizer) -> None:
+        if info:
+            check_tokenizer(info, tokenizer)
+
+    return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run, check)
 
 
 def _model(flags: "TrainFlags", given: frozenset[str], info: "CheckpointInfo | None", start: Path | None, vocab_size: int) -> "ModelConfig":

@@ -1,5 +1,6 @@
 """What a resumed run takes from the run, what it refuses, what it tells; and that no run is ever written over."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from smedjan_common.checkpoint import read_info
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from smedjan_common.run_folder import read_config
 from tests.fakes.runs import arguments, saved_steps, train_here, tree, write_text
+from tests.unit.test_checkpoint_faults import value
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,79 @@ def test_only_broken_checkpoints_are_never_written_over(run, finished, capsys):
     assert train_here(*arguments(finished / "text.txt", run, 20)) == 2
     assert "damaged" in capsys.readouterr().err
     assert tree(run) == before
+
+
+def test_a_finished_run_without_step_checkpoints_is_never_written_over(run, finished, capsys):
+    for folder in run.glob("step-*"):
+        shutil.rmtree(folder)
+    before = tree(run)
+    assert train_here(*arguments(finished / "text.txt", run, 20)) == 2
+    assert f"--pretrained {run / 'final'}" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("newer", [("step-00000012",), ("step-00000004", "step-00000008", "step-00000012")])
+def test_a_checkpoint_of_a_newer_format_is_never_written_over(run, capsys, newer):
+    for name in newer:
+        value("format_version", 2)(run / name)
+    before = tree(run)
+    for words in ((), ("--resume", run / "step-00000008")):
+        assert train_here("--checkpoint-dir", run, "--steps", 20, *words) == 2
+        assert "Install a newer smedjan" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+def test_a_newer_format_before_the_newest_checkpoint_is_only_told(run, capsys):
+    value("format_version", 2)(run / "step-00000004")
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    assert "note: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"flags": 3},
+        {"flags": {"dataset": 5}},
+        {"flags": {"keep": "2"}},
+        {"flags": {"eval_every": None}},
+        {"flags": {"val_fraction": [0.1]}},
+        {"flags": {"checkpoint_format": "zarr"}},
+        {"dataset": 7, "flags": {}},
+        {"dataset": {"path": 3}},
+        {"dataset": {"files": [{"path": "a.bin", "weight": "x"}]}},
+        {"dataset": {"files": [{}]}},
+        {"val_dataset": [1]},
+    ],
+)
+def test_a_config_of_wrong_types_is_refused_by_name(run, capsys, changes):
+    config = run / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    before = tree(run)
+    assert train_here("--checkpoint-dir", run, "--steps", 20) == 2
+    assert f"error: {config}" in capsys.readouterr().err
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[" * 100_000, "3"])
+def test_without_config_the_checkpoint_names_the_dataset(run, capsys, content):
+    config = run / "config.json"
+    config.unlink() if content is None else config.write_text(content)
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    out = capsys.readouterr().out
+    assert f"note: {config} is missing or not readable" in out
+    assert "note: dataset" not in out
+    assert read_config(run)["dataset"]["path"].startswith("data/")
+
+
+def test_the_format_that_a_run_asks_for_is_recorded_where_another_backend_goes_on(run, capsys):
+    config = run / "config.json"
+    recorded = json.loads(config.read_text())
+    recorded["flags"]["checkpoint_format"] = "orbax"
+    config.write_text(json.dumps(recorded))
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    assert read_config(run)["flags"]["checkpoint_format"] == "orbax"
+    assert (run / "step-00000013").is_dir()
+    assert "note: checkpoints are neutral from here on" in capsys.readouterr().out
 
 
 def test_another_tokenizer_is_refused(run, finished, tmp_path, capsys):

@@ -1,0 +1,125 @@
+"""A new run from weights: whose tokenizer it may have, at which context it trains, what of the model may change."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from smedjan_common.checkpoint import read_info
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.flags import parse
+from smedjan_common.resume import check_tokenizer, pretrained_flags, pretrained_model
+from smedjan_common.rope import original_length
+from smedjan_common.tokenizer import Tokenizer
+from tests.fakes.runs import arguments, train_here, write_text
+from tests.unit.test_checkpoint_faults import value
+
+BASE = ModelConfig.build(vocab_size=300, dim=16, layers=1, heads=2, context_length=32)
+LONG = ModelConfig.build(
+    vocab_size=300, dim=16, layers=1, heads=2, context_length=128, rope_scaling="yarn", rope_factor=4.0, rope_original_len=32
+)
+SPARSE = ModelConfig.build(vocab_size=300, dim=16, layers=1, heads=2, context_length=128, mixer=("block-sparse",))
+
+
+def model_of(base, tmp_path, words):
+    flags, given = parse(words.split())
+    return pretrained_model(base, tmp_path, pretrained_flags(flags, given, base), given)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A text, a tokenizer of more tokens than the model's, and a run."""
+    folder = tmp_path_factory.mktemp("weights")
+    text = write_text(folder)
+    Tokenizer.train([text], vocab_size=320).save(folder / "larger.json")
+    assert train_here(*arguments(text, folder / "run", 2)) == 0
+    return folder
+
+
+def test_the_tokenizer_of_other_weights_is_refused_before_the_text_is_tokenised(weights, tmp_path, capsys):
+    new = tmp_path / "new"
+    words = ["--pretrained", weights / "run", "--dataset", weights / "text.txt", "--tokenizer", weights / "larger.json"]
+    assert train_here(*words, "--checkpoint-dir", new, "--steps", 2) == 2
+    err = capsys.readouterr().err
+    assert "another tokenizer" in err
+    assert read_info(weights / "run").tokenizer_hash[:16] in err
+    assert Tokenizer.load(weights / "larger.json").hash[:16] in err
+    assert not (new / "data").exists()
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume"])
+def test_more_tokens_than_weights_of_an_unknown_tokenizer_is_refused(weights, tmp_path, capsys, flag):
+    step = shutil.copytree(weights / "run" / "step-00000002", tmp_path / "step-00000002")
+    value("tokenizer_hash", None)(step)
+    words = [flag, step, "--dataset", weights / "text.txt", "--tokenizer", weights / "larger.json"]
+    assert train_here(*words, "--checkpoint-dir", tmp_path / "new", "--steps", 4) == 2
+    assert "The tokenizer has 320 tokens" in capsys.readouterr().err
+
+
+def test_the_own_tokenizer_is_taken_and_another_of_fewer_tokens_refused(weights):
+    info = read_info(weights / "run")
+    check_tokenizer(info, Tokenizer.load(info.path / "tokenizer.json"))
+    smaller = Tokenizer.train([weights / "text.txt"], vocab_size=280)
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        check_tokenizer(info, smaller)
+    check_tokenizer(dataclasses.replace(info, tokenizer_hash=None), smaller)
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "original"),
+    [
+        (BASE, "--rope-scaling yarn --rope-factor 4 --seq-len 256", 32),
+        (BASE, "--rope-scaling yarn --rope-factor 4", 32),
+        (LONG, "--seq-len 32", 32),
+        (ModelConfig(**{**vars(LONG), "rope_original_len": 0}), "--seq-len 32", 32),
+        (LONG, "--rope-original-len 16", 16),
+    ],
+)
+def test_scaled_weights_keep_the_context_they_were_trained_at(base, words, original, tmp_path):
+    model = model_of(base, tmp_path, words)
+    assert model.rope_original_len == original_length(model) == original
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "length"),
+    [
+        (BASE, "", 32),
+        (BASE, "--seq-len 64", 64),
+        (BASE, "--rope-scaling ntk --rope-factor 4", 128),
+        (LONG, "", 128),
+        (LONG, "--rope-scaling none", 128),
+    ],
+)
+def test_the_context_is_that_of_the_weights_unless_it_is_given(base, words, length):
+    flags, given = parse(words.split())
+    assert pretrained_flags(flags, given, base).training.seq_len == length
+
+
+def test_a_run_without_seq_len_trains_at_the_context_of_the_weights_and_tells(weights, tmp_path, capsys):
+    words = ["--pretrained", weights / "run", "--dataset", weights / "text.txt", "--batch-size", 4, "--steps", 1]
+    assert train_here(*words, "--checkpoint-dir", tmp_path / "new") == 0
+    info = read_info(tmp_path / "new")
+    assert (info.model.context_length, info.train.seq_len) == (16, 16)
+    assert "note: --seq-len is 16, the context of" in capsys.readouterr().out
+
+
+def test_scaling_is_taken_away_with_its_factor(tmp_path):
+    model = model_of(LONG, tmp_path, "--rope-scaling none --seq-len 32")
+    assert (model.rope_scaling, model.rope_factor, model.rope_original_len) == ("none", 1.0, 0)
+    with pytest.raises(ConfigError, match="--rope-factor 2 would do nothing"):
+        model_of(LONG, tmp_path, "--rope-scaling none --rope-factor 2")
+
+
+def test_what_changes_no_shape_may_change(tmp_path):
+    assert model_of(BASE, tmp_path, "--window 8").window == 8
+    sparse = model_of(SPARSE, tmp_path, "--block-size 16 --block-topk 2")
+    assert (sparse.block_size, sparse.block_topk) == (16, 2)
+    with pytest.raises(ConfigError, match="--window would do nothing"):
+        model_of(SPARSE, tmp_path, "--window 8")
+
+
+def test_another_model_is_shown_in_plain_words(tmp_path):
+    with pytest.raises(ConfigError, match="mixer: attention in the checkpoint, ssm now") as refused:
+        model_of(BASE, tmp_path, "--mixer ssm")
+    assert "(" not in str(refused.value)
