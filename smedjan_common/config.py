@@ -29,8 +29,16 @@ class _Json:
             if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"{cls.__name__} lacks the field {name!r}.", "The file is incomplete.", "Restore it from a good copy.")
         config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        config.validate()  # type: ignore[attr-defined]
+        config._validate_stored()
         return config
+
+    def validate(self) -> None:
+        """Raises ConfigError for what cannot work."""
+        raise NotImplementedError
+
+    def _validate_stored(self) -> None:
+        """As validate, for values that were written once, and must stay readable."""
+        self.validate()
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,14 @@ class ModelConfig(_Json):
 
     @classmethod
     def build(cls, *, vocab_size: int, dim: int, layers: int, heads: int, ffn_mult: float = DEFAULT_FFN_MULT, **changes: Any) -> Self:
-        """A model from its free choices: fills in `kv_heads` and `ffn_dim`, then validates. Raises ConfigError."""
-        if ffn_mult <= 0:
-            raise ConfigError(f"--ffn-mult {ffn_mult} is not positive.", "It is the feed-forward width over --dim.", "Take 2.67.")
+        """A new model from its free choices: fills in `kv_heads` and `ffn_dim`, then validates. Raises ConfigError."""
+        if layers > MAX_LAYERS:
+            raise ConfigError(f"--layers is {layers}.", f"It must be at most {MAX_LAYERS}.", "Take fewer layers and a larger --dim.")
         changes.setdefault("kv_heads", heads)
         changes.setdefault("ffn_dim", ffn_width(dim, ffn_mult))
         config = cls(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, **changes)
         config.validate()
+        config._check_new()
         return config
 
     @property
@@ -122,12 +131,50 @@ class ModelConfig(_Json):
         return count_params(self)
 
     def validate(self) -> None:
-        """Raises ConfigError, with the fix, for a model that cannot be built."""
+        """Raises ConfigError, with the fix, for a model that cannot be built, or whose rotary settings do nothing."""
+        from smedjan_common.mixers import MIXERS
+
+        for name, (least, most, reason) in _RANGES.items():
+            if not least < getattr(self, name) <= most:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", f"It must be {reason}.", "Leave it out for the default.")
+        if not 0 <= self.init_std < math.inf:
+            raise ConfigError(f"--init-std is {self.init_std}.", "It must be finite and over 0.", "Take 0.02.")
+        self._validate_stored()
+        if self.rope_original_len < 0:
+            raise ConfigError(f"--rope-original-len is {self.rope_original_len}.", "It counts positions.", "Leave it out for the default.")
+        if self.rope_scaling == "none" and self.rope_original_len:
+            raise ConfigError(
+                f"--rope-original-len {self.rope_original_len} would do nothing.",
+                "--rope-scaling is none.",
+                "Add --rope-scaling yarn and --rope-factor, or take --rope-original-len 0.",
+            )
+        if self.rope_scaling != "none" and not any(MIXERS[name].rope for name in self.mixer):
+            raise ConfigError(
+                f"--rope-scaling {self.rope_scaling} would do nothing.",
+                f"The model has {', '.join(dict.fromkeys(self.mixer))}; no layer turns by position.",
+                "Take --rope-scaling none (with --rope-factor 1 and --rope-original-len 0), or add --mixer attention.",
+            )
+
+    def _check_new(self) -> None:
+        """Raises ConfigError for a new model that has less than was asked for or would never learn."""
+        if self.init_std == 0:
+            raise ConfigError("--init-std is 0.", "It must be finite and over 0: equal weights never part.", "Take 0.02.")
+        for flag, names in (("--mixer", self.mixer), ("--ffn", self.ffn)):
+            if len(names) > self.layers:
+                raise ConfigError(
+                    f"{flag} names {len(names)} layers, of which the model has only {self.layers}.",
+                    f"{', '.join(names[self.layers :])} at the end of the pattern would be in no layer.",
+                    f"Take --layers {len(names)} or a shorter pattern.",
+                )
+
+    def _validate_stored(self) -> None:
+        """What a checkpoint must be, which is less: it may come from before the checks of `validate`."""
         from smedjan_common.mixers import FFNS, MIXERS
 
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "context_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
+        _check_extents(self)
         if self.dim % self.heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0 and self.dim // h % 2 == 0]
             closest = sorted(fits, key=lambda h: abs(h - self.heads))[:2]
@@ -201,6 +248,7 @@ class TrainConfig(_Json):
         for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size", "muon_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
+        _check_extents(self)
         for name in ("lr", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be a positive number.", "Take --lr 1e-3, say.")
@@ -215,7 +263,9 @@ class TrainConfig(_Json):
         weights = ("z_loss", "balance_loss", "router_z_loss", "router_bias_rate")
         for name in ("weight_decay", "clip_norm", "warmup", "seed", *weights):
             if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must not be negative.", "Take 0 to switch it off.")
+                raise ConfigError(
+                    f"{_flag(name)} is {getattr(self, name)}.", "It must be finite and not negative.", "Take 0 to switch it off."
+                )
         if self.batch_size % self.grad_accum:
             fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
@@ -259,11 +309,23 @@ LINEAR_DECAYS = ("none", "fixed", "scalar")
 LINEAR_FEATURE_MAPS = ("identity", "elu1")
 LINEAR_NORMALIZERS = ("rmsnorm", "denominator")
 ROUTERS = ("softmax", "bias")
+MAX_EXTENT = 1 << 24  # of a whole number: a checkpoint with a larger one is read as damaged (checkpoint.manifest)
+MAX_POSITION = 1 << 62  # the same of what counts steps or positions
+MAX_LAYERS = 1024  # of a new model; beyond, listing its tensors takes minutes (DeepNet, 2022, has 1000 layers)
+_UNBOUNDED = ("context_length", "rope_original_len", "steps", "seq_len", "warmup", "seed")  # up to MAX_POSITION
+_RANGES = {  # over the first, up to the second: with more, periods of NTK-aware scaling overflow float32
+    "rope_base": (1, 1e24, "over 1, up to 1e24"),
+    "rope_factor": (-math.inf, 1e6, "over 1, up to 1e6"),  # what is too small is refused with the reason, below
+    "norm_eps": (0, 1, "over 0, up to 1"),
+}
 CHECKPOINT_FORMATS = {"neutral": None, "orbax": "jax"}  # name -> the backend that alone reads it
 
 
 def ffn_width(dim: int, ffn_mult: float) -> int:
-    """Feed-forward width: dim * ffn_mult rounded up to a multiple of 256."""
+    """Feed-forward width: dim * ffn_mult rounded up to a multiple of 256. Raises ConfigError for a multiple that gives none."""
+    _check_extent("dim", dim)
+    if not 0 < ffn_mult <= MAX_EXTENT:  # nan is not
+        raise ConfigError(f"--ffn-mult is {ffn_mult}.", f"It must be over 0, up to {MAX_EXTENT}: the width over --dim.", "Take 2.67.")
     return math.ceil(dim * ffn_mult / FFN_MULTIPLE) * FFN_MULTIPLE
 
 
@@ -275,6 +337,19 @@ def default_lr(dim: int, optimizer: str = "adamw") -> float:
 def parse_pattern(text: str) -> tuple[str, ...]:
     """`ssm,ssm,attention` -> its names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _check_extents(config: _Json) -> None:
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if type(value) is int:
+            _check_extent(f.name, value)
+
+
+def _check_extent(name: str, value: int) -> None:
+    most = MAX_POSITION if name in _UNBOUNDED else MAX_EXTENT
+    if value > most:
+        raise ConfigError(f"{_flag(name)} is {value}.", f"It must be at most {most}.", "Give a smaller number.")
 
 
 def _flag(name: str) -> str:

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smedjan_common.checkpoint import manifest
 from smedjan_common.config import (
     ATTENTION,
     DTYPES,
     GRADIENT_CHECKPOINTING,
+    MAX_EXTENT,
+    MAX_POSITION,
     OPTIMIZERS,
     ROPE_SCALINGS,
     ModelConfig,
@@ -39,6 +44,18 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_scaling": "yarn"}, "--rope-factor 1 does not extend", "--rope-factor 4"),
     ({"rope_scaling": "ntk", "rope_factor": 0.5}, "--rope-factor 0.5", "--rope-factor 4"),
     ({"rope_factor": 4.0}, "--rope-factor 4 would do nothing", "--rope-scaling yarn"),
+    *[({"rope_base": value}, f"--rope-base is {value}", "default") for value in (math.nan, math.inf, -5.0, 0.0, 1.0, 1e300)],
+    *[({"rope_scaling": "yarn", "rope_factor": value}, f"--rope-factor is {value}", "default") for value in (math.nan, math.inf, 1e300)],
+    ({"rope_scaling": "yarn", "rope_factor": -4.0}, "--rope-factor -4 does not extend", "--rope-factor 4"),
+    ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": -1}, "--rope-original-len is -1", "default"),
+    ({"rope_original_len": 16}, "--rope-original-len 16 would do nothing", "--rope-scaling yarn"),
+    *[
+        ({"rope_scaling": "yarn", "rope_factor": 4.0, "kv_heads": 4, "mixer": mixer, "ssm_head_dim": 32}, "yarn would do nothing", "none")
+        for mixer in (("rwkv",), ("ssm",), ("linear",), ("gated-deltanet", "rwkv"))
+    ],
+    *[({"init_std": value}, f"--init-std is {value}", "0.02") for value in (math.nan, math.inf, -0.02)],
+    *[({"norm_eps": value}, f"--norm-eps is {value}", "default") for value in (math.nan, math.inf, -1e-5, 0.0)],
+    *[({name: 10**400}, f"--{name.replace('_', '-')} is 1000", "smaller") for name in (*MODEL, "context_length", "window", "experts")],
     ({"mixer": ()}, "--mixer is empty", "attention"),
     ({"mixer": ("attenton",)}, "--mixer 'attenton' is unknown", "attention"),
     ({"ffn": ("swigloo",)}, "'swigloo' is unknown", "swiglu"),
@@ -49,9 +66,14 @@ TRAIN_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     *[({"lr": value}, "--lr is", "--lr") for value in (0.0, -1e-3, float("nan"), float("inf"))],
     ({"eps": 0.0}, "--eps is 0.0", ""),
     *[({name: 1.5}, f"--{name.replace('_', '-')} is 1.5", "default") for name in ("beta1", "beta2", "min_lr_ratio", "decay_fraction")],
-    ({"beta1": float("nan")}, "--beta1 is nan", "default"),
+    *[
+        ({field.name: value}, f"--{field.name.replace('_', '-')} is {value}", "")
+        for field in dataclasses.fields(TrainConfig)
+        if field.type is float
+        for value in (math.nan, math.inf, -math.inf)
+    ],
+    *[({name: 10**400}, f"--{name.replace('_', '-')} is 1000", "smaller") for name in (*TRAIN, "seed", "grad_accum") if name != "lr"],
     *[({name: -1}, f"--{name.replace('_', '-')} is -1", "0") for name in ("weight_decay", "clip_norm", "warmup", "seed")],
-    ({"clip_norm": float("nan")}, "--clip-norm is nan", "0"),
     ({"batch_size": 8, "grad_accum": 3}, "--batch-size 8 does not divide into --grad-accum 3", "--grad-accum 2"),
     ({"warmup": 11}, "--warmup 11 is longer than --steps 10", "--warmup"),
     ({"lr_schedule": "cosin"}, "--lr-schedule 'cosin' is unknown", "cosine"),
@@ -99,9 +121,54 @@ def test_an_unknown_size_names_the_near_ones():
         ModelConfig.preset("medum")
 
 
-def test_a_feed_forward_without_width_is_refused():
-    with pytest.raises(ConfigError, match="--ffn-mult"):
-        ModelConfig.preset("tiny", ffn_mult=0)
+@pytest.mark.parametrize("multiple", [0, -1.0, math.nan, math.inf, -math.inf, 1e300])
+def test_a_feed_forward_without_width_is_refused(multiple: float):
+    for make in (lambda: ModelConfig.preset("tiny", ffn_mult=multiple), lambda: ffn_width(64, multiple)):
+        with pytest.raises(ConfigError, match=f"--ffn-mult is {re.escape(str(multiple))}"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "fix"),
+    [
+        ({"mixer": ("ssm", "ssm", "ssm", "attention")}, "--mixer names 4 layers, of which the model has only 2", "--layers 4"),
+        ({"ffn": ("swiglu", "swiglu", "experts"), "experts": 4}, "--ffn names 3 layers, of which the model has only 2", "--layers 3"),
+        ({"layers": 100_000_000}, "--layers is 100000000", "fewer"),
+        ({"layers": 1025}, "--layers is 1025", "fewer"),
+        ({"dim": 10**400}, "--dim is 1000", "smaller"),
+        ({"init_std": 0.0}, "--init-std is 0", "0.02"),
+    ],
+    ids=str,
+)
+def test_a_new_model_that_would_not_be_what_was_asked_for_is_refused(change: dict, what: str, fix: str):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.preset("tiny", **{"layers": 2, **change})
+    check_message(caught.value, what, fix)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": "yarn", "rope_factor": 4.0, "mixer": ["rwkv"], "kv_heads": 4},
+        {"rope_original_len": 16},
+        {"rope_base": 0.5, "mixer": ["ssm"], "ssm_head_dim": 32, "kv_heads": 4},
+        {"mixer": ["attention", "attention", "mla"]},
+        {"init_std": 0.0},
+    ],
+    ids=str,
+)
+def test_a_stored_model_with_a_setting_that_did_nothing_stays_readable(change: dict):
+    ModelConfig.from_dict({**MODEL, **change})
+
+
+def test_what_is_accepted_can_be_read_from_a_checkpoint():
+    assert (MAX_EXTENT, MAX_POSITION) == (manifest._MAX_EXTENT, manifest._MAX_STEP)
+    for config in (ModelConfig(**MODEL), TrainConfig(**TRAIN)):
+        for field in dataclasses.fields(config):
+            if field.type is int:
+                limit = manifest._MAX_STEP if field.name in manifest._UNBOUNDED else manifest._MAX_EXTENT
+                refused = refusal(dataclasses.replace(config, **{field.name: limit + 1}))
+                assert refused.what == f"--{field.name.replace('_', '-')} is {limit + 1}."
 
 
 @pytest.mark.parametrize(("config", "values"), [(ModelConfig(**MODEL), MODEL), (TrainConfig(**TRAIN), TRAIN)], ids=["model", "train"])

@@ -84,3 +84,11 @@ def test_rotation_is_a_complex_product_and_scores_depend_on_the_distance_alone()
     numbers = (query[0, 0, 0, :4] + 1j * query[0, 0, 0, 4:]) * np.exp(1j * 5 * frequencies(model))
     assert turn(query, 5) == pytest.approx(np.concatenate([numbers.real, numbers.imag]))
     assert turn(query, 9) @ turn(key, 2) == pytest.approx(turn(query, 107) @ turn(key, 100))
+
+
+@pytest.mark.parametrize("scaling", ["none", "ntk", "yarn"])
+@pytest.mark.parametrize("head_dim", [2, 4, 64])
+def test_tables_are_finite_at_the_ends_of_the_ranges(scaling: str, head_dim: int):
+    for base, factor in ((1.0000001, 1e6), (1e24, 1.0000001), (1e24, 1e6)):
+        for table in tables(config(head_dim, scaling, factor, base), 20):
+            assert np.isfinite(table).all()
