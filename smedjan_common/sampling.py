@@ -51,7 +51,7 @@ def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, posit
         scores = penalize(scores, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(scores))
-    scores = filtered(scores / sampling.temperature, sampling)
+    scores = filtered(_divided(scores, sampling.temperature), sampling)
     return int(np.argmax(scores + gumbel(len(scores), sampling.seed, position)))
 
 
@@ -103,6 +103,13 @@ def gumbel(size: int, seed: int, position: int) -> np.ndarray:
     bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(size)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))
+
+
+def _divided(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """l / t; where that overflows the largest is taken off before, so that only tokens without a chance become -inf."""
+    with np.errstate(over="ignore"):
+        divided = scores / temperature
+        return divided if np.array_equal(np.isinf(divided), np.isinf(scores)) else (scores - scores.max()) / temperature
 
 
 def _descending(scores: np.ndarray) -> np.ndarray:

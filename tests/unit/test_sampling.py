@@ -73,6 +73,18 @@ def test_temperature_0_is_the_largest_logit_whatever_the_seed(scores):
     assert {sample(scores, [], Sampling(temperature=0, seed=seed), seed) for seed in range(3)} == {int(np.argmax(scores))}
 
 
+@given(logits, st.sampled_from([5e-324, 1e-320, 1e-310, 1e-307]))
+def test_a_tiny_temperature_is_greedy_up_to_ties(scores, temperature):
+    for how in (Sampling(temperature), Sampling(temperature, top_k=5, top_p=0.9, min_p=0.1)):
+        assert scores[sample(scores, [], how, 3)] == scores.max()
+
+
+@given(logits, st.floats(1e-3, 10))
+def test_an_ordinary_temperature_divides_and_nothing_else(scores, temperature):
+    expected = int(np.argmax(scores / temperature + gumbel(len(scores), 5, 2)))
+    assert sample(scores, [], Sampling(temperature, seed=5), 2) == expected
+
+
 def test_draws_have_the_shares_of_softmax():
     scores, how = np.array([1.0, 0.0, 2.0, -1.0]), Sampling(temperature=0.5, seed=3)
     counts = np.bincount([sample(scores, [], how, position) for position in range(20000)], minlength=4)
