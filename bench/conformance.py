@@ -98,7 +98,6 @@ def measure(backends: list[str], name: str, dtype: str, deadline: float) -> dict
     """
     from smedjan_common.errors import ConfigError
     from smedjan_common.mixers import MIXERS
-    from smedjan_common.params import initial_params
     from tests.conformance import checks, subjects
     from tests.conformance.cases import CASES, CHUNK
 
