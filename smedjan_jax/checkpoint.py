@@ -7,6 +7,8 @@ smedjan_common.checkpoint.own puts checkpoint.json around it, hashes it and give
 
 import errno
 import functools
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from smedjan_common.backend import State
 from smedjan_common.errors import CheckpointError
 
 BATCH_BYTES = 256 << 20  # of arrays that `write_arrays` holds at a time
+_PATIENCE_SECONDS = 30  # for the other threads of a save that failed
 _A_DAY = 24 * 3600  # Orbax gives up after 20 minutes by default, which a slow disk may take
 
 
@@ -138,11 +141,21 @@ def _with_os_errors(function: Callable[[], Any]) -> Any:
     """Call and turn what Orbax makes of a failing disk, one of many errors with the system's own words in it, back into an OSError."""
     try:
         return function()
-    except OSError:
-        raise
     except Exception as error:
+        _await_threads()
+        if isinstance(error, OSError):
+            raise
         number = next((number for number, words in _WORDS.items() if words in str(error)), errno.EIO)
         raise OSError(number, _WORDS.get(number) or f"Orbax says {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _await_threads() -> None:
+    """Wait for Orbax's threads. The first one to fail ends the save while others still write, and create folders again that the
+    caller is about to remove."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        if type(thread).__module__.startswith("orbax.") or thread.name.startswith("asyncio_"):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 _WORDS = {

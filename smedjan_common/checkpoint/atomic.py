@@ -45,7 +45,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         if replaced:
             remove(replaced)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for seconds in (0.0, 0.05, 0.2, 1.0):  # again where a thread of the writer was still making files
+            time.sleep(seconds)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not temporary.exists():
+                break
         raise
 
 

@@ -1,5 +1,6 @@
 """Nothing that happens to a writer hurts what stands: SIGKILL at any moment, another writer, an interrupt."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -275,3 +276,22 @@ def test_final_is_whole_at_every_moment_while_it_is_replaced(tmp_path):
     while not done.is_set():
         assert (tmp_path / "final" / "model.safetensors").stat().st_size > 0
     thread.join()
+
+
+def test_a_directory_goes_although_a_thread_of_its_writer_still_makes_files_in_it(tmp_path):
+    started = threading.Event()
+
+    def keep_writing(folder: Path) -> None:
+        end = time.monotonic() + 0.15
+        while time.monotonic() < end:
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone
+                (folder / f"late-{time.monotonic_ns()}").touch()
+            started.set()
+
+    with pytest.raises(OSError, match="no more"), atomic.atomic_directory(tmp_path / "run") as temporary:
+        thread = threading.Thread(target=keep_writing, args=(temporary,))
+        thread.start()
+        started.wait()
+        raise OSError("no more")
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
