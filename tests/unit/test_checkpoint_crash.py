@@ -288,10 +288,12 @@ def test_a_directory_goes_although_a_thread_of_its_writer_still_makes_files_in_i
                 (folder / f"late-{time.monotonic_ns()}").touch()
             started.set()
 
-    with pytest.raises(OSError, match="no more"), atomic.atomic_directory(tmp_path / "run") as temporary:
-        thread = threading.Thread(target=keep_writing, args=(temporary,))
-        thread.start()
-        started.wait()
-        raise OSError("no more")
-    thread.join()
+    def write_and_fail() -> None:
+        with atomic.atomic_directory(tmp_path / "run") as temporary:
+            threading.Thread(target=keep_writing, args=(temporary,)).start()
+            started.wait()
+            raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        write_and_fail()
     assert list(tmp_path.iterdir()) == []
