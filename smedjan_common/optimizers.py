@@ -25,6 +25,7 @@ class OptimizerSpec:
 
     keeps(parameter) -> names of the arrays that are kept of a parameter that moves, float32 and of its shape.
     lr: its default peak learning rate over that of adamw. beta2, weight_decay: its defaults.
+    options: fields of TrainConfig that it reads and some other optimizer does not.
     """
 
     name: str
@@ -33,6 +34,7 @@ class OptimizerSpec:
     lr: float = 1.0
     beta2: float = 0.95
     weight_decay: float = 0.1
+    options: tuple[str, ...] = ("eps",)
 
     def slots(self, spec: "ParamSpec") -> tuple[str, ...]:
         """Names of the arrays that are kept of a parameter; none of one that never moves."""
@@ -47,10 +49,13 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     for row in (
         OptimizerSpec("adamw", "adaptive moments with decoupled weight decay", lambda spec: ("mu", "nu")),
         OptimizerSpec(
-            "muon", "orthogonalised momentum for matrices, adamw for the rest", lambda spec: ("mu",) if spec.matrix else ("mu", "nu")
+            "muon",
+            "orthogonalised momentum for matrices, adamw for the rest",
+            lambda spec: ("mu",) if spec.matrix else ("mu", "nu"),
+            options=("eps", "muon_momentum", "muon_steps", "muon_nesterov"),
         ),
         # a step of one size for every value: the authors take a third to a tenth of adamw's rate, and as much more decay
-        OptimizerSpec("lion", "sign of the momentum", lambda spec: ("mu",), lr=0.2, beta2=0.99, weight_decay=0.5),
+        OptimizerSpec("lion", "sign of the momentum", lambda spec: ("mu",), lr=0.2, beta2=0.99, weight_decay=0.5, options=()),
     )
 }
 

@@ -18,11 +18,12 @@ from smedjan_common.config import CHECKPOINT_FORMATS, ModelConfig, TrainConfig, 
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
 from smedjan_common.mesh import check_mesh, parse_mesh
-from smedjan_common.mixers import FFNS, MIXERS
 from smedjan_common.optimizers import OPTIMIZERS
+from smedjan_common.options import check_options, check_report_options, check_training_options
 from smedjan_common.presets import PRESETS
 from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.rope import original_length
+from smedjan_common.run_data import check_data_flags
 
 if TYPE_CHECKING:
     from smedjan_common.tokenizer import Tokenizer
@@ -176,24 +177,22 @@ def _feed_forward(flags: TrainFlags) -> tuple[str, ...]:
 
 def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     """Raises ConfigError for the flags of a new run that no text could make right, before its text is tokenised, which may take hours."""
+    check_data_flags(flags.data, given)
+    check_report_options(flags.report, given)
+    if flags.run.pretrained:  # pretrained_model does the rest, when the weights' model is known
+        return
     model = new_model(flags, flags.data.vocab_size)
+    train = _likely_training(flags, given, model)
+    train.check_model(model)
     check_options(model, given)
-    train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32").check_model(model)
+    check_training_options(train, model, given)
     if mesh := parse_mesh(flags.run.mesh):
         check_mesh(mesh, model, flags.training)
 
 
-def check_options(model: ModelConfig, given: frozenset[str]) -> None:
-    """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have: it would do nothing."""
-    rows = [*MIXERS.values(), *FFNS.values()]
-    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.options}
-    for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
-        owners = [row.name for row in rows if name in row.options]
-        raise ConfigError(
-            f"--{name.replace('_', '-')} would do nothing.",
-            f"The model has {', '.join(dict.fromkeys((*model.mixer, *model.ffn)))}; the option belongs to {' and '.join(owners)}.",
-            "Leave it out" + (f", or add --mixer {owners[0]}." if owners[0] in MIXERS else ", or add --experts 8."),
-        )
+def _likely_training(flags: TrainFlags, given: frozenset[str], model: ModelConfig) -> TrainConfig:
+    """How to train, the number of steps aside, which the text decides where it is not given."""
+    return train_config(flags.training, given, None, model.dim, max(1, flags.training.warmup or 1), "float32")
 
 
 def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> ModelConfig:
@@ -240,6 +239,7 @@ def pretrained_model(base: ModelConfig, path: Path, flags: TrainFlags, given: fr
         raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")
     model.validate()
     check_options(model, given)
+    check_training_options(_likely_training(flags, given, model), model, given)
     return model
 
 

@@ -56,6 +56,7 @@ def run_data(
         files, weights = tuple(TokenFile.open(path) for path, _ in shards), tuple(weight for _, weight in shards)
         train = files[0] if len(files) == 1 else Mixture(files, weights)
         tokenizer = chosen or own or _tokenizer_beside(files[0])
+        check_vocab_size(flags, given, tokenizer, f"the tokenizer of {str(files[0].path)!r}")
         val = None
     else:
         data = _from_text(flags, folder, chosen, own, dry_run)
@@ -68,6 +69,28 @@ def run_data(
     if flags.val_dataset and not dry_run:
         val = _validation(flags, folder, tokenizer)
     return RunData(train, val if val and val.num_tokens > 1 else None, tokenizer)
+
+
+def check_data_flags(flags: DataFlags, given: frozenset[str]) -> None:
+    """Raises DataError for a part of the texts to hold out that cannot be, or that nothing is held out of."""
+    if not 0 <= flags.val_fraction < 1:
+        raise DataError(f"--val-fraction is {flags.val_fraction}.", "It must be at least 0 and under 1.", "Take 0.02, say.")
+    if "val_fraction" in given and flags.val_dataset:
+        why = "--val-dataset is what is validated on, and nothing is held out of --dataset."
+        raise DataError("--val-fraction would do nothing.", why, "Give only one of the two.")
+    if "val_fraction" in given and _token_files(flags.dataset, "--dataset"):
+        why = "--dataset is tokenised already; a part is held out when texts are."
+        raise DataError("--val-fraction would do nothing.", why, "Leave it out, and give --val-dataset FILE.bin.")
+
+
+def check_vocab_size(flags: DataFlags, given: frozenset[str], tokenizer: Tokenizer, owner: str) -> None:
+    """Raises DataError for a --vocab-size that is not that of the tokenizer that is there already."""
+    if "vocab_size" in given and flags.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"--vocab-size {flags.vocab_size} does not fit {owner}, which has {tokenizer.vocab_size} tokens.",
+            "--vocab-size is for a tokenizer that is trained.",
+            "Leave it out." if owner != "--tokenizer" else "Give only one of the two.",
+        )
 
 
 def recorded_datasets(folder: Path, recorded: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -85,12 +108,7 @@ def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | No
     if flags.tokenizer is None:
         return None
     tokenizer = Tokenizer.load(flags.tokenizer)
-    if "vocab_size" in given and flags.vocab_size != tokenizer.vocab_size:
-        raise DataError(
-            f"--vocab-size {flags.vocab_size} does not fit --tokenizer, which has {tokenizer.vocab_size} tokens.",
-            "--vocab-size is for a tokenizer that is trained.",
-            "Give only one of the two.",
-        )
+    check_vocab_size(flags, given, tokenizer, "--tokenizer")
     return tokenizer
 
 

@@ -49,3 +49,11 @@ def _constant(config: TrainConfig, progress: float) -> float:
 
 
 SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "invsqrt": _invsqrt, "constant": _constant}
+# the fields of TrainConfig that a schedule reads and some other does not
+SCHEDULE_OPTIONS = {
+    "cosine": ("min_lr_ratio",),
+    "linear": ("min_lr_ratio",),
+    "wsd": ("min_lr_ratio", "decay_fraction"),
+    "invsqrt": ("min_lr_ratio",),
+    "constant": (),
+}

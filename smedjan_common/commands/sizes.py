@@ -98,7 +98,7 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str,
     else:
         found = {name: ModelConfig.preset(name, flags.vocab_size, **changes) for name in names}
     if given & {option.name for option in dataclasses.fields(MixerFlags)}:
-        from smedjan_common.resume import check_options  # imported where it is needed: it takes as long as everything else here
+        from smedjan_common.options import check_options  # imported where it is needed: it takes as long as everything else here
 
         for model in found.values():
             check_options(model, given)

@@ -64,7 +64,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     folder = checkpoint_dir(flags)
     lock.take(folder)
     start = resume.find_start(folder, flags.run.resume, say)
-    if start is None and not flags.run.pretrained:
+    if start is None:
         resume.check_flags(flags, given)
     info, flags, data = _source(name, flags, given, folder, start)
     if info and not start and "seq_len" not in given:
@@ -225,7 +225,7 @@ def _source(
     from smedjan_common.checkpoint import check_readable, read_info
     from smedjan_common.reporting.console import say
     from smedjan_common.resume import check_recorded, check_tokenizer, is_dataset, recall
-    from smedjan_common.run_data import recorded_datasets, run_data
+    from smedjan_common.run_data import check_vocab_size, recorded_datasets, run_data
     from smedjan_common.run_folder import CONFIG_FILE, read_config
     from smedjan_common.tokenizer import Tokenizer
 
@@ -246,6 +246,8 @@ def _source(
     def check(tokenizer: Tokenizer) -> None:
         if info:
             check_tokenizer(info, tokenizer)
+        if info and not start:
+            check_vocab_size(flags.data, given, tokenizer, f"the tokenizer of {info.path}")
 
     return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run, check)
 

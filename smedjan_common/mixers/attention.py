@@ -67,5 +67,6 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("qk_norm", "window"),
+    training=("attention",),
     variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
 )

@@ -55,6 +55,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("block_size", "block_topk", "qk_norm"),
+    training=("attention",),
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
     small={"block_size": 4, "block_topk": 2},
     variants={"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},

@@ -94,6 +94,9 @@ def _validate(config: ModelConfig) -> None:
         raise ConfigError(f"--router {config.router!r} is unknown.", "It must be a name of the list.", near(config.router, ROUTERS))
 
 
+# router -> the fields of TrainConfig that it reads and the other does not
+ROUTER_OPTIONS = {"softmax": ("balance_loss", "router_z_loss"), "bias": ("router_bias_rate",)}
+
 ROW = FfnSpec(
     "experts",
     "SwiGLU experts, k of them for each token, none dropped (softmax router or loss-free bias router)",

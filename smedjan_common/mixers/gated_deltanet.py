@@ -72,6 +72,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("conv_width",),
+    training=("chunk_size",),
     rope=False,
     linear=True,
     small={"norm_eps": 1e-3},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves

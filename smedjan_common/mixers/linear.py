@@ -96,6 +96,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("linear_decay", "linear_feature_map", "linear_normalizer"),
+    training=("chunk_size",),
     rope=False,
     linear=True,
     # early in a sequence o is a few v, each times a q . k of any sign; where they cancel the norm magnifies float32 rounding up to

@@ -79,5 +79,6 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("mla_kv_rank", "mla_q_rank", "mla_rope_dim"),
+    training=("attention",),
     variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
 )

@@ -105,6 +105,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("rwkv_head_dim",),
+    training=("chunk_size",),
     rope=False,
     linear=True,
     # wider random matrices (the suite's init_std is 0.15) make its low-rank gates so steep that sums in another order differ by 2e-6

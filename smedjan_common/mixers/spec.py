@@ -35,7 +35,7 @@ class MixerSpec:
     flops(config, seq_len) -> forward FLOPs per token beyond 2 * parameters, a causal pair counted once.
     state(config, batch, max_len) -> arrays of the decode state of one layer.
     validate(config) raises ConfigError.
-    options: fields of ModelConfig that it reads besides dim, heads and kv_heads.
+    options: fields of ModelConfig that it reads besides dim, heads and kv_heads. training: of TrainConfig, that other rows do not read.
     rope: turns by position. documents: can keep documents apart. linear: its cost per token does not grow with the length.
     small: ModelConfig options for the conformance suite's model (width 32, 4 heads, 17 tokens). variants: more of them, by name.
     """
@@ -50,6 +50,7 @@ class MixerSpec:
     validate: "Callable[[ModelConfig], None]"
     tolerance: Tolerance = Tolerance()
     options: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     rope: bool = True
     documents: bool = True
     linear: bool = False

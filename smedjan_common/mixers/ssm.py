@@ -96,6 +96,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     options=("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"),
+    training=("chunk_size",),
     rope=False,
     linear=True,
     small={"ssm_state": 8, "ssm_head_dim": 16},

@@ -4,15 +4,22 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import smedjan_common
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, DataError
 from smedjan_common.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
 from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.resume import check_options
+from smedjan_common.optimizers import OPTIMIZERS
+from smedjan_common.options import check_options, check_report_options
+from smedjan_common.params import ParamSpec
+from smedjan_common.reference import optim
+from smedjan_common.resume import check_flags
+from smedjan_common.run_data import check_data_flags
 from smedjan_common.run_folder import RunConfig
+from smedjan_common.schedule import SCHEDULE_OPTIONS, SCHEDULES, learning_rate
 from tests.fakes.runs import ROOT
 
 
@@ -72,3 +79,89 @@ def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(opti
     plain = ModelConfig.preset("tiny", mixer=("linear",) if owners[0].name == "attention" else ("attention",))
     with pytest.raises(ConfigError, match="would do nothing"):
         check_options(plain, frozenset({option}))
+
+
+def test_what_a_row_reads_of_the_training_is_a_flag():
+    rows = [*(row.training for row in MIXERS.values()), *(row.options for row in OPTIMIZERS.values()), *SCHEDULE_OPTIONS.values()]
+    assert {name for row in rows for name in row} <= names(TrainingFlags)
+    assert SCHEDULE_OPTIONS.keys() == SCHEDULES.keys()
+
+
+BIAS = ("--experts", "4", "--router", "bias")
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "fix"),
+    [
+        ((), ("--muon-steps", "5"), ("--optimizer", "muon")),
+        ((), ("--no-muon-nesterov",), ("--optimizer", "muon")),
+        (("--optimizer", "lion"), ("--eps", "1e-8"), ("--optimizer", "adamw")),
+        ((), ("--decay-fraction", "0.2"), ("--lr-schedule", "wsd")),
+        (("--lr-schedule", "constant"), ("--min-lr-ratio", "0.1"), ("--lr-schedule", "cosine")),
+        ((), ("--balance-loss", "0.1"), ("--experts", "4", "--router", "softmax")),
+        (BIAS, ("--router-z-loss", "0.1"), ("--router", "softmax")),
+        (("--experts", "4"), ("--router-bias-rate", "0.1"), ("--router", "bias")),
+        ((), ("--chunk-size", "32"), ("--mixer", "attention,linear")),
+        (("--mixer", "ssm"), ("--attention", "plain"), ("--mixer", "ssm,mla")),
+    ],
+)
+def test_an_option_of_training_that_nothing_would_read_is_refused_and_the_fix_helps(words, option, fix):
+    with pytest.raises(ConfigError, match=f"{option[0].replace('no-', '')} would do nothing"):
+        check_flags(*parse([*words, *option]))
+    check_flags(*parse([*words, *option, *fix]))
+    check_flags(*parse([*words]))
+
+
+MOVED = {"eps": 0.1, "muon_momentum": 0.5, "muon_steps": 2, "muon_nesterov": False, "min_lr_ratio": 0.5, "decay_fraction": 0.6}
+
+
+@pytest.mark.parametrize("option", sorted({name for row in OPTIMIZERS.values() for name in row.options}))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_reads_just_the_options_that_its_row_names(optimizer, option):
+    specs = {"a": ParamSpec("a", (4, 3), ("embed", "heads"))}
+    rng = np.random.default_rng(0)
+    params, *grads = ({"a": rng.normal(size=(4, 3))} for _ in range(3))
+
+    def after_two_steps(**changes):
+        train = TrainConfig(steps=2, batch_size=1, seq_len=8, lr=0.1, optimizer=optimizer, **changes)
+        values, state = params, optim.init(train, specs)
+        for grad in grads:
+            values, state = optim.update(train, specs, values, grad, state, 0.1)
+        return values["a"].tolist()
+
+    assert (after_two_steps() != after_two_steps(**{option: MOVED[option]})) == (option in OPTIMIZERS[optimizer].options)
+
+
+@pytest.mark.parametrize("option", sorted({name for options in SCHEDULE_OPTIONS.values() for name in options}))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_reads_just_the_options_that_its_row_names(schedule, option):
+    def rates(**changes):
+        train = TrainConfig(steps=100, batch_size=1, seq_len=8, lr=0.1, lr_schedule=schedule, **changes)
+        return [learning_rate(train, step) for step in range(100)]
+
+    assert (rates() != rates(**{option: MOVED[option]})) == (option in SCHEDULE_OPTIONS[schedule])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--val-fraction", "2", "--dataset", "a.txt"), "at least 0 and under 1"),
+        (("--val-fraction", "nan", "--dataset", "a.txt"), "at least 0 and under 1"),
+        (("--val-fraction", "0.1", "--dataset", "a.bin:0.5", "b.bin"), "would do nothing"),
+        (("--val-fraction", "0.1", "--dataset", "a.txt", "--val-dataset", "b.txt"), "would do nothing"),
+    ],
+)
+def test_a_share_to_hold_out_that_cannot_be_is_refused_before_anything_is_read(words, why):
+    flags, given = parse([*words])
+    with pytest.raises(DataError, match=why):
+        check_data_flags(flags.data, given)
+    with pytest.raises(DataError, match=why):  # a run from weights checks it as well
+        check_flags(*parse([*words, "--pretrained", "missing"]))
+
+
+@pytest.mark.parametrize("words", [("--sample-prompt", "a"), ("--sample-tokens", "9"), ("--eval-batches", "3", "--eval-every", "0")])
+def test_options_of_samples_and_validation_that_are_never_made_are_refused(words):
+    flags, given = parse([*words])
+    with pytest.raises(ConfigError, match="would do nothing"):
+        check_report_options(flags.report, given)
+    check_report_options(*(lambda flags, given: (flags.report, given))(*parse([*words, "--sample-every", "5", "--eval-every", "5"])))
