@@ -42,12 +42,8 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 def active_params(config: ModelConfig) -> int:
     """Parameters that one token meets: all of them unless a feed-forward routes."""
-    table = parameter_table(config)
-    total = sum(spec.size for spec in table.values())
-    for layer in range(config.layers):
-        stored = sum(spec.size for name, spec in table.items() if name.startswith(f"layers.{layer}.ffn."))
-        total += FFNS[config.ffn_of(layer)].active(config) - stored
-    return total
+    shared = sum(spec.size for name, spec in parameter_table(config).items() if name.split(".")[2:3] != ["ffn"])  # layers.{i}.ffn.*
+    return shared + sum(FFNS[config.ffn_of(layer)].active(config) for layer in range(config.layers))
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:

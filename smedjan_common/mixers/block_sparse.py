@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def _flops(config: ModelConfig, seq_len: int) -> int:
     """Scores and values of the pairs that are seen, half of the own block among them; and one score per query and earlier block."""
     block, blocks = config.block_size, -(-seq_len // config.block_size)
-    others = sum(min(config.block_topk - 1, earlier) for earlier in range(blocks)) / blocks
+    most = min(config.block_topk - 1, blocks)  # block j sees min(block_topk - 1, j) of the earlier ones; summed over j
+    others = (most * (most - 1) // 2 + (blocks - most) * most) / blocks
     pairs = min(block, seq_len) / 2 + others * block
     return round(4 * config.dim * pairs + 2 * config.kv_heads * config.head_dim * (blocks - 1) / 2)
 

@@ -3,10 +3,14 @@
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from smedjan_common import flops
 from smedjan_common.config import ModelConfig
 from smedjan_common.flops import PEAK_FLOPS, active_params, forward_flops_per_token, peak_flops, train_flops_per_token
-from smedjan_common.params import count_params
+from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.params import count_params, parameter_table
 
 MEDIUM = ModelConfig.preset("medium", vocab_size=8192)
 
@@ -37,6 +41,47 @@ def test_the_full_square_counts_attention_twice():
 
 def test_every_parameter_of_a_dense_model_is_active():
     assert active_params(MEDIUM) == count_params(MEDIUM)
+
+
+def test_experts_count_as_far_as_a_token_meets_them():
+    model = ModelConfig.preset("medium", vocab_size=8192, ffn=("swiglu", "experts"), experts=8)
+    table = parameter_table(model)
+    stored = [sum(spec.size for name, spec in table.items() if name.startswith(f"layers.{i}.ffn.")) for i in range(model.layers)]
+    active = sum(FFNS[model.ffn_of(layer)].active(model) - stored[layer] for layer in range(model.layers))
+    assert active_params(model) == count_params(model) + active < count_params(model)
+
+
+def test_counting_active_parameters_walks_the_table_once_however_many_layers(monkeypatch):
+    walks = []
+
+    class Table(dict):
+        def items(self):
+            walks.append("items")
+            return super().items()
+
+        def values(self):
+            walks.append("values")
+            return super().values()
+
+    monkeypatch.setattr(flops, "parameter_table", lambda config: Table(parameter_table(config)))
+    model = dataclasses.replace(MEDIUM, layers=64)
+    assert active_params(model) == count_params(model)
+    assert len(walks) == 1
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 40))
+def test_block_sparse_costs_what_a_walk_over_its_blocks_adds_up_to(seq_len: int, block: int, topk: int):
+    model = dataclasses.replace(MEDIUM, mixer=("block-sparse",), block_size=block, block_topk=topk)
+    blocks = -(-seq_len // block)
+    others = sum(min(topk - 1, earlier) for earlier in range(blocks)) / blocks
+    pairs = min(block, seq_len) / 2 + others * block
+    choice = 2 * model.kv_heads * model.head_dim * (blocks - 1) / 2
+    assert MIXERS["block-sparse"].flops(model, seq_len) == round(4 * model.dim * pairs + choice)
+
+
+def test_the_cost_of_block_sparse_is_no_walk_over_the_blocks_of_a_sequence():
+    model = dataclasses.replace(MEDIUM, mixer=("block-sparse",), block_size=1, block_topk=3)
+    assert MIXERS["block-sparse"].flops(model, 1 << 50) > 1 << 50
 
 
 @pytest.mark.parametrize(
