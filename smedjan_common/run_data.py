@@ -4,16 +4,17 @@ A .bin is a token file. Anything else is text or JSONL: it is tokenised once int
 texts and of what was done with them, so the same command finds it again and other texts never mix with it.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smedjan_common.data.mixture import Mixture
-from smedjan_common.data.sources import find
+from smedjan_common.data.sources import NAME_FIELD, REPLACE_BYTES, Source, find
 from smedjan_common.data.token_file import TokenFile, file_hash
 from smedjan_common.errors import DataError
 from smedjan_common.flags import DataFlags
@@ -22,6 +23,10 @@ from smedjan_common.run_folder import DATA
 from smedjan_common.tokenizer import Tokenizer
 
 _TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
+_FIXES = {  # what is said where `train` reads a text, instead of what is said to the commands that have the flags
+    NAME_FIELD: "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
+    REPLACE_BYTES: "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
+}
 TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
 
 
@@ -35,6 +40,18 @@ class RunData:
     text_bytes: int = 0
 
 
+@contextlib.contextmanager
+def _fixes_of_train() -> Iterator[None]:
+    """Errors of texts name no flag that only the commands before training have."""
+    try:
+        yield
+    except DataError as error:
+        if error.fix not in _FIXES:
+            raise
+        raise DataError(error.what, error.why, _FIXES[error.fix]) from error
+
+
+@_fixes_of_train()
 def run_data(
     flags: DataFlags,
     given: frozenset[str],
@@ -136,7 +153,7 @@ def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
 
 def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool) -> RunData:
     """Token files of the texts of --dataset: those made before, or new ones."""
-    found = find(flags.dataset)
+    found = _texts(flags.dataset, "--dataset")
     sources, num_bytes = [str(source.path) for source in found], sum(source.size for source in found)
     if not num_bytes:
         raise DataError(f"{', '.join(flags.dataset)}: there is no text.", "Every file is empty.", "Give a file with some text.")
@@ -151,6 +168,15 @@ def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: To
     if dry_run:
         return RunData(None, None, chosen or own, num_bytes)
     return _tokenise(sources, num_bytes, places[-1], chosen or own, flags.vocab_size, share)
+
+
+def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
+    """The files of text that the paths name. Raises DataError."""
+    found = find(paths, flag)
+    if rows := [str(source.path) for source in found if source.kind == "dataset"]:
+        fix = f"Tokenise it first ('smedjan prepare --input {rows[0]}'), and give the token file."
+        raise DataError(f"{flag} takes no {rows[0]}.", "A run knows its texts by the hashes of their files.", fix)
+    return found
 
 
 def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokenizer | None, vocab_size: int, share: float) -> RunData:
@@ -176,7 +202,7 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFi
         val = TokenFile.open(shards[0][0])
         val.check_tokenizer(tokenizer.hash)
         return val
-    sources = [str(source.path) for source in find(flags.val_dataset)]
+    sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
     place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_FILE
     if not place.with_name(f"{VAL_FILE}.json").is_file():
         from smedjan_common.data.prepare import prepare

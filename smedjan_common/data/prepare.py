@@ -315,9 +315,7 @@ def _check(val_output: str | os.PathLike | None, val_fraction: float, errors: st
 
 def _refuse_empty(writers: Sequence[TokenFileWriter], found: Sequence[Source], val_fraction: float) -> None:
     if not any(writer.num_bytes for writer in writers):
-        raise DataError(
-            "All inputs are empty.", f"{len(found)} files were read, the first {str(found[0].path)!r}.", "Give --input some text."
-        )
+        raise DataError("All inputs are empty.", f"{len(found)} files were read, the first {str(found[0].path)!r}.", "Give some text.")
     for writer, side in zip(writers, ("training", "validation"), strict=False):
         if not writer.num_bytes:
             raise DataError(f"No text is left for {side}.", f"The text is too small to hold out {val_fraction:g} of it.", "Give more text.")

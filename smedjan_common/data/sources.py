@@ -27,6 +27,9 @@ _LONGEST_WITHOUT_CUT = 64 << 20  # a text without any safe cut is cut anywhere b
 _WINDOW = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 DATASET_PREFIX = "hf:"
+# what to do, for the commands with --input; run_data.py says it anew for `train`, which has other flags
+NAME_FIELD = "Name the field or column that holds the text with --field."
+REPLACE_BYTES = "Convert the file, or replace such bytes by U+FFFD with --errors replace."
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # other names are text
 _ROWS = 1024
 
@@ -88,10 +91,11 @@ class Block:
         return len(self.lengths) if self.kind == "rows" else 1
 
 
-def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
+def find(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> list[Source]:
     """The files that `inputs` (files, directories, globs, hf:NAME[:CONFIG[:SPLIT]] for datasets) name, sorted, each once.
 
-    Raises DataError for what is not there. A directory gives all its files, hidden and binary ones left out.
+    Raises DataError, which names the `flag` of the inputs, for what is not there. A directory gives all its files, hidden and binary
+    ones left out.
     """
     found: dict[str, Source] = {}
     for given in inputs:
@@ -108,11 +112,11 @@ def find(inputs: Iterable[str | os.PathLike]) -> list[Source]:
             files = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
         if not files:
             what = f"There is no text in {name!r}." if path.exists() else f"There is no input {name!r}."
-            raise DataError(what, "", "Check the path; --input takes files, directories and quoted globs.")
+            raise DataError(what, "", f"Check the path; {flag} takes files, directories and quoted globs.")
         for file in files:
             found.setdefault(os.path.abspath(file), Source(file, kind_of(file), file.stat().st_size))
     if not found:
-        raise DataError("No input was given.", "", "Give --input with one or more files, directories or globs.")
+        raise DataError("No input was given.", "", f"Give {flag} with one or more files, directories or globs.")
     return sorted(found.values(), key=lambda source: str(source.path))
 
 
@@ -195,7 +199,7 @@ def _parquet_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
             names = file.schema_arrow.names
             if field not in names:
                 why = f"It has {', '.join(map(repr, names[:8]))}."
-                raise DataError(f"{str(source.path)!r} has no column {field!r}.", why, "Name the column that holds the text with --field.")
+                raise DataError(f"{str(source.path)!r} has no column {field!r}.", why, NAME_FIELD)
             rows = (text for batch in file.iter_batches(_ROWS, columns=[field]) for text in batch.column(0).to_pylist())
             yield from _row_blocks(str(source.path), rows, size, field)
 
@@ -221,7 +225,7 @@ def _dataset_blocks(source: Source, size: int, field: str) -> Iterator[Block]:
 def _row_text(name: str, number: int, row: dict, field: str) -> str | None:
     if field not in row:
         why = f"It has {', '.join(map(repr, list(row)[:8]))}."
-        raise DataError(f"Row {number} of {name!r} has no field {field!r}.", why, "Name the field that holds the text with --field.")
+        raise DataError(f"Row {number} of {name!r} has no field {field!r}.", why, NAME_FIELD)
     return row[field]
 
 
@@ -231,9 +235,7 @@ def _row_blocks(name: str, rows: Iterable[Any], size: int, field: str) -> Iterat
     for number, text in enumerate(rows):
         if not isinstance(text, str | None):
             why = f"It is a {type(text).__name__}."
-            raise DataError(
-                f"The field {field!r} in row {number} of {name!r} is no text.", why, "Name the field that holds the text with --field."
-            )
+            raise DataError(f"The field {field!r} in row {number} of {name!r} is no text.", why, NAME_FIELD)
         texts.append((text or "").encode("utf-8", "replace"))
         total += len(texts[-1])
         if total >= size:
@@ -323,7 +325,7 @@ def decode(block: Block, at: int, data: bytes, errors: str) -> str:
         raise DataError(
             f"{block.path!r} is not UTF-8.",
             f"Byte {block.offset + at + error.start} (0x{data[error.start]:02x}) is not part of any character.",
-            "Convert the file, or replace such bytes by U+FFFD with --errors replace.",
+            REPLACE_BYTES,
         ) from None
 
 
@@ -342,7 +344,7 @@ def json_object(block: Block, line: int, text: str, field: str) -> dict[str, Any
             if isinstance(record, dict)
             else f"It is a {type(record).__name__}."
         )
-        raise DataError(f"{where} has no text in the field {field!r}.", has, "Name the field that holds the text with --field.")
+        raise DataError(f"{where} has no text in the field {field!r}.", has, NAME_FIELD)
     return record
 
 

@@ -33,7 +33,7 @@ def train(
     expression = patterns.resolve(pattern)
     counts = count(patterns.Splitter(expression))
     if not len(counts.counts):
-        raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give --input some text.")
+        raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give some text.")
     if counts.dropped:
         warnings.warn(f"{counts.dropped} distinct words met once were left out to save memory; merges may differ a little.", stacklevel=3)
     merging = (lambda done, total: progress("merge", done, total)) if progress else None

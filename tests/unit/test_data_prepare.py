@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from smedjan_common.data.corpus import default_corpus
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
+from smedjan_common.flags import DataFlags
+from smedjan_common.run_data import run_data
 from smedjan_common.tokenizer import Tokenizer
 
 
@@ -204,6 +207,44 @@ def test_bad_input_is_refused_by_file_and_place_and_leaves_nothing(tmp_path, tok
         prepare([tmp_path / "in" / (files[0][0] if files else "no")], tmp_path / "out" / "t.bin", tokenizer)
     assert "in/" in str(caught.value)
     assert not list((tmp_path / "out").iterdir() if (tmp_path / "out").exists() else [])
+
+
+TRAIN_SAYS = {  # what is wrong with the file -> what the last sentence names under `train`
+    "missing": ["--dataset"],
+    "nothing_usable": ["--dataset"],
+    "not_utf8": ["'smedjan prepare'", "--errors replace"],
+    "no_field": ["'smedjan prepare'", "--field"],
+    "no_column": ["'smedjan prepare'", "--field"],
+    "hub": ["'smedjan prepare --input hf:nothing'"],
+    "blank": ["some text"],
+}
+
+
+@pytest.mark.parametrize("named", ["dataset", "val_dataset"])
+@pytest.mark.parametrize("name", TRAIN_SAYS)
+def test_train_names_its_own_flags_where_a_text_cannot_be_read(tmp_path, tokenizer, name, named):
+    path = tmp_path / "a.jsonl"
+    if name == "nothing_usable":
+        path.mkdir()
+        (path / "binary").write_bytes(b"\0\1")
+    elif name == "no_column":
+        pyarrow = pytest.importorskip("pyarrow")
+        path = tmp_path / "a.parquet"
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"body": ["iron"]}), path)
+    elif name in ("not_utf8", "no_field", "blank"):
+        path.write_bytes({"not_utf8": b'{"text": "\xff"}\n', "no_field": b'{"body": "b"}\n', "blank": b'{"text": ""}\n'}[name])
+    (tmp_path / "good.txt").write_text("iron and fire\n" * 100)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    bad, good = "hf:nothing" if name == "hub" else str(path), str(tmp_path / "good.txt")
+    files = {"dataset": (bad,)} if named == "dataset" else {"dataset": (good,), "val_dataset": (bad,)}
+    for chosen in (None, str(tmp_path / "tokenizer.json")):
+        flags = DataFlags(**files, val_fraction=0.0, tokenizer=chosen, vocab_size=300)
+        with pytest.raises(DataError) as caught:
+            run_data(flags, frozenset(), tmp_path / "run", None)
+        for words in TRAIN_SAYS[name]:
+            assert words.replace("--dataset", f"--{named.replace('_', '-')}") in caught.value.fix
+        if "'smedjan prepare" not in caught.value.fix:
+            assert not re.search("--(input|field|errors)", str(caught.value))
 
 
 def test_the_place_is_right_in_a_late_block_and_from_a_process(tmp_path, tokenizer):
