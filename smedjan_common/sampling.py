@@ -18,6 +18,8 @@ import numpy as np
 
 from smedjan_common.errors import ConfigError
 
+PENALTIES = (0.01, 100.0)  # the least and the most that `repetition_penalty` can be: no logit overflows
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,17 +33,18 @@ class Sampling:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raises ConfigError for a value that makes no distribution."""
+        """Raises ConfigError for a value that makes no distribution, or no number of a logit."""
+        least, most = PENALTIES
         for name, ok, fix in (
             ("temperature", 0 <= self.temperature < np.inf, "Take 0 (greedy) or more."),
             ("top_k", self.top_k >= 0, "Take 0 (all) or more."),
             ("top_p", 0 < self.top_p <= 1, "Take a number over 0, up to 1 (all)."),
             ("min_p", 0 <= self.min_p <= 1, "Take 0 (all) to 1."),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "Take 1 (none), or 1.1, say."),
+            ("repetition_penalty", least <= self.repetition_penalty <= most, f"Take {least:g} to {most:g}: 1 (none), or 1.1, say."),
             ("seed", 0 <= self.seed < 1 << 64, "Take 0 or a positive number."),
         ):
             if not ok:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That makes no distribution.", fix)
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That is out of range.", fix)
 
 
 def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, position: int) -> int:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from smedjan_common.errors import ConfigError
-from smedjan_common.sampling import Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
+from smedjan_common.sampling import PENALTIES, Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
 
 logits = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20).map(lambda x: round(x, 1)))  # rounded: with ties
 
@@ -104,16 +104,32 @@ FROZEN = [-0.14801852811660726, -0.60960147565881, 1.4367097085970417]
 WRONG = (
     ("temperature", -1.0),
     ("temperature", float("nan")),
+    ("temperature", float("inf")),
     ("top_k", -1),
     ("top_p", 0.0),
     ("top_p", 1.1),
+    ("top_p", float("nan")),
     ("min_p", 2.0),
+    ("min_p", float("nan")),
     ("repetition_penalty", 0.0),
+    ("repetition_penalty", 1e-320),
+    ("repetition_penalty", 1e300),
+    ("repetition_penalty", float("nan")),
     ("seed", -1),
 )
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_values_that_make_no_distribution_are_refused(name, value):
+def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
         Sampling(**{name: value}).validate()
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1.0, 1e308])
+def test_the_farthest_values_that_are_taken_leave_the_largest_logits_finite(penalty, temperature):
+    scores = np.array([3e38, -3e38, 0.0, 1.0], np.float32)
+    assert np.isfinite(penalize(scores.astype(np.float64), [0, 1, 2, 3], penalty)).all()
+    how = Sampling(temperature, top_p=5e-324, min_p=1.0, repetition_penalty=penalty)
+    how.validate()
+    assert sample(scores, [0, 1, 2], how, 0) == 0
