@@ -14,12 +14,14 @@ import argparse
 import importlib
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.rows import Results, Row, default_output, device_name, scrubbed
+from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.flops import active_params, peak_flops, train_flops_per_token
 from smedjan_common.mixers import experts as row
@@ -53,6 +55,8 @@ FORMS = {
 def main() -> None:
     """Measure what is missing, one row after the other."""
     args = _arguments()
+    if args.backend == "mlx":
+        openblas.preload(sys.argv[1:])
     form = FORMS[args.device or ("cpu" if device_name() == "cpu" else "gpu")]
     results = Results(args.output or default_output("experts"), KEY, form=form._asdict())
     for task in tasks(args):

@@ -13,6 +13,7 @@ import argparse
 import importlib
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from bench import corpus
 from bench.recall import TASKS, VOCAB_SIZE, stage
 from bench.rows import Results, Row, default_output, device_name, in_processes
+from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig, default_lr, parse_pattern
 from smedjan_common.mixers import MIXERS
 from smedjan_common.params import initial_params
@@ -42,6 +44,8 @@ HELD_OUT = 512  # sequences per count
 def main() -> None:
     """Train what is missing, a process per row."""
     args = _arguments()
+    if args.backend == "mlx":
+        openblas.preload(sys.argv[1:])
     if args.task:
         print(json.dumps(train(json.loads(args.task))), flush=True)
         return

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.rows import Results, Row, default_output, device_name, in_processes, scrubbed
+from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig, parse_pattern
 from smedjan_common.flops import train_flops_per_token
 from smedjan_common.mixers import MIXERS
@@ -54,6 +56,8 @@ FORMS = {
 def main() -> None:
     """Measure what is missing, a process per mixer."""
     args = _arguments()
+    if args.backend == "mlx":
+        openblas.preload(sys.argv[1:])
     if args.task:
         measure(json.loads(args.task))
         return

@@ -174,7 +174,8 @@ def length() -> str | None:
     for report in reports("mixers").values():
         rows = [row for row in report["rows"] if row["table"] == "length"]
         lengths = sorted({row["seq_len"] for row in rows})
-        stack = f"{report['layers']} layers of width {report['dim']}, {report['tokens']} tokens a step, {report['dtype']}"
+        framework = {"jax": "JAX", "mlx": "MLX"}[rows[0]["backend"]]
+        stack = f"{framework}, {report['layers']} layers of width {report['dim']}, {report['tokens']} tokens a step, {report['dtype']}"
         for field, text, shown in (("microseconds_per_token", "Microseconds", "{:.3g}"), ("bytes_per_token", "KiB", "{:.0f}")):
             scale = 1 if field == "microseconds_per_token" else 1024
             by = {(row["mixer"], row["seq_len"]): _cell(row, field, scale, shown) for row in rows}
@@ -346,6 +347,8 @@ def converts() -> str | None:
 
 
 def _cell(row: Row, field: str, scale: float, shown: str) -> str:
+    if field in row and row[field] / scale >= 1000:
+        shown = "{:,.0f}"  # three digits would be 1.23e+03
     return shown.format(row[field] / scale) if field in row else "out of memory" if "memory" in row.get("error", "").lower() else "-"
 
 

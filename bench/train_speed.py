@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 
+from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.flops import train_flops_per_token
 from smedjan_common.mesh import parse_mesh
@@ -23,6 +24,8 @@ from smedjan_common.mesh import parse_mesh
 def main() -> None:
     """Run one case and print its row as JSON; `--output` appends it to a JSON list."""
     args = _arguments()
+    if args.backend == "mlx":
+        openblas.preload(sys.argv[1:])
     model = ModelConfig.preset(args.size, vocab_size=args.vocab_size, context_length=args.seq_len)
     tokens = args.batch_size * args.seq_len
     started = time.perf_counter()

@@ -58,6 +58,6 @@ def has_cuda_build() -> bool:
 
 
 def is_program() -> bool:
-    """Whether this process was started as one of smedjan's own commands, so that it may be started again."""
+    """Whether this process was started as one of smedjan's own commands or measurements, so that it may be started again."""
     script = Path(sys.argv[0])
-    return script.name in ("smedjan", "smedjan.exe") or script.parent.name in ("smedjan_mlx", "smedjan_common")
+    return script.name in ("smedjan", "smedjan.exe") or script.parent.name in ("smedjan_mlx", "smedjan_common", "bench")

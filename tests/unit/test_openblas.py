@@ -71,3 +71,12 @@ def test_threads_that_the_user_chose_are_kept(started, monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     openblas.preload([])
     assert started[0][2]["OPENBLAS_NUM_THREADS"] == "7"
+
+
+def test_measurements_are_started_again_as_well_and_tests_are_not(started, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/tests/mixers.py"])
+    openblas.preload([])
+    assert not started
+    monkeypatch.setattr(sys, "argv", ["/x/bench/mixers.py"])
+    openblas.preload([])
+    assert started
