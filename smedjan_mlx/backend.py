@@ -6,6 +6,8 @@ as they are.
 
 import functools
 import importlib.metadata
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from smedjan_common.flops import peak_flops
 from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.optimizers import check_state
 from smedjan_common.params import require_tree
+from smedjan_common.reporting.console import size
 from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
@@ -140,6 +143,13 @@ class MlxBackend:
         return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
 
 
+def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> MlxBackend:
+    """The backend of a run. Raises ConfigError, before anything is allocated, where the machine cannot hold the scores of attention."""
+    if not on_gpu():
+        _check_scores(model, train)
+    return MlxBackend(model, train, mesh)
+
+
 class MlxDecoder:
     """Decodes one sequence. Prompts are fed in chunks whose lengths are powers of two, so few shapes are compiled."""
 
@@ -180,6 +190,28 @@ def default_dtype() -> str:
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _check_scores(model: ModelConfig, train: TrainConfig) -> None:
+    """On a CPU MLX holds all scores of attention, of mx.fast too, 3.5 times at the peak of a step (measured, one layer), and an
+    allocation that fails is no error that could be caught: the process ends with a segmentation fault."""
+    rows, memory = train.batch_size // train.grad_accum, _machine_memory()
+    pair_bytes = 3 * 4 * model.heads * rows  # of three float32 arrays [rows, heads, T, T]
+    whole = {"attention", "mla"} | ({"block-sparse"} if train.attention == "plain" else set())
+    if not whole & set(model.mixer) or pair_bytes * train.seq_len**2 <= memory:
+        return
+    fewer = "a smaller --batch-size or more --grad-accum, " if rows > 1 else ""
+    other = "--mixer linear" if whole & set(model.mixer) - {"block-sparse"} else "leave out --attention plain"
+    raise ConfigError(
+        f"--seq-len {train.seq_len} does not fit this machine with MLX on its CPU, {rows} sequence{'s' * (rows > 1)} at once.",
+        f"All scores of attention are held there: {size(pair_bytes * train.seq_len**2)} in a step, and the memory is {size(memory)}.",
+        f"Take --seq-len {math.isqrt(memory // pair_bytes)} or less, {fewer}or {other}.",
+    )
+
+
+def _machine_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _on_device(*arrays: np.ndarray | None) -> tuple[Any, ...]:

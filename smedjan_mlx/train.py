@@ -7,10 +7,10 @@ from smedjan_common.commands import train
 
 
 def load(deterministic: bool = False):
-    """Import the framework: the backend's class, and the dtype that auto means on this machine."""
-    from smedjan_mlx.backend import MlxBackend, default_dtype
+    """Import the framework: what makes the backend, and the dtype that auto means on this machine."""
+    from smedjan_mlx.backend import default_dtype, training_backend
 
-    return MlxBackend, default_dtype()
+    return training_backend, default_dtype()
 
 
 def main(argv: list[str] | None = None) -> int:

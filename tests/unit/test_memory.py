@@ -1,10 +1,12 @@
 """Memory estimates: exact where a closed form is exact (state, weights), and ordered as they must be."""
 
 import dataclasses
+import re
 
 import pytest
 
 from smedjan_common.config import DTYPES, GRADIENT_CHECKPOINTING, ModelConfig, TrainConfig
+from smedjan_common.errors import ConfigError
 from smedjan_common.memory import activation_values_per_token, inference_bytes, state_bytes, training_bytes
 from smedjan_common.params import count_params, parameter_table
 from smedjan_common.presets import PRESETS
@@ -47,3 +49,50 @@ def test_gradient_checkpointing_accumulation_and_narrow_types_save_memory(size: 
     assert training_bytes(model, dataclasses.replace(TRAIN, grad_accum=8)) < training_bytes(model, TRAIN)
     kept = [activation_values_per_token(model, name) for name in GRADIENT_CHECKPOINTING]
     assert kept[2] < kept[0]
+
+
+@pytest.fixture
+def mlx_backend(monkeypatch):
+    """MLX's module on a CPU of 1 GiB."""
+    pytest.importorskip("mlx.core")
+    from smedjan_mlx import backend
+
+    monkeypatch.setattr(backend, "on_gpu", lambda: False)
+    monkeypatch.setattr(backend, "_machine_memory", lambda: 1 << 30)
+    return backend
+
+
+SCORES = ModelConfig(vocab_size=64, dim=32, layers=2, heads=4, kv_heads=4, ffn_dim=32, context_length=1 << 20)
+LONG = TrainConfig(steps=1, batch_size=4, seq_len=8192, lr=1e-3, dtype="float32")  # 12 GiB of scores
+
+
+@pytest.mark.parametrize(
+    ("mixer", "attention"),
+    [("attention", "auto"), ("attention", "plain"), ("mla", "auto"), ("linear attention", "auto"), ("block-sparse", "plain")],
+)
+def test_scores_that_a_cpu_cannot_hold_are_refused_before_anything_is_allocated_and_the_fix_helps(mlx_backend, mixer, attention):
+    model, train = dataclasses.replace(SCORES, mixer=tuple(mixer.split())), dataclasses.replace(LONG, attention=attention)
+    with pytest.raises(ConfigError, match=r"4 sequences at once.*12\.0 GiB") as caught:
+        mlx_backend.training_backend(model, train)
+    assert ("--attention plain" in caught.value.fix) == (mixer == "block-sparse")
+    found = re.search(r"--seq-len (\d+) or less", caught.value.fix)
+    assert found
+    longest = dataclasses.replace(train, seq_len=int(found[1]))
+    mlx_backend.training_backend(model, longest)
+    with pytest.raises(ConfigError):
+        mlx_backend.training_backend(model, dataclasses.replace(longest, seq_len=longest.seq_len + 1))
+    mlx_backend.training_backend(model, dataclasses.replace(longest, seq_len=longest.seq_len * 2 - 2, grad_accum=4))
+
+
+def test_only_training_that_holds_all_scores_on_a_cpu_is_refused(mlx_backend, monkeypatch):
+    for mixer in ("linear", "block-sparse"):
+        mlx_backend.training_backend(dataclasses.replace(SCORES, mixer=(mixer,)), LONG)
+    mlx_backend.MlxBackend(SCORES, LONG)  # decodes, wherever the model was trained
+    monkeypatch.setattr(mlx_backend, "on_gpu", lambda: True)
+    mlx_backend.training_backend(SCORES, LONG)
+
+
+def test_training_with_mlx_asks_for_the_backend_that_refuses(mlx_backend):
+    from smedjan_mlx.train import load
+
+    assert load()[0] is mlx_backend.training_backend
