@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from smedjan_common.data.corpus import default_corpus
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.bpe import Merges
 from smedjan_common.tokenizer.encoder import Encoder
 from smedjan_common.tokenizer.fast_split import RULES, word_starts
 from smedjan_common.tokenizer.patterns import PATTERNS, Splitter, ascii_twin, last_safe_cut, safe_cut
@@ -102,10 +103,12 @@ def test_any_text_encodes_as_tiktoken_does_and_round_trips(default_tokenizer, te
 
 @given(words=st.lists(st.text(st.sampled_from("abcdefg é日 "), min_size=1, max_size=64).map(lambda text: text.encode()[:64]), max_size=80))
 @settings(max_examples=60, deadline=None)
-def test_the_three_ways_to_encode_a_word_agree(default_tokenizer, words):
+def test_the_four_ways_to_encode_a_word_agree(default_tokenizer, words):
     merges = default_tokenizer._merges
     expected = [merges.encode_plain(word) for word in words]
     assert [merges.encode_long(word) for word in words] == expected
+    assert merges.in_order
+    assert [merges.encode_longest(word) for word in words] == expected
     packed = np.frombuffer(b"".join(words), np.uint8), np.array(list(map(len, words)), np.int64)
     flat, lengths = merges.encode_many(*packed)
     assert lengths.tolist() == [len(word) for word in expected]
@@ -114,10 +117,44 @@ def test_the_three_ways_to_encode_a_word_agree(default_tokenizer, words):
     assert ids.tolist() == merges.ids[flat].tolist()
 
 
+def merges_of(pairs: list[tuple[bytes, bytes]]) -> Merges:
+    """Merges of pairs of tokens, each the result of some other pair or one byte; equal results are one symbol."""
+    tokens = [bytes([byte]) for byte in range(256)] + list(dict.fromkeys(left + right for left, right in pairs))
+    symbol = {token: number for number, token in reversed(list(enumerate(tokens)))}
+    numbers = [(symbol[left], symbol[right]) for left, right in pairs]
+    return Merges(numbers, [symbol[left + right] for left, right in pairs], np.arange(len(tokens), dtype=np.int32))
+
+
+@st.composite
+def pairs_of_tokens(draw):
+    tokens, pairs = [b"a", b"b"], []
+    for _ in range(draw(st.integers(1, 12))):
+        pairs.append((draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))))
+        tokens.append(b"".join(pairs[-1]))
+    return draw(st.permutations(pairs)) if draw(st.booleans()) else pairs
+
+
+@given(pairs_of_tokens(), st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_long_words_are_encoded_by_the_definition_whatever_the_merges_and_their_order(pairs, start, again):
+    merges, word = merges_of(pairs), (start + again * (300 // len(again) + 1)).encode()
+    expected = merges.encode_plain(word)
+    assert merges.encode_long(word) == merges.encode_word(word) == expected
+    if merges.in_order:
+        assert merges.encode_longest(word) == expected
+
+
+def test_merges_out_of_order_are_not_merged_rank_by_rank():
+    merges, word = merges_of([(b"ab", b"a"), (b"a", b"b")]), b"ab" * 200
+    assert not merges.in_order
+    assert merges.encode_longest(word) != merges.encode_plain(word) == merges.encode_word(word)
+
+
 def test_random_bytes_round_trip_through_decode_bytes(default_tokenizer):
     draw = random.Random(0)
     data = draw.randbytes(20000)
     symbols = default_tokenizer._merges.encode_long(data)
+    assert default_tokenizer._merges.encode_longest(data) == symbols
     assert default_tokenizer.decode_bytes(default_tokenizer._merges.ids[symbols]) == data
 
 
