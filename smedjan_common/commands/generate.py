@@ -72,6 +72,7 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
+    from smedjan_common.errors import ConfigError
     from smedjan_common.generate import Generation
     from smedjan_common.sampling import Sampling
     from smedjan_common.signals import interrupt_ends_at_once
@@ -79,6 +80,8 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     check_backend(name, flags.backend)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
     sampling.validate()
+    if flags.max_tokens < 0:
+        raise ConfigError(f"--max-tokens is {flags.max_tokens}.", "It must be at least 0.", "Leave it out for the default.")
     prompt = _prompt(flags)
     info, tokenizer = _open(flags.checkpoint)
     check_readable(info, name)
@@ -86,7 +89,7 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     with interrupt_ends_at_once():
         make_backend, auto = load()
     backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
-    length = min(len(ids) + max(flags.max_tokens, 0), info.model.context_length)
+    length = min(len(ids) + flags.max_tokens, info.model.context_length)
     decoder = backend.decoder(read_weights(info, backend.own), length)
     generation = Generation(decoder, tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop)
     _write(prompt if flags.echo else "", generation)

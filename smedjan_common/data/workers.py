@@ -124,7 +124,11 @@ def _receive(process: subprocess.Popen) -> Any:
     try:
         kind, value = pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
-        raise MemoryError("A worker process ended early; the machine may have run out of memory. Try fewer --workers.") from None
+        why, fix = (
+            "A worker process ended early.",
+            "Close other programs, or take fewer --workers; smedjan train has them in smedjan prepare.",
+        )
+        raise MemoryError(why, fix) from None
     if kind == "refused":
         name, sentences = value
         raise getattr(errors, name)(*sentences)

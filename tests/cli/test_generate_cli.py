@@ -66,6 +66,7 @@ def test_no_prompt_begins_a_document(run, capsys):
         (("--prompt", "long " * 50), "context of 16"),
         (("--temperature", "-1"), "--temperature"),
         (("--top-p", "0"), "--top-p"),
+        (("--max-tokens=-5",), "--max-tokens is -5"),
         (("--prompt", "a", "--prompt-file", "b"), "--prompt-file"),
         (("--prompt-file", "missing.txt"), "missing.txt"),
         (("--dtype", "float8"), "--dtype"),
