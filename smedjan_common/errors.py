@@ -65,9 +65,7 @@ def run_command(function: Callable[[], int | None]) -> int:
     except SmedjanError as error:
         return _report(error, error.exit_code, error.what, error.why, error.fix)
     except MemoryError as error:
-        why, fix = (
-            error.args if len(error.args) == 2 else (str(error), "Take what needs less: for training a smaller --batch-size or --size.")
-        )
+        why, fix = error.args if len(error.args) == 2 else (str(error), "Take less at once: in training a smaller --batch-size or --size.")
         return _report(error, 3, "The machine ran out of memory.", why, fix)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         return 0

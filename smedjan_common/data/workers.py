@@ -124,11 +124,8 @@ def _receive(process: subprocess.Popen) -> Any:
     try:
         kind, value = pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
-        why, fix = (
-            "A worker process ended early.",
-            "Close other programs, or take fewer --workers; smedjan train has them in smedjan prepare.",
-        )
-        raise MemoryError(why, fix) from None
+        fix = "Close other programs, or take fewer --workers; for smedjan train, in smedjan prepare."
+        raise MemoryError("A worker process ended early.", fix) from None
     if kind == "refused":
         name, sentences = value
         raise getattr(errors, name)(*sentences)
