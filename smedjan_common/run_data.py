@@ -92,12 +92,21 @@ def check_data_flags(flags: DataFlags, given: frozenset[str]) -> None:
     """Raises DataError for a part of the texts to hold out that cannot be, or that nothing is held out of."""
     if not 0 <= flags.val_fraction < 1:
         raise DataError(f"--val-fraction is {flags.val_fraction}.", "It must be at least 0 and under 1.", "Take 0.02, say.")
+    if not flags.val_fraction:
+        return
     if "val_fraction" in given and flags.val_dataset:
         why = "--val-dataset is what is validated on, and nothing is held out of --dataset."
         raise DataError("--val-fraction would do nothing.", why, "Give only one of the two.")
     if "val_fraction" in given and _token_files(flags.dataset, "--dataset"):
         why = "--dataset is tokenised already; a part is held out when texts are."
         raise DataError("--val-fraction would do nothing.", why, "Leave it out, and give --val-dataset FILE.bin.")
+
+
+def check_same_share(flags: DataFlags, given: frozenset[str], recorded: dict[str, Any]) -> None:
+    """Raises DataError for another part to hold out in a run that goes on with the token files it has."""
+    if "val_fraction" in given and flags.val_fraction != recorded.get("val_fraction"):
+        why = "The run goes on with its token files, of which a part was held out when they were made."
+        raise DataError("--val-fraction would do nothing.", why, "Leave it out, or give --val-dataset FILE.")
 
 
 def check_vocab_size(flags: DataFlags, given: frozenset[str], tokenizer: Tokenizer, owner: str) -> None:

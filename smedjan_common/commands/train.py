@@ -225,7 +225,7 @@ def _source(
     from smedjan_common.checkpoint import check_readable, read_info
     from smedjan_common.reporting.console import say
     from smedjan_common.resume import check_recorded, check_tokenizer, is_dataset, recall
-    from smedjan_common.run_data import check_vocab_size, recorded_datasets, run_data
+    from smedjan_common.run_data import check_same_share, check_vocab_size, recorded_datasets, run_data
     from smedjan_common.run_folder import CONFIG_FILE, read_config
     from smedjan_common.tokenizer import Tokenizer
 
@@ -241,7 +241,11 @@ def _source(
     elif start and info:
         say(f"note: {start.parent / CONFIG_FILE} is missing or not readable: flags of the run are not known, those not given are defaults.")
         recorded = {"dataset": info.dataset if is_dataset(info.dataset) else None}
-    known = recorded_datasets(start.parent, recorded) if recorded and start and not {"dataset", "val_dataset"} & given else {}
+    known = recorded_datasets(start.parent, recorded) if recorded and start and "dataset" not in given else {}
+    if known and recorded:
+        check_same_share(flags.data, given, recorded.get("flags") or {})
+    if "val_dataset" in given:
+        known.pop("val_dataset", None)
 
     def check(tokenizer: Tokenizer) -> None:
         if info:

@@ -69,6 +69,24 @@ def test_another_text_with_the_same_tokenizer_is_told(run, tmp_path, capsys):
     assert "note: dataset:" in capsys.readouterr().out
 
 
+def test_another_validation_leaves_what_is_trained_on_as_it_was(run, tmp_path, capsys):
+    before = read_config(run)["dataset"]
+    other = tmp_path / "other.txt"
+    other.write_text("a quite different text, and a short one, on other cats\n" * 60)
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-dataset", other) == 0
+    assert "note: dataset:" not in capsys.readouterr().out
+    assert read_config(run)["dataset"] == before
+    assert read_config(run)["val_dataset"]["hash"] != before["hash"]
+
+
+def test_another_part_to_hold_out_is_refused_where_token_files_stand(run, capsys):
+    before = tree(run)
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-fraction", 0.3) == 2
+    assert "--val-fraction would do nothing" in capsys.readouterr().err
+    assert tree(run) == before
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-fraction", 0.1) == 0
+
+
 def test_never_refuses_a_folder_with_a_run(run, finished, capsys):
     before = tree(run)
     assert train_here(*arguments(finished / "text.txt", run, 20, "--resume", "never")) == 2
