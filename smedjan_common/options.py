@@ -1,6 +1,7 @@
 """Options that nothing would read are refused, as whoever gives one expects that it counts. What reads which stands in the tables: the
 rows of mixers and feed-forwards, optimizers, schedules.
 
+A value that says that there shall be none of it (--experts 0, --no-qk-norm, --attention auto) is what a run without it does.
 Only new runs are checked: a run goes on with the command that started it.
 """
 
@@ -16,11 +17,16 @@ from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.schedule import SCHEDULE_OPTIONS
 
 
+_NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
+
+
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:
     """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have."""
     rows = [*MIXERS.values(), *FFNS.values()]
     read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.options}
     for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
+        if not getattr(model, name):
+            continue
         owners = [row.name for row in rows if name in row.options]
         raise ConfigError(
             f"{_flag(name)} would do nothing.",
@@ -35,6 +41,8 @@ def check_training_options(train: TrainConfig, model: ModelConfig, given: frozen
     owned = {name for _, names, _ in rows for name in names}
     read = {name for _, names, chosen in rows if chosen for name in names}
     for name in sorted(given & owned - read):
+        if getattr(train, name) == _NONE_OF_IT.get(name):
+            continue
         owners = [row for row, names, _ in rows if name in names]
         raise ConfigError(
             f"{_flag(name)} would do nothing.",

@@ -78,7 +78,22 @@ def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(opti
     assert owners, "a row must say that it reads it"
     plain = ModelConfig.preset("tiny", mixer=("linear",) if owners[0].name == "attention" else ("attention",))
     with pytest.raises(ConfigError, match="would do nothing"):
-        check_options(plain, frozenset({option}))
+        check_options(dataclasses.replace(plain, **{option: 7}), frozenset({option}))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--experts", "0", "--shared-experts", "0", "--balance-loss", "0", "--router-z-loss", "0"),
+        ("--mixer", "ssm", "--window", "0", "--no-qk-norm", "--attention", "auto"),
+        ("--experts", "4", "--router", "bias", "--balance-loss", "0"),
+        ("--experts", "4", "--router-bias-rate", "0"),
+        ("--dataset", "a.bin", "--val-fraction", "0"),
+        ("--dataset", "a.txt", "--val-dataset", "b.txt", "--val-fraction", "0"),
+    ],
+)
+def test_an_option_that_asks_for_none_of_what_a_run_lacks_is_taken(words):
+    check_flags(*parse([*words]))
 
 
 def test_what_a_row_reads_of_the_training_is_a_flag():
