@@ -59,9 +59,9 @@ def _is_run(path: Path) -> bool:
             return False
         if step_directories(path) or (standing(path / FINAL) / MANIFEST).exists():
             return True
-    raise CheckpointError(
-        f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", "Check the path, or train first."
-    )
+        foreign = any(path.glob("*.safetensors"))
+    fix = f"Convert it first: smedjan convert {path} DST --to neutral." if foreign else "Check the path, or train first."
+    raise CheckpointError(f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", fix)
 
 
 def _no_directory(path: Path) -> CheckpointError:

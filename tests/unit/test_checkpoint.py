@@ -310,6 +310,9 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(wrong)
+    (tmp_path / "model.safetensors").touch()  # of Hugging Face, say
+    with pytest.raises(CheckpointError, match="smedjan convert .* --to neutral"):
+        read_checkpoint(tmp_path)
 
 
 def test_a_path_can_be_given_from_inside(tmp_path, monkeypatch):
