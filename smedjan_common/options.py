@@ -16,7 +16,6 @@ from smedjan_common.mixers.experts import ROUTER_OPTIONS
 from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.schedule import SCHEDULE_OPTIONS
 
-
 _NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
 
 

@@ -311,7 +311,7 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(wrong)
     (tmp_path / "model.safetensors").touch()  # of Hugging Face, say
-    with pytest.raises(CheckpointError, match="smedjan convert .* --to neutral"):
+    with pytest.raises(CheckpointError, match=r"smedjan convert .* --to neutral"):
         read_checkpoint(tmp_path)
 
 
