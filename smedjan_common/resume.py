@@ -206,7 +206,7 @@ def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> M
     changes |= {name: values[name] for name in names & given if values.get(name) is not None}
     if "mixer" in given:
         changes["mixer"] = parse_pattern(model.mixer)
-    if {"ffn", "experts"} & given:
+    if "ffn" in given or ("experts" in given and bool(flags.mixers.experts) != ("experts" in base.ffn)):
         changes["ffn"] = _feed_forward(flags)
     if "ffn_mult" in given and model.ffn_mult is not None:
         changes["ffn_dim"] = ffn_width(changes.get("dim", base.dim), model.ffn_mult)

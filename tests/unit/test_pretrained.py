@@ -119,6 +119,16 @@ def test_what_changes_no_shape_may_change(tmp_path):
         model_of(SPARSE, tmp_path, "--window 8")
 
 
+def test_the_number_of_experts_alone_leaves_their_pattern(tmp_path):
+    routed = dataclasses.replace(BASE, layers=2, ffn=("swiglu", "experts"), experts=4)
+    assert model_of(routed, tmp_path, "--experts 4") == routed
+    for words in ("--experts 0", "--experts 8", "--ffn experts --experts 4"):
+        with pytest.raises(ConfigError, match="of another model"):
+            model_of(routed, tmp_path, words)
+    with pytest.raises(ConfigError, match="ffn: swiglu in the checkpoint, experts now"):
+        model_of(BASE, tmp_path, "--experts 4")
+
+
 def test_another_model_is_shown_in_plain_words(tmp_path):
     with pytest.raises(ConfigError, match="mixer: attention in the checkpoint, ssm now") as refused:
         model_of(BASE, tmp_path, "--mixer ssm")
