@@ -20,10 +20,10 @@ from smedjan_common.flags import GROUPS, TrainFlags, TrainingFlags
 from smedjan_common.mesh import check_mesh, parse_mesh
 from smedjan_common.optimizers import OPTIMIZERS
 from smedjan_common.options import check_options, check_report_options, check_training_options
-from smedjan_common.presets import PRESETS
+from smedjan_common.presets import PRESETS, VOCAB_MULTIPLE
 from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.rope import original_length
-from smedjan_common.run_data import check_data_flags
+from smedjan_common.run_data import check_data_flags, trains_tokenizer
 
 if TYPE_CHECKING:
     from smedjan_common.tokenizer import Tokenizer
@@ -187,7 +187,8 @@ def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     check_options(model, given)
     check_training_options(train, model, given)
     if mesh := parse_mesh(flags.run.mesh):
-        check_mesh(mesh, model, flags.training)
+        fits = VOCAB_MULTIPLE * mesh.tensor  # a tokenizer that is there already is not read yet
+        check_mesh(mesh, model if trains_tokenizer(flags.data) else dataclasses.replace(model, vocab_size=fits), flags.training)
 
 
 def _likely_training(flags: TrainFlags, given: frozenset[str], model: ModelConfig) -> TrainConfig:

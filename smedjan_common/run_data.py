@@ -102,6 +102,11 @@ def check_data_flags(flags: DataFlags, given: frozenset[str]) -> None:
         raise DataError("--val-fraction would do nothing.", why, "Leave it out, and give --val-dataset FILE.bin.")
 
 
+def trains_tokenizer(flags: DataFlags) -> bool:
+    """Whether a new run has no tokenizer yet, so that --vocab-size says how many tokens there will be."""
+    return flags.tokenizer is None and not _token_files(flags.dataset, "--dataset")
+
+
 def check_same_share(flags: DataFlags, given: frozenset[str], recorded: dict[str, Any]) -> None:
     """Raises DataError for another part to hold out in a run that goes on with the token files it has."""
     if "val_fraction" in given and flags.val_fraction != recorded.get("val_fraction"):

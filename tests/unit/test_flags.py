@@ -96,6 +96,12 @@ def test_an_option_that_asks_for_none_of_what_a_run_lacks_is_taken(words):
     check_flags(*parse([*words]))
 
 
+def test_a_rotary_base_is_refused_where_no_layer_turns():
+    with pytest.raises(ConfigError, match="--rope-base would do nothing"):
+        check_flags(*parse(["--mixer", "ssm", "--rope-base", "500000"]))
+    check_flags(*parse(["--mixer", "ssm,mla", "--rope-base", "500000"]))
+
+
 def test_what_a_row_reads_of_the_training_is_a_flag():
     rows = [*(row.training for row in MIXERS.values()), *(row.options for row in OPTIMIZERS.values()), *SCHEDULE_OPTIONS.values()]
     assert {name for row in rows for name in row} <= names(TrainingFlags)

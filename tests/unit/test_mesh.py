@@ -11,10 +11,12 @@ from smedjan_common.backend import Device
 from smedjan_common.commands import train
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.flags import parse
 from smedjan_common.memory import training_bytes
 from smedjan_common.mesh import ONE_DEVICE, RULES, MeshShape, check_mesh, mesh_axes, parse_mesh
 from smedjan_common.params import ParamSpec, count_params, parameter_table
 from smedjan_common.reporting.plan import heading
+from smedjan_common.resume import check_flags
 from smedjan_common.run_data import RunData
 from tests.fakes.runs import ROOT, arguments, train_here, write_text
 
@@ -105,6 +107,14 @@ def test_the_heading_names_the_mesh_and_devices_that_are_not_used():
     assert first_line(1, "data=1", 1) == "device   jax on H100 (gpu), float32"
     assert first_line(4, "data=2,fsdp=2", 4) == "device   jax on 4 x H100 (gpu), float32, mesh data=2,fsdp=2"
     assert first_line(1, "data=1", 2).endswith("1 of 2 devices, --mesh data=2 takes all")
+
+
+def test_a_vocabulary_that_is_not_known_yet_refuses_no_mesh():
+    words = "--size custom --dim 192 --layers 1 --heads 3 --batch-size 3 --mesh tensor=3".split()
+    for known in (["--dataset", "a.bin"], ["--dataset", "a.txt", "--tokenizer", "tokenizer.json"], ["--vocab-size", "384"]):
+        check_flags(*parse([*words, *known]))
+    with pytest.raises(ConfigError, match=r"embed\.weight, which is 8192"):
+        check_flags(*parse([*words, "--dataset", "a.txt"]))
 
 
 @pytest.mark.parametrize(
