@@ -39,6 +39,9 @@ def hash_of(path: str) -> str:
     from smedjan_common.data.token_file import TokenFile, file_hash, manifest_path
     from smedjan_common.tokenizer import Tokenizer
 
+    if Path(path).is_dir():
+        fix = "Name the files in it; `smedjan info PATH --verify` compares those of a checkpoint with their hashes."
+        raise errors.DataError(f"{path!r} is a directory.", "A hash is that of a file.", fix)
     if manifest_path(Path(path)).is_file():
         file = TokenFile.open(path)
         file.verify()

@@ -58,6 +58,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
 
     check_backend(name, flags.run.backend)
     check_counts(flags)
+    check_names(flags)
     check_format(flags.run.checkpoint_format, name)
     mesh = parse_mesh(flags.run.mesh)
     check_mesh_of(name, mesh)
@@ -177,6 +178,17 @@ def check_counts(flags: "TrainFlags") -> None:
             if counts[name] < least:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
+
+
+def check_names(flags: "TrainFlags") -> None:
+    """Raises ConfigError for an empty name, which would stand for the current directory or for nothing."""
+    from smedjan_common.errors import ConfigError
+
+    given = {**vars(flags.data), **vars(flags.run), "ffn": flags.model.ffn}
+    for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn"):
+        if given[name] == "" or (isinstance(given[name], tuple) and "" in given[name]):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is empty.", "A variable of the shell that is not set gives that.", f"Give {flag} a value.")
 
 
 def check_documents(data: "RunData") -> None:
