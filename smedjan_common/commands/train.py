@@ -181,7 +181,7 @@ def check_counts(flags: "TrainFlags") -> None:
 
 
 def check_names(flags: "TrainFlags") -> None:
-    """Raises ConfigError for an empty name, which would stand for the current directory or for nothing."""
+    """Raises ConfigError for an empty name, which would stand for the current directory or for nothing, and for two beginnings."""
     from smedjan_common.errors import ConfigError
 
     given = {**vars(flags.data), **vars(flags.run), "ffn": flags.model.ffn}
@@ -189,6 +189,9 @@ def check_names(flags: "TrainFlags") -> None:
         if given[name] == "" or (isinstance(given[name], tuple) and "" in given[name]):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is empty.", "A variable of the shell that is not set gives that.", f"Give {flag} a value.")
+    if flags.run.pretrained and flags.run.resume not in ("auto", "never"):
+        why = "The one goes on with a run, the other starts a new one."
+        raise ConfigError("--resume PATH and --pretrained are both given.", why, "Give one of them.")
 
 
 def check_documents(data: "RunData") -> None:

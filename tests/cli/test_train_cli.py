@@ -179,6 +179,7 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
         (("--dataset", "text.txt", "--tokenizer", "nowhere.json"), "nowhere.json"),
         (("--dataset", "text.txt", "--pretrained", ""), "--pretrained is empty"),
         (("--dataset", ""), "--dataset is empty"),
+        (("--dataset", "text.txt", "--resume", "a/step-00000001", "--pretrained", "b"), "both given"),
         (("--dataset", "text.txt", "--checkpoint-dir", "text.txt/run"), "text.txt"),
         (("--dataset", "text.txt", "--backend", "mxl"), "mlx"),
         (("--dataset", "text.txt", "--sample-every", "5", "--sample-prompt", "word " * 600), "--sample-prompt"),
