@@ -263,9 +263,8 @@ class TrainConfig(_Json):
         weights = ("z_loss", "balance_loss", "router_z_loss", "router_bias_rate")
         for name in ("weight_decay", "clip_norm", "warmup", "seed", *weights):
             if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
-                raise ConfigError(
-                    f"{_flag(name)} is {getattr(self, name)}.", "It must be finite and not negative.", "Take 0 to switch it off."
-                )
+                fix = "Take 0 or more." if name == "seed" else "Take 0 to switch it off."
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}.", "It must be finite and not negative.", fix)
         if self.batch_size % self.grad_accum:
             fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(

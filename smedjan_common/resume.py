@@ -219,8 +219,9 @@ def pretrained_flags(flags: TrainFlags, given: frozenset[str], base: ModelConfig
     if "seq_len" in given:
         return flags
     seq_len, factor = base.context_length, flags.model.rope_factor
-    if base.rope_scaling == "none" and flags.model.rope_scaling != "none" and 1 < factor < math.inf:  # another factor is refused later
-        seq_len = round(seq_len * factor)
+    extends = flags.model.rope_scaling != "none" if base.rope_scaling == "none" else "rope_factor" in given
+    if extends and 1 < factor < math.inf:  # another factor is refused later
+        seq_len = round(original_length(base) * factor)
     return dataclasses.replace(flags, training=dataclasses.replace(flags.training, seq_len=seq_len))
 
 

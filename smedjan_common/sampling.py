@@ -41,7 +41,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "Take a number over 0, up to 1 (all)."),
             ("min_p", 0 <= self.min_p <= 1, "Take 0 (all) to 1."),
             ("repetition_penalty", least <= self.repetition_penalty <= most, f"Take {least:g} to {most:g}: 1 (none), or 1.1, say."),
-            ("seed", 0 <= self.seed < 1 << 64, "Take 0 or a positive number."),
+            ("seed", 0 <= self.seed < 1 << 64, "Take a whole number from 0 to 2**64 - 1."),
         ):
             if not ok:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That is out of range.", fix)

@@ -97,7 +97,7 @@ def _run(path: Path, verify: bool) -> Facts:
     from smedjan_common.run_folder import read_config
 
     found, broken = _checkpoints(path, verify)
-    config = read_config(path) or {}
+    config = read_config(path) or (_as_config(found[-1].path) if found else {})
     rows = read_rows(path)
     trained, checks = train_rows(rows), eval_rows(rows)
     train = TrainConfig.from_dict(config["train"]) if "train" in config else None
@@ -121,6 +121,15 @@ def _run(path: Path, verify: bool) -> Facts:
         "written_by": config.get("framework"),
         "verified": not broken if verify else None,
     }
+
+
+def _as_config(checkpoint: Path) -> Facts:
+    """What config.json of a run would say, from one of its checkpoints: it may have been removed."""
+    from smedjan_common.checkpoint.load import load_info
+
+    info = load_info(checkpoint)
+    facts = {"dataset": info.dataset, "tokenizer_hash": info.tokenizer_hash, "framework": info.framework, "model": info.model.to_dict()}
+    return facts | ({"train": info.train.to_dict()} if info.train else {})
 
 
 def _checkpoints(path: Path, verify: bool) -> "tuple[list[Found], list[str]]":

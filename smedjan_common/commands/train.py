@@ -268,7 +268,8 @@ def _source(
         if info and not start:
             check_vocab_size(flags.data, given, tokenizer, f"the tokenizer of {info.path}")
 
-    return info, flags, run_data(dataclasses.replace(flags.data, **known), given, folder, own, flags.run.dry_run, check)
+    asked = given - {"vocab_size"} if known else given  # it was for the tokenizer that the run has by now
+    return info, flags, run_data(dataclasses.replace(flags.data, **known), asked, folder, own, flags.run.dry_run, check)
 
 
 def _model(flags: "TrainFlags", given: frozenset[str], info: "CheckpointInfo | None", start: Path | None, vocab_size: int) -> "ModelConfig":

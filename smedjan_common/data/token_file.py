@@ -66,7 +66,11 @@ class TokenFile:
         """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids."""
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"There is no token file {str(path)!r}.", "", "Make one: smedjan prepare --input TEXT --output train.bin.")
+            raise DataError(
+                f"There is no token file {str(path)!r}.",
+                "",
+                "Say where it is, or make one: smedjan prepare --input TEXT --output train.bin.",
+            )
         manifest = _read_manifest(path)
         dtype = DTYPES[manifest["dtype"]]
         size, needed = path.stat().st_size, manifest["tokens"] * dtype.itemsize

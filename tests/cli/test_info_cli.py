@@ -35,6 +35,14 @@ def test_a_run_folder(made, capsys):
     assert found["verified"] is True
 
 
+def test_a_run_whose_config_is_gone_is_told_by_its_checkpoints(made, tmp_path, capsys):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    whole = facts(capsys, run)
+    (run / "config.json").unlink()
+    shown = ("step", "steps", "finished", "model", "training", "parameters", "tokenizer_hash")
+    assert {name: facts(capsys, run).get(name) for name in shown} == {name: whole.get(name) for name in shown}
+
+
 def test_flops_and_decode_state_are_those_of_the_context_and_the_training_dtype(made, capsys):
     for place in ("run", "run/step-00000006"):
         found = facts(capsys, made / place)

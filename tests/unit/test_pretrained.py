@@ -89,6 +89,8 @@ def test_scaled_weights_keep_the_context_they_were_trained_at(base, words, origi
         (BASE, "--rope-scaling ntk --rope-factor 4", 128),
         (LONG, "", 128),
         (LONG, "--rope-scaling none", 128),
+        (LONG, "--rope-factor 8", 256),
+        (LONG, "--rope-factor 8 --seq-len 64", 64),
     ],
 )
 def test_the_context_is_that_of_the_weights_unless_it_is_given(base, words, length):

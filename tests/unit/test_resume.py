@@ -87,6 +87,10 @@ def test_another_part_to_hold_out_is_refused_where_token_files_stand(run, capsys
     assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-fraction", 0.1) == 0
 
 
+def test_the_size_of_a_vocabulary_that_was_asked_for_is_no_hindrance_to_go_on(run):
+    assert train_here("--checkpoint-dir", run, "--steps", 14, "--vocab-size", 8192) == 0
+
+
 def test_never_refuses_a_folder_with_a_run(run, finished, capsys):
     before = tree(run)
     assert train_here(*arguments(finished / "text.txt", run, 20, "--resume", "never")) == 2
