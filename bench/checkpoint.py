@@ -57,7 +57,7 @@ def _command(args: argparse.Namespace) -> str:
 def stall(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each way of saving, REPEATS times each, between real steps."""
     from smedjan_common.config import ModelConfig, TrainConfig
-    from smedjan_common.params import initial_params
+    from smedjan_common.model.params import initial_params
     from smedjan_jax.backend import JaxBackend, default_dtype
 
     model = ModelConfig.preset(args.size, vocab_size=args.vocab_size, context_length=args.seq_len)
@@ -175,7 +175,7 @@ def _write_state(size: str, vocab_size: int, place: Path) -> Any:
     from smedjan_common.backend import Snapshot
     from smedjan_common.checkpoint import write_checkpoint
     from smedjan_common.config import ModelConfig, TrainConfig
-    from smedjan_common.params import parameter_table
+    from smedjan_common.model.params import parameter_table
 
     model = ModelConfig.preset(size, vocab_size=vocab_size)
     block = np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32)

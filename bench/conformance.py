@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench.rows import RESULTS, scrubbed, slug, sources
-from smedjan_common.data.atomic import write_atomically
+from smedjan_common.files.atomic_file import write_atomically
 
 
 def main() -> int:
@@ -97,7 +97,7 @@ def measure(backends: list[str], name: str, dtype: str, deadline: float) -> dict
     Nothing is measured after `deadline` (time.monotonic()). An error of a side is told under "error", and the rest goes on.
     """
     from smedjan_common.errors import ConfigError
-    from smedjan_common.mixers import MIXERS
+    from smedjan_common.model.mixers import MIXERS
     from tests.conformance import checks, subjects
     from tests.conformance.cases import CASES, CHUNK
 

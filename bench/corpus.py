@@ -9,9 +9,9 @@ from smedjan_common.backend import Backend, State
 from smedjan_common.commands import quickstart
 from smedjan_common.data.order import Batches, eval_batches
 from smedjan_common.data.token_file import TokenFile
-from smedjan_common.evaluate import evaluate
-from smedjan_common.schedule import learning_rate
+from smedjan_common.run.evaluate import evaluate
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.training.schedule import learning_rate
 
 FOLDER = Path("runs/quickstart")
 

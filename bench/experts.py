@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.rows import Results, Row, default_output, device_name, scrubbed
-from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.flops import active_params, peak_flops, train_flops_per_token
-from smedjan_common.mixers import experts as row
-from smedjan_common.params import initial_params
+from smedjan_common.model.ffns import experts as row
+from smedjan_common.model.flops import active_params, peak_flops, train_flops_per_token
+from smedjan_common.model.params import initial_params
+from smedjan_mlx import openblas
 
 KEY = ("backend", "experts", "implementation", "largest_block")
 GROUPS = 5

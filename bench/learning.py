@@ -21,11 +21,13 @@ import numpy as np
 from bench import corpus
 from bench.recall import TASKS, VOCAB_SIZE, stage
 from bench.rows import Results, Row, default_output, device_name, in_processes
-from smedjan_common import openblas
-from smedjan_common.config import ModelConfig, TrainConfig, default_lr, parse_pattern
-from smedjan_common.mixers import MIXERS
-from smedjan_common.params import initial_params
-from smedjan_common.schedule import learning_rate
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.model.config import parse_pattern
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import initial_params
+from smedjan_common.training.config import default_lr
+from smedjan_common.training.schedule import learning_rate
+from smedjan_mlx import openblas
 
 KEY = ("task", "backend", "mixer", "seed")
 HYBRIDS = ("ssm,ssm,ssm,attention", "gated-deltanet,gated-deltanet,gated-deltanet,attention")

@@ -14,9 +14,10 @@ import statistics
 import time
 
 from bench.rows import Results, Row, default_output, device_name, in_processes, scrubbed
-from smedjan_common import memory
-from smedjan_common.config import ModelConfig, TrainConfig, parse_pattern
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import OutOfMemoryError
+from smedjan_common.model.config import parse_pattern
+from smedjan_common.training import memory
 
 KEY = ("size", "mixer", "batch_size", "seq_len", "gradient_checkpointing", "grad_accum", "logits")
 SHAPES: dict[str, tuple[Row, ...]] = {

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.rows import Results, Row, default_output, device_name, in_processes, scrubbed
-from smedjan_common import openblas
-from smedjan_common.config import ModelConfig, TrainConfig, parse_pattern
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.mixers import MIXERS
-from smedjan_common.params import initial_params
+from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.model.config import parse_pattern
+from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import initial_params
+from smedjan_mlx import openblas
 
 GROUPS = 3
 KEY = ("table", "backend", "mixer", "seq_len", "batch_size")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.params import initial_params
+from smedjan_common.model.params import initial_params
 from smedjan_jax.backend import JaxBackend
 
 STEPS = 3

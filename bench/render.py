@@ -14,9 +14,9 @@ from collections.abc import Callable
 from bench.rows import RESULTS, ROOT, Row
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.memory import state_bytes
-from smedjan_common.mixers import MIXERS
+from smedjan_common.inference.memory import state_bytes
+from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.mixers import MIXERS
 
 DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "images"
 PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "mixers.md", "performance.md", "training.md")

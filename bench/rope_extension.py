@@ -21,9 +21,11 @@ import numpy as np
 from bench import corpus
 from bench.rows import Results, Row, default_output, device_name, in_processes
 from smedjan_common.backend import Backend, State
-from smedjan_common.config import ROPE_SCALINGS, ModelConfig, TrainConfig, default_lr
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.data.order import eval_batches
-from smedjan_common.params import initial_params
+from smedjan_common.model.params import initial_params
+from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.training.config import default_lr
 
 KEY = ("mixer", "seed", "weights", "rope_scaling", "seq_len")
 FACTOR, PARTS = 4, 8

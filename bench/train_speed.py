@@ -15,10 +15,10 @@ import time
 
 import numpy as np
 
-from smedjan_common import openblas
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.mesh import parse_mesh
+from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.training.mesh import parse_mesh
+from smedjan_mlx import openblas
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _batch(model: ModelConfig, args: argparse.Namespace) -> np.ndarray:
 
 
 def _ours(backend_class, model: ModelConfig, args: argparse.Namespace):
-    from smedjan_common.params import initial_params
+    from smedjan_common.model.params import initial_params
 
     train = TrainConfig(
         steps=1000,

@@ -46,8 +46,8 @@ def _run(flags: Flags) -> int:
     from convert.formats import FORMATS, Options, dtype_name, source_format
     from convert.neutral import training_state
     from convert.output import check_target
-    from smedjan_common.data.progress import progress_bar
     from smedjan_common.errors import ConfigError, near
+    from smedjan_common.reporting.progress import progress_bar
 
     if flags.to not in FORMATS:
         raise ConfigError(f"--to {flags.to!r} is unknown.", "It names a format.", near(flags.to, FORMATS))

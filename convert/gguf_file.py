@@ -19,8 +19,8 @@ from convert.hf_config import rope_to_hf
 from convert.names import check_llama, rows
 from convert.portable import Lazy, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig
-from smedjan_common.data.atomic import atomic_path
 from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.files.atomic_file import atomic_path
 
 _MAGIC = b"GGUF"
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # ours -> GGMLQuantizationType

@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 from convert.names import check_llama
-from smedjan_common import rope
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, near
+from smedjan_common.model import rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 _MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long

@@ -18,9 +18,9 @@ from convert.json_file import write_json
 from convert.names import rows
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import write_tensors
-from smedjan_common import rope
-from smedjan_common.checkpoint.atomic import atomic_directory
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.atomic_directory import atomic_directory
+from smedjan_common.model import rope
 
 
 def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, show: Show) -> list[str]:

@@ -21,7 +21,7 @@ from convert.portable import Lazy, Portable, cast
 from convert.safetensors_file import open_tensors
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, HEAD = "config.json", "model.safetensors", "model.safetensors.index.json", "lm_head.weight"

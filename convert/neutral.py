@@ -10,10 +10,10 @@ from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import FORMAT, CheckpointInfo, read_info, verify_checkpoint, write_checkpoint
-from smedjan_common.checkpoint.atomic import standing
 from smedjan_common.checkpoint.directory import FINAL, step_directories
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
+from smedjan_common.files.atomic_directory import standing
 from smedjan_common.tokenizer import Tokenizer
 
 

@@ -1,6 +1,6 @@
 """What readers give and writers take: a model whose tensors are still on disk.
 
-Tensors have the names, shapes and layout of smedjan_common.params: weights [out, in], the embedding [padded V, D] being the head too.
+Tensors have the names, shapes and layout of smedjan_common.model.params: weights [out, in], the embedding [padded V, D] being the head too.
 """
 
 from collections.abc import Callable, Mapping

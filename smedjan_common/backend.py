@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.training.config import TrainConfig
 
 State = Any  # parameters, optimizer state and step, as the backend keeps them
+
 Metrics = dict[str, Any]  # name -> scalar or array, perhaps still being computed
 
 
@@ -134,13 +136,3 @@ class Backend(Protocol):
     def peak_memory(self) -> int | None:
         """Largest device memory in use so far, bytes; None when it is not known."""
         ...
-
-
-def power_of_two_chunks(ids: list[int], largest: int) -> list[list[int]]:
-    """`ids` cut into pieces whose lengths are powers of two, at most `largest`, falling: few shapes are ever compiled."""
-    pieces, start = [], 0
-    while start < len(ids):
-        length = min(largest, 1 << ((len(ids) - start).bit_length() - 1))
-        pieces.append(ids[start : start + length])
-        start += length
-    return pieces

@@ -55,6 +55,11 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
 
 
+def flag(name: str) -> str:
+    """The flag that sets a field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def run_command(function: Callable[[], int | None]) -> int:
     """Run a command's body and turn what it raises into an exit code and three plain sentences on standard error.
 

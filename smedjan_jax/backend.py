@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_two_chunks
+from smedjan_common.backend import Device, Metrics, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import OutOfMemoryError
-from smedjan_common.flops import peak_flops
-from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh
-from smedjan_common.optimizers import check_state
-from smedjan_common.params import parameter_table, require_tree
+from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.model.flops import peak_flops
+from smedjan_common.model.params import parameter_table, require_tree
+from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
+from smedjan_common.training.optimizers import check_state
 from smedjan_jax import experts, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss

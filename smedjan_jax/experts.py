@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.mixers.experts import block_rows, load_names, padded_rows
+from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
 from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation

@@ -1,4 +1,4 @@
-"""Feed-forwards in JAX; `ffn_class` finds the class that a row of smedjan_common.mixers.FFNS names.
+"""Feed-forwards in JAX; `ffn_class` finds the class that a row of smedjan_common.model.ffns.FFNS names.
 
 swiglu: down(silu(gate(x)) * up(x))        (Shazeer, 2020)
 """
@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers import FFNS
+from smedjan_common.model.ffns import FFNS
 from smedjan_jax.modules import Carried, Linear, Params, apply_together
 
 

@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from smedjan_common.memory import loss_chunks
+from smedjan_common.training.memory import loss_chunks
 
 
 def cross_entropy(hidden: jax.Array, embed: jax.Array, targets: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:

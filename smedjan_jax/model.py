@@ -2,7 +2,7 @@
 
     x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T
 
-`Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.params) into Flax NNX modules. Building it
+`Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.model.params) into Flax NNX modules. Building it
 moves no data, so a step builds it anew inside its trace and differentiates with respect to the dict.
 
 Shapes: B batch, T positions, D width, V padded vocabulary.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS
 from smedjan_jax.ffn import ffn_class
 from smedjan_jax.mixers import mixer_class
 from smedjan_jax.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
-from smedjan_common.memory import loss_chunks
+from smedjan_common.model import rope as rope_tables
+from smedjan_common.training.memory import loss_chunks
 from smedjan_jax import sharding
 
 Params = dict[str, jax.Array]

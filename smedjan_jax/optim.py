@@ -2,7 +2,7 @@
 
     p <- p - lr lr_scale (direction + decay p)
 
-A row of smedjan_common.optimizers has its directions here. optax's transforms with every constant given, but for muon: optax
+A row of smedjan_common.training.optimizers has its directions here. optax's transforms with every constant given, but for muon: optax
 takes matrix after matrix, here those of equal shape go through Newton-Schulz as one batch, in the compute dtype. The slots
 and the number of steps are what a checkpoint keeps.
 """
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
-from smedjan_common.params import ParamSpec, parameter_table
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.params import parameter_table
+from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
 
 Params = dict[str, jax.Array]
 Slots = dict[str, Params]

@@ -4,7 +4,7 @@ Along data and fsdp the program is written per device (shard_map): each computes
 whatever a mixer does (sorts, scans, kernels) never crosses devices. Matrices are gathered over fsdp in the dtype that they are used
 in, their gradients reduced and split in float32; what is left is summed over data. Along tensor XLA splits the matmuls by itself.
 
-What splits what: smedjan_common.mesh.
+What splits what: smedjan_common.training.mesh.
 """
 
 import functools
@@ -19,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.mesh import AXES, MeshShape, mesh_axes
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
+from smedjan_common.training.mesh import AXES, MeshShape, mesh_axes
 
 Params = dict[str, jax.Array]
 

@@ -15,14 +15,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from smedjan_common.backend import Device, Metrics, Snapshot, State, power_of_two_chunks
+from smedjan_common.backend import Device, Metrics, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
-from smedjan_common.flops import peak_flops
-from smedjan_common.mesh import ONE_DEVICE, MeshShape, check_mesh_of
-from smedjan_common.optimizers import check_state
-from smedjan_common.params import require_tree
+from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.model.flops import peak_flops
+from smedjan_common.model.params import require_tree
 from smedjan_common.reporting.console import size
+from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
+from smedjan_common.training.optimizers import check_state
 from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model

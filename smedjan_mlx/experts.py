@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.mixers.experts import block_rows, load_names, padded_rows
+from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_mlx.modules import Carried, Linear, Params

@@ -2,8 +2,8 @@
 
 import sys
 
-from smedjan_common import openblas
 from smedjan_common.commands import generate
+from smedjan_mlx import openblas
 
 
 def load():

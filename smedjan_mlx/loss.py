@@ -15,7 +15,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from smedjan_common.memory import loss_chunks
+from smedjan_common.training.memory import loss_chunks
 
 
 def cross_entropy(hidden: mx.array, embed: mx.array, targets: mx.array, z_loss: float) -> tuple[mx.array, mx.array]:

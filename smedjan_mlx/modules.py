@@ -13,9 +13,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from smedjan_common import rope as rope_tables
 from smedjan_common.config import ModelConfig
-from smedjan_common.memory import loss_chunks
+from smedjan_common.model import rope as rope_tables
+from smedjan_common.training.memory import loss_chunks
 
 Params = dict[str, mx.array]
 State = dict[str, mx.array]  # decode state of one layer, by the names of its row

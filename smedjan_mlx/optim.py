@@ -2,7 +2,7 @@
 
     p <- p - lr lr_scale (direction + decay p)
 
-A row of smedjan_common.optimizers has its directions here, every constant given. Written out, not mlx.optimizers: how a tensor
+A row of smedjan_common.training.optimizers has its directions here, every constant given. Written out, not mlx.optimizers: how a tensor
 is treated differs by parameter, and the numbers must be optax's. Matrices of equal shape go through Newton-Schulz as one
 batch, in the compute dtype. The slots and the number of steps are what a checkpoint keeps.
 """
@@ -10,8 +10,9 @@ batch, in the compute dtype. The slots and the number of steps are what a checkp
 import mlx.core as mx
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
-from smedjan_common.params import ParamSpec, parameter_table
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.params import parameter_table
+from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
 
 Params = dict[str, mx.array]
 Slots = dict[str, Params]

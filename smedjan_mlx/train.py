@@ -2,8 +2,8 @@
 
 import sys
 
-from smedjan_common import openblas
 from smedjan_common.commands import train
+from smedjan_mlx import openblas
 
 
 def load(deterministic: bool = False):

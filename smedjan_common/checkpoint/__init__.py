@@ -14,7 +14,6 @@ from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
 from smedjan_common.checkpoint.own import check_readable, read_own, read_weights, start_own
 from smedjan_common.checkpoint.read import read_checkpoint, read_info
-from smedjan_common.checkpoint.resume import check_resume, difference
 from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
 from smedjan_common.checkpoint.write import write_checkpoint, write_final
 
@@ -30,8 +29,6 @@ __all__ = [
     "Found",
     "TensorRecord",
     "check_readable",
-    "check_resume",
-    "difference",
     "find_checkpoints",
     "latest_checkpoint",
     "prune_checkpoints",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from smedjan_common.checkpoint.atomic import fsync_directory, remove, remove_leftovers, replaced_names
 from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
 from smedjan_common.errors import CheckpointError, NewerFormatError
+from smedjan_common.files.atomic_directory import fsync_directory, remove, remove_leftovers, replaced_names
 
 FINAL = "final"
 OnSkip = Callable[[str], None]

@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint.manifest import (
-    ARRAYS,
-    FORMAT,
-    MANIFEST,
-    OPTIMIZER,
-    ORBAX,
-    TOKENIZER,
-    WEIGHTS,
-    CheckpointInfo,
-    read_manifest,
-)
+from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, MANIFEST, OPTIMIZER, ORBAX, TOKENIZER, WEIGHTS, CheckpointInfo, read_manifest
 from smedjan_common.checkpoint.tensors import CHUNK_BYTES, check_tensors, open_regular, read_tensors
-from smedjan_common.config import CHECKPOINT_FORMATS, ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.training.config import CHECKPOINT_FORMATS, TrainConfig
 
 
 class Kind(NamedTuple):

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
-from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.training.config import TrainConfig
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
 MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
@@ -195,7 +196,7 @@ _KINDS = {
 
 def check_layout(info: CheckpointInfo) -> None:
     """Raises CheckpointError unless the listed tensors are the parameters of the model and optimizer arrays of their shapes."""
-    from smedjan_common.params import check_tree, parameter_table
+    from smedjan_common.model.params import check_tree, parameter_table
 
     weights, slots = info.weights, info.slots
     where, beside = (WEIGHTS, OPTIMIZER) if info.format == FORMAT else (PARAMS, SLOTS)

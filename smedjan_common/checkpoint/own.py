@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import OwnFormat
-from smedjan_common.checkpoint.atomic import atomic_directory, fsync_directory
 from smedjan_common.checkpoint.load import KINDS, file_hash, foreign, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
 from smedjan_common.checkpoint.read import read_checkpoint, with_offer
 from smedjan_common.checkpoint.tensors import FileRecord
 from smedjan_common.checkpoint.write import cannot_write, complete, describe, prepare, tensor_record
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.atomic_directory import atomic_directory, fsync_directory
 
 FORMATS = {kind.name: format for format, kind in KINDS.items()}  # name on the command line -> format
 

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from smedjan_common.checkpoint.atomic import standing
 from smedjan_common.checkpoint.directory import FINAL, OnSkip, latest_checkpoint, step_directories
 from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.atomic_directory import standing
 
 
 def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = True, on_skip: OnSkip | None = None) -> Checkpoint:

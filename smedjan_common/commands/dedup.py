@@ -44,11 +44,11 @@ def _run(flags: Flags) -> int:
     import dataclasses
     import json
 
-    from smedjan_common.data.atomic import write_atomically
-    from smedjan_common.data.dedup import dedup
-    from smedjan_common.data.outputs import refuse_existing
-    from smedjan_common.data.progress import progress_bar
-    from smedjan_common.data.records import Reading
+    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.reporting.progress import progress_bar
+    from smedjan_common.text.dedup import dedup
+    from smedjan_common.text.records import Reading
 
     refuse_existing([flags.output, flags.report], flags.force)
     reading = Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n"))

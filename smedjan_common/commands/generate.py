@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from smedjan_common.commands.optional import MaybeStr
 from smedjan_common.errors import run_command
+from smedjan_common.optional import MaybeStr
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend
     from smedjan_common.checkpoint import CheckpointInfo
-    from smedjan_common.config import ModelConfig, TrainConfig
-    from smedjan_common.generate import Generation
+    from smedjan_common.inference.generate import Generation
+    from smedjan_common.model.config import ModelConfig
+    from smedjan_common.training.config import TrainConfig
 
 import tyro
 from tyro.conf import arg
@@ -73,9 +74,9 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.errors import ConfigError
-    from smedjan_common.generate import Generation
-    from smedjan_common.sampling import Sampling
-    from smedjan_common.signals import interrupt_ends_at_once
+    from smedjan_common.inference.generate import Generation
+    from smedjan_common.inference.sampling import Sampling
+    from smedjan_common.run.signals import interrupt_ends_at_once
 
     check_backend(name, flags.backend)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
@@ -151,7 +152,7 @@ def _decoding(info: "CheckpointInfo", dtype: str):
     """A training configuration for a backend that only decodes."""
     import dataclasses
 
-    from smedjan_common.config import TrainConfig
+    from smedjan_common.training.config import TrainConfig
 
     base = info.train or TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1.0)
     train = dataclasses.replace(base, dtype=dtype)

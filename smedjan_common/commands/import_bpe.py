@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.data.atomic import write_atomically
-    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.tokenizer import Tokenizer, foreign
 
     refuse_existing([flags.output], flags.force)

@@ -92,9 +92,10 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 
 def _run(path: Path, verify: bool) -> Facts:
-    from smedjan_common.config import ModelConfig, TrainConfig
+    from smedjan_common.model.config import ModelConfig
     from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
-    from smedjan_common.run_folder import read_config
+    from smedjan_common.run.folder import read_config
+    from smedjan_common.training.config import TrainConfig
 
     found, broken = _checkpoints(path, verify)
     config = read_config(path) or (_as_config(found[-1].path) if found else {})
@@ -135,8 +136,8 @@ def _as_config(checkpoint: Path) -> Facts:
 def _checkpoints(path: Path, verify: bool) -> "tuple[list[Found], list[str]]":
     """The step checkpoints of a run that are good, and a sentence for each that is broken, final/ among them."""
     from smedjan_common.checkpoint import find_checkpoints, verify_checkpoint
-    from smedjan_common.checkpoint.atomic import standing
     from smedjan_common.checkpoint.load import load_info
+    from smedjan_common.files.atomic_directory import standing
 
     broken: list[str] = []
 
@@ -200,7 +201,7 @@ def _is_run(path: Path) -> bool:
     files = ("metrics.jsonl", "step-*/checkpoint.json", "orbax-*/checkpoint.json", f"{FINAL}/checkpoint.json")
     if not path.is_dir() or any(any(path.glob(file)) for file in files):
         return path.is_dir()
-    from smedjan_common.run_folder import read_config
+    from smedjan_common.run.folder import read_config
 
     return {"model", "train"} <= (read_config(path) or {}).keys()
 
@@ -224,8 +225,8 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] 
 
 def _model(model: Any, dtype: str | None) -> Facts:
     """FLOPs (training: forward and backward) and decode state (one sequence) at the model's context; dtype None: not known, float32."""
-    from smedjan_common.flops import active_params, train_flops_per_token
-    from smedjan_common.memory import state_bytes
+    from smedjan_common.inference.memory import state_bytes
+    from smedjan_common.model.flops import active_params, train_flops_per_token
 
     active, context, dtype = active_params(model), model.context_length, dtype or "float32"
     routed = {"active_parameters": active} if active != model.num_params() else {}

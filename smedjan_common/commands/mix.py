@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
+    from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.data.mix import mix
     from smedjan_common.data.mixture import parse_shards
-    from smedjan_common.data.outputs import refuse_existing
-    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
     refuse_existing([flags.output], flags.force)

@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg
 
-from smedjan_common.commands.optional import MaybeStr
 from smedjan_common.errors import DataError, run_command
+from smedjan_common.optional import MaybeStr
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

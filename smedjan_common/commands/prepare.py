@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.data.outputs import refuse_existing
+    from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.data.prepare import prepare
-    from smedjan_common.data.progress import progress_bar
+    from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
     refuse_existing([flags.output, flags.val_output], flags.force)

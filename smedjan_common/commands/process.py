@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _list_rules() -> int:
-    from smedjan_common.data.filters import LINE_RULES, PRESETS, RULES
+    from smedjan_common.text.filters import LINE_RULES, PRESETS, RULES
 
     for name, rule in RULES.items():
         print(f"{name:<38}{rule.about}")
@@ -68,11 +68,11 @@ def _run(flags: Flags) -> int:
     import dataclasses
     import json
 
-    from smedjan_common.data.atomic import write_atomically
-    from smedjan_common.data.outputs import refuse_existing
-    from smedjan_common.data.process import process
-    from smedjan_common.data.progress import progress_bar
-    from smedjan_common.data.records import Reading
+    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.reporting.progress import progress_bar
+    from smedjan_common.text.process import process
+    from smedjan_common.text.records import Reading
 
     refuse_existing([flags.output, flags.log, flags.report], flags.force)
     with progress_bar() as show:

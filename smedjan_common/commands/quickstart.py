@@ -63,8 +63,8 @@ def _quickstart(flags: QuickstartFlags) -> int:
 
 def write_corpus(folder: Path) -> None:
     """Write corpus.jsonl, a document a line, unless it is there."""
-    from smedjan_common.data.atomic import write_atomically
-    from smedjan_common.data.corpus import default_corpus
+    from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.text.corpus import default_corpus
 
     target = folder / "corpus.jsonl"
     if not target.exists():
@@ -101,7 +101,7 @@ def commands(folder: Path, backend: str, steps: int) -> list[tuple[Path | None, 
 
 def _sample(folder: Path, backend: str) -> str:
     """A sample of the trained model, kept in sample.txt."""
-    from smedjan_common.data.corpus import default_corpus
+    from smedjan_common.text.corpus import default_corpus
 
     target = folder / "sample.txt"
     prompt = PROMPTS[default_corpus().name]

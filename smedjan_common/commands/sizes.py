@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from smedjan_common.commands.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.errors import run_command
-from smedjan_common.flags import MixerFlags, given_names
-from smedjan_common.presets import DEFAULT_VOCAB_SIZE, PRESETS
+from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
+from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
+from smedjan_common.run.flags import MixerFlags, given_names
 
 if TYPE_CHECKING:
-    from smedjan_common.config import ModelConfig, TrainConfig
+    from smedjan_common.model.config import ModelConfig
+    from smedjan_common.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sizes(flags: SizesFlags, given: frozenset[str]) -> int:
-    from smedjan_common.config import TrainConfig
+    from smedjan_common.training.config import TrainConfig
 
     train = TrainConfig(
         steps=1,
@@ -86,7 +87,7 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str,
 
     Raises ConfigError.
     """
-    from smedjan_common.config import ModelConfig, parse_pattern
+    from smedjan_common.model.config import ModelConfig, parse_pattern
 
     names = [flags.size] if flags.size else list(PRESETS)
     changes = {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
@@ -98,7 +99,7 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str,
     else:
         found = {name: ModelConfig.preset(name, flags.vocab_size, **changes) for name in names}
     if given & {option.name for option in dataclasses.fields(MixerFlags)}:
-        from smedjan_common.options import check_options  # imported where it is needed: it takes as long as everything else here
+        from smedjan_common.run.options import check_options  # imported where it is needed: it takes as long as everything else here
 
         for model in found.values():
             check_options(model, given)
@@ -130,8 +131,9 @@ def _shape(flags: SizesFlags) -> list[str]:
 
 def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]:
     """The figures of one model; bytes and FLOPs as whole numbers."""
-    from smedjan_common.flops import active_params, train_flops_per_token
-    from smedjan_common.memory import inference_bytes, state_bytes, training_bytes
+    from smedjan_common.inference.memory import inference_bytes, state_bytes
+    from smedjan_common.model.flops import active_params, train_flops_per_token
+    from smedjan_common.training.memory import training_bytes
 
     return {
         "size": name,

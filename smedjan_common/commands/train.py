@@ -15,11 +15,13 @@ from smedjan_common.errors import run_command
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend
     from smedjan_common.checkpoint import CheckpointInfo
-    from smedjan_common.config import ModelConfig, TrainConfig
-    from smedjan_common.flags import TrainFlags
-    from smedjan_common.mesh import MeshShape
-    from smedjan_common.run_data import RunData
-    from smedjan_common.run_lock import RunLock
+    from smedjan_common.model.config import ModelConfig
+    from smedjan_common.run.data import RunData
+    from smedjan_common.run.flags import TrainFlags
+    from smedjan_common.run.lock import RunLock
+    from smedjan_common.training.config import TrainConfig
+    from smedjan_common.training.mesh import MeshShape
+
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
 Load = Callable[[bool], tuple[Callable[["ModelConfig", "TrainConfig", "MeshShape | None"], "Backend"], str]]
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     """Parse and train with the backend `name`; returns the exit code."""
-    from smedjan_common.flags import parse
+    from smedjan_common.run.flags import parse
 
     argv = sys.argv[1:] if argv is None else argv
     prog = f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train"
@@ -42,19 +44,21 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 
 
 def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) -> int:
-    from smedjan_common.run_lock import RunLock
+    from smedjan_common.run.lock import RunLock
 
     with RunLock(writes=not flags.run.dry_run) as lock:
         return _train_alone(name, load, flags, given, lock)
 
 
 def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[str], lock: "RunLock") -> int:
-    from smedjan_common import resume
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.data.mixture import batches
-    from smedjan_common.mesh import check_mesh, check_mesh_of, parse_mesh
     from smedjan_common.reporting.console import say
-    from smedjan_common.signals import interrupt_ends_at_once
+    from smedjan_common.run import resume, settings
+    from smedjan_common.run.checks import check_counts, check_documents, check_format, check_names
+    from smedjan_common.run.signals import interrupt_ends_at_once
+    from smedjan_common.run.start import find_start
+    from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
 
     check_backend(name, flags.run.backend)
     check_counts(flags)
@@ -64,12 +68,12 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     check_mesh_of(name, mesh)
     folder = checkpoint_dir(flags)
     lock.take(folder)
-    start = resume.find_start(folder, flags.run.resume, say)
+    start = find_start(folder, flags.run.resume, say)
     if start is None:
-        resume.check_flags(flags, given)
+        settings.check_flags(flags, given)
     info, flags, data = _source(name, flags, given, folder, start)
     if info and not start and "seq_len" not in given:
-        flags = resume.pretrained_flags(flags, given, info.model)
+        flags = settings.pretrained_flags(flags, given, info.model)
         say(f"note: --seq-len is {flags.training.seq_len}, {_length_of(flags, info)}.")
     vocab_size = data.tokenizer.vocab_size if data.tokenizer else flags.data.vocab_size
     model = _model(flags, given, info, start, vocab_size)
@@ -79,7 +83,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     epoch = batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch if data.train else 1
 
     def train_config(dtype: str) -> "TrainConfig":
-        return resume.train_config(flags.training, given, base, model.dim, epoch, dtype)
+        return settings.train_config(flags.training, given, base, model.dim, epoch, dtype)
 
     train = train_config("float32")
     if mesh:
@@ -104,7 +108,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
             say(f"note: {line}")
     backend = make_backend(model, train, mesh)
     if flags.run.dry_run:
-        from smedjan_common.reporting.plan import plan
+        from smedjan_common.run.plan import plan
 
         return say(plan(model, train, data, folder, start, backend.describe(), known_steps=data.train is not None or "steps" in given)) or 0
     return _run(name, flags, folder, start, info, model, train, data, backend)
@@ -116,12 +120,12 @@ def _length_of(flags: "TrainFlags", info: "CheckpointInfo") -> str:
 
 
 def _run(name: str, flags, folder: Path, start: Path | None, info, model, train, data, backend) -> int:
-    from smedjan_common import loop
     from smedjan_common.reporting.console import say
     from smedjan_common.reporting.metrics import read_rows
-    from smedjan_common.reporting.plan import heading
-    from smedjan_common.resume import to_record
-    from smedjan_common.run_folder import RunConfig
+    from smedjan_common.run import loop
+    from smedjan_common.run.folder import RunConfig
+    from smedjan_common.run.plan import heading
+    from smedjan_common.run.recorded import to_record
 
     config = RunConfig(
         model,
@@ -141,6 +145,8 @@ def _run(name: str, flags, folder: Path, start: Path | None, info, model, train,
         **dataclasses.asdict(flags.report),
     )
     if flags.report.sample_every:
+        from smedjan_common.run.checks import check_sample_prompt
+
         check_sample_prompt(flags.report.sample_prompt, data.tokenizer, model.context_length)
     say(heading(model, train, data, folder, backend.describe()))
     return loop.run(config, backend)
@@ -148,76 +154,12 @@ def _run(name: str, flags, folder: Path, start: Path | None, info, model, train,
 
 def _format_here(kind: str, backend: str, say: Callable[[str], object]) -> str:
     """The format that this backend writes in a run whose format is `kind`; config.json keeps that one for when the run goes back."""
-    from smedjan_common.config import CHECKPOINT_FORMATS
+    from smedjan_common.training.config import CHECKPOINT_FORMATS
 
     if CHECKPOINT_FORMATS[kind] in {None, backend}:
         return kind
     say(f"note: checkpoints are neutral from here on: {kind}, which the run asks for, is of the backend {CHECKPOINT_FORMATS[kind]}.")
     return "neutral"
-
-
-def check_sample_prompt(prompt: str, tokenizer, context_length: int) -> None:
-    """Raises ConfigError when nothing could be added to it."""
-    from smedjan_common.errors import ConfigError
-
-    if (length := len(tokenizer.encode(prompt))) >= context_length:
-        what = f"--sample-prompt has {length} tokens."
-        raise ConfigError(what, f"The context has {context_length}, so nothing could follow.", "Shorten it.")
-
-
-def check_counts(flags: "TrainFlags") -> None:
-    """Raises ConfigError for a number of steps, batches, tokens or checkpoints that cannot be, rather than after hours of training."""
-    from smedjan_common.errors import ConfigError
-
-    counts = {**vars(flags.run), **vars(flags.report)}
-    for names, least in (
-        (("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
-        (("eval_batches", "sample_tokens"), 1),
-    ):
-        for name in names:
-            if counts[name] < least:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
-
-
-def check_names(flags: "TrainFlags") -> None:
-    """Raises ConfigError for an empty name, which would stand for the current directory or for nothing, and for two beginnings."""
-    from smedjan_common.errors import ConfigError
-
-    given = {**vars(flags.data), **vars(flags.run), "ffn": flags.model.ffn}
-    for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn"):
-        if given[name] == "" or (isinstance(given[name], tuple) and "" in given[name]):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is empty.", "A variable of the shell that is not set gives that.", f"Give {flag} a value.")
-    if flags.run.pretrained and flags.run.resume not in ("auto", "never"):
-        why = "The one goes on with a run, the other starts a new one."
-        raise ConfigError("--resume PATH and --pretrained are both given.", why, "Give one of them.")
-
-
-def check_documents(data: "RunData") -> None:
-    """Raises DataError for a token file that does not say where its documents start."""
-    from smedjan_common.data.mixture import Mixture
-    from smedjan_common.data.order import document_offsets
-
-    files = data.train.files if isinstance(data.train, Mixture) else (data.train,)
-    for file in (*files, data.val):
-        if file:
-            document_offsets(file)
-
-
-def check_format(kind: str, backend: str) -> None:
-    """Raises ConfigError for a --checkpoint-format that is unknown or not of this backend."""
-    from smedjan_common.config import CHECKPOINT_FORMATS
-    from smedjan_common.errors import ConfigError, near
-
-    if kind not in CHECKPOINT_FORMATS:
-        raise ConfigError(f"--checkpoint-format {kind!r} is unknown.", "It must be a name of the list.", near(kind, CHECKPOINT_FORMATS))
-    if (owner := CHECKPOINT_FORMATS[kind]) not in {None, backend}:
-        raise ConfigError(
-            f"--checkpoint-format {kind} is of the backend {owner}, not {backend}.",
-            "Neutral checkpoints are for all.",
-            f"Leave it out; `convert CHECKPOINT DST --to {kind}` makes one of a neutral checkpoint.",
-        )
 
 
 def checkpoint_dir(flags: "TrainFlags") -> Path:
@@ -239,9 +181,10 @@ def _source(
     """The checkpoint that the run begins with, the flags completed from the run, and the data."""
     from smedjan_common.checkpoint import check_readable, read_info
     from smedjan_common.reporting.console import say
-    from smedjan_common.resume import check_recorded, check_tokenizer, is_dataset, recall
-    from smedjan_common.run_data import check_same_share, check_vocab_size, recorded_datasets, run_data
-    from smedjan_common.run_folder import CONFIG_FILE, read_config
+    from smedjan_common.run.data import check_same_share, check_vocab_size, recorded_datasets, run_data
+    from smedjan_common.run.folder import CONFIG_FILE, read_config
+    from smedjan_common.run.recorded import check_recorded, is_dataset, recall
+    from smedjan_common.run.resume import check_tokenizer
     from smedjan_common.tokenizer import Tokenizer
 
     begin = start or (Path(flags.run.pretrained) if flags.run.pretrained else None)
@@ -273,17 +216,17 @@ def _source(
 
 
 def _model(flags: "TrainFlags", given: frozenset[str], info: "CheckpointInfo | None", start: Path | None, vocab_size: int) -> "ModelConfig":
-    from smedjan_common import resume
+    from smedjan_common.run import settings
 
     if info is None:
-        return resume.new_model(flags, vocab_size)
+        return settings.new_model(flags, vocab_size)
     if start is None:
-        return resume.pretrained_model(info.model, info.path, flags, given)
-    return resume.same_model(info.model, flags, given)
+        return settings.pretrained_model(info.model, info.path, flags, given)
+    return settings.same_model(info.model, flags, given)
 
 
 def _changes(info: "CheckpointInfo", model: "ModelConfig", train: "TrainConfig", data: "RunData") -> list[str]:
-    from smedjan_common.checkpoint import check_resume
+    from smedjan_common.run.resume import check_resume
 
     tokenizer_hash, dataset_hash = data.tokenizer.hash if data.tokenizer else None, data.train.hash if data.train else None
     return check_resume(info, model, train, tokenizer_hash, dataset_hash)

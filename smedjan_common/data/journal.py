@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smedjan_common.data.atomic import write_atomically
-from smedjan_common.data.sources import Source
+from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.text.sources import Source
 
 EVERY_BYTES = 256 << 20
 

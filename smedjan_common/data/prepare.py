@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from smedjan_common.data import sources, workers
+from smedjan_common import workers
 from smedjan_common.data.journal import EVERY_BYTES, Journal
-from smedjan_common.data.sources import Block, Source
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError
+from smedjan_common.text import sources
+from smedjan_common.text.cuts import mend_surrogates
+from smedjan_common.text.sources import Block, Source
 from smedjan_common.tokenizer import Tokenizer
-from smedjan_common.tokenizer.patterns import mend_surrogates
 
 TRAIN, VAL, BY_HASH = 0, 1, 2
 _ENOUGH_VALIDATION_DOCUMENTS = 20

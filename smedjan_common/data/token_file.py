@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smedjan_common import __version__
-from smedjan_common.data.atomic import sync_directory, temporary_name
 from smedjan_common.errors import DataError
+from smedjan_common.files.atomic_file import sync_directory, temporary_name
 
 FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}

@@ -8,7 +8,7 @@ Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.reference.rope import rotate
 

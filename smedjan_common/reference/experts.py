@@ -14,7 +14,7 @@ kept even by two losses (Switch Transformer, 2021; ST-MoE, 2022), over all token
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference import ffn
 
 

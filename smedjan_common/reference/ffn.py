@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 
 
 def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:

@@ -12,7 +12,7 @@ W taps, F = 2 Hk K + H V convolved features, S [B, H, V, K].
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]

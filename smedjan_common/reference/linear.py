@@ -11,7 +11,7 @@ Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]

@@ -12,8 +12,8 @@ Shapes: B batch, T and S length, D width, H heads, N features of a head without 
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.reference.rope import attention_factor, rotate
 

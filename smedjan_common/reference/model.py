@@ -4,7 +4,7 @@
     x = x + mixer(rms_norm(x)); x = x + ffn(rms_norm(x))        for every layer
     logits = rms_norm(x) embed^T
 
-Mixers and feed-forwards come from the rows of smedjan_common.mixers, so a new row needs its file beside this one and nothing here.
+Mixers and feed-forwards come from the rows of smedjan_common.model.mixers, so a new row needs its file beside this one and nothing here.
 """
 
 import importlib
@@ -12,11 +12,13 @@ from types import ModuleType
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.mixers import FFNS, MIXERS
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.reference import experts
 from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss
 from smedjan_common.reference.norm import rms_norm
+from smedjan_common.training.config import TrainConfig
 
 Params = dict[str, np.ndarray]
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smedjan_common.config import TrainConfig
-from smedjan_common.optimizers import MUON_RMS, NEWTON_SCHULZ, OPTIMIZERS
-from smedjan_common.params import ParamSpec
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, OPTIMIZERS
 
 Tensors = dict[str, np.ndarray]
 

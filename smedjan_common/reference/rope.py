@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021), half-split layout, with the frequencies of smedjan_common.rope in float64.
+"""Rotary position embedding (Su et al., 2021), half-split layout, with the frequencies of smedjan_common.model.rope in float64.
 
 a = position * theta_i        y_i       = m (x_i cos a - x_{i+K/2} sin a)
                               y_{i+K/2} = m (x_{i+K/2} cos a + x_i sin a)        i < K/2
@@ -6,8 +6,8 @@ a = position * theta_i        y_i       = m (x_i cos a - x_{i+K/2} sin a)
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
-from smedjan_common.rope import attention_factor, frequencies
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.rope import attention_factor, frequencies
 
 
 def rotate(x_BxTxHxK: np.ndarray, config: ModelConfig, start: int = 0) -> np.ndarray:

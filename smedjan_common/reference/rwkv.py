@@ -13,7 +13,7 @@ Shapes: B batch, T length, D width, H heads of size K (values: V = K), S [B, H, 
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 
 State = dict[str, np.ndarray]
 Params = dict[str, np.ndarray]

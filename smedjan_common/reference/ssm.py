@@ -12,7 +12,7 @@ H heads of P features, G groups, N state features, W taps.
 
 import numpy as np
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]

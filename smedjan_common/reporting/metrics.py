@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from smedjan_common.data.atomic import write_atomically
+from smedjan_common.files.atomic_file import write_atomically
 
 FILE = "metrics.jsonl"
 TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from smedjan_common.data.workers import Workers, default_workers
 from smedjan_common.tokenizer.tokenizer import Tokenizer
+from smedjan_common.workers import Workers, default_workers
 
 _ONE_PROCESS_BELOW = 16 << 20  # characters; starting processes would take longer
 _SHARE = 1 << 20  # characters that are sent to a process at once

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 from smedjan_common.errors import DataError, near
+from smedjan_common.text.cuts import safe_cut
 
 PATTERNS: dict[str, str] = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -22,12 +23,13 @@ PATTERNS: dict[str, str] = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+
 DEFAULT_PATTERN = "cl100k"
 
 # \p{…} classes as they are within ASCII; a pattern with another class has no ASCII twin and always uses `regex`.
 _ASCII_CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "Nd": "0-9"}
+
 _ESCAPE = re.compile(r"\\p\{(\w+)\}|\\.|\[\^?|\]", re.DOTALL)
-_SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=\w)")
 
 
 def resolve(pattern: str) -> str:
@@ -85,29 +87,6 @@ class Splitter:
             start = cut
         if start < len(text):
             yield text[start:] if start else text
-
-
-def safe_cut(text: str, start: int) -> int | None:
-    """The first safe cut at or after `start`, None when there is none; valid for the patterns of the table."""
-    found = _SAFE_CUT.search(text, start)
-    return found.start() if found else None
-
-
-def last_safe_cut(text: str, window: int = 1 << 14) -> int | None:
-    """A safe cut near the end of `text` (the last one of the last `window` characters that hold any), None when there is none."""
-    end = len(text)
-    while end > 0:
-        start = max(0, end - window)
-        cuts = [match.start() for match in _SAFE_CUT.finditer(text, start, end)]
-        if cuts and cuts[-1] > 0:
-            return cuts[-1]
-        end = start
-    return None
-
-
-def mend_surrogates(text: str) -> str:
-    """Surrogate pairs joined, lone surrogates as U+FFFD: what can be written as UTF-8; other text unchanged."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smedjan_common.data import sources
 from smedjan_common.errors import SmedjanError
+from smedjan_common.text import sources
 from smedjan_common.tokenizer import foreign
 from smedjan_common.tokenizer.tokenizer import Tokenizer
 

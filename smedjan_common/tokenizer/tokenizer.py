@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from smedjan_common.errors import DataError
+from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.tokenizer import hf_json
 from smedjan_common.tokenizer.encoder import Encoder
-from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter, mend_surrogates
+from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter
 from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -115,7 +116,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write tokenizer.json, atomically; a directory gets the file inside. Returns the file."""
-        from smedjan_common.data.atomic import write_atomically
+        from smedjan_common.files.atomic_file import write_atomically
 
         file = Path(path)
         if file.is_dir():

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
-from smedjan_common.data import sources, workers
+from smedjan_common import workers
 from smedjan_common.errors import DataError, near
+from smedjan_common.text import sources
 from smedjan_common.tokenizer import patterns
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS
 from smedjan_common.tokenizer.merge import learn_merges

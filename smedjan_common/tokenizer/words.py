@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smedjan_common.data.sources import Block, documents
+from smedjan_common.text.cuts import mend_surrogates
+from smedjan_common.text.sources import Block, documents
 from smedjan_common.tokenizer.arrays import Column, gather, groups
 from smedjan_common.tokenizer.fast_split import RULES, joined_word_starts, word_starts
-from smedjan_common.tokenizer.patterns import Splitter, mend_surrogates
+from smedjan_common.tokenizer.patterns import Splitter
 from smedjan_common.tokenizer.word_table import WordTable
 
 MOST_WORDS = 1 << 24  # distinct words that a process remembers, about 1 GiB; past it those met once are dropped

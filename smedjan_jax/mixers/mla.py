@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.mla import kv_rank, rope_dim
-from smedjan_common.rope import attention_factor
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.rope import attention_factor
 from smedjan_jax.mixers.attention import causal_attention
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 

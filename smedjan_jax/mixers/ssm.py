@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.ssm import convolved_dim, inner_dim
+from smedjan_common.model.mixers.ssm import convolved_dim, inner_dim
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, State

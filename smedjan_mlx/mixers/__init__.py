@@ -1,9 +1,9 @@
-"""Sequence mixers in MLX, one file each; `mixer_class` finds the class that a row of smedjan_common.mixers names."""
+"""Sequence mixers in MLX, one file each; `mixer_class` finds the class that a row of smedjan_common.model.mixers names."""
 
 import importlib
 from typing import Any
 
-from smedjan_common.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS
 
 
 def mixer_class(name: str) -> Any:

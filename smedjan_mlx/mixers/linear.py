@@ -3,7 +3,7 @@
     S_t = e^{g_t} S_{t-1} + k_t v_t^T,  o_t = S_t^T phi(q_t) / sqrt(K),  k = phi(x Wk^T)
     y = (rms_norm(o) * silu(gate)) Wo^T,  or o / (phi(q) . z + eps) in place of the norm, z the same sum of the keys alone
 
-The choices stand in smedjan_common/mixers/linear.py. Query head h reads key/value head h // (H / G), which has the decay.
+The choices stand in smedjan_common/model/mixers/linear.py. Query head h reads key/value head h // (H / G), which has the decay.
 
 Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head size.
 """
@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
+from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
 from smedjan_mlx.mixers.decay import scalar_decay
 from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.mla import kv_rank, rope_dim
-from smedjan_common.rope import attention_factor
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.rope import attention_factor
 from smedjan_mlx.mixers.attention import causal_attention
 from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 

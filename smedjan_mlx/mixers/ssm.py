@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.ssm import convolved_dim, inner_dim
+from smedjan_common.model.mixers.ssm import convolved_dim, inner_dim
 from smedjan_mlx.mixers.conv import causal_conv
 from smedjan_mlx.mixers.decay import scalar_decay
 from smedjan_mlx.modules import Carried, Context, Linear, Params, State

@@ -7,8 +7,8 @@ import pytest
 
 from smedjan_common.commands import info, plot
 from smedjan_common.config import ModelConfig
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.memory import state_bytes
+from smedjan_common.inference.memory import state_bytes
+from smedjan_common.model.flops import train_flops_per_token
 from tests.fakes.runs import arguments, train_here, write_text
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from smedjan_common.commands import sizes
 from smedjan_common.config import ModelConfig
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.memory import state_bytes
-from smedjan_common.mixers import MIXERS
-from smedjan_common.presets import PRESETS
+from smedjan_common.inference.memory import state_bytes
+from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.presets import PRESETS
 
 
 def rows(capsys, *words):

@@ -1,4 +1,4 @@
-"""The combinations that the suite walks, from the rows of smedjan_common.mixers: a new row is in every test by itself.
+"""The combinations that the suite walks, from the rows of smedjan_common.model.mixers: a new row is in every test by itself.
 
 Every mixer meets every feed-forward; key/value heads, RoPE scaling and the variants of a row go with the first feed-forward, and all
 mixers together make one repeating pattern. What a row's own `validate` refuses is no combination. The models are tiny, because what
@@ -13,10 +13,13 @@ from functools import cached_property
 
 import numpy as np
 
-from smedjan_common.config import ROPE_SCALINGS, ModelConfig, TrainConfig
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.mixers import FFNS, MIXERS, Tolerance
-from smedjan_common.params import initial_params
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import initial_params
+from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.model.spec import Tolerance
 from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
 from tests.conformance.routing import separated
 from tests.conformance.untied import untied

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from smedjan_common.config import TrainConfig
-from smedjan_common.mixers import MIXERS
-from smedjan_common.mixers.experts import load_names
-from smedjan_common.optimizers import slot_names
-from smedjan_common.params import check_tree, parameter_table
+from smedjan_common.model.ffns.experts import load_names
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import check_tree, parameter_table
 from smedjan_common.reference import experts
 from smedjan_common.reference import model as reference
 from smedjan_common.reference import optim as reference_optim
 from smedjan_common.reference.derivative import directional_derivative
-from smedjan_common.schedule import learning_rate
+from smedjan_common.training.optimizers import slot_names
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance import subjects
 from tests.conformance.cases import Case
 from tests.conformance.compare import Difference, Mismatch, demand_equal_bits, largest, relative_l2, tensors

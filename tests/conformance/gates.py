@@ -5,7 +5,7 @@ A gate is never widened to get green. All are relative: largest difference over 
 
 from typing import NamedTuple
 
-from smedjan_common.mixers import Tolerance
+from smedjan_common.model.spec import Tolerance
 
 
 class Gates(NamedTuple):

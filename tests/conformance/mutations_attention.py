@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import attention
 from tests.conformance.cases import CASES
 from tests.conformance.mutate import demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off

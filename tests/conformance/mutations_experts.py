@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import experts
 from smedjan_common.reference import model as reference
 from tests.conformance import checks

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import mla
 from tests.conformance.cases import CASES
 from tests.conformance.mutate import OFF, demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import rwkv
 from tests.conformance.cases import CASES
 from tests.conformance.mutate import OFF, demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off

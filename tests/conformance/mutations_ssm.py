@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import ssm
 from smedjan_common.reference.norm import rms_norm
 from tests.conformance.cases import CASES

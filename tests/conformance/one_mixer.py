@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers import MIXERS
-from smedjan_common.params import initial_params
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import initial_params
 from smedjan_common.reference import model as reference
 from tests.conformance import subjects
 

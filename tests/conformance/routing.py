@@ -8,8 +8,8 @@ the layers write there is made small. A bias that is not zero gets so large for 
 import numpy as np
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.experts import load_names
-from smedjan_common.params import parameter_table
+from smedjan_common.model.ffns.experts import load_names
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import experts
 from smedjan_common.reference import model as reference
 

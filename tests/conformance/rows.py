@@ -17,7 +17,7 @@ import platform
 import sys
 
 import tests.conftest  # settings first, also when this is run as a script
-from smedjan_common.schedule import learning_rate
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance import subjects
 from tests.conformance.cases import CASES, SEED, Case
 

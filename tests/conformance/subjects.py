@@ -14,9 +14,9 @@ import numpy as np
 
 from smedjan_common.backend import Snapshot
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import model as reference
-from smedjan_common.schedule import learning_rate
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance.cases import CHUNK
 
 Params = dict[str, np.ndarray]

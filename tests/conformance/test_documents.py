@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smedjan_common.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS
 from tests.conformance import checks, subjects
 from tests.conformance.cases import CASES, DEFAULT_CASES, Case
 from tests.conformance.compare import Mismatch, demand

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smedjan_common.params import initial_params
+from smedjan_common.model.params import initial_params
 from tests.conformance import checks, subjects
 from tests.conformance.cases import Case
 from tests.conformance.compare import demand, demand_equal_bits

@@ -13,8 +13,8 @@ import pytest
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.mesh import parse_mesh
-from smedjan_common.params import initial_params
+from smedjan_common.model.params import initial_params
+from smedjan_common.training.mesh import parse_mesh
 from tests.conformance import subjects
 from tests.conformance.compare import demand_equal_bits
 from tests.conformance.gates import BFLOAT16

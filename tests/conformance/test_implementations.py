@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from smedjan_common.config import ATTENTION, ModelConfig
+from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.training.config import ATTENTION
 from tests import conftest
 from tests.conformance import checks, subjects
 from tests.conformance.cases import CASES, CHUNK, Case, train_config

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mesh import ONE_DEVICE, MeshShape, mesh_axes, parse_mesh
-from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.params import parameter_table
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reporting.metrics import read_rows, train_rows
-from smedjan_common.schedule import learning_rate
+from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, mesh_axes, parse_mesh
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance.cases import CASES, model_config
 from tests.conformance.compare import Difference, demand, demand_equal_bits, largest
 from tests.conformance.gates import FLOAT32
@@ -75,7 +76,7 @@ BESIDE = {"tensor": "data", "all axes": "fsdp"}  # runs that are the same on one
 @functools.cache
 def train(name: str, mesh: MeshShape) -> dict[str, Any]:
     """What a run gives on a mesh."""
-    from smedjan_common.params import initial_params
+    from smedjan_common.model.params import initial_params
     from smedjan_jax.backend import JaxBackend
 
     run = RUNS[name]

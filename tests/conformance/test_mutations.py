@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.errors import CheckpointError
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import attention, ffn
 from smedjan_common.reference import loss as reference_loss
 from smedjan_common.reference import model as reference

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smedjan_common import params
 from smedjan_common.errors import CheckpointError
-from smedjan_common.optimizers import OPTIMIZERS
-from smedjan_common.params import parameter_table
+from smedjan_common.model import params
+from smedjan_common.model.params import parameter_table
+from smedjan_common.training.optimizers import OPTIMIZERS
 from tests.conformance import checks, subjects
 from tests.conformance.cases import DEFAULT_CASES, Case, train_config
 from tests.conformance.compare import Difference, demand, demand_equal_bits, relative_l2

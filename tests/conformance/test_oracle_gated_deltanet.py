@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers import MIXERS
-from smedjan_common.params import initial_params
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import initial_params
 from smedjan_common.reference import gated_deltanet as reference
 from smedjan_common.reference import model as reference_model
 from tests.conformance import subjects

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smedjan_common import rope
-from smedjan_common.config import ROPE_SCALINGS, ModelConfig
-from smedjan_common.params import initial_params
-from smedjan_common.schedule import learning_rate
+from smedjan_common.config import ModelConfig
+from smedjan_common.model import rope
+from smedjan_common.model.params import initial_params
+from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance import subjects
 from tests.conformance.cases import CASES, HEADS, Case, model_config
 from tests.conformance.compare import Difference, demand, largest, tensors

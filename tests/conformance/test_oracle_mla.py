@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from tests.conformance import one_mixer, subjects
 from tests.conformance.compare import Difference, Mismatch, demand, largest, tensors
 from tests.conformance.gates import FLOAT32

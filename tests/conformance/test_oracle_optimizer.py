@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smedjan_common.optimizers import OPTIMIZERS
-from smedjan_common.schedule import learning_rate
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import learning_rate
 from tests.conformance import checks, subjects
 from tests.conformance.cases import CASES, Case, train_config
 from tests.conformance.compare import Difference, demand, relative_l2, tensors

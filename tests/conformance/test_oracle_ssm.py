@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.mixers.ssm import heads, inner_dim
-from smedjan_common.params import initial_params
+from smedjan_common.model.mixers.ssm import heads, inner_dim
+from smedjan_common.model.params import initial_params
 from tests.conformance import one_mixer as alone
 from tests.conformance import subjects
 from tests.conformance.compare import Difference, Mismatch, demand, largest, tensors

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smedjan_common.mixers.experts import load_names
+from smedjan_common.model.ffns.experts import load_names
 from tests.conformance import checks, subjects
 from tests.conformance.cases import CASES, Case
 from tests.conformance.compare import Mismatch, demand

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smedjan_common.checkpoint import read_checkpoint
-from smedjan_common.openblas import OFF
+from smedjan_mlx.openblas import OFF
 from tests.conformance.gates import FLOAT32
 
 MODEL = "--size custom --dim 32 --layers 1 --heads 2 --batch-size 4 --seq-len 96 --log-every 1 --warmup 0 --vocab-size 270".split()

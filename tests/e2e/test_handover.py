@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smedjan_common.openblas import OFF
+from smedjan_mlx.openblas import OFF
 from tests.conformance.compare import Difference, demand
 from tests.conformance.gates import FLOAT32
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smedjan_common.checkpoint import read_checkpoint
-from smedjan_common.openblas import OFF
+from smedjan_mlx.openblas import OFF
 
 MODEL = "--size custom --dim 32 --layers 1 --heads 2 --batch-size 8 --seq-len 16 --log-every 1 --warmup 0".split()
 

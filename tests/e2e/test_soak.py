@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
-from smedjan_common.openblas import OFF
+from smedjan_mlx.openblas import OFF
 from tests.conformance.compare import demand_equal_bits
 from tests.fakes.runs import ROOT, TEXT, figures
 

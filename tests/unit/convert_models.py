@@ -10,9 +10,9 @@ from convert.cli import main
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import read_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.generate import Generation
-from smedjan_common.params import initial_params
-from smedjan_common.sampling import Sampling
+from smedjan_common.inference.generate import Generation
+from smedjan_common.inference.sampling import Sampling
+from smedjan_common.model.params import initial_params
 from smedjan_common.tokenizer import Tokenizer
 
 TEXT = (

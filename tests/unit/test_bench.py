@@ -7,7 +7,7 @@ import pytest
 
 from bench import corpus, learning, memory, mixers, pictures, recall, render, rope_extension, rows
 from smedjan_common.data.prepare import prepare
-from smedjan_common.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.tokenizer import Tokenizer
 
 COUNTS = np.array([2, 4, 8, 16, 24])

@@ -15,8 +15,6 @@ import safetensors.numpy
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import (
     Checkpoint,
-    check_resume,
-    difference,
     find_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
@@ -28,7 +26,8 @@ from smedjan_common.checkpoint import (
 )
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
+from smedjan_common.run.resume import check_resume, difference
 
 MODEL = ModelConfig(vocab_size=64, dim=8, layers=1, heads=2, kv_heads=1, ffn_dim=16)
 TRAIN = TrainConfig(steps=10, batch_size=4, seq_len=8, lr=1e-3)
@@ -181,7 +180,7 @@ def test_final_has_weights_configuration_and_tokenizer_only_and_is_replaced(tmp_
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped", "moved-aside"])
 def test_a_step_that_exists_is_replaced_and_nothing_stays_behind(tmp_path, monkeypatch, swap):
     if not swap:
-        monkeypatch.setattr("smedjan_common.checkpoint.atomic._exchange", lambda one, other: False)
+        monkeypatch.setattr("smedjan_common.files.atomic_directory._exchange", lambda one, other: False)
     write(tmp_path)
     changed = sample_snapshot()
     changed.params["norm.weight"][:] = 7

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from smedjan_common.checkpoint import atomic, find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
+from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
+from smedjan_common.files import atomic_directory
 from tests.unit.test_checkpoint import assert_same, facts, in_subprocess, sample_snapshot, tree, write, write_final
 
 KILLS = int(os.environ.get("SMEDJAN_KILLS", "20"))  # per way of replacing; a soak sets it to hundreds
@@ -24,9 +25,10 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import atomic, find_checkpoints, prune_checkpoints, write_checkpoint, write_final
+from smedjan_common.files import atomic_directory
+from smedjan_common.checkpoint import find_checkpoints, prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 
 MODEL = ModelConfig(vocab_size=256, dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=256)
 FACTS = dict(model=MODEL, train=None, tokenizer_json="{}", tokenizer_hash="t", dataset=None, framework={})
@@ -50,7 +52,7 @@ def write_forever(run, acks):
 if __name__ == "__main__":
     run, acks = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if sys.argv[3] == "moved-aside":
-        atomic._exchange = lambda one, other: False
+        atomic_directory._exchange = lambda one, other: False
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -92,11 +94,12 @@ def test_a_run_survives_sigkill_at_any_moment(tmp_path, way):
 EVERY_POINT = """
 import os, shutil, sys
 from pathlib import Path
-from smedjan_common.checkpoint import atomic, find_checkpoints, prune_checkpoints, read_checkpoint, write_final
+from smedjan_common.files import atomic_directory
+from smedjan_common.checkpoint import find_checkpoints, prune_checkpoints, read_checkpoint, write_final
 from tests.unit.test_checkpoint import assert_same_arrays, facts, sample_snapshot, write, write_checkpoint
 
 if sys.argv[2] == "moved-aside":
-    atomic._exchange = lambda one, other: False
+    atomic_directory._exchange = lambda one, other: False
 run, good = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "good"
 for step in (1, 2, 3):
     write(good, step)
@@ -164,7 +167,9 @@ def check_run(run: Path, acked: list[str]) -> None:
         assert found[-1].step >= steps[-1]
         assert latest_checkpoint(run) == found[-1].path
         assert read_checkpoint(run).step == found[-1].step
-    finals = [path for name, path in {"final": run / "final", **atomic.replaced_names(run)}.items() if name == "final" and path.exists()]
+    finals = [
+        path for name, path in {"final": run / "final", **atomic_directory.replaced_names(run)}.items() if name == "final" and path.exists()
+    ]
     assert finals or "final" not in acked
     for path in finals:
         verify_checkpoint(path)
@@ -185,7 +190,7 @@ def test_a_directory_moved_aside_is_still_found_and_put_back(tmp_path):
 
 
 def test_the_temporary_directory_of_a_living_writer_is_left_alone_and_of_a_dead_one_removed(tmp_path):
-    with atomic.atomic_directory(tmp_path / "step-00000009") as temporary:
+    with atomic_directory.atomic_directory(tmp_path / "step-00000009") as temporary:
         (temporary / "half").write_text("half")
         write(tmp_path, 1)  # a thread of this process
         writer = "import sys; from pathlib import Path; from tests.unit.test_checkpoint import write; write(Path(sys.argv[1]), 2)"
@@ -195,7 +200,7 @@ def test_the_temporary_directory_of_a_living_writer_is_left_alone_and_of_a_dead_
     reused, fresh, stale = (tmp_path / f".tmp-step-00000009-{os.getpid()}-0000000{i}" for i in range(3))
     for path in (reused, fresh, stale):
         path.mkdir()
-    (reused / atomic.LOCK_NAME).touch()  # nobody holds it: another process had this number
+    (reused / atomic_directory.LOCK_NAME).touch()  # nobody holds it: another process had this number
     os.utime(reused, (0, 0))
     os.utime(stale, (0, 0))
     (tmp_path / ".trash-step-00000001-1-00000000").mkdir()
@@ -232,7 +237,7 @@ def test_an_interrupt_leaves_no_trace(tmp_path, monkeypatch, when):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    target = {"tensors": "smedjan_common.checkpoint.tensors._write_all", "rename": "smedjan_common.checkpoint.atomic._replace"}[when]
+    target = {"tensors": "smedjan_common.checkpoint.tensors._write_all", "rename": "smedjan_common.files.atomic_directory._replace"}[when]
     monkeypatch.setattr(target, interrupt)
     before = tree(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -289,7 +294,7 @@ def test_a_directory_goes_although_a_thread_of_its_writer_still_makes_files_in_i
             started.set()
 
     def write_and_fail() -> None:
-        with atomic.atomic_directory(tmp_path / "run") as temporary:
+        with atomic_directory.atomic_directory(tmp_path / "run") as temporary:
             threading.Thread(target=keep_writing, args=(temporary,)).start()
             started.wait()
             raise OSError("no more")

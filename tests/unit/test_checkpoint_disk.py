@@ -135,7 +135,7 @@ import numpy as np
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
 from smedjan_common.config import ModelConfig
-from smedjan_common.params import parameter_table
+from smedjan_common.model.params import parameter_table
 
 def high_water():
     try:

@@ -78,7 +78,7 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from smedjan_common.checkpoint.manifest import ARRAYS
-from smedjan_common.mesh import parse_mesh
+from smedjan_common.training.mesh import parse_mesh
 from smedjan_jax.backend import JaxBackend
 from tests.unit.test_checkpoint_orbax import CASE, save, steps
 

@@ -11,23 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smedjan_common.checkpoint import manifest
-from smedjan_common.config import (
-    ATTENTION,
-    DTYPES,
-    GRADIENT_CHECKPOINTING,
-    MAX_EXTENT,
-    MAX_POSITION,
-    OPTIMIZERS,
-    ROPE_SCALINGS,
-    ModelConfig,
-    TrainConfig,
-    default_lr,
-    ffn_width,
-    parse_pattern,
-)
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.presets import PRESETS
-from smedjan_common.schedule import SCHEDULES
+from smedjan_common.model.config import ffn_width, parse_pattern
+from smedjan_common.model.json_fields import MAX_EXTENT, MAX_POSITION
+from smedjan_common.model.presets import PRESETS
+from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, default_lr
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULES
 
 MODEL = {"vocab_size": 100, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 128}
 TRAIN = {"steps": 10, "batch_size": 8, "seq_len": 32, "lr": 1e-3}

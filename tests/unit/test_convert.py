@@ -314,7 +314,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, form: str):
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    from smedjan_common.params import parameter_table
+    from smedjan_common.model.params import parameter_table
 
     return {name: spec.shape for name, spec in parameter_table(config).items()}
 

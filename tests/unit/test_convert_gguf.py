@@ -15,9 +15,9 @@ import pytest
 
 from convert import gguf_file, gguf_tokenizer
 from convert.cli import main
-from smedjan_common import rope
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.model import rope
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.patterns import PATTERNS
 from tests.unit.convert_models import NTK, PROMPT, TEXT, YARN, convert, greedy, logits, model_config, neutral, parameters, tokenizer

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from smedjan_common.commands import dedup as command
-from smedjan_common.data.dedup import _multipliers, dedup, minhash
-from smedjan_common.data.records import Reading
 from smedjan_common.errors import DataError
+from smedjan_common.text.dedup import _multipliers, dedup, minhash
+from smedjan_common.text.records import Reading
 
 WORDS = [
     f"{a}{b}{c}" for a in ("ir", "ham", "fo", "sm", "an", "co") for b in ("on", "mer", "rge", "ith", "vil", "al") for c in ("", "s", "ed")

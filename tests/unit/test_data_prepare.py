@@ -10,13 +10,13 @@ import re
 import numpy as np
 import pytest
 
-from smedjan_common.data import sources
-from smedjan_common.data.corpus import default_corpus
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
-from smedjan_common.flags import DataFlags
-from smedjan_common.run_data import run_data
+from smedjan_common.run.data import run_data
+from smedjan_common.run.flags import DataFlags
+from smedjan_common.text import sources
+from smedjan_common.text.corpus import default_corpus
 from smedjan_common.tokenizer import Tokenizer
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from smedjan_common.commands import process as command
-from smedjan_common.data.filters import LINE_RULES, PRESETS, RULES, choose, filter_lines, first_broken
-from smedjan_common.data.process import NORMALISATIONS, process
-from smedjan_common.data.records import Reading
 from smedjan_common.errors import DataError
+from smedjan_common.text.filters import LINE_RULES, PRESETS, RULES, choose, filter_lines, first_broken
+from smedjan_common.text.process import NORMALISATIONS, process
+from smedjan_common.text.records import Reading
 
 GOOD = (
     "The smith took the iron from the fire and laid it on the anvil with care. Nobody in the town could have said when he began to work "

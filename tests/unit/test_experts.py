@@ -9,12 +9,12 @@ import pytest
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.flops import active_params
-from smedjan_common.memory import activation_values_per_token
-from smedjan_common.mixers.experts import block_rows, load_names, padded_rows
-from smedjan_common.params import initial_params, parameter_table
+from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
+from smedjan_common.model.flops import active_params
+from smedjan_common.model.params import initial_params, parameter_table
 from smedjan_common.reference import experts as reference
 from smedjan_common.reporting.metrics import routing
+from smedjan_common.training.memory import activation_values_per_token
 from tests.conformance import subjects
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 64, "ffn": ("experts",)}
@@ -220,7 +220,8 @@ def test_training_in_bfloat16_is_finite_and_moves_the_bias():
 
 def test_no_optimizer_moves_the_bias(backend: str):
     """With a rate of zero the bias stays to the bit, whatever the optimizer does with the rest."""
-    from smedjan_common.config import OPTIMIZERS, TrainConfig
+    from smedjan_common.config import TrainConfig
+    from smedjan_common.training.optimizers import OPTIMIZERS
 
     config = model(router="bias")
     start = initial_params(config, 0)

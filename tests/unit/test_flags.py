@@ -10,16 +10,17 @@ import pytest
 import smedjan_common
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, DataError
-from smedjan_common.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
-from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.optimizers import OPTIMIZERS
-from smedjan_common.options import check_options, check_report_options
-from smedjan_common.params import ParamSpec
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.reference import optim
-from smedjan_common.resume import check_flags
-from smedjan_common.run_data import check_data_flags
-from smedjan_common.run_folder import RunConfig
-from smedjan_common.schedule import SCHEDULE_OPTIONS, SCHEDULES, learning_rate
+from smedjan_common.run.data import check_data_flags
+from smedjan_common.run.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
+from smedjan_common.run.folder import RunConfig
+from smedjan_common.run.options import check_options, check_report_options
+from smedjan_common.run.settings import check_flags
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULE_OPTIONS, SCHEDULES, learning_rate
 from tests.fakes.runs import ROOT
 
 

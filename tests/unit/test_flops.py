@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smedjan_common import flops
 from smedjan_common.config import ModelConfig
-from smedjan_common.flops import PEAK_FLOPS, active_params, forward_flops_per_token, peak_flops, train_flops_per_token
-from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.params import count_params, parameter_table
+from smedjan_common.model import flops
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.flops import PEAK_FLOPS, active_params, forward_flops_per_token, peak_flops, train_flops_per_token
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import count_params, parameter_table
 
 MEDIUM = ModelConfig.preset("medium", vocab_size=8192)
 

@@ -16,7 +16,13 @@ FORBIDDEN = {
     "smedjan_jax": {"mlx", "smedjan_mlx", "torch", "transformers"},
     "smedjan_mlx": {"jax", "jaxlib", "flax", "optax", "orbax", "smedjan_jax", "torch", "transformers"},
 }
-LIGHT = ("smedjan_common.config", "smedjan_common.params", "smedjan_common.errors", "smedjan_common.schedule", "smedjan_common.flops")
+LIGHT = (
+    "smedjan_common.config",
+    "smedjan_common.model.params",
+    "smedjan_common.errors",
+    "smedjan_common.training.schedule",
+    "smedjan_common.model.flops",
+)
 
 
 def modules(package: str) -> list[str]:

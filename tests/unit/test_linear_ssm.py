@@ -7,10 +7,10 @@ import pytest
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.flops import forward_flops_per_token
-from smedjan_common.mixers import MIXERS
-from smedjan_common.mixers.linear import fixed_log_decay
-from smedjan_common.params import parameter_table
+from smedjan_common.model.flops import forward_flops_per_token
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.linear import fixed_log_decay
+from smedjan_common.model.params import parameter_table
 
 
 def model(*mixer: str, **changes: Any) -> ModelConfig:

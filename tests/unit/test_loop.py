@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-import smedjan_common.run_folder
+import smedjan_common.run.folder
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import CheckpointError
-from smedjan_common.flops import train_flops_per_token
-from smedjan_common.loop import IN_FLIGHT
+from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.reporting.metrics import EVAL_KEYS, TRAIN_KEYS, eval_rows, read_rows, train_rows
+from smedjan_common.run.loop import IN_FLIGHT
 from smedjan_common.tokenizer import Tokenizer
 from tests.fakes.bigram import BigramBackend, bigram_loss
 from tests.fakes.runs import arguments, arrays, figures, saved_steps, train_here, tree, write_text
@@ -180,7 +180,7 @@ def test_a_dry_run_writes_nothing(text, run, tmp_path, capsys):
 
 
 def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run, monkeypatch):
-    events, saved, write = [], {}, smedjan_common.run_folder.write_checkpoint
+    events, saved, write = [], {}, smedjan_common.run.folder.write_checkpoint
 
     class Recorded(BigramBackend):
         def train_step(self, state, *batch):
@@ -196,7 +196,7 @@ def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run,
         events.append(("end", snapshot.step))
         return path
 
-    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", slowly)
+    monkeypatch.setattr("smedjan_common.run.folder.write_checkpoint", slowly)
     monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.02")
     assert train_here(*arguments(text, run, 12, "--checkpoint-every", 4, "--keep", 0), backend=Recorded) == 0
     at = {event: place for place, event in enumerate(events)}
@@ -209,14 +209,14 @@ def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run,
 
 
 def test_a_write_that_fails_ends_the_run_and_what_was_saved_before_stays(text, run, monkeypatch, capsys):
-    write = smedjan_common.run_folder.write_checkpoint
+    write = smedjan_common.run.folder.write_checkpoint
 
     def fails_at_8(folder, snapshot, **about):
         if snapshot.step == 8:
             raise CheckpointError("The checkpoint could not be written.", "No space left on device.", "Free some space.")
         return write(folder, snapshot, **about)
 
-    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", fails_at_8)
+    monkeypatch.setattr("smedjan_common.run.folder.write_checkpoint", fails_at_8)
     monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.02")
     assert train_here(*arguments(text, run, 1000, "--checkpoint-every", 4, "--log-every", 1)) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -225,13 +225,13 @@ def test_a_write_that_fails_ends_the_run_and_what_was_saved_before_stays(text, r
 
 
 def test_an_error_of_a_step_waits_for_the_checkpoint_being_written(text, run, monkeypatch, capsys):
-    write = smedjan_common.run_folder.write_checkpoint
+    write = smedjan_common.run.folder.write_checkpoint
 
     def slowly(*args, **about):
         time.sleep(0.5)
         return write(*args, **about)
 
-    monkeypatch.setattr("smedjan_common.run_folder.write_checkpoint", slowly)
+    monkeypatch.setattr("smedjan_common.run.folder.write_checkpoint", slowly)
     monkeypatch.setenv("SMEDJAN_FAKE", "oom_at=6")
     assert train_here(*arguments(text, run, 20, "--checkpoint-every", 5)) == 3
     assert saved_steps(run) == [5]

@@ -5,11 +5,13 @@ import re
 
 import pytest
 
-from smedjan_common.config import DTYPES, GRADIENT_CHECKPOINTING, ModelConfig, TrainConfig
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.memory import activation_values_per_token, inference_bytes, state_bytes, training_bytes
-from smedjan_common.params import count_params, parameter_table
-from smedjan_common.presets import PRESETS
+from smedjan_common.inference.memory import inference_bytes, state_bytes
+from smedjan_common.model.params import count_params, parameter_table
+from smedjan_common.model.presets import PRESETS
+from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING
+from smedjan_common.training.memory import activation_values_per_token, training_bytes
 
 MEDIUM = ModelConfig.preset("medium")
 TRAIN = TrainConfig(steps=1, batch_size=64, seq_len=1024, lr=1e-3, dtype="bfloat16")

@@ -11,13 +11,14 @@ from smedjan_common.backend import Device
 from smedjan_common.commands import train
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.flags import parse
-from smedjan_common.memory import training_bytes
-from smedjan_common.mesh import ONE_DEVICE, RULES, MeshShape, check_mesh, mesh_axes, parse_mesh
-from smedjan_common.params import ParamSpec, count_params, parameter_table
-from smedjan_common.reporting.plan import heading
-from smedjan_common.resume import check_flags
-from smedjan_common.run_data import RunData
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.params import count_params, parameter_table
+from smedjan_common.run.data import RunData
+from smedjan_common.run.flags import parse
+from smedjan_common.run.plan import heading
+from smedjan_common.run.settings import check_flags
+from smedjan_common.training.memory import training_bytes
+from smedjan_common.training.mesh import ONE_DEVICE, RULES, MeshShape, check_mesh, mesh_axes, parse_mesh
 from tests.fakes.runs import ROOT, arguments, train_here, write_text
 
 MODEL = ModelConfig.preset("tiny", kv_heads=2)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from smedjan_common import openblas
+from smedjan_mlx import openblas
 
 
 @pytest.fixture

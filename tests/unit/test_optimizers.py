@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
-from smedjan_common.config import ModelConfig, default_lr
+from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
-from smedjan_common.flags import TrainingFlags
-from smedjan_common.mixers import FFNS, MIXERS
-from smedjan_common.optimizers import OPTIMIZERS, check_state, slot_names
-from smedjan_common.params import ParamSpec, parameter_table
-from smedjan_common.resume import train_config
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.params import parameter_table
+from smedjan_common.run.flags import TrainingFlags
+from smedjan_common.run.settings import train_config
+from smedjan_common.training.config import default_lr
+from smedjan_common.training.optimizers import OPTIMIZERS, check_state, slot_names
 
 TINY = ModelConfig.preset("tiny")
 NO_MAPS = {"embed.weight", "mixer.conv.weight", "mixer.r_k"}  # of two dimensions, and yet not what Newton-Schulz is for

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.params import check_tree, count_params, initial_params, initial_value, parameter_table
-from smedjan_common.presets import PRESETS
+from smedjan_common.model.params import check_tree, count_params, initial_params, initial_value, parameter_table
+from smedjan_common.model.presets import PRESETS
 
 TINY = ModelConfig.preset("tiny")
 
@@ -102,7 +102,9 @@ def test_a_deeper_model_keeps_the_values_that_depth_does_not_scale():
 
 
 def test_initial_values_are_the_same_in_another_process():
-    code = "from smedjan_common.config import ModelConfig as M; from smedjan_common.params import initial_params as p; import hashlib\n"
+    code = (
+        "from smedjan_common.config import ModelConfig as M; from smedjan_common.model.params import initial_params as p; import hashlib\n"
+    )
     code += "print(hashlib.sha256(b''.join(v.tobytes() for v in p(M.preset('tiny'), 0).values())).hexdigest())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     here = hashlib.sha256(b"".join(value.tobytes() for value in initial_params(TINY, 0).values())).hexdigest()

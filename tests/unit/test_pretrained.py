@@ -8,9 +8,10 @@ import pytest
 from smedjan_common.checkpoint import read_info
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
-from smedjan_common.flags import parse
-from smedjan_common.resume import check_tokenizer, pretrained_flags, pretrained_model
-from smedjan_common.rope import original_length
+from smedjan_common.model.rope import original_length
+from smedjan_common.run.flags import parse
+from smedjan_common.run.resume import check_tokenizer
+from smedjan_common.run.settings import pretrained_flags, pretrained_model
 from smedjan_common.tokenizer import Tokenizer
 from tests.fakes.runs import arguments, train_here, write_text
 from tests.unit.test_checkpoint_faults import value

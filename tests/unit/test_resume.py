@@ -7,7 +7,7 @@ import pytest
 
 from smedjan_common.checkpoint import read_info
 from smedjan_common.reporting.metrics import read_rows, train_rows
-from smedjan_common.run_folder import read_config
+from smedjan_common.run.folder import read_config
 from tests.fakes.runs import arguments, saved_steps, train_here, tree, write_text
 from tests.unit.test_checkpoint_faults import value
 

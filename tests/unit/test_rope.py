@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.model.rope import attention_factor, frequencies, original_length, tables
 from smedjan_common.reference.rope import rotate
-from smedjan_common.rope import attention_factor, frequencies, original_length, tables
 
 
 def config(head_dim: int = 64, scaling: str = "none", factor: float = 1.0, base: float = 10000.0, original: int = 1024) -> ModelConfig:

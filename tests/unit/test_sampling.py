@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from smedjan_common.errors import ConfigError
-from smedjan_common.sampling import PENALTIES, Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
+from smedjan_common.inference.sampling import PENALTIES, Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
 
 logits = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20).map(lambda x: round(x, 1)))  # rounded: with ties
 

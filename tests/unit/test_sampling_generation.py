@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smedjan_common.generate import Generation, cut_at_stop
-from smedjan_common.sampling import Sampling
+from smedjan_common.inference.generate import Generation, cut_at_stop
+from smedjan_common.inference.sampling import Sampling
 from smedjan_common.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)

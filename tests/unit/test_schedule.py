@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smedjan_common.config import TrainConfig
-from smedjan_common.schedule import SCHEDULES, learning_rate
+from smedjan_common.training.schedule import SCHEDULES, learning_rate
 
 
 def config(schedule: str, **changes: float) -> TrainConfig:

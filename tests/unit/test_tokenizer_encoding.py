@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smedjan_common.data.corpus import default_corpus
 from smedjan_common.errors import DataError
+from smedjan_common.text.corpus import default_corpus
+from smedjan_common.text.cuts import last_safe_cut, safe_cut
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.bpe import Merges
 from smedjan_common.tokenizer.encoder import Encoder
 from smedjan_common.tokenizer.fast_split import RULES, word_starts
-from smedjan_common.tokenizer.patterns import PATTERNS, Splitter, ascii_twin, last_safe_cut, safe_cut
+from smedjan_common.tokenizer.patterns import PATTERNS, Splitter, ascii_twin
 from smedjan_common.tokenizer.word_table import WordTable
 
 HOSTILE = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from smedjan_common.commands import import_bpe
-from smedjan_common.data.corpus import default_corpus
 from smedjan_common.errors import DataError
+from smedjan_common.text.corpus import default_corpus
 from smedjan_common.tokenizer import Tokenizer, foreign
 from smedjan_common.tokenizer.bytelevel import to_chars
 from smedjan_common.tokenizer.patterns import PATTERNS

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smedjan_common.data.corpus import default_corpus
 from smedjan_common.errors import DataError
+from smedjan_common.text.corpus import default_corpus
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS, to_chars
 from smedjan_common.tokenizer.merge import learn_merges

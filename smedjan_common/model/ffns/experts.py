@@ -1,0 +1,117 @@
+"""The row of `experts`: a router sends each token to k of E SwiGLU feed-forwards; shared ones meet every token.
+
+Tensors of one projection of all experts stand together, [experts, out, in]. Both backends sort the (token, expert) pairs by
+expert and multiply the rows of an expert in blocks; how long a block is, and how many rows there can be, is said here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError, near
+from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.spec import FfnSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+LARGEST_BLOCK = 512
+
+
+def width(config: ModelConfig) -> int:
+    """Hidden features of one expert."""
+    return config.expert_dim or config.ffn_dim
+
+
+def load_names(config: ModelConfig) -> list[str]:
+    """What the layers that route call their loads, from the first to the last."""
+    return [f"layers.{layer}.ffn.load" for layer in range(config.layers) if config.ffn_of(layer) == ROW.name]
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block for `pairs` (token, expert) pairs: a power of two; the last block of an expert is half empty on average,
+    so a quarter of its mean share bounds the waste to an eighth."""
+    return 1 << (min(max(pairs // (4 * experts), 1), LARGEST_BLOCK).bit_length() - 1)
+
+
+def padded_rows(pairs: int, experts: int, block: int) -> int:
+    """The most rows that `pairs` can take when the rows of every expert fill whole blocks."""
+    busy = min(pairs, experts)  # the worst: all but one have a single row over a full block
+    return ((pairs - busy) // block + busy) * block
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    experts, dim, hidden = config.experts, config.dim, width(config)
+    specs = [weight("router", experts, dim, ("experts", "embed"), config.init_std)]
+    if config.router == "bias":
+        specs.append(ParamSpec("router.bias", (experts,), ("experts",), "constant", 0.0, decay=False, lr_scale=0.0))
+    specs += [_stacked(spec, experts) for spec in _swiglu(config, hidden)]
+    if config.shared_experts:
+        specs += [spec._replace(name=f"shared.{spec.name}") for spec in _swiglu(config, config.shared_experts * hidden)]
+    return specs
+
+
+def _swiglu(config: ModelConfig, hidden: int) -> list[ParamSpec]:
+    return [
+        weight("gate_proj", hidden, config.dim, ("ffn", "embed"), config.init_std),
+        weight("up_proj", hidden, config.dim, ("ffn", "embed"), config.init_std),
+        weight("down_proj", config.dim, hidden, ("embed", "ffn"), residual_std(config)),
+    ]
+
+
+def _stacked(spec: ParamSpec, experts: int) -> ParamSpec:
+    return spec._replace(shape=(experts, *spec.shape), axes=("experts", *spec.axes))
+
+
+def _active(config: ModelConfig) -> int:
+    """The router's weight, k experts and the shared ones; the bias is no operand of a product."""
+    return config.experts * config.dim + 3 * config.dim * width(config) * (config.experts_per_token + config.shared_experts)
+
+
+def _validate(config: ModelConfig) -> None:
+    from smedjan_common.model.ffns.experts import ROUTERS
+
+    if config.experts < 2:
+        raise ConfigError(f"--experts is {config.experts}.", "A router needs experts to choose from.", "Take --experts 8, say.")
+    if config.experts_per_token > config.experts:
+        raise ConfigError(
+            f"--experts-per-token {config.experts_per_token} of --experts {config.experts} is impossible.",
+            "A token goes to each expert at most once.",
+            "Take --experts-per-token 2, say.",
+        )
+    if config.experts_per_token < 2:
+        raise ConfigError(
+            f"--experts-per-token is {config.experts_per_token}.",
+            "The weights of a token's experts add up to 1: of one alone the weight is always 1, and the router would learn nothing.",
+            "Take --experts-per-token 2, say.",
+        )
+    for flag, value in (("--shared-experts", config.shared_experts), ("--expert-dim", config.expert_dim)):
+        if value < 0:
+            raise ConfigError(f"{flag} is {value}.", "It must not be negative.", "Leave it out for the default.")
+    if config.router not in ROUTERS:
+        raise ConfigError(f"--router {config.router!r} is unknown.", "It must be a name of the list.", near(config.router, ROUTERS))
+
+
+# router -> the fields of TrainConfig that it reads and the other does not
+ROUTER_OPTIONS = {"softmax": ("balance_loss", "router_z_loss"), "bias": ("router_bias_rate",)}
+
+ROW = FfnSpec(
+    "experts",
+    "SwiGLU experts, k of them for each token, none dropped (softmax router or loss-free bias router)",
+    "experts",
+    "Experts",
+    _parameters,
+    _active,
+    _validate,
+    options=("experts", "experts_per_token", "shared_experts", "expert_dim", "router"),
+    copies=lambda config: config.experts_per_token,
+    small={"experts": 4, "experts_per_token": 2, "expert_dim": 48},
+    variants={
+        "bias": {"router": "bias"},
+        "shared": {"shared_experts": 1},
+        "bias-shared-of-3": {"router": "bias", "shared_experts": 2, "experts_per_token": 3},
+    },
+)
+
+ROUTERS = ("softmax", "bias")

@@ -1,0 +1,64 @@
+"""FLOPs per trained token and peak FLOP/s of known devices, for MFU.
+
+    train FLOPs/token = 6 * active parameters + 3 * sum over layers of the mixer's own forward FLOPs/token
+
+A causal pair counts once (PERFORMANCE.md); `full_square=True` counts the whole T x T square, as many papers do.
+The tied embedding counts once, as the output head; looking a row up costs nothing.
+"""
+
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import parameter_table
+
+# dense bf16 FLOP/s of the data sheets, by a part of the device's name in lower case; the first match counts
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("h100 pcie", 756e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("gh200", 989e12),
+    ("b200", 2250e12),
+    ("b100", 1800e12),
+    ("a100", 312e12),
+    ("a800", 312e12),
+    ("l40s", 362e12),
+    ("l40", 181e12),
+    ("l4", 121e12),
+    ("a10g", 70e12),
+    ("a10", 125e12),
+    ("v100", 125e12),
+    ("t4", 65e12),
+    ("rtx 5090", 209.5e12),
+    ("rtx 4090", 165.2e12),
+    ("rtx 3090", 71e12),
+    ("m4 max", 34e12),
+    ("m3 ultra", 57e12),
+    ("m3 max", 28e12),
+    ("m2 ultra", 54e12),
+    ("m2 max", 27e12),
+    ("m1 ultra", 42e12),
+    ("m1 max", 21e12),
+)
+
+
+def active_params(config: ModelConfig) -> int:
+    """Parameters that one token meets: all of them unless a feed-forward routes."""
+    shared = sum(spec.size for name, spec in parameter_table(config).items() if name.split(".")[2:3] != ["ffn"])  # layers.{i}.ffn.*
+    return shared + sum(FFNS[config.ffn_of(layer)].active(config) for layer in range(config.layers))
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:
+    """FLOPs of the forward pass per token at context `seq_len`."""
+    mixing = sum(MIXERS[config.mixer_of(layer)].flops(config, seq_len * (2 if full_square else 1)) for layer in range(config.layers))
+    return 2 * active_params(config) + mixing
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:
+    """FLOPs of forward and backward per token (the backward counts twice the forward; recomputation is not counted)."""
+    return 3 * forward_flops_per_token(config, seq_len, full_square)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device, or None when it is not known."""
+    lowered = device_name.lower()
+    return next((flops for part, flops in PEAK_FLOPS if part in lowered), None)

@@ -1,0 +1,66 @@
+"""Frozen dataclasses <-> dicts of JSON values, and how large a whole number in them may be."""
+
+import dataclasses
+import math
+import typing
+from typing import Any, Self
+
+from smedjan_common.errors import ConfigError, flag, near
+
+
+class JsonFields:
+    """Dataclass <-> dict of JSON values; unknown and missing keys are refused by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.", "The file may come from a newer smedjan.", near(key, known))
+        for name, f in known.items():
+            if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{cls.__name__} lacks the field {name!r}.", "The file is incomplete.", "Restore it from a good copy.")
+        config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        config._validate_stored()
+        return config
+
+    def validate(self) -> None:
+        """Raises ConfigError for what cannot work."""
+        raise NotImplementedError
+
+    def _validate_stored(self) -> None:
+        """As validate, for values that were written once, and must stay readable."""
+        self.validate()
+
+
+MAX_EXTENT = 1 << 24  # of a whole number: a checkpoint with a larger one is read as damaged (checkpoint.manifest)
+
+MAX_POSITION = 1 << 62  # the same of what counts steps or positions
+
+UNBOUNDED = ("context_length", "rope_original_len", "steps", "seq_len", "warmup", "seed")  # up to MAX_POSITION
+
+
+def check_extents(config: JsonFields) -> None:
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if type(value) is int:
+            check_extent(f.name, value)
+
+
+def check_extent(name: str, value: int) -> None:
+    most = MAX_POSITION if name in UNBOUNDED else MAX_EXTENT
+    if value > most:
+        raise ConfigError(f"{flag(name)} is {value}.", f"It must be at most {most}.", "Give a smaller number.")
+
+
+def is_of(hint: Any, value: Any) -> bool:
+    """Whether a value of JSON is of a flag's type."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(is_of(parts[0], part) for part in value)
+    if parts:  # a union
+        return any(is_of(part, value) for part in parts)
+    return type(value) in (int, float) and abs(value) < math.inf if hint is float else type(value) is hint

@@ -1,0 +1,13 @@
+"""The menu of sequence mixers (MIXERS): one row each, a file each.
+
+A row tells everything that is not array work: parameters, cost, decode state, what is impossible, where the float64
+definition lives and how closely both backends meet it. Counting, initial values, `sizes`, the conformance suite and the
+benchmarks walk this table; a new row with its reference and its two classes is all that a new mixer takes.
+"""
+
+from smedjan_common.model.mixers import attention, block_sparse, gated_deltanet, linear, mla, rwkv, ssm
+from smedjan_common.model.spec import MixerSpec
+
+MIXERS: dict[str, MixerSpec] = {
+    row.name: row for row in (attention.ROW, linear.ROW, ssm.ROW, mla.ROW, block_sparse.ROW, rwkv.ROW, gated_deltanet.ROW)
+}

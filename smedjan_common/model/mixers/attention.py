@@ -1,0 +1,65 @@
+"""The row of `attention`: softmax(q k^T / sqrt(K)) v with RoPE; multi-head or grouped-query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    kv = config.kv_heads * config.head_dim
+    norms = [head_norm(f"{name}_norm", config.head_dim) for name in ("q", "k")] if config.qk_norm else []
+    return [
+        weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
+        weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("v_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+        *norms,
+    ]
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    window = min(config.window or seq_len, seq_len)
+    return round(4 * config.dim * window * (1 - window / (2 * seq_len)))  # q k^T and p v, 2 dim each a pair; without a window T / 2 pairs
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    shape = (batch, config.kv_heads, max_len, config.head_dim)
+    return [StateSpec("key", shape), StateSpec("value", shape)]
+
+
+def _validate(config: ModelConfig) -> None:
+    if config.heads % config.kv_heads:
+        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
+        raise ConfigError(
+            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
+            "Every key/value head serves the same number of query heads.",
+            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
+        )
+    if config.window < 0:
+        raise ConfigError(f"--window {config.window} is negative.", "It counts positions.", "Take 0 to see all, or 1024, say.")
+
+
+ROW = MixerSpec(
+    "attention",
+    "softmax attention with RoPE, multi-head or grouped-query",
+    "attention",
+    "Attention",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("qk_norm", "window"),
+    training=("attention",),
+    variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
+)

@@ -1,0 +1,63 @@
+"""The row of `block-sparse`: mixture of block attention (MoBA); a query sees its own block and the best of the earlier ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers import attention
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    """Scores and values of the pairs that are seen, half of the own block among them; and one score per query and earlier block."""
+    block, blocks = config.block_size, -(-seq_len // config.block_size)
+    most = min(config.block_topk - 1, blocks)  # block j sees min(block_topk - 1, j) of the earlier ones; summed over j
+    others = (most * (most - 1) // 2 + (blocks - most) * most) / blocks
+    pairs = min(block, seq_len) / 2 + others * block
+    return round(4 * config.dim * pairs + 2 * config.kv_heads * config.head_dim * (blocks - 1) / 2)
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    """Keys and values of whole blocks, and the mean key of each block so far."""
+    blocks = -(-max_len // config.block_size)
+    kept = (batch, config.kv_heads, blocks * config.block_size, config.head_dim)
+    return [
+        StateSpec("key", kept),
+        StateSpec("value", kept),
+        StateSpec("mean", (batch, config.kv_heads, blocks, config.head_dim), "float32"),
+    ]
+
+
+def _validate(config: ModelConfig) -> None:
+    attention.ROW.validate(config)
+    for name, least in (("block_size", 1), ("block_topk", 1)):
+        if getattr(config, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {getattr(config, name)}.", "A query sees one block at least, its own.", f"Take {flag} {least}.")
+    if config.block_size > config.context_length:
+        raise ConfigError(
+            f"--block-size {config.block_size} is longer than the context of {config.context_length}.",
+            "There would be one block, and nothing to choose.",
+            f"Take --block-size {max(1, config.context_length // 16)}, or --mixer attention.",
+        )
+
+
+ROW = MixerSpec(
+    "block-sparse",
+    "each query sees its own block and the best of the earlier ones (MoBA)",
+    "block_sparse",
+    "BlockSparseAttention",
+    attention.ROW.parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("block_size", "block_topk", "qk_norm"),
+    training=("attention",),
+    documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
+    small={"block_size": 4, "block_topk": 2},
+    variants={"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},
+)

@@ -1,0 +1,78 @@
+"""The row of `gated-deltanet`: the gated delta rule in the form of Qwen3-Next, --heads value heads over --kv-heads key heads.
+
+Decay rates start at A ~ U(0.01, 16), time steps log-uniform in [0.001, 0.1], as in Mamba-2; neither decays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    keys, std = config.kv_heads * config.head_dim, config.init_std
+    return [
+        weight("q_proj", keys, config.dim, ("kv_heads", "embed"), std),
+        weight("k_proj", keys, config.dim, ("kv_heads", "embed"), std),
+        weight("v_proj", config.dim, config.dim, ("heads", "embed"), std),
+        weight("z_proj", config.dim, config.dim, ("heads", "embed"), std),
+        weight("a_proj", config.heads, config.dim, ("heads", "embed"), std),
+        weight("b_proj", config.heads, config.dim, ("heads", "embed"), std),
+        ParamSpec("conv.weight", (_convolved(config), config.conv_width), (None, None), "uniform", config.conv_width**-0.5),
+        ParamSpec("A_log", (config.heads,), ("heads",), "log_of_uniform", (0.01, 16.0), decay=False),
+        ParamSpec("dt_bias", (config.heads,), ("heads",), "time_step", (1e-3, 1e-1, 1e-4), decay=False),
+        ParamSpec("norm.weight", (config.head_dim,), (None,), "ones", 1.0, decay=False),
+        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+    ]
+
+
+def _convolved(config: ModelConfig) -> int:
+    """Features of q, k and v together."""
+    return (2 * config.kv_heads + config.heads) * config.head_dim
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    return 6 * config.dim * config.head_dim  # S k, the product with k and S q: 2 per entry of S [V, K] each
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    return [
+        StateSpec("window", (batch, config.conv_width - 1, _convolved(config))),
+        StateSpec("S", (batch, config.heads, config.head_dim, config.head_dim), "float32"),
+    ]
+
+
+def _validate(config: ModelConfig) -> None:
+    if config.heads % config.kv_heads:
+        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
+        raise ConfigError(
+            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
+            "Every key head of gated-deltanet serves the same number of value heads.",
+            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
+        )
+    if config.conv_width < 1:
+        raise ConfigError(f"--conv-width {config.conv_width} is not positive.", "It counts taps, the token itself included.", "Take 4.")
+
+
+ROW = MixerSpec(
+    "gated-deltanet",
+    "gated delta rule with a scalar decay (Qwen3-Next), cost per token and state independent of the length",
+    "gated_deltanet",
+    "GatedDeltaNet",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("conv_width",),
+    training=("chunk_size",),
+    rope=False,
+    linear=True,
+    small={"norm_eps": 1e-3},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves
+    variants={"one-tap": {"conv_width": 1}},
+)

@@ -1,0 +1,115 @@
+"""The row of `linear`: linear attention with a scalar decay per head (simple GLA), or a fixed one (RetNet), or none.
+
+--linear-decay scalar: g = logsigmoid(w x + b) / 16; fixed: g = log(1 - 2^(-5-h)); none: g = 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError, near
+from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+DECAY_DIVISOR = 16.0  # of the logarithm of the learned decay: at the start a head forgets over some 23 tokens (GLA, 2024)
+DENOMINATOR_EPS = 1e-6  # Katharopoulos et al., 2020
+
+
+def fixed_log_decay(config: ModelConfig) -> list[float]:
+    """RetNet's log decay of each key/value head: log(1 - 2^(-5-h))."""
+    from math import log1p
+
+    return [log1p(-(2.0 ** (-5 - head))) for head in range(config.kv_heads)]
+
+
+def value_dim(config: ModelConfig) -> int:
+    """Features of a value in the state: with the denominator a one follows, whose sum is the sum of the keys."""
+    return config.head_dim + (config.linear_normalizer == "denominator")
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    kv = config.kv_heads * config.head_dim
+    specs = [
+        weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
+        weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("v_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
+        weight("gate_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
+    ]
+    if config.linear_decay == "scalar":
+        specs.append(weight("decay_proj", config.kv_heads, config.dim, ("kv_heads", "embed"), config.init_std))
+        specs.append(ParamSpec("decay_bias", (config.kv_heads,), ("kv_heads",), "constant", 0.0, decay=False))
+    if config.linear_normalizer == "rmsnorm":
+        specs.append(ParamSpec("norm.weight", (config.head_dim,), (None,), "ones", 1.0, decay=False))
+    specs.append(weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)))
+    return specs
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    # the recurrence itself, whatever the chunks: k v^T into every state, and q S for every query head
+    return 2 * config.head_dim * value_dim(config) * (config.kv_heads + config.heads)
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    return [StateSpec("state", (batch, config.kv_heads, config.head_dim, value_dim(config)), "float32")]
+
+
+def _validate(config: ModelConfig) -> None:
+    from smedjan_common.model.mixers.linear import LINEAR_DECAYS, LINEAR_FEATURE_MAPS, LINEAR_NORMALIZERS
+
+    for name, known in (
+        ("linear_decay", LINEAR_DECAYS),
+        ("linear_feature_map", LINEAR_FEATURE_MAPS),
+        ("linear_normalizer", LINEAR_NORMALIZERS),
+    ):
+        if getattr(config, name) not in known:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {getattr(config, name)!r} is unknown.", "It names a form of --mixer linear.", near(getattr(config, name), known)
+            )
+    if config.heads % config.kv_heads:
+        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
+        raise ConfigError(
+            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
+            "Every key/value head of linear keeps a state that the same number of query heads read.",
+            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
+        )
+    if config.linear_normalizer == "denominator" and config.linear_feature_map == "identity":
+        raise ConfigError(
+            "--linear-normalizer denominator needs positive features.",
+            "It divides by a sum of q k, which can be zero where features have both signs.",
+            "Add --linear-feature-map elu1, or take --linear-normalizer rmsnorm.",
+        )
+
+
+ROW = MixerSpec(
+    "linear",
+    "linear attention with a decay per head (simple GLA, RetNet), cost per token and state independent of the length",
+    "linear",
+    "LinearAttention",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("linear_decay", "linear_feature_map", "linear_normalizer"),
+    training=("chunk_size",),
+    rope=False,
+    linear=True,
+    # early in a sequence o is a few v, each times a q . k of any sign; where they cancel the norm magnifies float32 rounding up to
+    # eps^-1/2 times, and 20 training steps amplify it (one backend against itself, other chunks: 2e-3 at 1e-5, 4e-5 at 1e-2, 1e-6 at 0.1)
+    small={"norm_eps": 0.03},
+    variants={
+        "no-decay": {"linear_decay": "none"},
+        "fixed-decay": {"linear_decay": "fixed"},
+        "denominator": {"linear_feature_map": "elu1", "linear_normalizer": "denominator"},
+    },
+)
+
+LINEAR_DECAYS = ("none", "fixed", "scalar")
+
+LINEAR_FEATURE_MAPS = ("identity", "elu1")
+
+LINEAR_NORMALIZERS = ("rmsnorm", "denominator")

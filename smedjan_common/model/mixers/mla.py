@@ -1,0 +1,83 @@
+"""The row of `mla`: DeepSeek's multi-head latent attention; keys and values are expanded from one small latent per token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+def kv_rank(config: ModelConfig) -> int:
+    """Size of the latent, R."""
+    return config.mla_kv_rank or 4 * config.head_dim
+
+
+def rope_dim(config: ModelConfig) -> int:
+    """Features that turn by position, P: added to each query head, and one key for all heads."""
+    return config.mla_rope_dim or config.head_dim // 2
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    query, std = config.heads * (config.head_dim + rope_dim(config)), config.init_std
+    if config.mla_q_rank:
+        queries = [
+            weight("q_a_proj", config.mla_q_rank, config.dim, (None, "embed"), std),
+            head_norm("q_a_norm", config.mla_q_rank),
+            weight("q_b_proj", query, config.mla_q_rank, ("heads", None), std),
+        ]
+    else:
+        queries = [weight("q_proj", query, config.dim, ("heads", "embed"), std)]
+    return [
+        *queries,
+        weight("kv_a_proj", kv_rank(config) + rope_dim(config), config.dim, (None, "embed"), std),
+        head_norm("kv_a_norm", kv_rank(config)),
+        weight("kv_b_proj", 2 * config.dim, kv_rank(config), ("heads", None), std),
+        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+    ]
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    return (3 * config.head_dim + rope_dim(config)) * config.heads * seq_len  # q k^T and p v as they are trained, the causal half
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    return [StateSpec("latent", (batch, max_len, kv_rank(config))), StateSpec("key", (batch, max_len, rope_dim(config)))]
+
+
+def _validate(config: ModelConfig) -> None:
+    for name in ("mla_kv_rank", "mla_q_rank", "mla_rope_dim"):
+        if getattr(config, name) < 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {getattr(config, name)}.", "It counts features.", f"Leave {flag} out for the default.")
+    if rope_dim(config) < 2 or rope_dim(config) % 2:
+        raise ConfigError(
+            f"mla turns {rope_dim(config)} features of a head by position.",
+            "RoPE turns pairs of features.",
+            f"Take --mla-rope-dim {max(2, rope_dim(config) // 2 * 2)}.",
+        )
+    if config.kv_heads != config.heads and set(config.mixer) == {"mla"}:
+        raise ConfigError(
+            f"--kv-heads {config.kv_heads} would do nothing.",
+            "mla makes the keys and values of all heads from one latent.",
+            "Leave --kv-heads out; --mla-kv-rank sets the size of the cache.",
+        )
+
+
+ROW = MixerSpec(
+    "mla",
+    "multi-head latent attention with decoupled RoPE (DeepSeek-V3)",
+    "mla",
+    "LatentAttention",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("mla_kv_rank", "mla_q_rank", "mla_rope_dim"),
+    training=("attention",),
+    variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
+)

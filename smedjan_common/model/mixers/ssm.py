@@ -1,0 +1,102 @@
+"""The row of `ssm`: Mamba-2, a state space model with one decay per head (Dao & Gu, 2024).
+
+Initial values are the paper's: decay rates A ~ U(1, 16), time steps log-uniform in [0.001, 0.1]; neither they nor the skip decay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.spec import MixerSpec, StateSpec
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+
+
+def inner_dim(config: ModelConfig) -> int:
+    """Features of all heads together, E."""
+    return config.ssm_expand * config.dim
+
+
+def heads(config: ModelConfig) -> int:
+    """Heads, H: --heads is attention's."""
+    return inner_dim(config) // config.ssm_head_dim
+
+
+def convolved_dim(config: ModelConfig) -> int:
+    """Features that are convolved: x, B and C."""
+    return inner_dim(config) + 2 * config.ssm_groups * config.ssm_state
+
+
+def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+    inner, convolved, count = inner_dim(config), convolved_dim(config), heads(config)
+    taps = config.conv_width**-0.5
+    return [
+        weight("in_proj", inner + convolved + count, config.dim, (None, "embed"), config.init_std),  # z, (x, B, C), dt
+        ParamSpec("conv.weight", (convolved, config.conv_width), (None, None), "uniform", taps),
+        ParamSpec("conv_bias", (convolved,), (None,), "uniform", taps, decay=False),
+        ParamSpec("A_log", (count,), ("heads",), "log_of_uniform", (1.0, 16.0), decay=False),
+        ParamSpec("dt_bias", (count,), ("heads",), "time_step", (1e-3, 1e-1, 1e-4), decay=False),
+        ParamSpec("D", (count,), ("heads",), "ones", 1.0, decay=False),
+        ParamSpec("norm.weight", (inner,), ("heads",), "ones", 1.0, decay=False),
+        weight("out_proj", config.dim, inner, ("embed", "heads"), residual_std(config)),
+    ]
+
+
+def _flops(config: ModelConfig, seq_len: int) -> int:
+    return 4 * inner_dim(config) * config.ssm_state  # the recurrence itself, whatever the chunks: B x^T into the state, and C S
+
+
+def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+    return [
+        StateSpec("state", (batch, heads(config), config.ssm_state, config.ssm_head_dim), "float32"),
+        StateSpec("window", (batch, config.conv_width - 1, convolved_dim(config))),
+    ]
+
+
+def _validate(config: ModelConfig) -> None:
+    for name in ("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"):
+        if getattr(config, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is {getattr(config, name)}.", "It must be at least 1.", "Leave it out for the default.")
+    inner = inner_dim(config)
+    if inner % config.ssm_head_dim:
+        fits = [size for size in range(1, inner + 1) if inner % size == 0]
+        raise ConfigError(
+            f"--ssm-expand {config.ssm_expand} x --dim {config.dim} does not divide into heads of --ssm-head-dim {config.ssm_head_dim}.",
+            "Every head gets the same number of features.",
+            f"Take --ssm-head-dim {min(fits, key=lambda size: abs(size - config.ssm_head_dim))}.",
+        )
+    if heads(config) % config.ssm_groups:
+        fits = [count for count in range(1, heads(config) + 1) if heads(config) % count == 0]
+        raise ConfigError(
+            f"{heads(config)} heads do not divide into --ssm-groups {config.ssm_groups}.",
+            "Every group's B and C serve the same number of heads (--ssm-expand x --dim / --ssm-head-dim).",
+            f"Take --ssm-groups {min(fits, key=lambda count: abs(count - config.ssm_groups))}.",
+        )
+    if set(config.mixer) == {"ssm"} and config.kv_heads != config.heads:
+        raise ConfigError(
+            f"--kv-heads {config.kv_heads} would do nothing.",
+            "ssm has no key/value heads; its B and C are shared by groups.",
+            f"Leave --kv-heads out, or take --ssm-groups {config.kv_heads}.",
+        )
+
+
+ROW = MixerSpec(
+    "ssm",
+    "Mamba-2 state space model, cost per token and state independent of the length",
+    "ssm",
+    "Mamba2",
+    _parameters,
+    _flops,
+    _state,
+    _validate,
+    options=("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"),
+    training=("chunk_size",),
+    rope=False,
+    linear=True,
+    small={"ssm_state": 8, "ssm_head_dim": 16},
+    variants={"two-groups": {"ssm_groups": 2}, "one-tap": {"ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 1}},
+)

@@ -1,0 +1,84 @@
+"""The parameter table: the one place that knows names, shapes, initial values, decay and sharding axes.
+
+    embed.weight [V, D]                   (also the output head)          norm.weight [D]
+    layers.{i}.mixer_norm.weight [D]      layers.{i}.ffn_norm.weight [D]
+    layers.{i}.mixer.*                    layers.{i}.ffn.*                (rows of smedjan_common.model.mixers)
+
+Weights are [out, in]. A tensor's initial value is drawn by NumPy's Philox keyed by (seed, name), so it depends on
+neither backend, order nor device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from smedjan_common.errors import CheckpointError
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.parameter import ParamSpec, norm_spec
+
+if TYPE_CHECKING:
+    import numpy as np  # imported where values are drawn: counting parameters (`smedjan sizes`) must not wait for it
+
+
+def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter of the model, by name, in the order of the forward pass."""
+    from smedjan_common.model.ffns import FFNS
+    from smedjan_common.model.mixers import MIXERS
+
+    embed = ParamSpec("embed.weight", (config.padded_vocab_size, config.dim), ("vocab", "embed"), "normal", config.init_std)
+    specs = [embed]
+    for layer in range(config.layers):
+        at = f"layers.{layer}."
+        specs.append(norm_spec(f"{at}mixer_norm.weight", config.dim))
+        specs += [spec._replace(name=f"{at}mixer.{spec.name}") for spec in MIXERS[config.mixer_of(layer)].parameters(config, layer)]
+        specs.append(norm_spec(f"{at}ffn_norm.weight", config.dim))
+        specs += [spec._replace(name=f"{at}ffn.{spec.name}") for spec in FFNS[config.ffn_of(layer)].parameters(config, layer)]
+    specs.append(norm_spec("norm.weight", config.dim))
+    return {spec.name: spec for spec in specs}
+
+
+def count_params(config: ModelConfig) -> int:
+    """Exact number of values in the tree."""
+    return sum(spec.size for spec in parameter_table(config).values())
+
+
+def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Initial values, float32, by name. Tensors are drawn in parallel threads; the result does not depend on that."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    table = parameter_table(config)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(table, pool.map(lambda spec: initial_value(spec, seed), table.values()), strict=True))
+
+
+def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
+    """The tensor's initial value, float32 [*shape]: a pure function of (seed, name, shape, init, scale)."""
+    import numpy as np
+
+    from smedjan_common.model.initializers import INITIALIZERS
+
+    key = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=16).digest()
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
+
+
+def require_tree(config: ModelConfig, tensors: dict[str, Any]) -> None:
+    """Raises CheckpointError, with the names, for parameters that are not this model's."""
+    if problems := check_tree(config, tensors):
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError("The parameters are not those of the model.", "; ".join(problems[:3]) + more + ".", "Take the model's own.")
+
+
+def check_tree(config: ModelConfig, tensors: dict[str, Any]) -> list[str]:
+    """Names the differences between `tensors` (name -> anything with .shape) and the table; empty when they agree."""
+    table = parameter_table(config)
+    missing = [f"{name} is missing" for name in table if name not in tensors]
+    extra = [f"{name} is not a parameter of this model" for name in tensors if name not in table]
+    wrong = [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {spec.shape}"
+        for name, spec in table.items()
+        if name in tensors and tuple(tensors[name].shape) != spec.shape
+    ]
+    return missing + extra + wrong

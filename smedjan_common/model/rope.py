@@ -1,0 +1,80 @@
+"""Rotary position embedding (Su et al., 2021) with NTK-aware and YaRN (Peng et al., 2023) scaling: closed forms.
+
+    theta_i = base^(-2i/K), i < K/2                     plain
+    base' = base * s^(K/(K-2))                          NTK-aware
+    theta' = theta (1 - ramp) + (theta / s) ramp        YaRN; cos and sin times m = 0.1 ln s + 1
+
+K: features that turn (a whole head; a part of it in `mla`), s: factor, L: original context. Half-split layout (Llama): feature i
+turns with feature i + K/2.
+Computed once in float64; both backends and the reference start from these numbers.
+"""
+
+import math
+
+import numpy as np
+
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.mixers import MIXERS, mla
+
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+
+def rotary_dims(config: ModelConfig) -> tuple[int, ...]:
+    """Every K of the model, rising."""
+    turning = [name for name in config.mixer if MIXERS[name].rope]
+    return tuple(sorted({mla.rope_dim(config) if name == "mla" else config.head_dim for name in turning}))
+
+
+def frequencies(config: ModelConfig, dim: int | None = None) -> np.ndarray:
+    """Angle per position, float64 [K/2]; K is `dim`, or the head size when that is None."""
+    return _SCALINGS[config.rope_scaling](config, dim or config.head_dim)
+
+
+def periods(config: ModelConfig, dim: int | None = None) -> np.ndarray:
+    """1 / frequencies, positions per radian, float32 [K/2]."""
+    return (1.0 / frequencies(config, dim)).astype(np.float32)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
+    return 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
+
+
+def tables(config: ModelConfig, length: int, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor.
+
+    Angles are float32 products, as everywhere in the field, and rounded just as mx.fast.rope rounds them: it takes periods.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * (np.float32(1) / periods(config, dim))[None, :]
+    angles, m = angles.astype(np.float64), attention_factor(config)
+    return (np.cos(angles) * m).astype(np.float32), (np.sin(angles) * m).astype(np.float32)
+
+
+def original_length(config: ModelConfig) -> int:
+    """L: the context that the model was trained at before it was extended."""
+    return config.rope_original_len or max(1, round(config.context_length / config.rope_factor))
+
+
+def _plain(config: ModelConfig, dim: int, base: float | None = None) -> np.ndarray:
+    return (base or config.rope_base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def _ntk(config: ModelConfig, dim: int) -> np.ndarray:
+    exponent = dim / (dim - 2) if dim > 2 else 1.0
+    return _plain(config, dim, config.rope_base * config.rope_factor**exponent)
+
+
+def _yarn(config: ModelConfig, dim: int) -> np.ndarray:
+    length = original_length(config)
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low = max(math.floor(dimension(BETA_FAST)), 0)
+    high = min(math.ceil(dimension(BETA_SLOW)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / max(high - low, 0.001), 0, 1)
+    theta = _plain(config, dim)
+    return theta * (1 - ramp) + theta / config.rope_factor * ramp
+
+
+_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn}

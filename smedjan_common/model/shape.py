@@ -1,0 +1,3 @@
+"""The sizes that every model has."""
+
+ROPE_SCALINGS = ("none", "ntk", "yarn")

@@ -1,0 +1,234 @@
+"""From --dataset, --val-dataset and --tokenizer to token files and a tokenizer that belong together.
+
+A .bin is a token file. Anything else is text or JSONL: it is tokenised once into CHECKPOINT_DIR/data/KEY/, where KEY is a hash of the
+texts and of what was done with them, so the same command finds it again and other texts never mix with it.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.data.mixture import Mixture
+from smedjan_common.data.token_file import TokenFile, file_hash
+from smedjan_common.errors import DataError
+from smedjan_common.reporting.console import count, say, size
+from smedjan_common.run.flags import DataFlags
+from smedjan_common.run.folder import DATA
+from smedjan_common.text.sources import NAME_FIELD, REPLACE_BYTES, Source, find
+from smedjan_common.tokenizer import Tokenizer
+
+_TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
+_FIXES = {  # what is said where `train` reads a text, instead of what is said to the commands that have the flags
+    NAME_FIELD: "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
+    REPLACE_BYTES: "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
+}
+TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and validates on. `train` is None only in a dry run over text that is not tokenised yet."""
+
+    train: TokenFile | Mixture | None
+    val: TokenFile | None
+    tokenizer: Tokenizer | None
+    text_bytes: int = 0
+
+
+@contextlib.contextmanager
+def _fixes_of_train() -> Iterator[None]:
+    """Errors of texts name no flag that only the commands before training have."""
+    try:
+        yield
+    except DataError as error:
+        if error.fix not in _FIXES:
+            raise
+        raise DataError(error.what, error.why, _FIXES[error.fix]) from error
+
+
+@_fixes_of_train()
+def run_data(
+    flags: DataFlags,
+    given: frozenset[str],
+    folder: Path,
+    own: Tokenizer | None,
+    dry_run: bool = False,
+    check: Callable[[Tokenizer], None] = lambda tokenizer: None,
+) -> RunData:
+    """Open or make the data of a run. `own`: the tokenizer of the checkpoint that the run starts from. Raises DataError.
+
+    `check` raises for a tokenizer that the run cannot have. A dry run writes nothing: texts that are not tokenised yet are only measured.
+    """
+    if not flags.dataset:
+        raise DataError("There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE: a text, JSONL or a token file.")
+    chosen = _chosen_tokenizer(flags, given)
+    if known := chosen or own:
+        check(known)  # before texts are tokenised, which may take hours
+    if shards := _token_files(flags.dataset, "--dataset"):
+        files, weights = tuple(TokenFile.open(path) for path, _ in shards), tuple(weight for _, weight in shards)
+        train = files[0] if len(files) == 1 else Mixture(files, weights)
+        tokenizer = chosen or own or _tokenizer_beside(files[0])
+        check_vocab_size(flags, given, tokenizer, f"the tokenizer of {str(files[0].path)!r}")
+        val = None
+    else:
+        data = _from_text(flags, folder, chosen, own, dry_run)
+        if data.train is None:
+            return data
+        train, val, tokenizer = data.train, data.val, data.tokenizer
+    assert tokenizer is not None
+    check(tokenizer)
+    train.check_tokenizer(tokenizer.hash)
+    if flags.val_dataset and not dry_run:
+        val = _validation(flags, folder, tokenizer)
+    return RunData(train, val if val and val.num_tokens > 1 else None, tokenizer)
+
+
+def check_data_flags(flags: DataFlags, given: frozenset[str]) -> None:
+    """Raises DataError for a part of the texts to hold out that cannot be, or that nothing is held out of."""
+    if not 0 <= flags.val_fraction < 1:
+        raise DataError(f"--val-fraction is {flags.val_fraction}.", "It must be at least 0 and under 1.", "Take 0.02, say.")
+    if not flags.val_fraction:
+        return
+    if "val_fraction" in given and flags.val_dataset:
+        why = "--val-dataset is what is validated on, and nothing is held out of --dataset."
+        raise DataError("--val-fraction would do nothing.", why, "Give only one of the two.")
+    if "val_fraction" in given and _token_files(flags.dataset, "--dataset"):
+        why = "--dataset is tokenised already; a part is held out when texts are."
+        raise DataError("--val-fraction would do nothing.", why, "Leave it out, and give --val-dataset FILE.bin.")
+
+
+def trains_tokenizer(flags: DataFlags) -> bool:
+    """Whether a new run has no tokenizer yet, so that --vocab-size says how many tokens there will be."""
+    return flags.tokenizer is None and not _token_files(flags.dataset, "--dataset")
+
+
+def check_same_share(flags: DataFlags, given: frozenset[str], recorded: dict[str, Any]) -> None:
+    """Raises DataError for another part to hold out in a run that goes on with the token files it has."""
+    if "val_fraction" in given and flags.val_fraction != recorded.get("val_fraction"):
+        why = "The run goes on with its token files, of which a part was held out when they were made."
+        raise DataError("--val-fraction would do nothing.", why, "Leave it out, or give --val-dataset FILE.")
+
+
+def check_vocab_size(flags: DataFlags, given: frozenset[str], tokenizer: Tokenizer, owner: str) -> None:
+    """Raises DataError for a --vocab-size that is not that of the tokenizer that is there already."""
+    if "vocab_size" in given and flags.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"--vocab-size {flags.vocab_size} does not fit {owner}, which has {tokenizer.vocab_size} tokens.",
+            "--vocab-size is for a tokenizer that is trained.",
+            "Leave it out." if owner != "--tokenizer" else "Give only one of the two.",
+        )
+
+
+def recorded_datasets(folder: Path, recorded: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The token files that config.json of a run names, as flags; nothing when the first is no longer there."""
+    flags = {}
+    for name in ("dataset", "val_dataset"):
+        data = recorded.get(name) or {}
+        files = data.get("files") or ([data] if data.get("path") else [])
+        if files and all((folder / file["path"]).is_file() for file in files):
+            flags[name] = tuple(str(folder / file["path"]) + (f":{file['weight']}" if "weight" in file else "") for file in files)
+    return flags if "dataset" in flags else {}
+
+
+def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | None:
+    if flags.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(flags.tokenizer)
+    check_vocab_size(flags, given, tokenizer, "--tokenizer")
+    return tokenizer
+
+
+def _token_files(paths: tuple[str, ...], flag: str) -> list[tuple[str, float]]:
+    """Token files with their weights, 1 where none is given; nothing when the paths are texts. Raises DataError for both at once."""
+    found = [match for path in paths if (match := _TOKEN_FILE.fullmatch(path))]
+    if found and len(found) < len(paths):
+        raise DataError(f"{flag} mixes token files with texts.", "Texts are tokenised first.", "Give only .bin files, or only texts.")
+    return [(match[1], float(match[2] or 1)) for match in found]
+
+
+def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
+    """The tokenizer that the token file was made with, from where `prepare` leaves it."""
+    path = token_file.path
+    recorded = token_file.manifest.get("tokenizer")
+    places = [path.parent / TOKENIZER_FILE, path.with_name(path.name + ".tokenizer.json"), path.with_suffix(".tokenizer.json")]
+    places += [path.parent / recorded] if isinstance(recorded, str) else []
+    for place in places:
+        if place.is_file() and (tokenizer := Tokenizer.load(place)).hash == token_file.tokenizer_hash:
+            return tokenizer
+    raise DataError(
+        f"The tokenizer of {str(path)!r} was not found.", "No tokenizer.json beside it has its hash.", "Name it with --tokenizer FILE."
+    )
+
+
+def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool) -> RunData:
+    """Token files of the texts of --dataset: those made before, or new ones."""
+    found = _texts(flags.dataset, "--dataset")
+    sources, num_bytes = [str(source.path) for source in found], sum(source.size for source in found)
+    if not num_bytes:
+        raise DataError(f"{', '.join(flags.dataset)}: there is no text.", "Every file is empty.", "Give a file with some text.")
+    share = 0.0 if flags.val_dataset else flags.val_fraction
+    digest = _content(sources)
+    makers = [chosen] if chosen else [None, own] if own else [None]  # the run's own tokenizer may have been trained on these very texts
+    places = [folder / DATA / _key(digest, share, tokenizer.hash if tokenizer else flags.vocab_size) for tokenizer in makers]
+    for place in places:
+        if (place / TOKENIZER_FILE).is_file() and (place / f"{TRAIN_FILE}.json").is_file():
+            val = TokenFile.open(place / VAL_FILE) if share and (place / VAL_FILE).is_file() else None
+            return RunData(TokenFile.open(place / TRAIN_FILE), val, Tokenizer.load(place / TOKENIZER_FILE))
+    if dry_run:
+        return RunData(None, None, chosen or own, num_bytes)
+    return _tokenise(sources, num_bytes, places[-1], chosen or own, flags.vocab_size, share)
+
+
+def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
+    """The files of text that the paths name. Raises DataError."""
+    found = find(paths, flag)
+    if rows := [str(source.path) for source in found if source.kind == "dataset"]:
+        fix = f"Tokenise it first ('smedjan prepare --input {rows[0]}'), and give the token file."
+        raise DataError(f"{flag} takes no {rows[0]}.", "A run knows its texts by the hashes of their files.", fix)
+    return found
+
+
+def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokenizer | None, vocab_size: int, share: float) -> RunData:
+    from smedjan_common.data.prepare import prepare
+
+    if tokenizer is None:
+        say(f"Training a tokenizer of {vocab_size} tokens on {size(num_bytes)} of text.")
+        tokenizer = Tokenizer.train(sources, vocab_size=vocab_size)
+    place.mkdir(parents=True, exist_ok=True)
+    prepare(sources, place / TRAIN_FILE, tokenizer, val_output=place / VAL_FILE if share else None, val_fraction=share)
+    tokenizer.save(place / TOKENIZER_FILE)
+    train = TokenFile.open(place / TRAIN_FILE)
+    val = TokenFile.open(place / VAL_FILE) if share else None
+    held_out = f", {count(val.num_tokens)} held out" if val else ""
+    say(f"Tokenised {size(num_bytes)} into {count(train.num_tokens)} tokens to train on{held_out}: {place}")
+    return RunData(train, val, tokenizer)
+
+
+def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFile:
+    if shards := _token_files(flags.val_dataset, "--val-dataset"):
+        if len(shards) > 1:
+            raise DataError("--val-dataset names several token files.", "Validation reads one, from its beginning.", "Give one of them.")
+        val = TokenFile.open(shards[0][0])
+        val.check_tokenizer(tokenizer.hash)
+        return val
+    sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
+    place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_FILE
+    if not place.with_name(f"{VAL_FILE}.json").is_file():
+        from smedjan_common.data.prepare import prepare
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        prepare(sources, place, tokenizer)
+    return TokenFile.open(place)
+
+
+def _content(paths: list[str]) -> str:
+    return json.dumps([file_hash(path) for path in paths])
+
+
+def _key(content: str, share: float, tokenizer: str | int) -> str:
+    return hashlib.sha256(f"{content}:{share}:{tokenizer}".encode()).hexdigest()[:16]

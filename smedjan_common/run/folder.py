@@ -1,0 +1,149 @@
+"""A run as files: RunConfig says what to run, RunFolder writes the run folder.
+
+CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/ (or orbax-00001000/)   final/   loss.png   samples/   data/
+"""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import smedjan_common
+from smedjan_common.backend import Device, OwnFormat, Snapshot, State
+from smedjan_common.checkpoint import prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.data.mixture import Mixture
+from smedjan_common.data.token_file import TokenFile
+from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.reporting.console import say
+from smedjan_common.reporting.metrics import Row
+from smedjan_common.reporting.plot import plot
+from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.training.config import TrainConfig
+
+CONFIG_FILE, PLOT_FILE, SAMPLES, DATA = "config.json", "loss.png", "samples", "data"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `loop.run` needs besides a backend.
+
+    train_data, val_data: token files. start: a step checkpoint to go on from, already verified. pretrained: a checkpoint whose weights
+    a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder. flags: what config.json records.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    checkpoint_dir: Path
+    train_data: TokenFile | Mixture
+    val_data: TokenFile | None
+    tokenizer: Tokenizer
+    start: Path | None = None
+    pretrained: Path | None = None
+    history: list[Row] | None = None
+    checkpoint_every: int = 500
+    keep: int = 3
+    keep_every: int = 0
+    checkpoint_format: str = "neutral"
+    log_every: int = 10
+    eval_every: int = 250
+    eval_batches: int = 20
+    sample_every: int = 0
+    sample_prompt: str = ""
+    sample_tokens: int = 128
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """Writes everything in the run folder but metrics.jsonl."""
+
+    def __init__(self, config: RunConfig, device: Device):
+        self.config, self.path = config, config.checkpoint_dir
+        data = config.train_data
+        self._about = {
+            "model": config.model,
+            "train": config.train,
+            "tokenizer_json": config.tokenizer.to_json(),
+            "tokenizer_hash": config.tokenizer.hash,
+            "dataset": self._dataset(data),
+            "framework": {"name": device.backend, "device": device.name, **device.versions},
+        }
+
+    def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
+        """Path relative to the run folder when it lies inside, so that the folder can move; else absolute. A mixture lists its files."""
+        if isinstance(data, Mixture):
+            files = [self._dataset(file) | {"weight": weight} for file, weight in zip(data.files, data.weights, strict=True)]
+            return {"hash": data.hash, "files": files, "tokens": data.num_tokens}
+        folder, path = self.path.resolve(), Path(data.path).resolve()
+        return {
+            "hash": data.hash,
+            "path": str(path.relative_to(folder) if path.is_relative_to(folder) else path),
+            "tokens": data.num_tokens,
+        }
+
+    def write_config(self) -> None:
+        """config.json: model, training, flags, data, tokenizer, device and versions."""
+        values = {
+            "model": self.config.model.to_dict(),
+            "train": self.config.train.to_dict(),
+            "flags": self.config.flags,
+            "dataset": self._about["dataset"],
+            "val_dataset": self._dataset(self.config.val_data) if self.config.val_data else None,
+            "tokenizer_hash": self.config.tokenizer.hash,
+            "framework": self._about["framework"],
+            "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        }
+        write_atomically(self.path / CONFIG_FILE, (json.dumps(values, indent=1) + "\n").encode())
+
+    def save(self, snapshot: Snapshot, metrics: Row) -> Path:
+        """Write a step checkpoint, then remove what --keep does not keep."""
+        return self._pruned(write_checkpoint(self.path, snapshot, metrics=metrics, **self._about))
+
+    def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row) -> Callable[[], Path]:
+        """Take the state for a step checkpoint in the backend's own format; what is returned does what `save` does."""
+        params, slots = own.tensors(state)
+        finish = start_own(
+            self.path,
+            lambda folder: own.begin(state, folder),
+            kind=own.name,
+            step=step,
+            params=params,
+            optimizer_arrays=slots,
+            metrics=metrics,
+            **self._about,
+        )
+        return lambda: self._pruned(finish())
+
+    def _pruned(self, path: Path) -> Path:
+        prune_checkpoints(self.path, self.config.keep, keep_every=self.config.keep_every)
+        return path
+
+    def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
+        """Write final/: weights, configuration and tokenizer."""
+        return write_final(self.path, snapshot, metrics=metrics, **self._about)
+
+    def save_sample(self, step: int, text: str) -> None:
+        """Write a sample's text."""
+        folder = self.path / SAMPLES
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def draw(self, rows: list[Row]) -> None:
+        """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
+        try:
+            plot({"training": rows}, self.path / PLOT_FILE, self.path.name)
+        except Exception as error:
+            say(f"note: {PLOT_FILE} was not drawn: {type(error).__name__}: {error}")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a run folder; None when there is none or it is not whole."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,251 @@
+"""The training loop, written once: everything that is not array work.
+
+The device never waits for the host: a step is dispatched before the metrics of the one before are read, and at most IN_FLIGHT
+steps are queued. Evaluation, samples and checkpoints drain the queue; their time is not counted in tokens_per_second.
+A checkpoint's state is taken between two steps and written while the next ones run; a failure surfaces at the step after it.
+Batch and learning rate are functions of the step, so a resumed run is the same run.
+"""
+
+import functools
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.backend import Backend, Metrics, Snapshot, State
+from smedjan_common.checkpoint import FORMAT, Background, latest_checkpoint, read_checkpoint, read_info, read_own, read_weights
+from smedjan_common.data.mixture import batches
+from smedjan_common.data.order import eval_batches
+from smedjan_common.errors import NotFiniteError, SmedjanError
+from smedjan_common.inference.generate import Generation
+from smedjan_common.inference.sampling import Sampling
+from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.params import initial_params
+from smedjan_common.reporting.console import duration, eval_line, say, step_line
+from smedjan_common.reporting.meter import Meter
+from smedjan_common.reporting.metrics import MetricsFile, Row, routing
+from smedjan_common.run.evaluate import evaluate
+from smedjan_common.run.folder import RunConfig, RunFolder
+from smedjan_common.run.signals import StopSignals
+from smedjan_common.training.schedule import learning_rate
+
+IN_FLIGHT = 4
+
+
+def run(config: RunConfig, backend: Backend) -> int:
+    """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns the exit code: 0, or 130/143/129 after saving.
+
+    Raises NotFiniteError, OutOfMemoryError, CheckpointError; nothing saved before is lost by any of them.
+    """
+    with StopSignals() as stop:
+        return _Loop(config, backend, stop).run()
+
+
+@dataclass
+class _Loop:
+    config: RunConfig
+    backend: Backend
+    stop: StopSignals
+    queue: deque[tuple[int, float, Metrics]] = field(default_factory=deque)  # (step, lr, metrics) dispatched and not read yet
+    last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
+    saved: int | None = None  # step of the newest checkpoint, written or being written
+    writes: Background = field(default_factory=Background)
+
+    def __post_init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.model, self.train = self.config.model, self.config.train
+        self.device = self.backend.describe()
+        self.folder = RunFolder(self.config, self.device)
+        train = self.train
+        self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing)
+        self.tokens_per_step = self.train.batch_size * self.train.seq_len
+        self.meter = Meter(self.tokens_per_step)
+        peak = self.device.peak_flops
+        self.peak_flops = peak * self.device.count if peak else None
+        self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
+
+    def run(self) -> int:
+        state, begin = self.start()
+        self.folder.write_config()
+        self.metrics = MetricsFile(self.config.checkpoint_dir, begin, self.config.history)
+        self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)
+        step = begin
+        try:
+            while step < self.train.steps and not self.stop.received:
+                step += 1
+                state = self.dispatch(state, step)
+                self.written()
+                self.drain(0 if step == begin + 1 else 1 if self.is_logged(step - 1) else IN_FLIGHT)
+                if step == begin + 1:
+                    self.meter.start(step)  # the first step compiled
+                self.after(state, step)
+            self.drain(0)
+            return self.finish(state, step, step > begin)
+        finally:
+            self.metrics.close()
+            self.abandon()
+
+    def start(self) -> tuple[State, int]:
+        """The state that the run begins with, and its step."""
+        if self.config.start:
+            info = read_info(self.config.start)
+            say(f"Going on from {self.config.start}, step {info.step} of {self.train.steps}.")
+            self.saved = info.step if self.config.start.parent == self.config.checkpoint_dir else None
+            if info.format == FORMAT:
+                return self.backend.restore(read_checkpoint(info.path, verify=False).snapshot), info.step
+            return read_own(info, self.backend.own), info.step
+        if self.config.pretrained:
+            say(f"Starting from the weights of {self.config.pretrained}.")
+            return self.backend.init(read_weights(read_info(self.config.pretrained), self.backend.own)), 0
+        return self.backend.init(initial_params(self.model, self.train.seed)), 0
+
+    def dispatch(self, state: State, step: int) -> State:
+        """Queue one optimizer step on the device."""
+        lr = learning_rate(self.train, step - 1)
+        documents = self.batches.documents(step - 1) if self.train.mask_documents else None
+        state, metrics = self.backend.train_step(state, *self.batches.batch(step - 1), lr, documents)
+        self.queue.append((step, lr, metrics))
+        return state
+
+    def drain(self, leave: int) -> None:
+        """Read the oldest metrics until only `leave` steps are in flight; log and check them."""
+        while len(self.queue) > leave:
+            step, lr, metrics = self.queue.popleft()
+            values = self.backend.read(metrics)
+            self.check_finite(step, values)
+            self.last |= {"step": step, "loss": values["loss"]}
+            if self.is_logged(step):
+                self.log(step, lr, values)
+
+    def is_logged(self, step: int) -> bool:
+        every = self.config.log_every
+        return step in (1, self.train.steps) or (every > 0 and step % every == 0)
+
+    def log(self, step: int, lr: float, values: dict[str, Any]) -> None:
+        speed = self.meter.lap(step)
+        row = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "loss": values["loss"],
+            "lr": lr,
+            "grad_norm": values["grad_norm"],
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / self.peak_flops if speed and self.peak_flops else None,
+            "peak_memory_bytes": self.backend.peak_memory(),
+            "elapsed_seconds": self.elapsed_before + time.perf_counter() - self.begun,
+            **routing(values),
+        }
+        self.metrics.write(row)
+        left = (self.train.steps - step) * self.tokens_per_step / speed if speed and step < self.train.steps else None
+        say(step_line(row, self.train.steps, left))
+
+    def check_finite(self, step: int, values: dict[str, Any]) -> None:
+        for name, what in (("loss", "The loss is"), ("grad_norm", "The norm of the gradients is")):
+            if not math.isfinite(values[name]):
+                self.written(wait=True)
+                good = latest_checkpoint(self.config.checkpoint_dir, verify=False)
+                where = f"The newest good checkpoint is {good}" if good else "There is no checkpoint yet"
+                raise NotFiniteError(
+                    f"{what} {values[name]} at step {step}.",
+                    "The run has diverged; this state is not saved.",
+                    f"{where}: go on with a lower --lr, a longer --warmup or a smaller --clip-norm.",
+                )
+
+    def after(self, state: State, step: int) -> None:
+        """What is due after a step: validation, a sample, a checkpoint."""
+        last = step == self.train.steps
+        evaluates = self.config.val_data is not None and self.config.eval_every > 0 and (last or step % self.config.eval_every == 0)
+        samples = self.config.sample_every > 0 and (last or step % self.config.sample_every == 0)
+        saves = last or (self.config.checkpoint_every > 0 and step % self.config.checkpoint_every == 0)
+        if not (evaluates or samples or saves):
+            return
+        self.drain(0)
+        with self.meter.paused():
+            if evaluates:
+                self.evaluate(state, step)
+            if samples:
+                self.sample(state, step)
+            if saves and not last:
+                self.save(state, step)
+
+    def evaluate(self, state: State, step: int) -> None:
+        assert self.config.val_data is not None
+        parts = self.train.grad_accum  # as much memory as training takes
+        held_out = eval_batches(
+            self.config.val_data,
+            self.train.seq_len,
+            self.train.batch_size // parts,
+            self.config.eval_batches * parts,
+            self.train.mask_documents,
+        )
+        row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
+        self.metrics.write(row)
+        self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
+        if row["val_loss"] is not None:
+            say(eval_line(row, self.train.steps))
+
+    def sample(self, state: State, step: int) -> None:
+        tokenizer = self.config.tokenizer
+        prompt = tokenizer.encode(self.config.sample_prompt) or [tokenizer.eot_id]
+        length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
+        decoder = self.backend.decoder(self.backend.params_of(state), length)
+        pieces = Generation(decoder, tokenizer, prompt, self.config.sample_tokens, length, Sampling(temperature=0.8, seed=self.train.seed))
+        text = self.config.sample_prompt + "".join(pieces)
+        self.folder.save_sample(step, text)
+        say("  | " + text.replace("\n", "\n  | "))
+
+    def save(self, state: State, step: int, snapshot: Snapshot | None = None) -> None:
+        """Take the state for a step checkpoint, which is written from here on; redraw the plot. snapshot: the state where it is known."""
+        self.written(wait=True)
+        metrics, rows = dict(self.last), list(self.metrics.rows)
+        if step == self.saved:
+            self.folder.draw(rows)
+            return
+        own = self.backend.own
+        if own and own.name == self.config.checkpoint_format:
+            write = self.folder.start_own(own, state, step, metrics)
+        else:
+            write = functools.partial(self.folder.save, snapshot or self.backend.save(state), metrics)
+        self.saved = step
+
+        def write_and_draw() -> Path:
+            path = write()
+            self.folder.draw(rows)
+            return path
+
+        self.writes.start(write_and_draw)
+
+    def written(self, wait: bool = False) -> None:
+        """Tell of a checkpoint that has been written since. Raises CheckpointError when it could not be."""
+        if path := self.writes.take(wait):
+            say(f"saved {path}")
+
+    def abandon(self) -> None:
+        """The run ends by an error: what is being written may still become whole, and its own failure is only told."""
+        try:
+            self.written(wait=True)
+        except SmedjanError as error:
+            say(f"note: {error}")
+
+    def finish(self, state: State, step: int, moved: bool) -> int:
+        """The last checkpoint, and `final/` when all steps are done."""
+        if step < self.train.steps:
+            if moved:
+                self.save(state, step)
+                self.written(wait=True)
+            say(f"Stopped after step {step} of {self.train.steps}. The same command goes on from here.")
+            return self.stop.exit_code
+        snapshot = self.backend.save(state)
+        self.save(state, step, snapshot)
+        self.written(wait=True)
+        say(f"saved {self.folder.save_final(snapshot, self.last)}")
+        say(f"Done: {step} steps in {duration(self.elapsed_before + time.perf_counter() - self.begun)}.{_figures(self.last)}")
+        return self.stop.exit_code
+
+
+def _figures(last: dict[str, Any]) -> str:
+    names = (("loss", "loss"), ("val_loss", "validation loss"), ("val_bits_per_byte", "bits per byte"))
+    figures = [f"{text} {last[name]:.4f}" for name, text in names if last.get(name) is not None]
+    return f" Last {', '.join(figures)}." if figures else ""

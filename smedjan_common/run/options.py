@@ -1,0 +1,75 @@
+"""Options that nothing would read are refused, as whoever gives one expects that it counts. What reads which stands in the tables: the
+rows of mixers and feed-forwards, optimizers, schedules.
+
+A value that says that there shall be none of it (--experts 0, --no-qk-norm, --attention auto) is what a run without it does.
+Only new runs are checked: a run goes on with the command that started it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from smedjan_common.errors import ConfigError, flag
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.ffns.experts import ROUTER_OPTIONS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.run.flags import GROUPS, ReportFlags
+from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULE_OPTIONS
+
+_NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
+
+
+def check_options(model: ModelConfig, given: frozenset[str]) -> None:
+    """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have."""
+    if "rope_base" in given and not any(MIXERS[name].rope for name in model.mixer):
+        why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer turns by position."
+        raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
+    rows = [*MIXERS.values(), *FFNS.values()]
+    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.options}
+    for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
+        if not getattr(model, name):
+            continue
+        owners = [row.name for row in rows if name in row.options]
+        raise ConfigError(
+            f"{flag(name)} would do nothing.",
+            f"The model has {', '.join(dict.fromkeys((*model.mixer, *model.ffn)))}; the option belongs to {' and '.join(owners)}.",
+            "Leave it out" + (f", or add --mixer {owners[0]}." if owners[0] in MIXERS else ", or add --experts 8."),
+        )
+
+
+def check_training_options(train: TrainConfig, model: ModelConfig, given: frozenset[str]) -> None:
+    """Raises ConfigError for a given option of an optimizer, schedule, router or mixer that the run does not have."""
+    rows = list(_readers(train, model))
+    owned = {name for _, names, _ in rows for name in names}
+    read = {name for _, names, chosen in rows if chosen for name in names}
+    for name in sorted(given & owned - read):
+        if getattr(train, name) == _NONE_OF_IT.get(name):
+            continue
+        owners = [row for row, names, _ in rows if name in names]
+        raise ConfigError(
+            f"{flag(name)} would do nothing.",
+            f"It is read with {' or '.join(owners)}" + (", and the run has none of these." if owners[1:] else " only."),
+            f"Leave it out, or add {owners[0]}.",
+        )
+
+
+def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """What can be chosen, the fields of TrainConfig that it reads, and whether this run has it."""
+    for row in MIXERS.values():
+        yield f"--mixer {row.name}", row.training, row.name in model.mixer
+    for name, options in ROUTER_OPTIONS.items():
+        yield f"--experts 8 --router {name}", options, "experts" in model.ffn and model.router == name
+    for row in OPTIMIZERS.values():
+        yield f"--optimizer {row.name}", row.options, row.name == train.optimizer
+    for name, options in SCHEDULE_OPTIONS.items():
+        yield f"--lr-schedule {name}", options, name == train.lr_schedule
+
+
+def check_report_options(flags: ReportFlags, given: frozenset[str]) -> None:
+    """Raises ConfigError for an option of samples or validation that are never made."""
+    for switch, names in (("sample_every", ("sample_prompt", "sample_tokens")), ("eval_every", ("eval_batches",))):
+        for name in names:
+            if name in given and not getattr(flags, switch):
+                raise ConfigError(f"{flag(name)} would do nothing.", f"{flag(switch)} is 0.", f"Add {flag(switch)} 100, say.")

@@ -1,0 +1,58 @@
+"""What a run is about to do: the heading of every run, and all of a dry run."""
+
+from pathlib import Path
+from typing import Any
+
+from smedjan_common.backend import Device
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.flops import active_params, train_flops_per_token
+from smedjan_common.reporting.console import count, size
+from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.memory import training_bytes
+from smedjan_common.training.mesh import ONE_DEVICE, parse_mesh
+
+
+def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, device: Device) -> str:
+    """Four lines: device, model, data, steps."""
+    held_out = f", {count(data.val.num_tokens)} to validate on" if data.val else ", nothing to validate on"
+    tokens = f"{count(data.train.num_tokens)} tokens{held_out}" if data.train else f"{size(data.text_bytes)} of text, not tokenised yet"
+    devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
+    mesh = f", mesh {device.mesh}" if device.count > 1 else ""
+    idle = f"; {device.count} of {device.visible} devices, --mesh data={device.visible} takes all" if device.count < device.visible else ""
+    return "\n".join(
+        (
+            f"device   {device.backend} on {devices} ({device.kind}), {train.dtype}{mesh}{idle}",
+            f"model    {count(model.num_params())} parameters{_active(model)}: dim {model.dim}, {model.layers} layers, {model.heads} heads"
+            f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
+            f"data     {tokens}",
+            f"training {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, {train.optimizer}, peak lr {train.lr:g}"
+            f" ({train.lr_schedule}, warm-up {train.warmup}), into {folder}",
+        )
+    )
+
+
+def _active(model: ModelConfig) -> str:
+    active = active_params(model)
+    return f", {count(active)} of them for a token" if active != model.num_params() else ""
+
+
+def plan(
+    model: ModelConfig, train: TrainConfig, data: Any, folder: Path, start: Path | None, device: Device, known_steps: bool = True
+) -> str:
+    """The heading and what it comes to in tokens, passes, FLOPs and memory. `known_steps`: whether the number of steps is final."""
+    per_step = train.batch_size * train.seq_len
+    tokens = train.steps * per_step
+    flops = train_flops_per_token(model, train.seq_len)
+    memory = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE)
+    known = device.memory_bytes
+    lines = [heading(model, train, data, folder, device)]
+    if known_steps:
+        passes = f", {tokens / data.train.num_tokens:.2f} passes over the data" if data.train else ""
+        lines.append(f"tokens   {count(tokens)} in all{passes}; {count(flops)}FLOP a token, {count(flops * tokens)}FLOP in all")
+    else:
+        lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
+    fits = "" if known is None else f" of {size(known)}" + ("" if memory <= known else ": TOO MUCH (lower --batch-size or --size)")
+    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 else ''}{fits}")
+    lines.append(f"starts   {f'from {start}' if start else 'at step 0'}")
+    lines.append("Dry run: nothing was written.")
+    return "\n".join(lines)

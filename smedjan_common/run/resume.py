@@ -1,0 +1,116 @@
+"""Whether a run can go on from a checkpoint: what differs is refused, or only told.
+
+The rule for users: the same command again goes on. Flags that are given must agree with the run where they define it (the model,
+--seq-len, --batch-size, --seed, --optimizer, the tokenizer): a difference is refused and shown. Other given flags (--steps, --lr,
+--log-every …) count from here on, with a note. Flags that are not given come from the run.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from smedjan_common.checkpoint import Checkpoint, CheckpointInfo
+from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from smedjan_common.tokenizer import Tokenizer
+
+FIXED = ("batch_size", "seq_len", "seed", "packing")  # they define the order of the data
+
+
+def check_tokenizer(info: CheckpointInfo, tokenizer: "Tokenizer") -> None:
+    """Raises CheckpointError for another tokenizer than that of the weights; where theirs is not known, for one of more tokens."""
+    fix = "Give the tokenizer of the weights and a dataset made with it, or train anew, without --pretrained, in another --checkpoint-dir."
+    if info.tokenizer_hash and info.tokenizer_hash != tokenizer.hash:
+        raise CheckpointError(
+            f"{info.path} was trained with another tokenizer: {info.tokenizer_hash[:16]}… there, {tokenizer.hash[:16]}… now.",
+            "The same token would mean other text.",
+            fix,
+        )
+    if not info.tokenizer_hash and tokenizer.vocab_size > info.model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model of {info.path} {info.model.vocab_size:,}.",
+            "The others would have no row of the embedding.",
+            fix,
+        )
+
+
+def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
+    """Raises ConfigError when the order of the data would change."""
+    if info.train is None:
+        return
+    changed = [name for name in FIXED if getattr(info.train, name) != getattr(train, name)]
+    if changed:
+        pairs = [(name.replace("_", "-"), getattr(info.train, name), getattr(train, name)) for name in changed]
+        shown = "; ".join(f"--{name} is {old} there, {new} now" for name, old, new in pairs)
+        raise ConfigError(
+            f"{info.path} was trained with other settings: {shown}.",
+            "They fix which text each step sees, so the run would not be the same.",
+            f"Leave them out (--grad-accum saves memory), or start anew from the weights: --pretrained {info.path} --checkpoint-dir NEW.",
+        )
+
+
+_HARMLESS_MODEL = {"context_length", "init_std"}  # neither changes the parameters nor what they compute
+
+
+def difference(old: ModelConfig | TrainConfig, new: ModelConfig | TrainConfig) -> list[str]:
+    """One line per field that differs: `dim: 256 in the checkpoint, 512 now`. Empty when they are equal."""
+    return [f"{name}: {_show(a)} in the checkpoint, {_show(b)} now" for name, a, b in _differing(old, new)]
+
+
+def check_resume(
+    checkpoint: Checkpoint | CheckpointInfo, model: ModelConfig, train: TrainConfig, tokenizer_hash: str | None, dataset_hash: str | None
+) -> list[str]:
+    """Whether a run of this model can go on from the checkpoint; returns warnings, one line each, for differences that are allowed.
+
+    Raises CheckpointError, with the difference, for another model, tokenizer or optimizer, or weights without optimizer state.
+    A hash that is None is not known and not compared.
+    """
+    info = checkpoint.info if isinstance(checkpoint, Checkpoint) else checkpoint
+    other = [change for change in _differing(info.model, model) if change[0] not in _HARMLESS_MODEL]
+    if other:
+        raise CheckpointError(
+            f"{info.path} is of another model: {_lines(other)}.",
+            "A run goes on with the model it began with.",
+            "Give the flags of the checkpoint, or start anew with another --checkpoint-dir.",
+        )
+    if info.tokenizer_hash and tokenizer_hash and info.tokenizer_hash != tokenizer_hash:
+        raise CheckpointError(
+            f"{info.path} was trained with another tokenizer: {_show(info.tokenizer_hash)} there, {_show(tokenizer_hash)} now.",
+            "The same token would mean other text.",
+            "Give the tokenizer and the dataset of the checkpoint, or start anew with another --checkpoint-dir.",
+        )
+    if info.optimizer is None and info.step > 0:
+        raise CheckpointError(
+            f"{info.path} holds weights only.", "A run goes on with its optimizer state.", "Resume from a step-*/ directory."
+        )
+    if info.optimizer not in {None, "unknown", train.optimizer}:
+        raise CheckpointError(
+            f"{info.path} has the state of --optimizer {info.optimizer}, not {train.optimizer}.",
+            "Each optimizer keeps its own arrays.",
+            f"Take --optimizer {info.optimizer}, or start anew with another --checkpoint-dir.",
+        )
+    return _warnings(info, model, train, dataset_hash)
+
+
+def _warnings(info: CheckpointInfo, model: ModelConfig, train: TrainConfig, dataset_hash: str | None) -> list[str]:
+    lines = difference(info.model, model) + (difference(info.train, train) if info.train else [])
+    known = (info.dataset or {}).get("hash")
+    if known and dataset_hash and known != dataset_hash:
+        lines.append(f"dataset: {_show(known)} in the checkpoint, {_show(dataset_hash)} now")
+    return lines
+
+
+def _differing(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    names = [field.name for field in dataclasses.fields(old)]
+    return [(name, a, b) for name in names if (a := getattr(old, name)) != (b := getattr(new, name))]
+
+
+def _lines(changes: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{name} is {_show(a)} there, {_show(b)} now" for name, a, b in changes)
+
+
+def _show(value: Any) -> str:
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 40 else text[:16] + "…"

@@ -1,0 +1,77 @@
+"""Documents with what is known about them, for the commands that clean text: JSONL in, JSONL out, every field kept.
+
+A text file becomes {"text", "source"}; records of JSONL keep their fields (source, url, licence, …) and gain "source" where they lack
+it, so that where a text comes from is never lost. Text files are read whole, up to 1 GiB.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from smedjan_common.files.atomic_file import atomic_file
+from smedjan_common.text.cuts import mend_surrogates
+from smedjan_common.text.sources import Block, Source, blocks, decode, documents, json_object
+
+_WHOLE = 1 << 30
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read: the `field` of the text, `errors` for bytes that are not UTF-8, `separator` that cuts text files."""
+
+    field: str = "text"
+    errors: str = "strict"
+    separator: str = ""
+
+    def blocks(self, found: Iterable[Source]) -> Iterator[Block]:
+        """Blocks that cut no document."""
+        for source in found:
+            yield from blocks([source], size=_WHOLE if source.kind == "text" else _CHUNK, field=self.field)
+
+    def records(self, block: Block) -> Iterator[dict[str, Any]]:
+        """The documents of a block with all their fields; empty ones as well."""
+        if block.kind == "jsonl":
+            for place, record in _objects(block, self):
+                yield {"source": place} | record
+            return
+        for number, text in enumerate(documents(block, self.field, self.errors)):
+            place = block.path if block.kind == "text" else f"{block.path}:{block.offset + number}"
+            for part in text.split(self.separator) if self.separator else [text]:
+                yield {"source": place, self.field: part}
+
+    def texts(self, block: Block) -> Iterator[str]:
+        """The texts of a block's documents, in the order of `records`."""
+        return (record[self.field] for record in self.records(block))
+
+
+def _objects(block: Block, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    at = 0
+    for number, line in enumerate(io.BytesIO(block.data)):
+        if line.strip():
+            record = json_object(block, block.line + number, decode(block, at, line, reading.errors), reading.field)
+            yield f"{block.path}:{block.line + number}", record
+        at += len(line)
+
+
+def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write records as JSONL, atomically; how many."""
+    count = 0
+    with atomic_file(path) as file:
+        for record in records:
+            write_record(file, record)
+            count += 1
+    return count
+
+
+def write_record(file: BinaryIO, record: dict[str, Any]) -> None:
+    """One line."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        data = line.encode()
+    except UnicodeEncodeError:
+        data = mend_surrogates(line).encode()
+    file.write(data + b"\n")

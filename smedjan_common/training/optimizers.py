@@ -1,0 +1,93 @@
+"""The optimizers, a row each: what is kept of a parameter, and the settings that suit one and not the others.
+
+    adamw   Loshchilov & Hutter, 2019           mu, nu       every tensor
+    muon    Jordan, 2024; Liu et al., 2025      mu           matrices; the other tensors as adamw does
+    lion    Chen et al., 2023                   mu           every tensor
+
+How a tensor is treated stands in the parameter table alone: decay, lr_scale (0: it never moves, nothing is kept of it), and
+matrix. The equations: smedjan_common.reference.optim.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smedjan_common.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from smedjan_common.model.config import ModelConfig
+    from smedjan_common.model.parameter import ParamSpec
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer.
+
+    keeps(parameter) -> names of the arrays that are kept of a parameter that moves, float32 and of its shape.
+    lr: its default peak learning rate over that of adamw. beta2, weight_decay: its defaults.
+    options: fields of TrainConfig that it reads and some other optimizer does not.
+    """
+
+    name: str
+    about: str
+    keeps: "Callable[[ParamSpec], tuple[str, ...]]"
+    lr: float = 1.0
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    options: tuple[str, ...] = ("eps",)
+
+    def slots(self, spec: "ParamSpec") -> tuple[str, ...]:
+        """Names of the arrays that are kept of a parameter; none of one that never moves."""
+        return self.keeps(spec) if spec.lr_scale else ()
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: they drive singular values into 0.7 to 1.2, the faster the smaller they are
+MUON_RMS = 0.2  # root mean square of a step over the learning rate, as that of adamw is in practice (Liu et al., 2025)
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    row.name: row
+    for row in (
+        OptimizerSpec("adamw", "adaptive moments with decoupled weight decay", lambda spec: ("mu", "nu")),
+        OptimizerSpec(
+            "muon",
+            "orthogonalised momentum for matrices, adamw for the rest",
+            lambda spec: ("mu",) if spec.matrix else ("mu", "nu"),
+            options=("eps", "muon_momentum", "muon_steps", "muon_nesterov"),
+        ),
+        # a step of one size for every value: the authors take a third to a tenth of adamw's rate, and as much more decay
+        OptimizerSpec("lion", "sign of the momentum", lambda spec: ("mu",), lr=0.2, beta2=0.99, weight_decay=0.5, options=()),
+    )
+}
+
+
+def slot_names(config: "ModelConfig", optimizer: str) -> dict[str, list[str]]:
+    """slot -> names of the parameters that have it, in the order of the parameter table."""
+    from smedjan_common.model.params import parameter_table
+
+    slots: dict[str, list[str]] = {}
+    for name, spec in parameter_table(config).items():
+        for slot in OPTIMIZERS[optimizer].slots(spec):
+            slots.setdefault(slot, []).append(name)
+    return slots
+
+
+def check_state(config: "ModelConfig", optimizer: str, tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless `tensors` (`{slot}.{parameter}` -> anything with .shape) are what the optimizer keeps."""
+    from smedjan_common.model.params import parameter_table
+
+    table = parameter_table(config)
+    shapes = {f"{slot}.{name}": table[name].shape for slot, names in slot_names(config, optimizer).items() for name in names}
+    wrong = [f"{name} is missing" for name in shapes if name not in tensors]
+    wrong += [f"{name} is none of its arrays" for name in tensors if name not in shapes]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"The optimizer state does not fit --optimizer {optimizer}: {'; '.join(wrong[:3])}{more}.",
+            "Each optimizer keeps its own arrays of each parameter.",
+            "Resume with the optimizer of the checkpoint, or start anew from its weights with --pretrained.",
+        )

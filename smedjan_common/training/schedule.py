@@ -1,0 +1,59 @@
+"""Learning-rate schedules: closed forms of (config, step), shared by both backends.
+
+Step s (from 0) trains with lr(s). Warm-up rises linearly: lr * (s + 1) / warmup for s < warmup. Then, with
+p = (s - warmup) / (steps - warmup) and floor f = min_lr_ratio:
+
+    cosine     f + (1 - f) (1 + cos(pi p)) / 2             (Loshchilov & Hutter, 2017)
+    linear     1 - (1 - f) p
+    wsd        1 until the last decay_fraction of the run, then linear to f        (MiniCPM, 2024)
+    invsqrt    sqrt(w / (w + s - warmup)), at least f;  w = max(1, warmup)         (Vaswani et al., 2017)
+    constant   1
+"""
+
+import math
+
+from smedjan_common.training.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0). Past the last step it stays at the last value."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    span = max(1, config.steps - config.warmup)
+    progress = min(1.0, (step - config.warmup) / span)
+    return config.lr * SCHEDULES[config.lr_schedule](config, progress)
+
+
+def _cosine(config: TrainConfig, progress: float) -> float:
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _linear(config: TrainConfig, progress: float) -> float:
+    return 1 - (1 - config.min_lr_ratio) * progress
+
+
+def _wsd(config: TrainConfig, progress: float) -> float:
+    span = max(1, config.steps - config.warmup)
+    decay = min(1.0, config.decay_fraction * config.steps / span)
+    into_decay = (progress - (1 - decay)) / decay if decay > 0 else 0.0
+    return 1 - (1 - config.min_lr_ratio) * max(0.0, into_decay)
+
+
+def _invsqrt(config: TrainConfig, progress: float) -> float:
+    width, since_warmup = max(1, config.warmup), progress * max(1, config.steps - config.warmup)
+    return max(config.min_lr_ratio, math.sqrt(width / (width + since_warmup)))
+
+
+def _constant(config: TrainConfig, progress: float) -> float:
+    return 1.0
+
+
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "invsqrt": _invsqrt, "constant": _constant}
+# the fields of TrainConfig that a schedule reads and some other does not
+SCHEDULE_OPTIONS = {
+    "cosine": ("min_lr_ratio",),
+    "linear": ("min_lr_ratio",),
+    "wsd": ("min_lr_ratio", "decay_fraction"),
+    "invsqrt": ("min_lr_ratio",),
+    "constant": (),
+}

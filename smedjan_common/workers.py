@@ -1,0 +1,169 @@
+"""Work spread over processes that start clean: `python -m smedjan_common.workers`, pickled messages over pipes.
+
+Not multiprocessing: nothing is forked (safe beside threads and GPUs) and the caller's script is not run again (no __main__ guard
+needed). A worker object is made in each process from "module:Class" and arguments; `map` calls it on items and gives the results in
+order; `finish` collects what each has gathered. With one worker everything happens in this process.
+"""
+
+import importlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from smedjan_common import errors
+
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[1])
+_IN_FLIGHT = 2  # items per worker that are under way or waiting
+
+
+class Workers:
+    """`with Workers("module:Class", args, count) as workers:`; then `map` and `finish`."""
+
+    def __init__(self, target: str, args: tuple, count: int):
+        self.count = max(1, count)
+        self._local = _make(target, args) if self.count == 1 else None
+        self._processes: list[subprocess.Popen] = []
+        self._free: queue.Queue[subprocess.Popen] = queue.Queue()
+        if self._local is None:
+            try:
+                self._start(target, args)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, target: str, args: tuple) -> None:
+        paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        for _ in range(self.count):
+            command = [sys.executable, "-m", "smedjan_common.workers"]
+            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
+        for process in self._processes:
+            _send(process.stdin, (target, args))
+            self._free.put(process)
+
+    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Results in the order of the items; only a few items are read ahead. Raises what the worker raised."""
+        if self._local is not None:
+            yield from map(self._local, items)
+            return
+        with ThreadPoolExecutor(self.count) as threads:
+            waiting: deque = deque()
+            try:
+                for item in items:
+                    waiting.append(threads.submit(self._ask, item))
+                    if len(waiting) > _IN_FLIGHT * self.count:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BaseException:
+                self.close()  # unblocks the threads
+                raise
+
+    def _ask(self, item: Any) -> Any:
+        process = self._free.get()
+        try:
+            _send(process.stdin, ("item", item))
+            return _receive(process)
+        finally:
+            self._free.put(process)
+
+    def finish(self) -> list[Any]:
+        """What each worker's `finish()` returns."""
+        if self._local is not None:
+            return [self._local.finish()]
+        for process in self._processes:
+            _send(process.stdin, ("finish", None))
+        return [_receive(process) for process in self._processes]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                _close_quietly(pipe)
+
+
+def default_workers() -> int:
+    """As many processes as this one may use cores."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _make(target: str, args: tuple) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)(*args)
+
+
+def _send(pipe: IO[bytes] | None, message: Any) -> None:
+    assert pipe is not None
+    pickle.dump(message, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.flush()
+
+
+def _receive(process: subprocess.Popen) -> Any:
+    assert process.stdout is not None
+    try:
+        kind, value = pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        fix = "Close other programs, or take fewer --workers; for smedjan train, in smedjan prepare."
+        raise MemoryError("A worker process ended early.", fix) from None
+    if kind == "refused":
+        name, sentences = value
+        raise getattr(errors, name)(*sentences)
+    if kind == "failed":
+        raise RuntimeError(f"A worker process failed:\n{value}")
+    return value
+
+
+def _close_quietly(pipe: IO[bytes] | None) -> None:
+    try:
+        if pipe:
+            pipe.close()
+    except OSError:
+        pass
+
+
+def _serve() -> None:
+    """The worker's side: read messages until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints goes to standard error, not into the messages
+    worker = _make(*pickle.load(source))
+    while True:
+        try:
+            kind, item = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            reply = ("result", worker(item) if kind == "item" else worker.finish())
+        except errors.SmedjanError as error:
+            reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix)))
+        except Exception:
+            reply = ("failed", traceback.format_exc())
+        try:
+            _send(out, reply)
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    _serve()
