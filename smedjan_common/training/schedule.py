@@ -8,6 +8,8 @@ p = (s - warmup) / (steps - warmup) and floor f = min_lr_ratio:
     wsd        1 until the last decay_fraction of the run, then linear to f        (MiniCPM, 2024)
     invsqrt    sqrt(w / (w + s - warmup)), at least f;  w = max(1, warmup)         (Vaswani et al., 2017)
     constant   1
+
+After warm-up a rate is never outside [f lr, lr], whatever floating point makes of these forms; in warm-up never above lr.
 """
 
 import math
@@ -18,10 +20,12 @@ from smedjan_common.training.config import TrainConfig
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of optimizer step `step` (from 0). Past the last step it stays at the last value."""
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return min(config.lr, config.lr * (step + 1) / config.warmup)
     span = max(1, config.steps - config.warmup)
     progress = min(1.0, (step - config.warmup) / span)
-    return config.lr * SCHEDULES[config.lr_schedule](config, progress)
+    # rounding takes a form out of its range: wsd's last rate was -9e-16 of the peak where the decay is a thousandth of one step
+    factor = SCHEDULES[config.lr_schedule](config, progress)
+    return config.lr * min(1.0, max(config.min_lr_ratio, factor))
 
 
 def _cosine(config: TrainConfig, progress: float) -> float:
