@@ -35,8 +35,9 @@ test-gpu: $(VENV)/.installed-test
 	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q -m "not gpu" tests/conformance $(PYTEST_ARGS)
 	SMEDJAN_TEST_DEVICE=gpu SMEDJAN_TEST_DETERMINISTIC=0 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
-# real runs of both backends, killed at random moments; KILLS=1000 make soak for a night
+# property tests on cases of their own choice, then real runs of both backends, killed at random moments; KILLS=1000 make soak for a night
 soak: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=search $(PYTEST_ARGS)
 	SMEDJAN_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -q -s tests/unit/test_checkpoint_crash.py tests/e2e/test_soak.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test

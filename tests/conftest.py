@@ -2,6 +2,8 @@
 
 SMEDJAN_TEST_DEVICE=gpu runs the same tests on the machine's accelerator. One thread per process: the models are tiny, two
 pytest workers share two cores, and the order in which sums are taken, hence their bits, does not depend on the machine's cores.
+
+Property tests draw the same cases on every machine; `make soak` lets them search: pytest -m hypothesis --hypothesis-profile=search.
 """
 
 import contextlib
@@ -10,7 +12,14 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
+
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("same")
+providers._get_local_constants = lambda: providers._local_constants  # else cases depend on which modules other tests have imported
 
 DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE", "cpu")
 

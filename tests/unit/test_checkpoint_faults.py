@@ -249,9 +249,7 @@ def test_without_verifying_the_structure_is_still_checked(tmp_path):
 EXAMPLES = int(os.environ.get("SMEDJAN_FUZZ", "120"))  # a soak sets it to thousands
 FUZZ = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize="SMEDJAN_FUZZ" not in os.environ,
     database=None,
 )
 

@@ -321,7 +321,7 @@ def test_links_of_the_hub_cache_are_followed(hf: Path):
     convert(hf, hf.parent / "neutral", "--to", "neutral")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_to_any_file_makes_a_crash_or_a_half(exported: Path, tmp_path: Path, data: st.DataObject):
     """Cut, changed, doubled bytes anywhere: an error of ours, or a model that is whole (damage that no reader can see, in a weight)."""
