@@ -36,6 +36,10 @@ class NewerFormatError(CheckpointError):
     """A checkpoint of a format that only a newer smedjan reads: nothing is wrong with it."""
 
 
+class ForeignFolderError(SmedjanError):
+    """A folder that holds what smedjan did not write, where smedjan would write."""
+
+
 class OutOfMemoryError(SmedjanError):
     """The device or the machine has too little memory."""
 
