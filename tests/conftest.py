@@ -1,7 +1,8 @@
 """Settings that must stand before a framework is imported: exact float32 arithmetic, on the CPU unless asked otherwise.
 
-SMEDJAN_TEST_DEVICE=gpu runs the same tests on the machine's accelerator. One thread per process: the models are tiny, two
-pytest workers share two cores, and the order in which sums are taken, hence their bits, does not depend on the machine's cores.
+SMEDJAN_TEST_DEVICE is cpu, metal (MLX on the GPU of Apple Silicon, where this is the default; JAX on the CPU), or gpu, which runs
+the same tests on the machine's accelerator. One thread per process: the models are tiny, two pytest workers share two cores, and
+the order in which sums are taken, hence their bits, does not depend on the machine's cores.
 
 Property tests draw the same cases on every machine; `make soak` lets them search: pytest -m hypothesis --hypothesis-profile=search.
 """
@@ -10,6 +11,7 @@ import contextlib
 import gc
 import os
 import pathlib
+import platform
 import sys
 
 import hypothesis
@@ -21,39 +23,44 @@ hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 providers._get_local_constants = lambda: providers._local_constants  # else cases depend on which modules other tests have imported
 
-DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE", "cpu")
+DEVICES = ("cpu", "metal", "gpu")
+DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE") or ("metal" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "cpu")
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # by default float32 matmuls lose three digits on CUDA and new Apple chips
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if DEVICE == "cpu":
-    os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on a CPU mx.compile calls g++; one test compiles all the same
+if DEVICE != "gpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     single += " --xla_llvm_disable_expensive_passes=true"  # compiles a sixth faster; the stored rows keep every bit
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {single}".strip()
-
+elif os.environ.get("SMEDJAN_TEST_DETERMINISTIC", "1") == "1":
+    # a repeated run has the same bits only without atomic sums; cuDNN attention does not run with this flag (jaxlib 0.11.2)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+if DEVICE == "cpu":
+    os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on a CPU mx.compile calls g++; one test compiles all the same
     with contextlib.suppress(ImportError):  # on a Mac the default is the GPU
         import mlx.core as mx
 
         mx.set_default_device(mx.cpu)
-elif os.environ.get("SMEDJAN_TEST_DETERMINISTIC", "1") == "1":
-    # a repeated run has the same bits only without atomic sums; cuDNN attention does not run with this flag (jaxlib 0.11.2)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE not in DEVICES:
+        raise pytest.UsageError(f"SMEDJAN_TEST_DEVICE is {DEVICE!r}: it takes {', '.join(DEVICES)}")
+    if DEVICE == "metal" and not _has_metal():
+        raise pytest.UsageError("MLX finds no Metal device here, and the tests are to run on it: SMEDJAN_TEST_DEVICE=cpu make test")
     config.addinivalue_line("markers", "xdist_group(name): tests that share compiled functions (pytest -n 2 --dist loadgroup)")
     config.addinivalue_line("markers", "oracle: needs the `oracle` extra (torch, transformers)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE == "cpu":
+    if DEVICE != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: SMEDJAN_TEST_DEVICE=gpu"))
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: SMEDJAN_TEST_DEVICE=gpu"))
 
 
 MAPS, MOST_MAPS = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")  # of Linux
@@ -70,6 +77,12 @@ def pytest_runtest_teardown() -> None:
     if jax and _tests_run % LOOK_EVERY == 0 and MOST_MAPS.exists() and _lines(MAPS) > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
+
+
+def _has_metal() -> bool:
+    import mlx.core as mx
+
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 def _lines(file: pathlib.Path) -> int:

@@ -1,0 +1,47 @@
+"""The files of the repository that no program reads: the workflow, the licence, the guide, the Makefile on a Mac."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE))
+
+
+def test_the_workflow_runs_the_two_commands_of_the_makefile_and_nothing_else():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/checks.yml").read_text())
+    [job] = workflow["jobs"].values()
+    steps = [step["run"] for step in job["steps"] if "run" in step]
+    assert steps == [f"make {target} PYTHON=python${{{{ matrix.python }}}}" for target in ("lint", "test")]
+    assert {step["uses"].partition("@")[0] for step in job["steps"] if "uses" in step} == {"actions/checkout", "actions/setup-python"}
+    machines = [(row["os"].partition("-")[0], row["python"]) for row in job["strategy"]["matrix"]["include"]]
+    assert machines == [("ubuntu", "3.11"), ("ubuntu", "3.13"), ("macos", "3.13")]
+
+
+def test_pythons_of_the_workflow_are_among_the_classifiers():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tested = re.findall(r'python: "([\d.]+)"', (ROOT / ".github/workflows/checks.yml").read_text())
+    assert {f"Programming Language :: Python :: {version}" for version in tested} <= set(project["classifiers"])
+    assert project["license"] == "MIT"
+    assert [(ROOT / name).read_text().startswith("MIT License") for name in project["license-files"]] == [True]
+
+
+def test_the_makefile_keeps_to_what_gnu_make_3_81_of_macos_knows():
+    newer = [r"^\.ONESHELL", r"^\.RECIPEPREFIX", r"\$\(file ", r"!=(?=.*\$\(shell)", r"^\w+ != ", r"::=", r"^undefine ", r"^private ", "&:"]
+    assert not [pattern for pattern in newer if re.search(pattern, MAKEFILE, re.MULTILINE)]
+
+
+def test_what_the_guide_tells_to_run_is_there():
+    told = {name for page in ("CONTRIBUTING.md", "README.md") for name in re.findall(r"make ([a-z-]+)`", (ROOT / page).read_text())}
+    assert {"lint", "test"} <= told <= TARGETS
+    links = re.findall(r"\]\(([\w./-]+)\)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_command_of_the_makefile_is_phony():
+    phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
+    assert phony == TARGETS
