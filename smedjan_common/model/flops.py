@@ -2,21 +2,26 @@
 
     train FLOPs/token = 6 * active parameters + 3 * sum over layers of the mixer's own forward FLOPs/token
 
-A causal pair counts once (PERFORMANCE.md); `full_square=True` counts the whole T x T square, as many papers do.
+A causal pair counts once; `full_square=True` counts the whole T x T square, as many papers do.
 The tied embedding counts once, as the output head; looking a row up costs nothing.
 """
+
+import re
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import parameter_table
 
-# dense bf16 FLOP/s of the data sheets, by a part of the device's name in lower case; the first match counts
+# dense bf16 FLOP/s of the data sheets, by words of the device's name that stand side by side; the first match counts
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
     ("h100", 989e12),
+    ("h200 nvl", 835e12),
     ("h200", 989e12),
     ("gh200", 989e12),
+    ("gb200", 2500e12),
     ("b200", 2250e12),
     ("b100", 1800e12),
     ("a100", 312e12),
@@ -26,6 +31,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("l4", 121e12),
     ("a10g", 70e12),
     ("a10", 125e12),
+    ("v100 pcie", 112e12),
     ("v100", 125e12),
     ("t4", 65e12),
     ("rtx 5090", 209.5e12),
@@ -39,6 +45,9 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("m1 ultra", 42e12),
     ("m1 max", 21e12),
 )
+
+# words that name another chip of the same number, or a slice of it: RTX 4090 Laptop GPU, 3090 Ti, 4090 D, A100 MIG 1g.5gb
+ANOTHER_CHIP = {"laptop", "mobile", "ti", "super", "d", "mig"}
 
 
 def active_params(config: ModelConfig) -> int:
@@ -59,6 +68,9 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool =
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the device, or None when it is not known."""
-    lowered = device_name.lower()
-    return next((flops for part, flops in PEAK_FLOPS if part in lowered), None)
+    """Dense bf16 FLOP/s of the device, or None when it is not known: an RTX A1000 is no A100, a laptop's RTX 4090 no RTX 4090."""
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    if ANOTHER_CHIP & set(words):
+        return None
+    name = f" {' '.join(words)} "
+    return next((flops for part, flops in PEAK_FLOPS if f" {part} " in name), None)

@@ -95,8 +95,24 @@ def test_the_cost_of_block_sparse_is_no_walk_over_the_blocks_of_a_sequence():
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA A10G", 70e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("Apple M4 Max", 34e12),
         ("Some CPU", None),
+        ("cpu", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A1000 Laptop GPU", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA L400", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Apple M4 Pro", None),
+        ("AMD Ryzen AI Max 395", None),
     ],
 )
 def test_known_devices_have_a_peak_and_unknown_ones_none(name: str, peak: float | None):
@@ -105,4 +121,5 @@ def test_known_devices_have_a_peak_and_unknown_ones_none(name: str, peak: float 
 
 def test_no_row_of_the_device_table_gives_a_later_one_another_peak():
     for index, (part, peak) in enumerate(PEAK_FLOPS):
-        assert not [earlier for earlier, other in PEAK_FLOPS[:index] if earlier in part and other != peak], part
+        assert not [earlier for earlier, other in PEAK_FLOPS[:index] if f" {earlier} " in f" {part} " and other != peak], part
+        assert peak_flops(part) == peak

@@ -49,8 +49,9 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
 
 
 def _flops(config: ModelConfig, seq_len: int) -> int:
-    # the recurrence itself, whatever the chunks: k v^T into every state, and q S for every query head
-    return 2 * config.head_dim * value_dim(config) * (config.kv_heads + config.heads)
+    # the recurrence itself, whatever the chunks: k v^T into every state, q S for every query head, and q z for its denominator
+    denominators = config.heads * (config.linear_normalizer == "denominator")
+    return 2 * config.head_dim * (config.head_dim * (config.kv_heads + config.heads) + denominators)
 
 
 def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:

@@ -42,7 +42,8 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
 
 
 def _flops(config: ModelConfig, seq_len: int) -> int:
-    return (3 * config.head_dim + rope_dim(config)) * config.heads * seq_len  # q k^T and p v as they are trained, the causal half
+    pair = 2 * (config.head_dim + rope_dim(config)) + 2 * config.head_dim  # q k^T and p v of one head, as they are trained
+    return pair * config.heads * seq_len // 2  # the causal half
 
 
 def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
