@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients
 
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -46,6 +47,12 @@ class OutOfMemoryError(SmedjanError):
     exit_code = 3
 
 
+class WorkerError(SmedjanError):
+    """A process that ended before its part of the work was done, mostly because the system ran out of memory and took it."""
+
+    exit_code = 3
+
+
 class NotFiniteError(SmedjanError):
     """The loss or the gradients became infinite or NaN."""
 
@@ -70,21 +77,37 @@ def run_command(function: Callable[[], int | None]) -> int:
     With SMEDJAN_DEBUG=1 the traceback is printed as well.
     """
     try:
-        return function() or 0
+        code = function() or 0
+        sys.stdout.flush()
+        return code
     except SmedjanError as error:
         return _report(error, error.exit_code, error.what, error.why, error.fix)
     except MemoryError as error:
-        why, fix = error.args if len(error.args) == 2 else (str(error), "Take less at once: in training a smaller --batch-size or --size.")
-        return _report(error, 3, "The machine ran out of memory.", why, fix)
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
-        return 0
+        why = f"{str(error).rstrip('.')}." if str(error) else ""
+        return _report(error, 3, "The machine ran out of memory.", why, "Take less at once: in training a smaller --batch-size or --size.")
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            return 0
         where = f" {error.filename!r}" if error.filename else ""
         return _report(
             error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", _OS_FIXES.get(error.errno or 0, "Check the path.")
         )
     except KeyboardInterrupt:
         return _report(None, 130, "Stopped by SIGINT.", "", "")
+
+
+def _is_reader_gone() -> bool:
+    """Whether standard output is a pipe whose reader went away (`| head`): then nobody hears more, and Python is not to complain."""
+    try:
+        fd = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(fd, 0)  # errors and hang-ups are always told
+        if not poll.poll(0):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)  # what is still buffered is flushed when Python ends
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
 
 
 _OS_FIXES = {

@@ -3,6 +3,9 @@
 Not multiprocessing: nothing is forked (safe beside threads and GPUs) and the caller's script is not run again (no __main__ guard
 needed). A worker object is made in each process from "module:Class" and arguments; `map` calls it on items and gives the results in
 order; `finish` collects what each has gathered. With one worker everything happens in this process.
+
+A process that ends before it has answered (the system takes the largest one where memory runs out) is a WorkerError that names the
+signal or exit code, whether it is met while a message is sent or while the answer is awaited.
 """
 
 import importlib
@@ -23,6 +26,8 @@ from smedjan_common import errors
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[1])
 _IN_FLIGHT = 2  # items per worker that are under way or waiting
+_ENOUGH_BYTES = 4 << 20  # of text; below it starting processes takes longer than the work
+_PATIENCE_SECONDS = 10  # for a process that closed its pipe to end
 
 
 class Workers:
@@ -47,7 +52,7 @@ class Workers:
             command = [sys.executable, "-m", "smedjan_common.workers"]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
         for process in self._processes:
-            _send(process.stdin, (target, args))
+            _send(process, (target, args))
             self._free.put(process)
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -71,7 +76,7 @@ class Workers:
     def _ask(self, item: Any) -> Any:
         process = self._free.get()
         try:
-            _send(process.stdin, ("item", item))
+            _send(process, ("item", item))
             return _receive(process)
         finally:
             self._free.put(process)
@@ -81,7 +86,7 @@ class Workers:
         if self._local is not None:
             return [self._local.finish()]
         for process in self._processes:
-            _send(process.stdin, ("finish", None))
+            _send(process, ("finish", None))
         return [_receive(process) for process in self._processes]
 
     def close(self) -> None:
@@ -100,6 +105,18 @@ class Workers:
                 _close_quietly(pipe)
 
 
+def processes(asked: int | None, size: int, enough: int = _ENOUGH_BYTES) -> int:
+    """How many processes work on `size` bytes: as many as were `asked` for, else all cores where that is worth starting them.
+
+    Raises ConfigError for fewer than one.
+    """
+    if asked is None:
+        return default_workers() if size >= enough else 1
+    if asked < 1:
+        raise errors.ConfigError(f"--workers is {asked}.", "Someone has to do the work.", "Give at least 1, or leave it out for all cores.")
+    return asked
+
+
 def default_workers() -> int:
     """As many processes as this one may use cores."""
     try:
@@ -113,10 +130,17 @@ def _make(target: str, args: tuple) -> Any:
     return getattr(importlib.import_module(module), name)(*args)
 
 
-def _send(pipe: IO[bytes] | None, message: Any) -> None:
-    assert pipe is not None
+def _write(pipe: IO[bytes], message: Any) -> None:
     pickle.dump(message, pipe, protocol=pickle.HIGHEST_PROTOCOL)
     pipe.flush()
+
+
+def _send(process: subprocess.Popen, message: Any) -> None:
+    assert process.stdin is not None
+    try:
+        _write(process.stdin, message)
+    except BrokenPipeError:
+        raise _ended(process) from None
 
 
 def _receive(process: subprocess.Popen) -> Any:
@@ -124,14 +148,31 @@ def _receive(process: subprocess.Popen) -> Any:
     try:
         kind, value = pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
-        fix = "Close other programs, or take fewer --workers; for smedjan train, in smedjan prepare."
-        raise MemoryError("A worker process ended early.", fix) from None
+        raise _ended(process) from None
     if kind == "refused":
         name, sentences = value
         raise getattr(errors, name)(*sentences)
+    if kind == "out of memory":
+        raise MemoryError(value)
     if kind == "failed":
         raise RuntimeError(f"A worker process failed:\n{value}")
     return value
+
+
+def _ended(process: subprocess.Popen) -> errors.WorkerError:
+    """The error for a process that closed its pipes."""
+    try:
+        code = process.wait(_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return errors.WorkerError("A worker process does not answer.", f"Process {process.pid} has closed its pipes.", "Try again.")
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        why = "The system does this to the largest process when memory runs out." if -code == signal.SIGKILL else ""
+        return errors.WorkerError(f"A worker process was ended by {name}.", why, _FEWER)
+    return errors.WorkerError(f"A worker process ended early, with exit code {code}.", "What it printed stands above.", _FEWER)
+
+
+_FEWER = "Close other programs, or take fewer --workers; for smedjan train, in smedjan prepare."
 
 
 def _close_quietly(pipe: IO[bytes] | None) -> None:
@@ -157,10 +198,12 @@ def _serve() -> None:
             reply = ("result", worker(item) if kind == "item" else worker.finish())
         except errors.SmedjanError as error:
             reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix)))
+        except MemoryError as error:
+            reply = ("out of memory", str(error))
         except Exception:
             reply = ("failed", traceback.format_exc())
         try:
-            _send(out, reply)
+            _write(out, reply)
         except BrokenPipeError:
             return
 

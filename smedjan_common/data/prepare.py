@@ -30,7 +30,6 @@ from smedjan_common.tokenizer import Tokenizer
 
 TRAIN, VAL, BY_HASH = 0, 1, 2
 _ENOUGH_VALIDATION_DOCUMENTS = 20
-_ONE_PROCESS_BELOW = 4 << 20
 _HASH_RANGE = float(1 << 64)
 
 
@@ -136,7 +135,7 @@ class _Work:
     def write(self, writers: Sequence[TokenFileWriter], pieces: Iterator[Piece], journal: Journal, skip: int) -> list[dict[str, Any]]:
         """Tokenise and write all bundles but the first `skip`; what was read of each source: [{path, bytes, sha256}]."""
         total = sum(source.size for source in self.found)
-        count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if self.processes is None else self.processes
+        count = workers.processes(self.processes, total)
         reader = _Reader(self.found, pieces, skip)
         arguments = (self.tokenizer, self.field, self.errors, self.val_fraction)
         with workers.Workers("smedjan_common.data.prepare:Tokenise", arguments, count) as pool:

@@ -26,7 +26,6 @@ BANDS, ROWS = 14, 8
 SHINGLE = 5
 SAMPLES = 5
 _WORD = re.compile(r"\w+")
-_ONE_PROCESS_BELOW = 4 << 20
 _AT_ONCE = 4096  # shingles hashed together
 
 
@@ -98,7 +97,7 @@ def dedup(
     reading = reading or Reading()
     found = sources.find(inputs)
     total = sum(source.size for source in found)
-    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
+    count = workers.processes(processes, total)
     exact, signatures, done = [np.empty((0, 2), np.uint64)], [np.empty((0, BANDS * ROWS), np.uint32)], 0
     with workers.Workers("smedjan_common.text.dedup:Sign", (reading, threshold is not None), count) as pool:
         for size, some_exact, some_signatures in pool.map(sources.bundles(reading.blocks(found))):

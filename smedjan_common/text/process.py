@@ -18,7 +18,6 @@ from smedjan_common.text.filters import choose, filter_lines, first_broken
 from smedjan_common.text.records import Reading, write_record
 
 SAMPLES = 3
-_ONE_PROCESS_BELOW = 4 << 20
 _PROVENANCE = ("source", "url", "licence", "license")
 
 NORMALISATIONS: dict[str, Callable[[str], str]] = {
@@ -87,7 +86,7 @@ def process(
     reading, report = reading or Reading(), ProcessReport()
     found = sources.find(inputs)
     total, done = sum(source.size for source in found), 0
-    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
+    count = workers.processes(processes, total)
     lines: Counter = Counter()
     with ExitStack() as stack:
         out = stack.enter_context(atomic_file(output))

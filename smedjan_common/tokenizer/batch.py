@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from smedjan_common.tokenizer.tokenizer import Tokenizer
-from smedjan_common.workers import Workers, default_workers
+from smedjan_common.workers import Workers, processes
 
-_ONE_PROCESS_BELOW = 16 << 20  # characters; starting processes would take longer
+_ENOUGH = 16 << 20  # characters; below it starting processes takes longer
 _SHARE = 1 << 20  # characters that are sent to a process at once
 
 
@@ -23,11 +23,10 @@ class EncodeShare:
 
 def encode_in_processes(tokenizer: Tokenizer, texts: Sequence[str], workers: int | None) -> tuple[np.ndarray, np.ndarray]:
     """`Tokenizer.encode_many` in processes: (ids int32 [total], counts int64 [texts])."""
-    if workers is None:
-        workers = default_workers() if sum(map(len, texts)) >= _ONE_PROCESS_BELOW else 1
-    if workers <= 1:
+    count = processes(workers, sum(map(len, texts)), _ENOUGH)
+    if count == 1:
         return tokenizer.encode_many(texts)
-    with Workers("smedjan_common.tokenizer.batch:EncodeShare", (tokenizer,), workers) as pool:
+    with Workers("smedjan_common.tokenizer.batch:EncodeShare", (tokenizer,), count) as pool:
         parts = list(pool.map(_shares(texts)))
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([counts for _, counts in parts])
 

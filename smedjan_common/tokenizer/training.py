@@ -16,8 +16,6 @@ from smedjan_common.tokenizer.merge import learn_merges
 from smedjan_common.tokenizer.vocabulary import Vocabulary
 from smedjan_common.tokenizer.words import WordCounts, add
 
-_ONE_PROCESS_BELOW = 4 << 20  # bytes; starting processes would take longer
-
 
 def train(
     count: Callable[[patterns.Splitter], WordCounts],
@@ -61,7 +59,7 @@ def count_files(
     """Words of all files, counted in processes; `progress(bytes done, bytes in all)`."""
     found = sources.find(files)
     total = sum(source.size for source in found)
-    count = 1 if total < _ONE_PROCESS_BELOW else workers.default_workers() if processes is None else processes
+    count = workers.processes(processes, total)
     done = 0
     with workers.Workers("smedjan_common.tokenizer.words:WordCounter", (splitter.expression, field, errors), count) as pool:
         for size in pool.map(sources.bundles(sources.blocks(found, splitter.known, field=field))):

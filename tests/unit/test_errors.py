@@ -1,22 +1,70 @@
 """What commands say and return when something is raised."""
 
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from smedjan_common.errors import run_command
+from smedjan_common.errors import OutOfMemoryError, run_command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("error", "says"),
     [
-        (("[42] bytes",), ["ran out of memory", "[42] bytes", "--batch-size"]),
-        (("A worker ended.", "Take fewer."), ["ran out of memory", "A worker ended.", "Take fewer."]),
-        ((), ["ran out of memory", "--batch-size"]),
+        (MemoryError("[42] bytes"), ["ran out of memory", "[42] bytes.", "--batch-size"]),
+        (MemoryError(), ["ran out of memory", "--batch-size"]),
+        (OutOfMemoryError("The GPU is full.", "It has 1 GiB.", "Take less."), ["The GPU is full.", "It has 1 GiB.", "Take less."]),
     ],
 )
-def test_out_of_memory_is_exit_3_with_the_fix_of_what_raised_it(capsys, arguments, says):
+def test_out_of_memory_is_exit_3_with_what_to_do(capsys, error, says):
     def body():
-        raise MemoryError(*arguments)
+        raise error
 
     assert run_command(body) == 3
     err = capsys.readouterr().err
     assert all(part in err for part in says)
+
+
+def test_an_array_too_large_for_the_machine_is_exit_3(capsys):
+    """NumPy's MemoryError has two arguments, a shape and a dtype."""
+
+    def body():
+        np.ones((1 << 50, 1 << 8))
+
+    assert run_command(body) == 3
+    assert "Unable to allocate" in capsys.readouterr().err
+
+
+class Closed(io.TextIOBase):
+    """Standard output into a pipe whose reader is there (`alive`) or went away."""
+
+    def __init__(self, alive: bool):
+        self.reader, self.writer = os.pipe()
+        if not alive:
+            os.close(self.reader)
+
+    def fileno(self) -> int:
+        return self.writer
+
+
+@pytest.mark.parametrize(("alive", "code"), [(False, 0), (True, 2)])
+def test_only_standard_outputs_own_closing_ends_a_command_quietly(monkeypatch, capsys, alive, code):
+    def body():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed(alive))
+    assert run_command(body) == code
+    assert ("Broken pipe" in capsys.readouterr().err) == alive
+
+
+def test_a_reader_that_stops_early_hears_no_complaint(tmp_path):
+    """The output is written when Python ends, unless it is flushed before."""
+    command = (
+        f"{sys.executable} -c \"from smedjan_common.errors import run_command; import sys; sys.exit(run_command(lambda: print('x')))\""
+    )
+    shell = f"set -o pipefail; (sleep 0.3; {command}; echo $? >code) | true"
+    ended = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.stderr, (tmp_path / "code").read_text()) == ("", "0\n")
