@@ -9,11 +9,12 @@ import numpy as np
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import FORMAT, CheckpointInfo, read_info, verify_checkpoint, write_checkpoint
-from smedjan_common.checkpoint.directory import FINAL, step_directories
+from smedjan_common.checkpoint import FORMAT, CheckpointInfo, newest, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
 from smedjan_common.files.atomic_directory import standing
+from smedjan_common.files.names import FINAL
 from smedjan_common.tokenizer import Tokenizer
 
 
@@ -45,15 +46,6 @@ def found_format(path: Path) -> str | None:
         return newest(path).format
     except CheckpointError:
         return FORMAT  # a broken one: reading it says what is wrong
-
-
-def newest(path: Path) -> CheckpointInfo:
-    """What checkpoint.json says of the newest weights: of a run, its final/ unless a later step was saved since."""
-    info, final = read_info(path), path / FINAL
-    if info.path != path and info.path.name != FINAL and (final / MANIFEST).is_file():
-        last = read_info(final)
-        return last if last.step >= info.step else info
-    return info
 
 
 def training_state(path: Path) -> Path:

@@ -13,7 +13,7 @@ from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
 from smedjan_common.checkpoint.own import check_readable, read_own, read_weights, start_own
-from smedjan_common.checkpoint.read import read_checkpoint, read_info
+from smedjan_common.checkpoint.read import newest, read_checkpoint, read_info
 from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
 from smedjan_common.checkpoint.write import write_checkpoint, write_final
 
@@ -31,6 +31,7 @@ __all__ = [
     "check_readable",
     "find_checkpoints",
     "latest_checkpoint",
+    "newest",
     "prune_checkpoints",
     "read_checkpoint",
     "read_info",

@@ -11,7 +11,6 @@ from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
 from smedjan_common.errors import CheckpointError, NewerFormatError
 from smedjan_common.files.atomic_directory import fsync_directory, remove, remove_leftovers, replaced_names
 
-FINAL = "final"
 OnSkip = Callable[[str], None]
 
 

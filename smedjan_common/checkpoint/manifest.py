@@ -26,11 +26,11 @@ from typing import Any
 
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
+from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
-MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
 ORBAX = "smedjan-orbax"  # JAX's own
 ARRAYS, PARAMS, SLOTS = "arrays", "params", "optimizer"  # in a backend's own checkpoint: the folder, and the two groups of tensors
 _MAX_MANIFEST_BYTES = 64 << 20

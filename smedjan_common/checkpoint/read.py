@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
-from smedjan_common.checkpoint.directory import FINAL, OnSkip, latest_checkpoint, step_directories
+from smedjan_common.checkpoint.directory import OnSkip, latest_checkpoint, step_directories
 from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import standing
+from smedjan_common.files.names import FINAL
 
 
 def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = True, on_skip: OnSkip | None = None) -> Checkpoint:
@@ -48,6 +49,18 @@ def read_info(path: str | Path) -> CheckpointInfo:
         return load_info(path)
     except CheckpointError as error:
         raise with_offer(path, error) from None
+
+
+def newest(path: str | Path) -> CheckpointInfo:
+    """What checkpoint.json of the newest weights says: of a run directory final/'s, unless a later step was saved since.
+
+    Another path is that checkpoint itself, as read_info has it. Raises CheckpointError.
+    """
+    info, final = read_info(path), standing(Path(path) / FINAL)
+    if info.path == standing(Path(path)) or info.path == final or not (final / MANIFEST).is_file():
+        return info
+    last = read_info(final)
+    return last if last.step >= info.step else info
 
 
 def _is_run(path: Path) -> bool:

@@ -11,12 +11,12 @@ from typing import Any
 
 import smedjan_common
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint.directory import FINAL
 from smedjan_common.checkpoint.load import KINDS, check_name, step_name
 from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
+from smedjan_common.files.names import FINAL
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
 

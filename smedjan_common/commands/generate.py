@@ -116,17 +116,14 @@ def _prompt(flags: GenerateFlags) -> str:
 
 def _open(path: str) -> "tuple[CheckpointInfo, Any]":
     """The checkpoint with the newest weights under `path`, and its tokenizer."""
-    from smedjan_common.checkpoint import read_info
+    from smedjan_common.checkpoint import newest
     from smedjan_common.errors import CheckpointError
+    from smedjan_common.files.names import TOKENIZER
     from smedjan_common.tokenizer import Tokenizer
 
-    info = read_info(path)
-    final = Path(path) / "final"
-    if info.path != Path(path) and info.path.name != "final" and (final / "checkpoint.json").is_file():
-        last = read_info(final)
-        info = last if last.step >= info.step else info
-    if not (info.path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{info.path} has no tokenizer.json.", "Text cannot become tokens without it.", "Copy the tokenizer there.")
+    info = newest(path)
+    if not (info.path / TOKENIZER).is_file():
+        raise CheckpointError(f"{info.path} has no {TOKENIZER}.", "Text cannot become tokens without it.", "Copy the tokenizer there.")
     tokenizer = Tokenizer.load(info.path)
     if info.tokenizer_hash and tokenizer.hash != info.tokenizer_hash:
         raise CheckpointError(

@@ -9,11 +9,11 @@ import tyro
 from tyro.conf import arg
 
 from smedjan_common.errors import CheckpointError, DataError, run_command
+from smedjan_common.files.names import CONFIG, FINAL, MANIFEST, METRICS, TOKENIZER
 
 if TYPE_CHECKING:
     from smedjan_common.checkpoint import Found
 
-FINAL = "final"
 Facts = dict[str, Any]
 
 
@@ -194,11 +194,11 @@ def _tokenizer(path: Path, verify: bool) -> Facts:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / "checkpoint.json").is_file() or path.name == "checkpoint.json"
+    return (path / MANIFEST).is_file() or path.name == MANIFEST
 
 
 def _is_run(path: Path) -> bool:
-    files = ("metrics.jsonl", "step-*/checkpoint.json", "orbax-*/checkpoint.json", f"{FINAL}/checkpoint.json")
+    files = (METRICS, f"step-*/{MANIFEST}", f"orbax-*/{MANIFEST}", f"{FINAL}/{MANIFEST}")
     if not path.is_dir() or any(any(path.glob(file)) for file in files):
         return path.is_dir()
     from smedjan_common.run.folder import read_config
@@ -217,9 +217,9 @@ def _foreign(path: Path, verify: bool) -> Facts:
 KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
     (_is_checkpoint, lambda path, verify: _checkpoint(path if path.is_dir() else path.parent, verify)),
     (_is_run, _run),
-    (lambda path: (path / "config.json").is_file(), _foreign),
+    (lambda path: (path / CONFIG).is_file(), _foreign),
     (lambda path: path.suffix == ".bin", _token_file),
-    (lambda path: path.suffix == ".json" or (path / "tokenizer.json").is_file(), _tokenizer),
+    (lambda path: path.suffix == ".json" or (path / TOKENIZER).is_file(), _tokenizer),
 )
 
 

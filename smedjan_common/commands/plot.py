@@ -8,6 +8,7 @@ import tyro
 from tyro.conf import arg
 
 from smedjan_common.errors import DataError, run_command
+from smedjan_common.files.names import PLOT
 from smedjan_common.optional import MaybeStr
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -35,7 +36,7 @@ def _plot(flags: PlotFlags) -> int:
 
     if not flags.runs:
         raise DataError("There is nothing to draw.", "No run folder was given.", "Give one or more: smedjan plot RUN.")
-    output = Path(flags.output) if flags.output else Path(flags.runs[0]) / "loss.png" if len(flags.runs) == 1 else Path("loss.png")
+    output = Path(flags.output) if flags.output else Path(flags.runs[0]) / PLOT if len(flags.runs) == 1 else Path(PLOT)
     if output.suffix not in SUFFIXES:
         raise DataError(f"{str(output)!r} is no picture that can be drawn.", "Its suffix names the kind.", f"Take {', '.join(SUFFIXES)}.")
     runs = {}

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import arg
 
 from smedjan_common.errors import SmedjanError, run_command
+from smedjan_common.files.names import FINAL, MANIFEST, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
 STEPS = 320  # on 2 quiet cores about 45 s with JAX, 100 s with MLX, whose exp on a CPU is slow
@@ -77,7 +78,7 @@ def write_corpus(folder: Path) -> None:
 
 def commands(folder: Path, backend: str, steps: int) -> list[tuple[Path | None, list[str]]]:
     """(what a command makes, the command): it is run unless that is there."""
-    text, tokenizer, train, val = (str(folder / name) for name in ("corpus.jsonl", "tokenizer.json", "train.bin", "val.bin"))
+    text, tokenizer, train, val = (str(folder / name) for name in ("corpus.jsonl", TOKENIZER, TRAIN_TOKENS, VAL_TOKENS))
     tokenising = ["--input", text, "--tokenizer", tokenizer, "--output", train, "--val-output", val, "--val-fraction", str(VAL_FRACTION)]
     training = [
         "--backend",
@@ -106,7 +107,7 @@ def _sample(folder: Path, backend: str) -> str:
     target = folder / "sample.txt"
     prompt = PROMPTS[default_corpus().name]
     command = ["generate", "--backend", backend, "--checkpoint", str(folder), "--prompt", prompt, *GENERATION.split()]
-    if not target.exists() or target.stat().st_mtime < (folder / "final" / "checkpoint.json").stat().st_mtime:
+    if not target.exists() or target.stat().st_mtime < (folder / FINAL / MANIFEST).stat().st_mtime:
         done = _smedjan(command, capture=True)
         target.write_text(done, encoding="utf-8")
     return target.read_text(encoding="utf-8")

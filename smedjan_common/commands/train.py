@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smedjan_common.errors import run_command
+from smedjan_common.files.names import CONFIG, FINAL, TOKENIZER
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend
@@ -94,7 +95,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     if start and info:
         resume.check_fixed(info, train)
         _changes(info, model, train, data)  # refuses another model
-        if train.steps <= info.step and (folder / "final").exists():
+        if train.steps <= info.step and (folder / FINAL).exists():
             say(f"Done already: {start} is at step {info.step} of {train.steps}. More --steps go on from there.")
             return 0
     if not flags.run.dry_run:
@@ -182,7 +183,7 @@ def _source(
     from smedjan_common.checkpoint import check_readable, read_info
     from smedjan_common.reporting.console import say
     from smedjan_common.run.data import check_same_share, check_vocab_size, recorded_datasets, run_data
-    from smedjan_common.run.folder import CONFIG_FILE, read_config
+    from smedjan_common.run.folder import read_config
     from smedjan_common.run.recorded import check_recorded, is_dataset, recall
     from smedjan_common.run.resume import check_tokenizer
     from smedjan_common.tokenizer import Tokenizer
@@ -191,13 +192,13 @@ def _source(
     info = read_info(begin) if begin else None
     if info:
         check_readable(info, name)
-    own = Tokenizer.load(info.path) if info and (info.path / "tokenizer.json").is_file() else None
+    own = Tokenizer.load(info.path) if info and (info.path / TOKENIZER).is_file() else None
     recorded = read_config(start.parent) if start else None
     if recorded and start:
-        check_recorded(start.parent / CONFIG_FILE, recorded)
+        check_recorded(start.parent / CONFIG, recorded)
         flags = recall(flags, given, recorded.get("flags") or {})
     elif start and info:
-        say(f"note: {start.parent / CONFIG_FILE} is missing or not readable: flags of the run are not known, those not given are defaults.")
+        say(f"note: {start.parent / CONFIG} is missing or not readable: flags of the run are not known, those not given are defaults.")
         recorded = {"dataset": info.dataset if is_dataset(info.dataset) else None}
     known = recorded_datasets(start.parent, recorded) if recorded and start and "dataset" not in given else {}
     if known and recorded:

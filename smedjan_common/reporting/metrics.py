@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.files.names import METRICS
 
-FILE = "metrics.jsonl"
 TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
 EVAL_KEYS = ("step", "val_loss", "val_bits_per_byte")
 Row = dict[str, Any]
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 def read_rows(folder: str | Path) -> list[Row]:
     """The rows of a run folder; none when there is no file. A line that is not whole JSON (a killed run's last) is left out."""
     try:
-        lines = (Path(folder) / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     return [row for line in lines if (row := _parse(line)) is not None]
@@ -51,7 +51,7 @@ class MetricsFile:
     """Appends rows to `folder/metrics.jsonl`; first drops the rows past `step`, and a torn last line."""
 
     def __init__(self, folder: Path, step: int, rows: list[Row] | None = None):
-        self.path = folder / FILE
+        self.path = folder / METRICS
         self.rows = [row for row in (read_rows(folder) if rows is None else rows) if row["step"] <= step]
         write_atomically(self.path, "".join(_line(row) for row in self.rows).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115

@@ -16,9 +16,9 @@ from typing import Any
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile, file_hash
 from smedjan_common.errors import DataError
+from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run.flags import DataFlags
-from smedjan_common.run.folder import DATA
 from smedjan_common.text.sources import NAME_FIELD, REPLACE_BYTES, Source, find
 from smedjan_common.tokenizer import Tokenizer
 
@@ -27,7 +27,6 @@ _FIXES = {  # what is said where `train` reads a text, instead of what is said t
     NAME_FIELD: "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
     REPLACE_BYTES: "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
 }
-TRAIN_FILE, VAL_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
     """The tokenizer that the token file was made with, from where `prepare` leaves it."""
     path = token_file.path
     recorded = token_file.manifest.get("tokenizer")
-    places = [path.parent / TOKENIZER_FILE, path.with_name(path.name + ".tokenizer.json"), path.with_suffix(".tokenizer.json")]
+    places = [path.parent / TOKENIZER, path.with_name(path.name + ".tokenizer.json"), path.with_suffix(".tokenizer.json")]
     places += [path.parent / recorded] if isinstance(recorded, str) else []
     for place in places:
         if place.is_file() and (tokenizer := Tokenizer.load(place)).hash == token_file.tokenizer_hash:
@@ -176,9 +175,9 @@ def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: To
     makers = [chosen] if chosen else [None, own] if own else [None]  # the run's own tokenizer may have been trained on these very texts
     places = [folder / DATA / _key(digest, share, tokenizer.hash if tokenizer else flags.vocab_size) for tokenizer in makers]
     for place in places:
-        if (place / TOKENIZER_FILE).is_file() and (place / f"{TRAIN_FILE}.json").is_file():
-            val = TokenFile.open(place / VAL_FILE) if share and (place / VAL_FILE).is_file() else None
-            return RunData(TokenFile.open(place / TRAIN_FILE), val, Tokenizer.load(place / TOKENIZER_FILE))
+        if (place / TOKENIZER).is_file() and (place / f"{TRAIN_TOKENS}.json").is_file():
+            val = TokenFile.open(place / VAL_TOKENS) if share and (place / VAL_TOKENS).is_file() else None
+            return RunData(TokenFile.open(place / TRAIN_TOKENS), val, Tokenizer.load(place / TOKENIZER))
     if dry_run:
         return RunData(None, None, chosen or own, num_bytes)
     return _tokenise(sources, num_bytes, places[-1], chosen or own, flags.vocab_size, share)
@@ -200,10 +199,10 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
         say(f"Training a tokenizer of {vocab_size} tokens on {size(num_bytes)} of text.")
         tokenizer = Tokenizer.train(sources, vocab_size=vocab_size)
     place.mkdir(parents=True, exist_ok=True)
-    prepare(sources, place / TRAIN_FILE, tokenizer, val_output=place / VAL_FILE if share else None, val_fraction=share)
-    tokenizer.save(place / TOKENIZER_FILE)
-    train = TokenFile.open(place / TRAIN_FILE)
-    val = TokenFile.open(place / VAL_FILE) if share else None
+    prepare(sources, place / TRAIN_TOKENS, tokenizer, val_output=place / VAL_TOKENS if share else None, val_fraction=share)
+    tokenizer.save(place / TOKENIZER)
+    train = TokenFile.open(place / TRAIN_TOKENS)
+    val = TokenFile.open(place / VAL_TOKENS) if share else None
     held_out = f", {count(val.num_tokens)} held out" if val else ""
     say(f"Tokenised {size(num_bytes)} into {count(train.num_tokens)} tokens to train on{held_out}: {place}")
     return RunData(train, val, tokenizer)
@@ -217,8 +216,8 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFi
         val.check_tokenizer(tokenizer.hash)
         return val
     sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
-    place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_FILE
-    if not place.with_name(f"{VAL_FILE}.json").is_file():
+    place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_TOKENS
+    if not place.with_name(f"{VAL_TOKENS}.json").is_file():
         from smedjan_common.data.prepare import prepare
 
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -18,14 +18,13 @@ from smedjan_common.checkpoint import prune_checkpoints, start_own, write_checkp
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.files.names import CONFIG, PLOT, SAMPLES
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.reporting.console import say
 from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
-
-CONFIG_FILE, PLOT_FILE, SAMPLES, DATA = "config.json", "loss.png", "samples", "data"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class RunFolder:
             "framework": self._about["framework"],
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
-        write_atomically(self.path / CONFIG_FILE, (json.dumps(values, indent=1) + "\n").encode())
+        write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 
     def save(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep."""
@@ -135,15 +134,15 @@ class RunFolder:
     def draw(self, rows: list[Row]) -> None:
         """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
         try:
-            plot({"training": rows}, self.path / PLOT_FILE, self.path.name)
+            plot({"training": rows}, self.path / PLOT, self.path.name)
         except Exception as error:
-            say(f"note: {PLOT_FILE} was not drawn: {type(error).__name__}: {error}")
+            say(f"note: {PLOT} was not drawn: {type(error).__name__}: {error}")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a run folder; None when there is none or it is not whole."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

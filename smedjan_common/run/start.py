@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_info, verify_checkpoint
 from smedjan_common.checkpoint.directory import check_formats
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.names import FINAL
 from smedjan_common.reporting.metrics import read_rows
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
             "All of them are damaged.",
             "Give another --checkpoint-dir to start anew, or restore one from a copy.",
         )
-    if start is None and (folder / "final").exists():
+    if start is None and (folder / FINAL).exists():
         raise CheckpointError(
             f"{folder} has a finished run without its step checkpoints.",
             "final/ holds weights only, nothing to go on from, and a new run would overwrite it.",
@@ -58,7 +59,7 @@ def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def _refuse_a_run(folder: Path) -> None:
     broken: list[str] = []
-    if find_checkpoints(folder, on_skip=broken.append) or broken or (folder / "final").exists() or read_rows(folder):
+    if find_checkpoints(folder, on_skip=broken.append) or broken or (folder / FINAL).exists() or read_rows(folder):
         raise CheckpointError(
             f"{folder} already has a run.",
             "--resume never starts anew and overwrites nothing.",

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from smedjan_common.errors import DataError
+from smedjan_common.files.names import TOKENIZER
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.tokenizer import hf_json
 from smedjan_common.tokenizer.encoder import Encoder
 from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter
 from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
 
-TOKENIZER_FILE = "tokenizer.json"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>")
 
 
@@ -92,7 +92,7 @@ class Tokenizer:
         """From a tokenizer.json or a directory that holds one. Raises DataError for another kind of tokenizer, OSError."""
         file = Path(path)
         if file.is_dir():
-            file = file / TOKENIZER_FILE
+            file = file / TOKENIZER
         if not file.is_file():
             raise DataError(
                 f"There is no tokenizer {str(path)!r}.", "", "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
@@ -106,7 +106,7 @@ class Tokenizer:
         return cls.from_json(text, str(file))
 
     @classmethod
-    def from_json(cls, text: str, where: str = TOKENIZER_FILE) -> "Tokenizer":
+    def from_json(cls, text: str, where: str = TOKENIZER) -> "Tokenizer":
         """From the text of a tokenizer.json; `where` names it in errors."""
         return cls(hf_json.parse(text, where))
 
@@ -120,7 +120,7 @@ class Tokenizer:
 
         file = Path(path)
         if file.is_dir():
-            file = file / TOKENIZER_FILE
+            file = file / TOKENIZER
         write_atomically(file, self.to_json().encode())
         return file
 
