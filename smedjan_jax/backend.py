@@ -49,7 +49,7 @@ class JaxBackend:
         configure(train.deterministic)
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
-        check_mesh(self.mesh, model, train)
+        check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)

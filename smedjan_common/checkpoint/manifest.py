@@ -262,6 +262,8 @@ def _fits(hint: Any, value: Any, limit: int) -> bool:
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return type(value) is list and len(value) <= 4096 and all(_fits(parts[0], part, limit) for part in value)
+    if typing.get_origin(hint) is typing.Literal:  # which names there are, the configuration checks
+        return type(value) is str
     if parts:  # a union
         return any(_fits(part, value, limit) for part in parts)
     if hint is float:

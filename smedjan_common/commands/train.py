@@ -88,7 +88,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
 
     train = train_config("float32")
     if mesh:
-        check_mesh(mesh, model, train)
+        check_mesh(mesh, model, train.batch_size, train.grad_accum)
     train.check_model(model)
     if train.mask_documents:
         check_documents(data)

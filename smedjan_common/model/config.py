@@ -8,52 +8,29 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from smedjan_common.errors import ConfigError, flag, near
+from smedjan_common.model.ffns import FFNS, experts
 from smedjan_common.model.json_fields import MAX_EXTENT, JsonFields, check_extent, check_extents
-from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS, VOCAB_MULTIPLE
+from smedjan_common.model.mixers import MIXERS, attention, block_sparse, gated_deltanet, linear, mla, rwkv, ssm
+from smedjan_common.model.options import check_options
+from smedjan_common.model.params import count_params
+from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS
 from smedjan_common.model.shape import ROPE_SCALINGS
 
 
 @dataclass(frozen=True)
-class ModelConfig(JsonFields):
-    """A pre-norm decoder: embedding, `layers` blocks of (mixer, feed-forward), final norm, tied head."""
-
-    vocab_size: int
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn_dim: int
-    context_length: int = 1024
-    mixer: tuple[str, ...] = ("attention",)
-    ffn: tuple[str, ...] = ("swiglu",)
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_len: int = 0
-    init_std: float = 0.02
-    # options of rows of smedjan_common.model.mixers; 0 of a size: worked out from the model, as the row says
-    qk_norm: bool = False
-    window: int = 0
-    linear_decay: str = "scalar"
-    linear_feature_map: str = "identity"
-    linear_normalizer: str = "rmsnorm"
-    ssm_state: int = 128
-    ssm_head_dim: int = 64
-    ssm_expand: int = 2
-    ssm_groups: int = 1
-    conv_width: int = 4
-    mla_kv_rank: int = 0
-    mla_q_rank: int = 0
-    mla_rope_dim: int = 0
-    block_size: int = 64
-    block_topk: int = 4
-    rwkv_head_dim: int = 64
-    experts: int = 0
-    experts_per_token: int = 2
-    shared_experts: int = 0
-    expert_dim: int = 0
-    router: str = "softmax"
+class ModelConfig(
+    # fields come in the order of the rows, the last class's first
+    experts.Options,
+    gated_deltanet.Options,
+    rwkv.Options,
+    block_sparse.Options,
+    mla.Options,
+    ssm.Options,
+    linear.Options,
+    attention.Options,
+    JsonFields,
+):
+    """A Shape with the options of every row; 0 of a size: worked out from the model, as the row says."""
 
     @classmethod
     def preset(cls, size: str, vocab_size: int = DEFAULT_VOCAB_SIZE, **changes: Any) -> Self:
@@ -78,34 +55,12 @@ class ModelConfig(JsonFields):
         config._check_new()
         return config
 
-    @property
-    def head_dim(self) -> int:
-        """Features of one head, K."""
-        return self.dim // self.heads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up to a multiple of 64, which tensor cores want."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    def mixer_of(self, layer: int) -> str:
-        """Name of the mixer in `layer`: the pattern repeats over the depth."""
-        return self.mixer[layer % len(self.mixer)]
-
-    def ffn_of(self, layer: int) -> str:
-        """Name of the feed-forward in `layer`: the pattern repeats over the depth."""
-        return self.ffn[layer % len(self.ffn)]
-
     def num_params(self) -> int:
         """Exact number of trained values (the tied head counts once)."""
-        from smedjan_common.model.params import count_params
-
         return count_params(self)
 
     def validate(self) -> None:
         """Raises ConfigError, with the fix, for a model that cannot be built, or whose rotary settings do nothing."""
-        from smedjan_common.model.mixers import MIXERS
-
         for name, (least, most, reason) in _RANGES.items():
             if not least < getattr(self, name) <= most:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", f"It must be {reason}.", "Leave it out for the default.")
@@ -141,9 +96,6 @@ class ModelConfig(JsonFields):
 
     def _validate_stored(self) -> None:
         """What a checkpoint must be, which is less: it may come from before the checks of `validate`."""
-        from smedjan_common.model.ffns import FFNS
-        from smedjan_common.model.mixers import MIXERS
-
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "context_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
@@ -176,6 +128,7 @@ class ModelConfig(JsonFields):
             for name in names:
                 if name not in table:
                     raise ConfigError(f"{what} {name!r} is unknown.", "It must be a row of the table.", near(name, table))
+                check_options(self, table[name].own)
                 table[name].validate(self)
 
 

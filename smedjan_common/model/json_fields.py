@@ -61,6 +61,8 @@ def is_of(hint: Any, value: Any) -> bool:
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list) and all(is_of(parts[0], part) for part in value)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in parts
     if parts:  # a union
         return any(is_of(part, value) for part in parts)
     return type(value) in (int, float) and abs(value) < math.inf if hint is float else type(value) is hint

@@ -1,12 +1,9 @@
 """One tensor of the parameter table (ParamSpec), and how its usual kinds are written."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.shape import Shape
 
 
 class ParamSpec(NamedTuple):
@@ -47,8 +44,6 @@ def norm_spec(name: str, dim: int) -> ParamSpec:
 
 def head_norm(name: str, dim: int) -> ParamSpec:
     """The weight of an RMSNorm over features that no mesh splits."""
-    from smedjan_common.model.parameter import norm_spec
-
     return norm_spec(f"{name}.weight", dim)._replace(axes=(None,))
 
 
@@ -57,6 +52,6 @@ def weight(name: str, out: int, into: int, axes: tuple[str | None, str | None], 
     return ParamSpec(f"{name}.weight", (out, into), axes, "normal", std)
 
 
-def residual_std(config: ModelConfig) -> float:
+def residual_std(config: Shape) -> float:
     """Standard deviation of projections that write to the residual: init_std / sqrt(2 layers) (GPT-2, 2019)."""
     return config.init_std / (2 * config.layers) ** 0.5

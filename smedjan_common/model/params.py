@@ -15,18 +15,17 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from smedjan_common.errors import CheckpointError
-from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.parameter import ParamSpec, norm_spec
+from smedjan_common.model.shape import Shape
 
 if TYPE_CHECKING:
     import numpy as np  # imported where values are drawn: counting parameters (`smedjan sizes`) must not wait for it
 
 
-def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
+def parameter_table(config: Shape) -> dict[str, ParamSpec]:
     """Every parameter of the model, by name, in the order of the forward pass."""
-    from smedjan_common.model.ffns import FFNS
-    from smedjan_common.model.mixers import MIXERS
-
     embed = ParamSpec("embed.weight", (config.padded_vocab_size, config.dim), ("vocab", "embed"), "normal", config.init_std)
     specs = [embed]
     for layer in range(config.layers):
@@ -39,12 +38,12 @@ def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
     return {spec.name: spec for spec in specs}
 
 
-def count_params(config: ModelConfig) -> int:
+def count_params(config: Shape) -> int:
     """Exact number of values in the tree."""
     return sum(spec.size for spec in parameter_table(config).values())
 
 
-def initial_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+def initial_params(config: Shape, seed: int) -> dict[str, np.ndarray]:
     """Initial values, float32, by name. Tensors are drawn in parallel threads; the result does not depend on that."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -64,14 +63,14 @@ def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
     return INITIALIZERS[spec.init](rng, spec.shape, spec.scale)
 
 
-def require_tree(config: ModelConfig, tensors: dict[str, Any]) -> None:
+def require_tree(config: Shape, tensors: dict[str, Any]) -> None:
     """Raises CheckpointError, with the names, for parameters that are not this model's."""
     if problems := check_tree(config, tensors):
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError("The parameters are not those of the model.", "; ".join(problems[:3]) + more + ".", "Take the model's own.")
 
 
-def check_tree(config: ModelConfig, tensors: dict[str, Any]) -> list[str]:
+def check_tree(config: Shape, tensors: dict[str, Any]) -> list[str]:
     """Names the differences between `tensors` (name -> anything with .shape) and the table; empty when they agree."""
     table = parameter_table(config)
     missing = [f"{name} is missing" for name in table if name not in tensors]

@@ -13,34 +13,34 @@ import math
 
 import numpy as np
 
-from smedjan_common.model.config import ModelConfig
-from smedjan_common.model.mixers import MIXERS, mla
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.shape import Shape
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 
-def rotary_dims(config: ModelConfig) -> tuple[int, ...]:
+def rotary_dims(config: Shape) -> tuple[int, ...]:
     """Every K of the model, rising."""
-    turning = [name for name in config.mixer if MIXERS[name].rope]
-    return tuple(sorted({mla.rope_dim(config) if name == "mla" else config.head_dim for name in turning}))
+    turning = [turned for name in config.mixer if (turned := MIXERS[name].rope_dims)]
+    return tuple(sorted({dim for turned in turning for dim in turned(config)}))
 
 
-def frequencies(config: ModelConfig, dim: int | None = None) -> np.ndarray:
+def frequencies(config: Shape, dim: int | None = None) -> np.ndarray:
     """Angle per position, float64 [K/2]; K is `dim`, or the head size when that is None."""
     return _SCALINGS[config.rope_scaling](config, dim or config.head_dim)
 
 
-def periods(config: ModelConfig, dim: int | None = None) -> np.ndarray:
+def periods(config: Shape, dim: int | None = None) -> np.ndarray:
     """1 / frequencies, positions per radian, float32 [K/2]."""
     return (1.0 / frequencies(config, dim)).astype(np.float32)
 
 
-def attention_factor(config: ModelConfig) -> float:
+def attention_factor(config: Shape) -> float:
     """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
     return 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
 
 
-def tables(config: ModelConfig, length: int, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def tables(config: Shape, length: int, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of positions 0..length-1, float32 [length, K/2], times the attention factor.
 
     Angles are float32 products, as everywhere in the field, and rounded just as mx.fast.rope rounds them: it takes periods.
@@ -50,21 +50,21 @@ def tables(config: ModelConfig, length: int, dim: int | None = None) -> tuple[np
     return (np.cos(angles) * m).astype(np.float32), (np.sin(angles) * m).astype(np.float32)
 
 
-def original_length(config: ModelConfig) -> int:
+def original_length(config: Shape) -> int:
     """L: the context that the model was trained at before it was extended."""
     return config.rope_original_len or max(1, round(config.context_length / config.rope_factor))
 
 
-def _plain(config: ModelConfig, dim: int, base: float | None = None) -> np.ndarray:
+def _plain(config: Shape, dim: int, base: float | None = None) -> np.ndarray:
     return (base or config.rope_base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-def _ntk(config: ModelConfig, dim: int) -> np.ndarray:
+def _ntk(config: Shape, dim: int) -> np.ndarray:
     exponent = dim / (dim - 2) if dim > 2 else 1.0
     return _plain(config, dim, config.rope_base * config.rope_factor**exponent)
 
 
-def _yarn(config: ModelConfig, dim: int) -> np.ndarray:
+def _yarn(config: Shape, dim: int) -> np.ndarray:
     length = original_length(config)
 
     def dimension(rotations: float) -> float:

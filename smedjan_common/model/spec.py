@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.options import Option, options
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.shape import Shape
+
+Options = TypeVar("Options", bound=Shape)  # a row's own Options
 
 
 @dataclass(frozen=True)
@@ -27,53 +29,75 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class MixerSpec:
+class MixerSpec(Generic[Options]):
     """A sequence mixer.
 
+    options: its class of options, a Shape with more fields: what it reads of a model. ModelConfig inherits all of them.
     module, class_name: its class in smedjan_{jax,mlx}.mixers; the module of the float64 definition has the same name.
     parameters(config, layer) -> its tensors, names relative to `layers.{i}.mixer.`.
     flops(config, seq_len) -> forward FLOPs per token beyond 2 * parameters, a causal pair counted once.
     state(config, batch, max_len) -> arrays of the decode state of one layer.
     validate(config) raises ConfigError.
-    options: fields of ModelConfig that it reads besides dim, heads and kv_heads. training: of TrainConfig, that other rows do not read.
-    rope: turns by position. documents: can keep documents apart. linear: its cost per token does not grow with the length.
+    training: fields of TrainConfig that it reads and other rows do not.
+    rope_dims(config) -> how many features of a head turn by position, for each tensor that does; None: no layer of it turns.
+    documents: can keep documents apart. linear: its cost per token does not grow with the length.
     small: ModelConfig options for the conformance suite's model (width 32, 4 heads, 17 tokens). variants: more of them, by name.
     """
 
     name: str
+    options: type[Options]
     about: str
     module: str
     class_name: str
-    parameters: "Callable[[ModelConfig, int], list[ParamSpec]]"
-    flops: "Callable[[ModelConfig, int], int]"
-    state: "Callable[[ModelConfig, int, int], list[StateSpec]]"
-    validate: "Callable[[ModelConfig], None]"
+    parameters: Callable[[Options, int], list[ParamSpec]]
+    flops: Callable[[Options, int], int]
+    state: Callable[[Options, int, int], list[StateSpec]]
+    validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
-    options: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
-    rope: bool = True
+    rope_dims: Callable[[Options], tuple[int, ...]] | None = None
     documents: bool = True
     linear: bool = False
     small: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def rope(self) -> bool:
+        """Whether it turns by position."""
+        return self.rope_dims is not None
+
+    @property
+    def own(self) -> dict[str, Option]:
+        """Its options, those that it shares with other rows among them, by name."""
+        return own_options(self.options)
+
 
 @dataclass(frozen=True)
-class FfnSpec:
+class FfnSpec(Generic[Options]):
     """A feed-forward: like MixerSpec, without a state.
 
     active(config): parameters that one token meets. copies(config): how many copies of a token go their own ways.
     """
 
     name: str
+    options: type[Options]
     about: str
     module: str
     class_name: str
-    parameters: "Callable[[ModelConfig, int], list[ParamSpec]]"
-    active: "Callable[[ModelConfig], int]"
-    validate: "Callable[[ModelConfig], None]"
+    parameters: Callable[[Options, int], list[ParamSpec]]
+    active: Callable[[Options], int]
+    validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
-    options: tuple[str, ...] = ()
-    copies: "Callable[[ModelConfig], int]" = lambda config: 0
+    copies: Callable[[Options], int] = lambda config: 0
     small: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, Option]:
+        """Its options by name."""
+        return own_options(self.options)
+
+
+def own_options(cls: type[Shape]) -> dict[str, Option]:
+    """The options of a row's class that not every model has."""
+    return {name: found for name, found in options(cls).items() if name not in options(Shape)}

@@ -13,9 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from smedjan_common.model.ffns import FFNS
-from smedjan_common.model.ffns.experts import ROUTERS
 from smedjan_common.model.mixers import MIXERS
-from smedjan_common.model.mixers.linear import LINEAR_DECAYS, LINEAR_FEATURE_MAPS, LINEAR_NORMALIZERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
@@ -134,11 +132,11 @@ class MixerFlags:
     """attention, block-sparse: RMSNorm over each head of the queries and keys (Qwen3)."""
     window: int = 0
     """attention: see only this many newest positions. 0: all."""
-    linear_decay: Annotated[str, _one_of(*LINEAR_DECAYS)] = "scalar"
+    linear_decay: Annotated[str, _one_of(*MIXERS["linear"].own["linear_decay"].choices)] = "scalar"
     """linear: how the state fades. scalar: by a gate on the token, one per head; fixed: RetNet's rates."""
-    linear_feature_map: Annotated[str, _one_of(*LINEAR_FEATURE_MAPS)] = "identity"
+    linear_feature_map: Annotated[str, _one_of(*MIXERS["linear"].own["linear_feature_map"].choices)] = "identity"
     """linear: what is done to queries and keys."""
-    linear_normalizer: Annotated[str, _one_of(*LINEAR_NORMALIZERS)] = "rmsnorm"
+    linear_normalizer: Annotated[str, _one_of(*MIXERS["linear"].own["linear_normalizer"].choices)] = "rmsnorm"
     """linear: how the output is normalised; denominator needs --linear-feature-map elu1."""
     ssm_state: int = 128
     """ssm: state size, N."""
@@ -170,7 +168,7 @@ class MixerFlags:
     """Experts that see every token, besides the routed ones."""
     expert_dim: Annotated[int, _filled("the feed-forward width", "INT")] = 0
     """Width of one expert."""
-    router: Annotated[str, _one_of(*ROUTERS)] = "softmax"
+    router: Annotated[str, _one_of(*FFNS["experts"].own["router"].choices)] = "softmax"
     """softmax: balanced by a loss (--balance-loss). bias: sigmoid scores, balanced without a loss by a bias on the choice."""
 
 

@@ -27,11 +27,11 @@ def check_options(model: ModelConfig, given: frozenset[str]) -> None:
         why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer turns by position."
         raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
     rows = [*MIXERS.values(), *FFNS.values()]
-    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.options}
+    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.own}
     for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
         if not getattr(model, name):
             continue
-        owners = [row.name for row in rows if name in row.options]
+        owners = [row.name for row in rows if name in row.own]
         raise ConfigError(
             f"{flag(name)} would do nothing.",
             f"The model has {', '.join(dict.fromkeys((*model.mixer, *model.ffn)))}; the option belongs to {' and '.join(owners)}.",

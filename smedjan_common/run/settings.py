@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.config import ModelConfig, ffn_width, parse_pattern
+from smedjan_common.model.options import options
 from smedjan_common.model.presets import PRESETS, VOCAB_MULTIPLE
 from smedjan_common.model.rope import original_length
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
@@ -17,14 +18,7 @@ from smedjan_common.training.config import TrainConfig, default_lr
 from smedjan_common.training.mesh import check_mesh, parse_mesh
 from smedjan_common.training.optimizers import OPTIMIZERS
 
-if TYPE_CHECKING:
-    pass
-
-
-_SHAPE_FREE = (
-    *("context_length", "rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std", "norm_eps"),
-    *("window", "block_size", "block_topk"),
-)
+_SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if option.shape_free)
 
 
 def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
@@ -58,7 +52,8 @@ def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
     check_training_options(train, model, given)
     if mesh := parse_mesh(flags.run.mesh):
         fits = VOCAB_MULTIPLE * mesh.tensor  # a tokenizer that is there already is not read yet
-        check_mesh(mesh, model if trains_tokenizer(flags.data) else dataclasses.replace(model, vocab_size=fits), flags.training)
+        shared = model if trains_tokenizer(flags.data) else dataclasses.replace(model, vocab_size=fits)
+        check_mesh(mesh, shared, train.batch_size, train.grad_accum)
 
 
 def _likely_training(flags: TrainFlags, given: frozenset[str], model: ModelConfig) -> TrainConfig:

@@ -17,6 +17,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.tokenizer import hf_json
+from smedjan_common.tokenizer.batch import encode_in_processes, encode_many
 from smedjan_common.tokenizer.encoder import Encoder
 from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter
 from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
@@ -174,17 +175,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], workers: int | None = None) -> list[list[int]]:
         """`encode_ordinary` of many texts, in their order; in `workers` processes (default: this one, all cores for much text)."""
-        from smedjan_common.tokenizer.batch import encode_in_processes
-
         ids, counts = encode_in_processes(self, texts, workers)
         return [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] if len(texts) else []
 
     def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts one after another int32 [total], special tokens being plain text, and how many each has int64 [texts]."""
-        try:
-            return self._encoder.encode_many(texts)
-        except UnicodeEncodeError:
-            return self._encoder.encode_many([mend_surrogates(text) for text in texts])
+        return encode_many(self._encoder, texts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; special tokens give their name, unknown ids nothing."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from smedjan_common.errors import ConfigError, flag, near
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.json_fields import JsonFields, check_extents
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,6 @@ class TrainConfig(JsonFields):
 
     def validate(self) -> None:
         """Raises ConfigError, with the fix, for a run that cannot work."""
-        from smedjan_common.training.schedule import SCHEDULES
-
         for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size", "muon_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
@@ -94,8 +94,6 @@ class TrainConfig(JsonFields):
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for what this model cannot do."""
-        from smedjan_common.model.mixers import MIXERS
-
         for name in dict.fromkeys(model.mixer):
             if self.mask_documents and not MIXERS[name].documents:
                 able = ", ".join(row.name for row in MIXERS.values() if row.documents)

@@ -10,16 +10,11 @@ A mesh changes where numbers are, not what they are: a checkpoint does not know 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from smedjan_common.errors import ConfigError, near
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
-
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.run.flags import TrainingFlags
-    from smedjan_common.training.config import TrainConfig
+from smedjan_common.model.shape import Shape
 
 # logical axis of the parameter table -> axis of the mesh. No device is the only one that has an expert
 RULES: dict[str, str | None] = {
@@ -103,15 +98,15 @@ def check_mesh_of(backend: str, mesh: MeshShape | None) -> None:
         raise ConfigError(f"--mesh {mesh} is not for the backend {backend}.", "There a run takes one device.", fix)
 
 
-def check_mesh(mesh: MeshShape, model: "ModelConfig", train: "TrainConfig | TrainingFlags") -> None:
+def check_mesh(mesh: MeshShape, model: Shape, batch_size: int, grad_accum: int) -> None:
     """Raises ConfigError when the mesh cannot share out this model or this batch evenly."""
-    rows = train.batch_size // train.grad_accum
+    rows = batch_size // grad_accum
     if rows % mesh.batch:
-        parts = f" in {train.grad_accum} parts (--grad-accum)" if train.grad_accum > 1 else ""
+        parts = f" in {grad_accum} parts (--grad-accum)" if grad_accum > 1 else ""
         raise ConfigError(
-            f"--mesh {mesh} cannot share out --batch-size {train.batch_size}{parts}.",
+            f"--mesh {mesh} cannot share out --batch-size {batch_size}{parts}.",
             f"data and fsdp make {mesh.batch} shares, and every one gets the same number of sequences of the {rows}.",
-            f"Take --batch-size {-(-rows // mesh.batch) * mesh.batch * train.grad_accum}, or data * fsdp = {math.gcd(rows, mesh.batch)}.",
+            f"Take --batch-size {-(-rows // mesh.batch) * mesh.batch * grad_accum}, or data * fsdp = {math.gcd(rows, mesh.batch)}.",
         )
     for axis in ("tensor", "fsdp"):
         extents = _extents(model, axis)
@@ -125,7 +120,7 @@ def check_mesh(mesh: MeshShape, model: "ModelConfig", train: "TrainConfig | Trai
                 )
 
 
-def _extents(model: "ModelConfig", axis: str) -> dict[str, int]:
+def _extents(model: Shape, axis: str) -> dict[str, int]:
     """What an axis of the mesh has to divide, by the name that a user knows."""
     table = parameter_table(model)
     named = {name for spec in table.values() if axis in mesh_axes(spec) for name in spec.axes if name}

@@ -10,13 +10,12 @@ matrix. The equations: smedjan_common.reference.optim.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smedjan_common.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.params import parameter_table
+from smedjan_common.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class OptimizerSpec:
 
     name: str
     about: str
-    keeps: "Callable[[ParamSpec], tuple[str, ...]]"
+    keeps: Callable[[ParamSpec], tuple[str, ...]]
     lr: float = 1.0
     beta2: float = 0.95
     weight_decay: float = 0.1
     options: tuple[str, ...] = ("eps",)
 
-    def slots(self, spec: "ParamSpec") -> tuple[str, ...]:
+    def slots(self, spec: ParamSpec) -> tuple[str, ...]:
         """Names of the arrays that are kept of a parameter; none of one that never moves."""
         return self.keeps(spec) if spec.lr_scale else ()
 
@@ -60,10 +59,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 }
 
 
-def slot_names(config: "ModelConfig", optimizer: str) -> dict[str, list[str]]:
+def slot_names(config: Shape, optimizer: str) -> dict[str, list[str]]:
     """slot -> names of the parameters that have it, in the order of the parameter table."""
-    from smedjan_common.model.params import parameter_table
-
     slots: dict[str, list[str]] = {}
     for name, spec in parameter_table(config).items():
         for slot in OPTIMIZERS[optimizer].slots(spec):
@@ -71,10 +68,8 @@ def slot_names(config: "ModelConfig", optimizer: str) -> dict[str, list[str]]:
     return slots
 
 
-def check_state(config: "ModelConfig", optimizer: str, tensors: Mapping[str, Any]) -> None:
+def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless `tensors` (`{slot}.{parameter}` -> anything with .shape) are what the optimizer keeps."""
-    from smedjan_common.model.params import parameter_table
-
     table = parameter_table(config)
     shapes = {f"{slot}.{name}": table[name].shape for slot, names in slot_names(config, optimizer).items() for name in names}
     wrong = [f"{name} is missing" for name in shapes if name not in tensors]

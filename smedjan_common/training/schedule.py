@@ -13,11 +13,27 @@ After warm-up a rate is never outside [f lr, lr], whatever floating point makes 
 """
 
 import math
+from typing import Protocol
 
-from smedjan_common.training.config import TrainConfig
+
+class Course(Protocol):
+    """What a schedule reads of a run: TrainConfig has it."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_schedule(self) -> str: ...
+    @property
+    def min_lr_ratio(self) -> float: ...
+    @property
+    def decay_fraction(self) -> float: ...
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: Course, step: int) -> float:
     """Learning rate of optimizer step `step` (from 0). Past the last step it stays at the last value."""
     if step < config.warmup:
         return min(config.lr, config.lr * (step + 1) / config.warmup)
@@ -28,27 +44,27 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * min(1.0, max(config.min_lr_ratio, factor))
 
 
-def _cosine(config: TrainConfig, progress: float) -> float:
+def _cosine(config: Course, progress: float) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _linear(config: TrainConfig, progress: float) -> float:
+def _linear(config: Course, progress: float) -> float:
     return 1 - (1 - config.min_lr_ratio) * progress
 
 
-def _wsd(config: TrainConfig, progress: float) -> float:
+def _wsd(config: Course, progress: float) -> float:
     span = max(1, config.steps - config.warmup)
     decay = min(1.0, config.decay_fraction * config.steps / span)
     into_decay = (progress - (1 - decay)) / decay if decay > 0 else 0.0
     return 1 - (1 - config.min_lr_ratio) * max(0.0, into_decay)
 
 
-def _invsqrt(config: TrainConfig, progress: float) -> float:
+def _invsqrt(config: Course, progress: float) -> float:
     width, since_warmup = max(1, config.warmup), progress * max(1, config.steps - config.warmup)
     return max(config.min_lr_ratio, math.sqrt(width / (width + since_warmup)))
 
 
-def _constant(config: TrainConfig, progress: float) -> float:
+def _constant(config: Course, progress: float) -> float:
     return 1.0
 
 

@@ -47,7 +47,7 @@ def test_the_decode_state_is_that_of_the_context_and_the_dtype(dtype, capsys):
     assert row["decode_state_bytes"] == state_bytes(model, 1, 1024, dtype)
 
 
-@pytest.mark.parametrize("option", [(mixer.name, name) for mixer in MIXERS.values() for name in mixer.options], ids="-".join)
+@pytest.mark.parametrize("option", [(mixer.name, name) for mixer in MIXERS.values() for name in mixer.own], ids="-".join)
 def test_every_option_of_a_mixer_is_taken(option, capsys):
     mixer, name = option
     value = getattr(ModelConfig.preset("tiny"), name)

@@ -75,7 +75,7 @@ def test_an_unknown_flag_is_exit_2_and_the_near_one_is_named(capsys):
 
 @pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(MixerFlags)])
 def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(option):
-    owners = [row for row in (*MIXERS.values(), *FFNS.values()) if option in row.options]
+    owners = [row for row in (*MIXERS.values(), *FFNS.values()) if option in row.own]
     assert owners, "a row must say that it reads it"
     plain = ModelConfig.preset("tiny", mixer=("linear",) if owners[0].name == "attention" else ("attention",))
     with pytest.raises(ConfigError, match="would do nothing"):

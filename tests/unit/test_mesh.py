@@ -66,26 +66,26 @@ def test_an_axis_splits_one_dimension_and_vectors_stay_whole():
 )
 def test_what_cannot_be_shared_out_evenly_is_refused_with_the_fix(mesh, what):
     with pytest.raises(ConfigError, match=what) as refused:
-        check_mesh(mesh, MODEL, TRAIN)
+        check_mesh(mesh, MODEL, TRAIN.batch_size, TRAIN.grad_accum)
     assert "Take " in refused.value.fix
 
 
 def test_the_parts_of_gradient_accumulation_are_what_is_shared_out():
-    check_mesh(MeshShape(data=4), MODEL, dataclasses.replace(TRAIN, grad_accum=4))
+    check_mesh(MeshShape(data=4), MODEL, TRAIN.batch_size, 4)
     with pytest.raises(ConfigError, match=r"8 parts \(--grad-accum\)"):
-        check_mesh(MeshShape(data=4), MODEL, dataclasses.replace(TRAIN, grad_accum=8))
+        check_mesh(MeshShape(data=4), MODEL, TRAIN.batch_size, 8)
 
 
 def test_the_fix_works():
     with pytest.raises(ConfigError) as refused:
-        check_mesh(MeshShape(data=3, fsdp=2), MODEL, dataclasses.replace(TRAIN, grad_accum=2))
+        check_mesh(MeshShape(data=3, fsdp=2), MODEL, TRAIN.batch_size, 2)
     rows = int(refused.value.fix.split()[2].strip(","))
-    check_mesh(MeshShape(data=3), MODEL, dataclasses.replace(TRAIN, batch_size=rows, grad_accum=2))
+    check_mesh(MeshShape(data=3), MODEL, rows, 2)
 
 
 def test_a_width_that_fsdp_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="--dim 128"):
-        check_mesh(MeshShape(fsdp=3), MODEL, dataclasses.replace(TRAIN, batch_size=3))
+        check_mesh(MeshShape(fsdp=3), MODEL, 3, TRAIN.grad_accum)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,27 +4,38 @@ Tensors of one projection of all experts stand together, [experts, out, in]. Bot
 expert and multiply the rows of an expert in blocks; how long a block is, and how many rows there can be, is said here.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Literal
 
-from typing import TYPE_CHECKING
-
-from smedjan_common.errors import ConfigError, near
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import FfnSpec
-
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-
 
 LARGEST_BLOCK = 512
 
 
-def width(config: ModelConfig) -> int:
+@dataclass(frozen=True)
+class Options(Shape):
+    """Options of `experts`."""
+
+    experts: int = option(0, "Experts of a feed-forward. 0: one dense feed-forward.", least=0)
+    experts_per_token: int = option(2, "Experts that each token is sent to.")
+    shared_experts: int = option(0, "Experts that see every token, besides the routed ones.", least=0)
+    expert_dim: int = option(0, "Width of one expert.", least=0, filled="the feed-forward width")
+    router: Literal["softmax", "bias"] = option(
+        "softmax",
+        "softmax: balanced by a loss (--balance-loss). bias: sigmoid scores, balanced without a loss by a bias on the choice.",
+    )
+
+
+def width(config: Options) -> int:
     """Hidden features of one expert."""
     return config.expert_dim or config.ffn_dim
 
 
-def load_names(config: ModelConfig) -> list[str]:
+def load_names(config: Options) -> list[str]:
     """What the layers that route call their loads, from the first to the last."""
     return [f"layers.{layer}.ffn.load" for layer in range(config.layers) if config.ffn_of(layer) == ROW.name]
 
@@ -41,7 +52,7 @@ def padded_rows(pairs: int, experts: int, block: int) -> int:
     return ((pairs - busy) // block + busy) * block
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     experts, dim, hidden = config.experts, config.dim, width(config)
     specs = [weight("router", experts, dim, ("experts", "embed"), config.init_std)]
     if config.router == "bias":
@@ -52,7 +63,7 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     return specs
 
 
-def _swiglu(config: ModelConfig, hidden: int) -> list[ParamSpec]:
+def _swiglu(config: Shape, hidden: int) -> list[ParamSpec]:
     return [
         weight("gate_proj", hidden, config.dim, ("ffn", "embed"), config.init_std),
         weight("up_proj", hidden, config.dim, ("ffn", "embed"), config.init_std),
@@ -64,14 +75,12 @@ def _stacked(spec: ParamSpec, experts: int) -> ParamSpec:
     return spec._replace(shape=(experts, *spec.shape), axes=("experts", *spec.axes))
 
 
-def _active(config: ModelConfig) -> int:
+def _active(config: Options) -> int:
     """The router's weight, k experts and the shared ones; the bias is no operand of a product."""
     return config.experts * config.dim + 3 * config.dim * width(config) * (config.experts_per_token + config.shared_experts)
 
 
-def _validate(config: ModelConfig) -> None:
-    from smedjan_common.model.ffns.experts import ROUTERS
-
+def _validate(config: Options) -> None:
     if config.experts < 2:
         raise ConfigError(f"--experts is {config.experts}.", "A router needs experts to choose from.", "Take --experts 8, say.")
     if config.experts_per_token > config.experts:
@@ -86,11 +95,6 @@ def _validate(config: ModelConfig) -> None:
             "The weights of a token's experts add up to 1: of one alone the weight is always 1, and the router would learn nothing.",
             "Take --experts-per-token 2, say.",
         )
-    for flag, value in (("--shared-experts", config.shared_experts), ("--expert-dim", config.expert_dim)):
-        if value < 0:
-            raise ConfigError(f"{flag} is {value}.", "It must not be negative.", "Leave it out for the default.")
-    if config.router not in ROUTERS:
-        raise ConfigError(f"--router {config.router!r} is unknown.", "It must be a name of the list.", near(config.router, ROUTERS))
 
 
 # router -> the fields of TrainConfig that it reads and the other does not
@@ -98,13 +102,13 @@ ROUTER_OPTIONS = {"softmax": ("balance_loss", "router_z_loss"), "bias": ("router
 
 ROW = FfnSpec(
     "experts",
+    Options,
     "SwiGLU experts, k of them for each token, none dropped (softmax router or loss-free bias router)",
     "experts",
     "Experts",
     _parameters,
     _active,
     _validate,
-    options=("experts", "experts_per_token", "shared_experts", "expert_dim", "router"),
     copies=lambda config: config.experts_per_token,
     small={"experts": 4, "experts_per_token": 2, "expert_dim": 48},
     variants={
@@ -113,5 +117,3 @@ ROW = FfnSpec(
         "bias-shared-of-3": {"router": "bias", "shared_experts": 2, "experts_per_token": 3},
     },
 )
-
-ROUTERS = ("softmax", "bias")

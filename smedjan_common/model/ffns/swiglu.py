@@ -1,17 +1,11 @@
 """The row of `swiglu`: down(silu(gate(x)) * up(x))."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import FfnSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
 
-
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Shape, layer: int) -> list[ParamSpec]:
     return [
         weight("gate_proj", config.ffn_dim, config.dim, ("ffn", "embed"), config.init_std),
         weight("up_proj", config.ffn_dim, config.dim, ("ffn", "embed"), config.init_std),
@@ -21,6 +15,7 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
 
 ROW = FfnSpec(
     "swiglu",
+    Shape,
     "gated linear unit with SiLU (Shazeer, 2020)",
     "ffn",
     "SwiGLU",

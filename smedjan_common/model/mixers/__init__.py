@@ -5,9 +5,11 @@ definition lives and how closely both backends meet it. Counting, initial values
 benchmarks walk this table; a new row with its reference and its two classes is all that a new mixer takes.
 """
 
+from typing import Any
+
 from smedjan_common.model.mixers import attention, block_sparse, gated_deltanet, linear, mla, rwkv, ssm
 from smedjan_common.model.spec import MixerSpec
 
-MIXERS: dict[str, MixerSpec] = {
+MIXERS: dict[str, MixerSpec[Any]] = {
     row.name: row for row in (attention.ROW, linear.ROW, ssm.ROW, mla.ROW, block_sparse.ROW, rwkv.ROW, gated_deltanet.ROW)
 }

@@ -1,18 +1,29 @@
 """The row of `attention`: softmax(q k^T / sqrt(K)) v with RoPE; multi-head or grouped-query."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class HeadNorm(Shape):
+    """What attention over blocks has too."""
+
+    qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+@dataclass(frozen=True)
+class Options(HeadNorm):
+    """Options of `attention`."""
+
+    window: int = option(0, "see only this many newest positions. 0: all.", least=0, shape_free=True)
+
+
+def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
     kv = config.kv_heads * config.head_dim
     norms = [head_norm(f"{name}_norm", config.head_dim) for name in ("q", "k")] if config.qk_norm else []
     return [
@@ -24,17 +35,18 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     ]
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     window = min(config.window or seq_len, seq_len)
     return round(4 * config.dim * window * (1 - window / (2 * seq_len)))  # q k^T and p v, 2 dim each a pair; without a window T / 2 pairs
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     shape = (batch, config.kv_heads, max_len, config.head_dim)
     return [StateSpec("key", shape), StateSpec("value", shape)]
 
 
-def _validate(config: ModelConfig) -> None:
+def validate(config: Shape) -> None:
+    """Raises ConfigError for heads that cannot turn, or share keys and values, evenly."""
     if config.heads % config.kv_heads:
         fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
         raise ConfigError(
@@ -46,20 +58,19 @@ def _validate(config: ModelConfig) -> None:
         raise ConfigError(
             f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
         )
-    if config.window < 0:
-        raise ConfigError(f"--window {config.window} is negative.", "It counts positions.", "Take 0 to see all, or 1024, say.")
 
 
 ROW = MixerSpec(
     "attention",
+    Options,
     "softmax attention with RoPE, multi-head or grouped-query",
     "attention",
     "Attention",
-    _parameters,
+    parameters,
     _flops,
     _state,
-    _validate,
-    options=("qk_norm", "window"),
+    validate,
+    rope_dims=lambda config: (config.head_dim,),
     training=("attention",),
     variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
 )

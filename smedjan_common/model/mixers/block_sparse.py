@@ -1,18 +1,22 @@
 """The row of `block-sparse`: mixture of block attention (MoBA); a query sees its own block and the best of the earlier ones."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import attention
+from smedjan_common.model.options import option
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class Options(attention.HeadNorm):
+    """Options of `block-sparse`."""
+
+    block_size: int = option(64, "positions of a block.", least=1, shape_free=True)
+    block_topk: int = option(4, "blocks that a query sees, its own included.", least=1, shape_free=True)
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     """Scores and values of the pairs that are seen, half of the own block among them; and one score per query and earlier block."""
     block, blocks = config.block_size, -(-seq_len // config.block_size)
     most = min(config.block_topk - 1, blocks)  # block j sees min(block_topk - 1, j) of the earlier ones; summed over j
@@ -21,7 +25,7 @@ def _flops(config: ModelConfig, seq_len: int) -> int:
     return round(4 * config.dim * pairs + 2 * config.kv_heads * config.head_dim * (blocks - 1) / 2)
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     """Keys and values of whole blocks, and the mean key of each block so far."""
     blocks = -(-max_len // config.block_size)
     kept = (batch, config.kv_heads, blocks * config.block_size, config.head_dim)
@@ -32,12 +36,8 @@ def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
     ]
 
 
-def _validate(config: ModelConfig) -> None:
-    attention.ROW.validate(config)
-    for name, least in (("block_size", 1), ("block_topk", 1)):
-        if getattr(config, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is {getattr(config, name)}.", "A query sees one block at least, its own.", f"Take {flag} {least}.")
+def _validate(config: Options) -> None:
+    attention.validate(config)
     if config.block_size > config.context_length:
         raise ConfigError(
             f"--block-size {config.block_size} is longer than the context of {config.context_length}.",
@@ -48,14 +48,15 @@ def _validate(config: ModelConfig) -> None:
 
 ROW = MixerSpec(
     "block-sparse",
+    Options,
     "each query sees its own block and the best of the earlier ones (MoBA)",
     "block_sparse",
     "BlockSparseAttention",
-    attention.ROW.parameters,
+    attention.parameters,
     _flops,
     _state,
     _validate,
-    options=("block_size", "block_topk", "qk_norm"),
+    rope_dims=lambda config: (config.head_dim,),
     training=("attention",),
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
     small={"block_size": 4, "block_topk": 2},

@@ -3,19 +3,20 @@
 Decay rates start at A ~ U(0.01, 16), time steps log-uniform in [0.001, 0.1], as in Mamba-2; neither decays.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers.ssm import Convolved
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class Options(Convolved):
+    """Options of `gated-deltanet`."""
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     keys, std = config.kv_heads * config.head_dim, config.init_std
     return [
         weight("q_proj", keys, config.dim, ("kv_heads", "embed"), std),
@@ -32,23 +33,23 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     ]
 
 
-def _convolved(config: ModelConfig) -> int:
+def _convolved(config: Options) -> int:
     """Features of q, k and v together."""
     return (2 * config.kv_heads + config.heads) * config.head_dim
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     return 6 * config.dim * config.head_dim  # S k, the product with k and S q: 2 per entry of S [V, K] each
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     return [
         StateSpec("window", (batch, config.conv_width - 1, _convolved(config))),
         StateSpec("S", (batch, config.heads, config.head_dim, config.head_dim), "float32"),
     ]
 
 
-def _validate(config: ModelConfig) -> None:
+def _validate(config: Options) -> None:
     if config.heads % config.kv_heads:
         fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
         raise ConfigError(
@@ -56,12 +57,11 @@ def _validate(config: ModelConfig) -> None:
             "Every key head of gated-deltanet serves the same number of value heads.",
             f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
         )
-    if config.conv_width < 1:
-        raise ConfigError(f"--conv-width {config.conv_width} is not positive.", "It counts taps, the token itself included.", "Take 4.")
 
 
 ROW = MixerSpec(
     "gated-deltanet",
+    Options,
     "gated delta rule with a scalar decay (Qwen3-Next), cost per token and state independent of the length",
     "gated_deltanet",
     "GatedDeltaNet",
@@ -69,9 +69,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    options=("conv_width",),
     training=("chunk_size",),
-    rope=False,
     linear=True,
     small={"norm_eps": 1e-3},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves
     variants={"one-tap": {"conv_width": 1}},

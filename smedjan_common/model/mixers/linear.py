@@ -3,35 +3,44 @@
 --linear-decay scalar: g = logsigmoid(w x + b) / 16; fixed: g = log(1 - 2^(-5-h)); none: g = 0.
 """
 
-from __future__ import annotations
+import math
+from dataclasses import dataclass
+from typing import Literal
 
-from typing import TYPE_CHECKING
-
-from smedjan_common.errors import ConfigError, near
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
-
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-
 
 DECAY_DIVISOR = 16.0  # of the logarithm of the learned decay: at the start a head forgets over some 23 tokens (GLA, 2024)
 DENOMINATOR_EPS = 1e-6  # Katharopoulos et al., 2020
 
 
-def fixed_log_decay(config: ModelConfig) -> list[float]:
+@dataclass(frozen=True)
+class Options(Shape):
+    """Options of `linear`."""
+
+    linear_decay: Literal["none", "fixed", "scalar"] = option(
+        "scalar", "how the state fades. scalar: by a gate on the token, one per head; fixed: RetNet's rates."
+    )
+    linear_feature_map: Literal["identity", "elu1"] = option("identity", "what is done to queries and keys.")
+    linear_normalizer: Literal["rmsnorm", "denominator"] = option(
+        "rmsnorm", "how the output is normalised; denominator needs --linear-feature-map elu1."
+    )
+
+
+def fixed_log_decay(config: Options) -> list[float]:
     """RetNet's log decay of each key/value head: log(1 - 2^(-5-h))."""
-    from math import log1p
-
-    return [log1p(-(2.0 ** (-5 - head))) for head in range(config.kv_heads)]
+    return [math.log1p(-(2.0 ** (-5 - head))) for head in range(config.kv_heads)]
 
 
-def value_dim(config: ModelConfig) -> int:
+def value_dim(config: Options) -> int:
     """Features of a value in the state: with the denominator a one follows, whose sum is the sum of the keys."""
     return config.head_dim + (config.linear_normalizer == "denominator")
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     kv = config.kv_heads * config.head_dim
     specs = [
         weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
@@ -48,29 +57,17 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     return specs
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     # the recurrence itself, whatever the chunks: k v^T into every state, q S for every query head, and q z for its denominator
     denominators = config.heads * (config.linear_normalizer == "denominator")
     return 2 * config.head_dim * (config.head_dim * (config.kv_heads + config.heads) + denominators)
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     return [StateSpec("state", (batch, config.kv_heads, config.head_dim, value_dim(config)), "float32")]
 
 
-def _validate(config: ModelConfig) -> None:
-    from smedjan_common.model.mixers.linear import LINEAR_DECAYS, LINEAR_FEATURE_MAPS, LINEAR_NORMALIZERS
-
-    for name, known in (
-        ("linear_decay", LINEAR_DECAYS),
-        ("linear_feature_map", LINEAR_FEATURE_MAPS),
-        ("linear_normalizer", LINEAR_NORMALIZERS),
-    ):
-        if getattr(config, name) not in known:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {getattr(config, name)!r} is unknown.", "It names a form of --mixer linear.", near(getattr(config, name), known)
-            )
+def _validate(config: Options) -> None:
     if config.heads % config.kv_heads:
         fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
         raise ConfigError(
@@ -88,6 +85,7 @@ def _validate(config: ModelConfig) -> None:
 
 ROW = MixerSpec(
     "linear",
+    Options,
     "linear attention with a decay per head (simple GLA, RetNet), cost per token and state independent of the length",
     "linear",
     "LinearAttention",
@@ -95,9 +93,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    options=("linear_decay", "linear_feature_map", "linear_normalizer"),
     training=("chunk_size",),
-    rope=False,
     linear=True,
     # early in a sequence o is a few v, each times a q . k of any sign; where they cancel the norm magnifies float32 rounding up to
     # eps^-1/2 times, and 20 training steps amplify it (one backend against itself, other chunks: 2e-3 at 1e-5, 4e-5 at 1e-2, 1e-6 at 0.1)
@@ -108,9 +104,3 @@ ROW = MixerSpec(
         "denominator": {"linear_feature_map": "elu1", "linear_normalizer": "denominator"},
     },
 )
-
-LINEAR_DECAYS = ("none", "fixed", "scalar")
-
-LINEAR_FEATURE_MAPS = ("identity", "elu1")
-
-LINEAR_NORMALIZERS = ("rmsnorm", "denominator")

@@ -1,28 +1,34 @@
 """The row of `mla`: DeepSeek's multi-head latent attention; keys and values are expanded from one small latent per token."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class Options(Shape):
+    """Options of `mla`."""
+
+    mla_kv_rank: int = option(0, "rank of the joint compression of keys and values.", least=0, filled="4 heads' width")
+    mla_q_rank: int = option(0, "rank of the compression of queries.", least=0, filled="queries are not compressed")
+    mla_rope_dim: int = option(0, "features of a head that are turned by position.", least=0, filled="half a head")
 
 
-def kv_rank(config: ModelConfig) -> int:
+def kv_rank(config: Options) -> int:
     """Size of the latent, R."""
     return config.mla_kv_rank or 4 * config.head_dim
 
 
-def rope_dim(config: ModelConfig) -> int:
+def rope_dim(config: Options) -> int:
     """Features that turn by position, P: added to each query head, and one key for all heads."""
     return config.mla_rope_dim or config.head_dim // 2
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     query, std = config.heads * (config.head_dim + rope_dim(config)), config.init_std
     if config.mla_q_rank:
         queries = [
@@ -41,20 +47,16 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     ]
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     pair = 2 * (config.head_dim + rope_dim(config)) + 2 * config.head_dim  # q k^T and p v of one head, as they are trained
     return pair * config.heads * seq_len // 2  # the causal half
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     return [StateSpec("latent", (batch, max_len, kv_rank(config))), StateSpec("key", (batch, max_len, rope_dim(config)))]
 
 
-def _validate(config: ModelConfig) -> None:
-    for name in ("mla_kv_rank", "mla_q_rank", "mla_rope_dim"):
-        if getattr(config, name) < 0:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is {getattr(config, name)}.", "It counts features.", f"Leave {flag} out for the default.")
+def _validate(config: Options) -> None:
     if rope_dim(config) < 2 or rope_dim(config) % 2:
         raise ConfigError(
             f"mla turns {rope_dim(config)} features of a head by position.",
@@ -71,6 +73,7 @@ def _validate(config: ModelConfig) -> None:
 
 ROW = MixerSpec(
     "mla",
+    Options,
     "multi-head latent attention with decoupled RoPE (DeepSeek-V3)",
     "mla",
     "LatentAttention",
@@ -78,7 +81,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    options=("mla_kv_rank", "mla_q_rank", "mla_rope_dim"),
+    rope_dims=lambda config: (rope_dim(config),),
     training=("attention",),
     variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
 )

@@ -7,16 +7,14 @@
 i channel, l layer of L. The feed-forward is this project's, as with every mixer, not RWKV's channel mix.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
 LOW_RANKS = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 PROJECTIONS = {"r": 0.5, "k": 0.05, "v": 0.5}  # bounds of the uniform start, times 1 / sqrt(D)
@@ -24,7 +22,14 @@ PROJECTIONS = {"r": 0.5, "k": 0.05, "v": 0.5}  # bounds of the uniform start, ti
 OFFICIAL_STD = 0.02  # at this init_std, the default, the start is the official one; another one widens or narrows the random matrices
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+@dataclass(frozen=True)
+class Options(Shape):
+    """Options of `rwkv`."""
+
+    rwkv_head_dim: int = option(64, "head size.", least=2)
+
+
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     D, size, depth = config.dim, config.rwkv_head_dim, layer / max(1, config.layers - 1)
     after_first = layer > config.mixer.index("rwkv")
     specs = [_vector(f"x_{name}", D, "rwkv_shift", power * (1 - layer / config.layers)) for name, power in SHIFTS.items()]
@@ -64,18 +69,18 @@ def _low_rank(name: str, dim: int, width: float) -> list[ParamSpec]:
     return [spec._replace(decay=False) for spec in pair]
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     return 8 * config.dim * config.rwkv_head_dim  # S a, its product with b, v k^T and S r: 2 per entry of S [V, K] each
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     size = config.rwkv_head_dim
     return [StateSpec("shift", (batch, config.dim)), StateSpec("S", (batch, config.dim // size, size, size), "float32")]
 
 
-def _validate(config: ModelConfig) -> None:
+def _validate(config: Options) -> None:
     size = config.rwkv_head_dim
-    if size < 2 or config.dim % size:
+    if config.dim % size:
         fits = [n for n in range(2, config.dim + 1) if config.dim % n == 0]
         raise ConfigError(
             f"--rwkv-head-dim {size} does not divide --dim {config.dim}.",
@@ -92,6 +97,7 @@ def _validate(config: ModelConfig) -> None:
 
 ROW = MixerSpec(
     "rwkv",
+    Options,
     "RWKV-7 time mix: delta rule with a decay per channel, cost per token and state independent of the length",
     "rwkv",
     "Rwkv",
@@ -99,9 +105,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    options=("rwkv_head_dim",),
     training=("chunk_size",),
-    rope=False,
     linear=True,
     # wider random matrices (the suite's init_std is 0.15) make its low-rank gates so steep that sums in another order differ by 2e-6; at a
     # norm_eps of 1e-5 the rounding of the parameters alone moved the whole gradient by 8.9e-7 in float64, here by 5.8e-7; at 1e-2

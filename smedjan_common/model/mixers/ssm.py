@@ -3,34 +3,48 @@
 Initial values are the paper's: decay rates A ~ U(1, 16), time steps log-uniform in [0.001, 0.1]; neither they nor the skip decay.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
+from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
+
+@dataclass(frozen=True)
+class Convolved(Shape):
+    """What every mixer with a short convolution has."""
+
+    conv_width: int = option(4, "width of the causal convolution.", least=1)
 
 
-def inner_dim(config: ModelConfig) -> int:
+@dataclass(frozen=True)
+class Options(Convolved):
+    """Options of `ssm`."""
+
+    ssm_state: int = option(128, "state size, N.", least=1)
+    ssm_head_dim: int = option(64, "head size, P.", least=1)
+    ssm_expand: int = option(2, "inner width over --dim.", least=1)
+    ssm_groups: int = option(1, "groups of heads that share B and C.", least=1)
+
+
+def inner_dim(config: Options) -> int:
     """Features of all heads together, E."""
     return config.ssm_expand * config.dim
 
 
-def heads(config: ModelConfig) -> int:
+def heads(config: Options) -> int:
     """Heads, H: --heads is attention's."""
     return inner_dim(config) // config.ssm_head_dim
 
 
-def convolved_dim(config: ModelConfig) -> int:
+def convolved_dim(config: Options) -> int:
     """Features that are convolved: x, B and C."""
     return inner_dim(config) + 2 * config.ssm_groups * config.ssm_state
 
 
-def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
+def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     inner, convolved, count = inner_dim(config), convolved_dim(config), heads(config)
     taps = config.conv_width**-0.5
     return [
@@ -45,22 +59,18 @@ def _parameters(config: ModelConfig, layer: int) -> list[ParamSpec]:
     ]
 
 
-def _flops(config: ModelConfig, seq_len: int) -> int:
+def _flops(config: Options, seq_len: int) -> int:
     return 4 * inner_dim(config) * config.ssm_state  # the recurrence itself, whatever the chunks: B x^T into the state, and C S
 
 
-def _state(config: ModelConfig, batch: int, max_len: int) -> list[StateSpec]:
+def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     return [
         StateSpec("state", (batch, heads(config), config.ssm_state, config.ssm_head_dim), "float32"),
         StateSpec("window", (batch, config.conv_width - 1, convolved_dim(config))),
     ]
 
 
-def _validate(config: ModelConfig) -> None:
-    for name in ("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"):
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is {getattr(config, name)}.", "It must be at least 1.", "Leave it out for the default.")
+def _validate(config: Options) -> None:
     inner = inner_dim(config)
     if inner % config.ssm_head_dim:
         fits = [size for size in range(1, inner + 1) if inner % size == 0]
@@ -86,6 +96,7 @@ def _validate(config: ModelConfig) -> None:
 
 ROW = MixerSpec(
     "ssm",
+    Options,
     "Mamba-2 state space model, cost per token and state independent of the length",
     "ssm",
     "Mamba2",
@@ -93,9 +104,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    options=("ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups", "conv_width"),
     training=("chunk_size",),
-    rope=False,
     linear=True,
     small={"ssm_state": 8, "ssm_head_dim": 16},
     variants={"two-groups": {"ssm_groups": 2}, "one-tap": {"ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 1}},
