@@ -5,6 +5,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from smedjan_common import streams
+
 
 class Command(NamedTuple):
     """`module` has `main(argv) -> exit code`; `about` is its line in `smedjan --help`."""
@@ -33,6 +35,7 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for a command that is not known."""
+    streams.settle()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview(), file=sys.stdout if argv else sys.stderr)

@@ -10,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+from smedjan_common import streams
+
 
 class SmedjanError(ValueError):
     """An error that a user can mend. `what` happened, `why`, and `fix`: what to do; each one sentence."""
@@ -76,6 +78,7 @@ def run_command(function: Callable[[], int | None]) -> int:
 
     With SMEDJAN_DEBUG=1 the traceback is printed as well.
     """
+    streams.settle()
     try:
         code = function() or 0
         sys.stdout.flush()
@@ -123,5 +126,5 @@ _OS_FIXES = {
 def _report(error: BaseException | None, code: int, *sentences: str) -> int:
     if error is not None and os.environ.get("SMEDJAN_DEBUG") == "1":
         traceback.print_exception(error)
-    print("error: " + "\n       ".join(s for s in sentences if s), file=sys.stderr, flush=True)
+    streams.put("error: " + "\n       ".join(s for s in sentences if s), sys.stderr)
     return code

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from smedjan_common import streams
 from smedjan_common.errors import run_command
 from smedjan_common.optional import MaybeStr
+from smedjan_common.run.signals import interrupt_ends_at_once
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend
@@ -66,8 +68,13 @@ def main(argv: list[str]) -> int:
 
 def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     """Parse and generate with the backend `name`; returns the exit code."""
-    flags = tyro.cli(GenerateFlags, prog="smedjan generate", args=argv, config=(tyro.conf.DisallowNone,))
-    return run_command(lambda: _generate(name, load, flags))
+
+    def body() -> int:
+        flags = tyro.cli(GenerateFlags, prog="smedjan generate", args=argv, config=(tyro.conf.DisallowNone,))
+        with interrupt_ends_at_once():  # in the middle of a compilation an exception would end in a crash of the framework
+            return _generate(name, load, flags)
+
+    return run_command(body)
 
 
 def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
@@ -76,7 +83,6 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.errors import ConfigError
     from smedjan_common.inference.generate import Generation
     from smedjan_common.inference.sampling import Sampling
-    from smedjan_common.run.signals import interrupt_ends_at_once
 
     check_backend(name, flags.backend)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
@@ -87,15 +93,14 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     info, tokenizer = _open(flags.checkpoint)
     check_readable(info, name)
     ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
-    with interrupt_ends_at_once():
-        make_backend, auto = load()
+    make_backend, auto = load()
     backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
     length = min(len(ids) + flags.max_tokens, info.model.context_length)
     decoder = backend.decoder(read_weights(info, backend.own), length)
     generation = Generation(decoder, tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop)
     _write(prompt if flags.echo else "", generation)
     if generation.reason == "context":
-        print(f"note: stopped at the model's context of {info.model.context_length} tokens.", file=sys.stderr)
+        streams.put(f"note: stopped at the model's context of {info.model.context_length} tokens.", sys.stderr)
     return 0
 
 
@@ -161,6 +166,7 @@ def _write(prompt: str, generation: "Generation") -> None:
     """Whole characters as they come."""
     out = sys.stdout
     out.write(prompt)
+    out.flush()
     for piece in generation:
         out.write(piece)
         out.flush()

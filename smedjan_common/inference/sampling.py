@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, NotFiniteError
 
 PENALTIES = (0.01, 100.0)  # the least and the most that `repetition_penalty` can be: no logit overflows
 
@@ -48,8 +48,17 @@ class Sampling:
 
 
 def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, position: int) -> int:
-    """The next token. logits: [V], of the model's own tokens only; history: every token before; position: its place in the text."""
+    """The next token. logits: [V], of the model's own tokens only; history: every token before; position: its place in the text.
+
+    Raises NotFiniteError for logits of which none, or not each, is a number (-inf is one: a token without a chance).
+    """
     scores = np.asarray(logits, np.float64)
+    if not np.isfinite(scores.max()):  # NaN is the largest of all
+        raise NotFiniteError(
+            f"The model gives {scores.max()} as the largest logit of token {position}.",
+            "Its weights are not finite, or its computation overflows.",
+            "Take an earlier checkpoint, or --dtype float32.",
+        )
     if sampling.repetition_penalty != 1:
         scores = penalize(scores, history, sampling.repetition_penalty)
     if sampling.temperature == 0:

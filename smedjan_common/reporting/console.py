@@ -1,26 +1,22 @@
 """What a run says on the console: one line per log step, plain text, figures in aligned columns."""
 
-import contextlib
 import errno
-import os
 import sys
 
+from smedjan_common import streams
 from smedjan_common.reporting.metrics import Row
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`) or a terminal that was closed costs the
-    output, not the run."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # what is buffered goes there too
-        os.close(null)
-        with contextlib.suppress(OSError):
-            print("note: nobody reads the output any more; the run goes on.", file=sys.stderr, flush=True)
+    """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`), a terminal that was closed or a full disk
+    costs the output, not the run."""
+    if error := streams.put(text, sys.stdout):
+        why = (
+            "nobody reads the output any more"
+            if error.errno in (errno.EPIPE, errno.EIO)
+            else f"the output cannot be written any more ({error.strerror})"
+        )
+        streams.put(f"note: {why}; the run goes on.", sys.stderr)
 
 
 def step_line(row: Row, steps: int, seconds_left: float | None) -> str:

@@ -19,6 +19,7 @@ from smedjan_common.checkpoint import FORMAT, Background, latest_checkpoint, rea
 from smedjan_common.data.mixture import batches
 from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError, SmedjanError
+from smedjan_common.files.atomic_directory import remove_leftovers
 from smedjan_common.inference.generate import Generation
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
@@ -51,10 +52,13 @@ class _Loop:
     queue: deque[tuple[int, float, Metrics]] = field(default_factory=deque)  # (step, lr, metrics) dispatched and not read yet
     last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
     saved: int | None = None  # step of the newest checkpoint, written or being written
+    kept: int | None = None  # step of the newest checkpoint that is whole
     writes: Background = field(default_factory=Background)
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
+        self.begin = self.reached = 0  # steps done when the run began, and dispatched by now
+        self.stop.lost = self.lost
         self.model, self.train = self.config.model, self.config.train
         self.device = self.backend.describe()
         self.folder = RunFolder(self.config, self.device)
@@ -67,22 +71,19 @@ class _Loop:
         self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
 
     def run(self) -> int:
-        state, begin = self.start()
+        remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
+        state, self.begin = self.start()
+        self.reached = self.begin
         self.folder.write_config()
-        self.metrics = MetricsFile(self.config.checkpoint_dir, begin, self.config.history)
+        self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history)
         self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)
-        step = begin
         try:
-            while step < self.train.steps and not self.stop.received:
-                step += 1
-                state = self.dispatch(state, step)
-                self.written()
-                self.drain(0 if step == begin + 1 else 1 if self.is_logged(step - 1) else IN_FLIGHT)
-                if step == begin + 1:
-                    self.meter.start(step)  # the first step compiled
-                self.after(state, step)
+            while self.reached < self.train.steps and not self.stop.received:
+                self.reached += 1
+                state = self.step(state, self.reached)
+            self.stop.speak()
             self.drain(0)
-            return self.finish(state, step, step > begin)
+            return self.finish(state, self.reached, self.reached > self.begin)
         finally:
             self.metrics.close()
             self.abandon()
@@ -92,7 +93,7 @@ class _Loop:
         if self.config.start:
             info = read_info(self.config.start)
             say(f"Going on from {self.config.start}, step {info.step} of {self.train.steps}.")
-            self.saved = info.step if self.config.start.parent == self.config.checkpoint_dir else None
+            self.saved = self.kept = info.step if self.config.start.parent == self.config.checkpoint_dir else None
             if info.format == FORMAT:
                 return self.backend.restore(read_checkpoint(info.path, verify=False).snapshot), info.step
             return read_own(info, self.backend.own), info.step
@@ -100,6 +101,17 @@ class _Loop:
             say(f"Starting from the weights of {self.config.pretrained}.")
             return self.backend.init(read_weights(read_info(self.config.pretrained), self.backend.own)), 0
         return self.backend.init(initial_params(self.model, self.train.seed)), 0
+
+    def step(self, state: State, step: int) -> State:
+        """One step, and what is due after it."""
+        state = self.dispatch(state, step)
+        self.written()
+        first = step == self.begin + 1
+        self.drain(0 if first else 1 if self.is_logged(step - 1) else IN_FLIGHT)
+        if first:
+            self.meter.start(step)  # it compiled
+        self.after(state, step)
+        return state
 
     def dispatch(self, state: State, step: int) -> State:
         """Queue one optimizer step on the device."""
@@ -192,7 +204,11 @@ class _Loop:
         length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
         decoder = self.backend.decoder(self.backend.params_of(state), length)
         pieces = Generation(decoder, tokenizer, prompt, self.config.sample_tokens, length, Sampling(temperature=0.8, seed=self.train.seed))
-        text = self.config.sample_prompt + "".join(pieces)
+        try:
+            text = self.config.sample_prompt + "".join(pieces)
+        except NotFiniteError as error:
+            say(f"note: no sample: {error.what}")  # whether the run itself is finite is for the next step to say
+            return
         self.folder.save_sample(step, text)
         say("  | " + text.replace("\n", "\n  | "))
 
@@ -212,6 +228,7 @@ class _Loop:
 
         def write_and_draw() -> Path:
             path = write()
+            self.kept = step
             self.folder.draw(rows)
             return path
 
@@ -221,6 +238,14 @@ class _Loop:
         """Tell of a checkpoint that has been written since. Raises CheckpointError when it could not be."""
         if path := self.writes.take(wait):
             say(f"saved {path}")
+
+    def lost(self) -> str:
+        """What a process that ended now would lose."""
+        safe = self.begin if self.kept is None else self.kept
+        if self.reached == safe:
+            return "Nothing is lost."
+        steps = f"Step {self.reached} is" if self.reached == safe + 1 else f"Steps {safe + 1} to {self.reached} are"
+        return f"{steps} lost: " + (f"the same command goes on from step {safe}." if safe else "there is no checkpoint yet.")
 
     def abandon(self) -> None:
         """The run ends by an error: what is being written may still become whole, and its own failure is only told."""

@@ -48,22 +48,6 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on_to_the_sa
     assert arrays(tmp_path / "run") == arrays(tmp_path / "whole")
 
 
-def test_a_second_signal_stops_at_once(text, tmp_path):
-    process = start(MODULE, *arguments(text, tmp_path / "run", 60), fake="seconds=5")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert time.monotonic() - begun < 3, "the step of 5 seconds was not waited for"
-    assert process.returncode == -signal.SIGINT, "a shell shows 130"
-
-
 def test_a_closed_terminal_saves_and_ends_though_it_hangs_up_twice(text, tmp_path):
     words = arguments(text, tmp_path / "run", 1000, "--log-every", 2, "--checkpoint-every", 10000, "--eval-every", 0)
     child, terminal = pty.fork()

@@ -1,7 +1,8 @@
 """A NumPy backend that really learns: a bigram model, logits = E[x] E^T over the table's `embed.weight` [V, D], with AdamW.
 
 The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
-SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step); several with commas.
+SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step), long_at=6 and long=30 (seconds
+of that step), nan_logits=1; several with commas.
 """
 
 import os
@@ -37,7 +38,7 @@ class BigramBackend:
     def train_step(self, state, inputs, targets, lr, documents=None):
         step = state["step"] + 1
         self.events.append(("dispatch", step))
-        time.sleep(float(self.faults.get("seconds", 0)))
+        time.sleep(float(self.faults.get("long" if step == int(self.faults.get("long_at", -1)) else "seconds", 0)))
         if step == int(self.faults.get("oom_at", -1)):
             raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --batch-size.")
         loss, gradient = bigram_loss(state["params"]["embed.weight"], inputs.ravel(), targets.ravel())
@@ -73,7 +74,8 @@ class BigramBackend:
         return state["params"]
 
     def decoder(self, params, max_len):
-        return BigramDecoder(params["embed.weight"], self.model.vocab_size, max_len)
+        embed = params["embed.weight"] * (np.nan if "nan_logits" in self.faults else 1)
+        return BigramDecoder(embed, self.model.vocab_size, max_len)
 
     def peak_memory(self):
         return 4096

@@ -33,9 +33,10 @@ def arguments(text: Path, folder: Path, steps: int, *more: object) -> list[str]:
 
 
 def start(module: str, *words: object, fake: str = "", **options) -> subprocess.Popen:
-    """Start `python -m module …` with SMEDJAN_FAKE=fake."""
+    """Start `python -m module …` with SMEDJAN_FAKE=fake and with the buffers that users have."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8", "cwd": ROOT} | options
-    return subprocess.Popen([sys.executable, "-u", "-m", module, *map(str, words)], env=os.environ | {"SMEDJAN_FAKE": fake}, **pipes)
+    return subprocess.Popen([sys.executable, "-m", module, *map(str, words)], env=environment | {"SMEDJAN_FAKE": fake}, **pipes)
 
 
 def figures(folder: Path) -> list[dict]:

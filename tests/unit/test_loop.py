@@ -39,6 +39,11 @@ def test_rows_have_exactly_the_keys_of_the_design_and_first_and_last_step_are_lo
     assert [row["tokens"] for row in train_rows(rows)] == [step * 4 * 16 for step in (1, 10, 20, 25)]
 
 
+def test_log_every_0_logs_the_first_and_the_last_step(text, run):
+    assert train_here(*arguments(text, run, 12, "--log-every", 0, "--eval-every", 0)) == 0
+    assert [row["step"] for row in train_rows(read_rows(run))] == [1, 12]
+
+
 def test_a_figure_that_is_not_known_is_null_and_mfu_is_flops_over_peak(text, run):
     train_here(*arguments(text, run, 20))
     first, *others = train_rows(read_rows(run))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, NotFiniteError
 from smedjan_common.inference.sampling import PENALTIES, Sampling, filtered, gumbel, min_p, penalize, probabilities, sample, top_k, top_p
 
 logits = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20).map(lambda x: round(x, 1)))  # rounded: with ties
@@ -133,3 +133,14 @@ def test_the_farthest_values_that_are_taken_leave_the_largest_logits_finite(pena
     how = Sampling(temperature, top_p=5e-324, min_p=1.0, repetition_penalty=penalty)
     how.validate()
     assert sample(scores, [0, 1, 2], how, 0) == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("logits", [[1.0, np.nan, 2.0], [1.0, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_are_not_finite_are_an_error_and_no_token(logits, temperature):
+    with pytest.raises(NotFiniteError, match="largest logit of token 7"):
+        sample(np.array(logits), [], Sampling(temperature=temperature), 7)
+
+
+def test_a_token_without_a_chance_is_no_error():
+    assert sample(np.array([-np.inf, 0.0]), [], Sampling(), 0) == 1
