@@ -1,11 +1,11 @@
 """JSON files of other people, read with care, and ours, written to stay."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.durable import sync
 
 _MAX_BYTES = 256 << 20
 
@@ -25,8 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write and fsync a new file. Raises OSError."""
+    """Write and sync a new file. Raises OSError."""
     with open(path, "x", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())

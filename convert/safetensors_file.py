@@ -7,7 +7,6 @@ the sizes of those before it. Its own writer wants the whole model in memory; it
 """
 
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from convert.portable import Lazy
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.durable import sync
 
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -53,7 +53,7 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write and fsync a new file; each tensor is made when its turn comes. Raises OSError."""
+    """Write and sync a new file; each tensor is made when its turn comes. Raises OSError."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers does not load the file
     position = 0
     for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _read(path: Path, name: str, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

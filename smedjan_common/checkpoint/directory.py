@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
 from smedjan_common.errors import CheckpointError, NewerFormatError
-from smedjan_common.files.atomic_directory import fsync_directory, remove, remove_leftovers, replaced_names
+from smedjan_common.files.durable import sync_directory
+from smedjan_common.files.leftovers import remove, remove_leftovers, replaced_names
 
 OnSkip = Callable[[str], None]
 
@@ -88,7 +89,7 @@ def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0) 
         for path in doomed:
             remove(path)
         if doomed:
-            fsync_directory(directory)
+            sync_directory(directory)
     except OSError as error:
         raise CheckpointError(
             f"An old checkpoint in {directory} cannot be removed.", f"{error.strerror or error}.", "Make the directory writable."

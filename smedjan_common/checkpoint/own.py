@@ -20,7 +20,8 @@ from smedjan_common.checkpoint.read import read_checkpoint, with_offer
 from smedjan_common.checkpoint.tensors import FileRecord
 from smedjan_common.checkpoint.write import cannot_write, complete, describe, prepare, tensor_record
 from smedjan_common.errors import CheckpointError
-from smedjan_common.files.atomic_directory import atomic_directory, fsync_directory
+from smedjan_common.files.atomic_directory import atomic_directory
+from smedjan_common.files.durable import sync, sync_directory
 
 FORMATS = {kind.name: format for format, kind in KINDS.items()}  # name on the command line -> format
 
@@ -108,9 +109,9 @@ def _synced(temporary: Path) -> dict[str, FileRecord]:
             path = Path(folder, name)
             fd = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(fd)
+                sync(fd)
             finally:
                 os.close(fd)
             files[path.relative_to(temporary).as_posix()] = FileRecord(path.stat().st_size, file_hash(path))
-        fsync_directory(Path(folder))
+        sync_directory(Path(folder))
     return files

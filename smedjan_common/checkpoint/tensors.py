@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.durable import sync
 
 CHUNK_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
@@ -58,7 +59,7 @@ def dtype_code(array: Any) -> str:
 
 
 def write_tensors(path: Path, arrays: Mapping[str, Any]) -> tuple[FileRecord, dict[str, TensorRecord]]:
-    """Write and fsync a safetensors file; returns its record and, in the order of the file, those of its tensors.
+    """Write and sync a safetensors file; returns its record and, in the order of the file, those of its tensors.
 
     A value is anything with `.dtype` and `.shape` that `np.asarray` takes; each is turned into NumPy only when its turn comes.
     Raises OSError.
@@ -76,7 +77,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Any]) -> tuple[FileRecord, di
                 crc = zlib.crc32(chunk, crc)
                 _write_all(file, chunk)
             records[name] = records[name]._replace(crc32=crc)
-        os.fsync(file.fileno())
+        sync(file.fileno())
         return FileRecord(file.tell(), digest.hexdigest()), records
 
 
@@ -101,7 +102,7 @@ def check_tensors(path: Path, record: FileRecord, tensors: Mapping[str, TensorRe
 def open_regular(path: Path) -> BinaryIO:
     """Open a file of a checkpoint for reading; raises CheckpointError for a missing one, a link, a device, no permission."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.", "The checkpoint is incomplete.") from None
     except OSError as error:

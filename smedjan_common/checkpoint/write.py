@@ -16,6 +16,7 @@ from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKE
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
+from smedjan_common.files.durable import sync
 from smedjan_common.files.names import FINAL
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
@@ -190,7 +191,7 @@ def _write_synced(path: Path, raw: bytes) -> None:
     with open(path, "xb") as file:
         file.write(raw)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def cannot_write(target: Path, error: OSError, need: int) -> CheckpointError:

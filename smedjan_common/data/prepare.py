@@ -90,7 +90,7 @@ def prepare(
     notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
     outputs = [(path, side) for path, side in ((output, "train"), (val_output, "validation")) if path is not None]
     options = [tokenizer.hash, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
-    journal = Journal(output, found, options, journal_bytes)
+    journal = Journal([path for path, _ in outputs], found, options, journal_bytes)
     state = journal.load()
     with ExitStack() as stack:
         writers = []

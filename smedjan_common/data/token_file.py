@@ -19,7 +19,8 @@ import numpy as np
 
 from smedjan_common import __version__
 from smedjan_common.errors import DataError
-from smedjan_common.files.atomic_file import sync_directory, temporary_name
+from smedjan_common.files.durable import sync, sync_directory
+from smedjan_common.files.leftovers import hidden, lock, remove_parts
 
 FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -118,33 +119,44 @@ class TokenFileWriter:
         self._sha = hashlib.sha256()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finals = (self.path, offsets_path(self.path), manifest_path(self.path))
-        self._temporary = {final: temporary_name(final) for final in finals}
+        self._temporary = {final: hidden("part", final) for final in finals}
         self.keep_when_stopped = False
+        if resume:
+            self._temporary |= {final: final.with_name(name) for final, name in zip(finals[:2], resume["temporary"], strict=True)}
+        for final, temporary in self._temporary.items():
+            remove_parts(final, keep=[temporary])
         if resume:
             self._resume(resume, finals)
             return
         self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
         self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
+        self._lock()
 
     def _resume(self, state: Mapping[str, Any], finals: tuple[Path, Path, Path]) -> None:
         """Open the temporary files of a stopped writer and go back to where its state was taken."""
         self.num_tokens, self.num_documents, self.num_bytes = state["tokens"], state["documents"], state["bytes"]
-        self._temporary |= dict(zip(finals[:2], map(Path, state["temporary"]), strict=True))
         self._tokens = open(self._temporary[finals[0]], "r+b")  # noqa: SIM115
         self._offsets = open(self._temporary[finals[1]], "r+b")  # noqa: SIM115
+        self._lock()
         self._tokens.truncate(self.num_tokens * self.dtype.itemsize)
         self._offsets.truncate(self.num_documents * 8)
         while data := self._tokens.read(1 << 24):
             self._sha.update(data)
         self._offsets.seek(0, os.SEEK_END)
 
+    def _lock(self) -> None:
+        """Held while they are written: who sweeps parts, or finds a journal of another host, sees that their writer lives."""
+        for file in (self._tokens, self._offsets):
+            assert file is not None
+            lock(file.fileno())
+
     def state(self) -> dict[str, Any]:
         """Sync what was written; what `resume` needs."""
         for file in (self._tokens, self._offsets):
             assert file is not None
             file.flush()
-            os.fsync(file.fileno())
-        names = [str(temporary) for temporary in list(self._temporary.values())[:2]]
+            sync(file.fileno())
+        names = [temporary.name for temporary in list(self._temporary.values())[:2]]
         counts = {"tokens": self.num_tokens, "documents": self.num_documents, "bytes": self.num_bytes}
         return {"temporary": names, "itemsize": self.dtype.itemsize} | counts
 
@@ -262,5 +274,5 @@ def _map_offsets(path: Path, documents: int) -> np.ndarray | None:
 
 def _sync_and_close(file: BinaryIO) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.fileno())
     file.close()

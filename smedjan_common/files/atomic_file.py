@@ -1,11 +1,13 @@
-"""Writing files so that a reader sees the old one or the whole new one, never half: temporary name beside it, fsync, rename."""
+"""Writing files so that a reader sees the old one or the whole new one, never half: temporary name beside it, sync, rename."""
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from smedjan_common.files.durable import sync, sync_directory
+from smedjan_common.files.leftovers import hidden, remove_leftovers
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -23,31 +25,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it becomes `path` when the block ends, and vanishes when it raises."""
+    """A path beside `path` to write a file at; it becomes `path` when the block ends, and vanishes when it raises.
+
+    What killed writers left in that directory is swept first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    remove_leftovers(path.parent)
+    temporary = hidden("tmp", path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the same directory that nobody else has."""
-    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename durable, where directories can be synced."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

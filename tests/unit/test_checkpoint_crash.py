@@ -15,6 +15,7 @@ import pytest
 
 from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
 from smedjan_common.files import atomic_directory
+from smedjan_common.files.leftovers import LOCK_NAME, replaced_names
 from tests.unit.test_checkpoint import assert_same, facts, in_subprocess, sample_snapshot, tree, write, write_final
 
 KILLS = int(os.environ.get("SMEDJAN_KILLS", "20"))  # per way of replacing; a soak sets it to hundreds
@@ -167,9 +168,7 @@ def check_run(run: Path, acked: list[str]) -> None:
         assert found[-1].step >= steps[-1]
         assert latest_checkpoint(run) == found[-1].path
         assert read_checkpoint(run).step == found[-1].step
-    finals = [
-        path for name, path in {"final": run / "final", **atomic_directory.replaced_names(run)}.items() if name == "final" and path.exists()
-    ]
+    finals = [path for name, path in {"final": run / "final", **replaced_names(run)}.items() if name == "final" and path.exists()]
     assert finals or "final" not in acked
     for path in finals:
         verify_checkpoint(path)
@@ -200,8 +199,9 @@ def test_the_temporary_directory_of_a_living_writer_is_left_alone_and_of_a_dead_
     reused, fresh, stale = (tmp_path / f".tmp-step-00000009-{os.getpid()}-0000000{i}" for i in range(3))
     for path in (reused, fresh, stale):
         path.mkdir()
-    (reused / atomic_directory.LOCK_NAME).touch()  # nobody holds it: another process had this number
-    os.utime(reused, (0, 0))
+    (reused / LOCK_NAME).touch()  # nobody holds it: another process had this number
+    for path in (reused / LOCK_NAME, reused):
+        os.utime(path, (0, 0))
     os.utime(stale, (0, 0))
     (tmp_path / ".trash-step-00000001-1-00000000").mkdir()
     (tmp_path / ".tmp-of-someone-else").mkdir()

@@ -12,6 +12,7 @@ import pytest
 from smedjan_common.data.journal import Journal
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
+from smedjan_common.files.leftovers import host_name
 from smedjan_common.text.sources import BLOCK_BYTES
 from smedjan_common.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(place, how):
 
 def test_a_journal_of_other_work_is_thrown_away_with_its_files(place):
     stop_in_the_middle(place, signal.SIGKILL)
-    assert len([name for name in os.listdir() if name.endswith(".tmp")]) == 4
+    assert len([name for name in os.listdir() if name.startswith(".part-")]) == 4
     prepare(["a.jsonl"], "t.bin", Tokenizer.load("t.json"), errors="replace", journal_bytes=1 << 20)
     assert not [name for name in os.listdir() if name.startswith(".")]
 
@@ -85,7 +86,9 @@ def test_a_journal_of_other_work_is_thrown_away_with_its_files(place):
 def test_a_journal_of_a_running_process_is_left_alone(place):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        (place / ".t.bin.journal").write_text(json.dumps({"key": "x", "pid": process.pid, "bundles": 1, "writers": []}))
+        (place / ".t.bin.journal").write_text(
+            json.dumps({"key": "x", "pid": process.pid, "host": host_name(), "bundles": 1, "writers": []})
+        )
         prepare(["a.jsonl"], "t.bin", Tokenizer.load("t.json"), journal_bytes=1 << 20)
         assert (place / ".t.bin.journal").exists()
     finally:
@@ -96,5 +99,5 @@ def test_a_journal_of_a_running_process_is_left_alone(place):
 def test_a_damaged_journal_means_a_fresh_start(place, content):
     (place / ".t.bin.journal").write_text(content)
     (place / "b.txt").write_text("iron")
-    assert Journal("t.bin", [], []).load() is None
+    assert Journal(["t.bin"], [], []).load() is None
     assert prepare(["b.txt"], "t.bin", Tokenizer.load("t.json")).documents == 1
