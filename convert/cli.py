@@ -1,12 +1,15 @@
 """`convert SRC DST --to FORMAT`, `smedjan convert`, `python -m convert`."""
 
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from smedjan_common import errors
+from smedjan_common.errors import ConfigError, near
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    import time
-    from pathlib import Path
-
     from convert.formats import FORMATS, Options, dtype_name, source_format
     from convert.neutral import training_state
     from convert.output import check_target
-    from smedjan_common.errors import ConfigError, near
     from smedjan_common.reporting.progress import progress_bar
 
     if flags.to not in FORMATS:
@@ -79,8 +78,6 @@ def _run(flags: Flags) -> int:
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200MB`, `1000`. Raises ConfigError."""
-    from smedjan_common.errors import ConfigError
-
     number, unit = text.strip().upper(), 1
     for name, scale in (("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12)):
         if number.endswith(name):

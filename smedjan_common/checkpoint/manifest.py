@@ -28,6 +28,7 @@ from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, 
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.params import check_tree, parameter_table
 from smedjan_common.training.config import TrainConfig
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
@@ -196,8 +197,6 @@ _KINDS = {
 
 def check_layout(info: CheckpointInfo) -> None:
     """Raises CheckpointError unless the listed tensors are the parameters of the model and optimizer arrays of their shapes."""
-    from smedjan_common.model.params import check_tree, parameter_table
-
     weights, slots = info.weights, info.slots
     where, beside = (WEIGHTS, OPTIMIZER) if info.format == FORMAT else (PARAMS, SLOTS)
     if info.model.layers > len(weights):  # before a table of that many layers is made

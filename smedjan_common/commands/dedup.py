@@ -1,5 +1,7 @@
 """`smedjan dedup`: documents without their repeats."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -41,9 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    import dataclasses
-    import json
-
     from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.reporting.progress import progress_bar

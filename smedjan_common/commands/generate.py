@@ -1,5 +1,6 @@
 """`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from smedjan_common import streams
-from smedjan_common.errors import run_command
+from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
 from smedjan_common.optional import MaybeStr
 from smedjan_common.run.signals import interrupt_ends_at_once
 
@@ -80,7 +81,6 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
-    from smedjan_common.errors import ConfigError
     from smedjan_common.inference.generate import Generation
     from smedjan_common.inference.sampling import Sampling
 
@@ -105,8 +105,6 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
 
 
 def _prompt(flags: GenerateFlags) -> str:
-    from smedjan_common.errors import ConfigError, DataError
-
     if flags.prompt is not None and flags.prompt_file is not None:
         raise ConfigError("--prompt and --prompt-file are both given.", "There is one prompt.", "Give one of them.")
     source = flags.prompt_file or ("-" if flags.prompt == "-" else None)
@@ -122,7 +120,6 @@ def _prompt(flags: GenerateFlags) -> str:
 def _open(path: str) -> "tuple[CheckpointInfo, Any]":
     """The checkpoint with the newest weights under `path`, and its tokenizer."""
     from smedjan_common.checkpoint import newest
-    from smedjan_common.errors import CheckpointError
     from smedjan_common.files.names import TOKENIZER
     from smedjan_common.tokenizer import Tokenizer
 
@@ -138,8 +135,6 @@ def _open(path: str) -> "tuple[CheckpointInfo, Any]":
 
 
 def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
-    from smedjan_common.errors import ConfigError
-
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot_id]
     if len(ids) > context_length:
         raise ConfigError(
@@ -152,8 +147,6 @@ def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
 
 def _decoding(info: "CheckpointInfo", dtype: str):
     """A training configuration for a backend that only decodes."""
-    import dataclasses
-
     from smedjan_common.training.config import TrainConfig
 
     base = info.train or TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1.0)

@@ -1,11 +1,13 @@
 """`smedjan hash`: what identifies tokenizers, token files and texts, and whether a token file is what its manifest says."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.errors import DataError
-
     if not flags.files:
         raise DataError("No file was given.", "", "Name one or more files: smedjan hash train.bin.")
     for path in flags.files:
@@ -34,8 +34,6 @@ def _run(flags: Flags) -> int:
 
 def hash_of(path: str) -> str:
     """The hash by which checkpoints and manifests know the file."""
-    from pathlib import Path
-
     from smedjan_common.data.token_file import TokenFile, file_hash, manifest_path
     from smedjan_common.tokenizer import Tokenizer
 

@@ -1,5 +1,6 @@
 """`smedjan info PATH`: what a checkpoint, run folder, token file or tokenizer is."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,6 @@ def _info(flags: InfoFlags) -> int:
     path = Path(flags.path)
     facts = describe(path, flags.verify)
     if flags.json:
-        import json
-
         print(json.dumps(facts, indent=1))
     else:
         width = max(map(len, facts)) + 2

@@ -1,5 +1,8 @@
 """`smedjan process`: clean text by named rules, with counts and a log of where it comes from."""
 
+import dataclasses
+import json
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -44,8 +47,6 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    import sys
-
     if "--list-rules" in (sys.argv[1:] if argv is None else argv):  # needs no input and output
         return errors.run_command(_list_rules)
     flags = tyro.cli(Flags, prog="smedjan process", args=argv)
@@ -65,9 +66,6 @@ def _list_rules() -> int:
 
 
 def _run(flags: Flags) -> int:
-    import dataclasses
-    import json
-
     from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.reporting.progress import progress_bar

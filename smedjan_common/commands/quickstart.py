@@ -4,6 +4,7 @@ It runs the commands that a user would, and shows each. What is there already is
 """
 
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -141,8 +142,6 @@ def _smedjan(command: list[str], capture: bool = False) -> Any:
 
 def summary(folder: Path, backend: str) -> str:
     """First and last loss and bits per byte, where things are, and what to try next."""
-    import math
-
     from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
 

@@ -1,21 +1,20 @@
 """`smedjan sizes`: for every preset, or one custom model, exact parameters, FLOPs per token, memory to train and to infer."""
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from smedjan_common.errors import run_command
+from smedjan_common.errors import ConfigError, run_command
+from smedjan_common.model.config import ModelConfig, parse_pattern
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.run.flags import MixerFlags, given_names
-
-if TYPE_CHECKING:
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sizes(flags: SizesFlags, given: frozenset[str]) -> int:
-    from smedjan_common.training.config import TrainConfig
-
     train = TrainConfig(
         steps=1,
         batch_size=flags.batch_size,
@@ -74,21 +71,17 @@ def _sizes(flags: SizesFlags, given: frozenset[str]) -> int:
     train.validate()
     rows = [row(name, model, train) for name, model in models(flags, given).items()]
     if flags.json:
-        import json
-
         print(json.dumps(rows, indent=1))
     else:
         print(table(rows, train, flags.vocab_size))
     return 0
 
 
-def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str, ModelConfig]":
+def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> dict[str, ModelConfig]:
     """Name -> model, as the flags ask; an option of a mixer that was given and that the models do not have is refused.
 
     Raises ConfigError.
     """
-    from smedjan_common.model.config import ModelConfig, parse_pattern
-
     names = [flags.size] if flags.size else list(PRESETS)
     changes = {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
     changes |= {**dataclasses.asdict(flags.mixers), "mixer": parse_pattern(flags.mixer), "context_length": flags.seq_len}
@@ -108,8 +101,6 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> "dict[str,
 
 def _check_custom(flags: SizesFlags) -> None:
     """Raises ConfigError for a model of one's own whose shape is not all given."""
-    from smedjan_common.errors import ConfigError
-
     shape = _shape(flags)
     if not (missing := [f"--{name}" for name in _SHAPE if name not in shape]):
         return
@@ -129,7 +120,7 @@ def _shape(flags: SizesFlags) -> list[str]:
     return [name for name in _SHAPE if getattr(flags, name) is not None]
 
 
-def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]:
+def row(name: str, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """The figures of one model; bytes and FLOPs as whole numbers."""
     from smedjan_common.inference.memory import inference_bytes, state_bytes
     from smedjan_common.model.flops import active_params, train_flops_per_token
@@ -155,7 +146,7 @@ def row(name: str, model: "ModelConfig", train: "TrainConfig") -> dict[str, Any]
 _COLUMNS = ("dim", "layers", "heads", "ffn dim", "FLOP/token", "to train", "state", "to infer")
 
 
-def table(rows: list[dict[str, Any]], train: "TrainConfig", vocab_size: int) -> str:
+def table(rows: list[dict[str, Any]], train: TrainConfig, vocab_size: int) -> str:
     """Aligned text."""
     from smedjan_common.reporting.console import count, size
 

@@ -1,5 +1,6 @@
 """`smedjan tokenizer`: learn a byte-level BPE vocabulary from text and write it as tokenizer.json."""
 
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -46,8 +47,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    import time
-
     from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
