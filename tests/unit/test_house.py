@@ -10,7 +10,8 @@ IMPORTS = read()
 
 # from the ground up; rooms of one floor do not import one another
 FLOORS = (
-    ("smedjan_common", "errors", "optional"),  # the package by itself: its version
+    ("smedjan_common", "optional", "streams"),  # the package by itself: its version
+    ("errors",),
     ("files", "workers"),
     ("model", "text"),
     ("training", "tokenizer"),
