@@ -7,6 +7,7 @@ start (`smedjan train … >&-`). Each costs the output at most.
 import contextlib
 import io
 import os
+import select
 import sys
 from typing import Any
 
@@ -41,8 +42,6 @@ def put_now(text: str, stream: Any) -> bool:
 
     For a thread that must not wait for the one that prints.
     """
-    import select
-
     try:
         fd = stream.fileno()
         return bool(select.select([], [fd], [], 0)[1]) and os.write(fd, text.encode("ascii", "backslashreplace") + b"\n") > 0

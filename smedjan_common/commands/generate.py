@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from smedjan_common import streams
 from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
+from smedjan_common.files.names import TOKENIZER
 from smedjan_common.optional import MaybeStr
 from smedjan_common.run.signals import interrupt_ends_at_once
 
@@ -120,7 +121,6 @@ def _prompt(flags: GenerateFlags) -> str:
 def _open(path: str) -> "tuple[CheckpointInfo, Any]":
     """The checkpoint with the newest weights under `path`, and its tokenizer."""
     from smedjan_common.checkpoint import newest
-    from smedjan_common.files.names import TOKENIZER
     from smedjan_common.tokenizer import Tokenizer
 
     info = newest(path)
