@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from smedjan_common import errors
-from smedjan_common.errors import ConfigError, near
+from smedjan_common.command_line import parse
+from smedjan_common.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(Flags, prog="convert", args=argv)
+    flags = parse(Flags, "convert", argv, "convert runs/mine out/hf --to hf")
     return errors.run_command(lambda: _run(flags))
 
 
@@ -49,7 +49,7 @@ def _run(flags: Flags) -> int:
     from smedjan_common.reporting.progress import progress_bar
 
     if flags.to not in FORMATS:
-        raise ConfigError(f"--to {flags.to!r} is unknown.", "It names a format.", near(flags.to, FORMATS))
+        raise unknown("--to", flags.to, FORMATS)
     started, target = time.monotonic(), FORMATS[flags.to]
     options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
     dst = Path(flags.dst)

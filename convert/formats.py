@@ -9,7 +9,7 @@ import numpy as np
 
 from convert import gguf_file, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
-from smedjan_common.errors import CheckpointError, ConfigError, near
+from smedjan_common.errors import CheckpointError, ConfigError, unknown
 
 FLOATS = {
     "float32": np.dtype(np.float32),
@@ -97,7 +97,7 @@ def dtype_name(text: str, target: Format) -> str:
     """The full name of a dtype that `target` can hold. Raises ConfigError."""
     name = _SHORT.get(text.lower(), text.lower())
     if name not in DTYPES:
-        raise ConfigError(f"--dtype {text!r} is unknown.", "It must be a name of the list.", near(name, DTYPES))
+        raise unknown("--dtype", text, DTYPES)
     if name not in target.dtypes:
         fix = f"Take --dtype {' or '.join(target.dtypes)}."
         raise ConfigError(f"--dtype {name} does not fit --to {target.name}.", f"It holds {', '.join(target.dtypes)}.", fix)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 
 from smedjan_common import streams
+from smedjan_common.hints import instead
 
 
 class SmedjanError(ValueError):
@@ -62,10 +63,20 @@ class NotFiniteError(SmedjanError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A hint that lists the known names nearest to `name`, or all of them when none is near."""
+    """A hint that lists the known names nearest to `name` (first what others call so), or all of them when none is near."""
     known = list(known)
+    return _nearest(name, known) or f"Known: {', '.join(known)}."
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is none of `known`; `what` it names, mostly a flag."""
+    known = list(known)
+    return ConfigError(f"{what} {name!r} is unknown.", _nearest(name, known), f"Choose one of {', '.join(known)}.")
+
+
+def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    return instead(name, known) or (f"Did you mean {' or '.join(close)}?" if close else "")
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,7 @@ import importlib.util
 import platform
 import sys
 
-from smedjan_common.errors import ConfigError, near, run_command
+from smedjan_common.errors import ConfigError, near, run_command, unknown
 
 BACKENDS = ("jax", "mlx")
 _EXTRAS = {"jax": "smedjan[cpu], or smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU", "mlx": "smedjan[mlx]"}
@@ -32,7 +32,7 @@ def choose(argv: list[str]) -> str:
         if name == "--backend":
             value = value if equals else (argv[position + 1] if position + 1 < len(argv) else "")
             if value not in (*BACKENDS, "auto"):
-                raise ConfigError(f"There is no backend {value!r}.", "", near(value, [*BACKENDS, "auto"]))
+                raise unknown("--backend", value, [*BACKENDS, "auto"])
             if value != "auto":
                 return value
     return default_backend()

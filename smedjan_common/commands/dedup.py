@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(Flags, prog="smedjan dedup", args=argv)
+    flags = parse(Flags, "smedjan dedup", argv, "smedjan dedup --input texts/ --output clean.jsonl")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from smedjan_common import streams
+from smedjan_common.command_line import parse
 from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.optional import MaybeStr
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from smedjan_common.model.config import ModelConfig
     from smedjan_common.training.config import TrainConfig
 
-import tyro
 from tyro.conf import arg
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
@@ -72,7 +72,7 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     """Parse and generate with the backend `name`; returns the exit code."""
 
     def body() -> int:
-        flags = tyro.cli(GenerateFlags, prog="smedjan generate", args=argv, config=(tyro.conf.DisallowNone,))
+        flags = parse(GenerateFlags, "smedjan generate", argv, 'smedjan generate --checkpoint runs/mine --prompt "Once" --max-tokens 100')
         with interrupt_ends_at_once():  # in the middle of a compilation an exception would end in a crash of the framework
             return _generate(name, load, flags)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 from smedjan_common.errors import DataError
 
 
@@ -20,7 +21,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code, 2 if a token file is not what its manifest says."""
-    flags = tyro.cli(Flags, prog="smedjan hash", args=argv)
+    flags = parse(Flags, "smedjan hash", argv, "smedjan hash train.bin tokenizer.json")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(Flags, prog="smedjan import-bpe", args=argv)
+    flags = parse(Flags, "smedjan import-bpe", argv, "smedjan import-bpe --merges merges.txt --vocab vocab.json --output tokenizer.json")
     return errors.run_command(lambda: _run(flags))
 
 

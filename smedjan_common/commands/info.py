@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import arg
 
+from smedjan_common.command_line import parse
 from smedjan_common.errors import CheckpointError, DataError, run_command
 from smedjan_common.files.names import CONFIG, FINAL, MANIFEST, METRICS, TOKENIZER
 
@@ -32,7 +33,7 @@ class InfoFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(InfoFlags, prog="smedjan info", args=argv)
+    flags = parse(InfoFlags, "smedjan info", argv, "smedjan info runs/mine")
     return run_command(lambda: _info(flags))
 
 

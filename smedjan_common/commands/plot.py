@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg
 
+from smedjan_common.command_line import parse
 from smedjan_common.errors import DataError, run_command
 from smedjan_common.files.names import PLOT
 from smedjan_common.optional import MaybeStr
@@ -26,7 +27,7 @@ class PlotFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(PlotFlags, prog="smedjan plot", args=argv, config=(tyro.conf.DisallowNone,))
+    flags = parse(PlotFlags, "smedjan plot", argv, "smedjan plot runs/a runs/b --output loss.png")
     return run_command(lambda: _plot(flags))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(Flags, prog="smedjan prepare", args=argv)
+    flags = parse(Flags, "smedjan prepare", argv, "smedjan prepare --input my.txt --tokenizer tokenizer.json --output train.bin")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     if "--list-rules" in (sys.argv[1:] if argv is None else argv):  # needs no input and output
         return errors.run_command(_list_rules)
-    flags = tyro.cli(Flags, prog="smedjan process", args=argv)
+    flags = parse(Flags, "smedjan process", argv, "smedjan process --input texts/ --rules default --output clean.jsonl")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import arg
 
+from smedjan_common.command_line import parse
 from smedjan_common.errors import SmedjanError, run_command
 from smedjan_common.files.names import FINAL, MANIFEST, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 
@@ -41,7 +41,7 @@ class QuickstartFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(QuickstartFlags, prog="smedjan quickstart", args=argv)
+    flags = parse(QuickstartFlags, "smedjan quickstart", argv)
     return run_command(lambda: _quickstart(flags))
 
 

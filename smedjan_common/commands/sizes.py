@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
+from smedjan_common.command_line import parse
 from smedjan_common.errors import ConfigError, run_command
 from smedjan_common.model.config import ModelConfig, parse_pattern
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
@@ -55,7 +56,7 @@ class SizesFlags:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    flags = tyro.cli(SizesFlags, prog="smedjan sizes", args=argv, config=(tyro.conf.DisallowNone,))
+    flags = parse(SizesFlags, "smedjan sizes", argv, "smedjan sizes --size custom --dim 512 --layers 8 --heads 8")
     return run_command(lambda: _sizes(flags, given_names(argv)))
 
 

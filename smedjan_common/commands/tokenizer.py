@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
+from smedjan_common.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = tyro.cli(Flags, prog="smedjan tokenizer", args=argv)
+    flags = parse(Flags, "smedjan tokenizer", argv, "smedjan tokenizer --input my.txt --vocab-size 4096 --output tokenizer.json")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from smedjan_common.errors import ConfigError, flag, near
+from smedjan_common.errors import ConfigError, flag, unknown
 from smedjan_common.model.ffns import FFNS, experts
 from smedjan_common.model.json_fields import MAX_EXTENT, JsonFields, check_extent, check_extents
 from smedjan_common.model.mixers import MIXERS, attention, block_sparse, gated_deltanet, linear, mla, rwkv, ssm
@@ -40,7 +40,7 @@ class ModelConfig(
         Raises ConfigError for an unknown size or an impossible model.
         """
         if size not in PRESETS:
-            raise ConfigError(f"There is no size {size!r}.", "Sizes are rows of a table.", near(size, [*PRESETS, "custom"]))
+            raise unknown("--size", size, [*PRESETS, "custom"])
         return cls.build(vocab_size=vocab_size, **{**PRESETS[size]._asdict(), **changes})
 
     @classmethod
@@ -109,9 +109,7 @@ class ModelConfig(
                 f"Take --heads {' or '.join(map(str, sorted(closest)))}." if closest else "Take an even --dim.",
             )
         if self.rope_scaling not in ROPE_SCALINGS:
-            raise ConfigError(
-                f"--rope-scaling {self.rope_scaling!r} is unknown.", "It names a formula.", near(self.rope_scaling, ROPE_SCALINGS)
-            )
+            raise unknown("--rope-scaling", self.rope_scaling, ROPE_SCALINGS)
         if self.rope_scaling != "none" and self.rope_factor <= 1:
             raise ConfigError(
                 f"--rope-factor {self.rope_factor:g} does not extend the context.",
@@ -127,7 +125,7 @@ class ModelConfig(
                 raise ConfigError(f"{what} is empty.", "Every layer needs one.", f"Known: {', '.join(table)}.")
             for name in names:
                 if name not in table:
-                    raise ConfigError(f"{what} {name!r} is unknown.", "It must be a row of the table.", near(name, table))
+                    raise unknown(what, name, table)
                 check_options(self, table[name].own)
                 table[name].validate(self)
 

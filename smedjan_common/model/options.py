@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from smedjan_common.errors import ConfigError, flag, near
+from smedjan_common.errors import ConfigError, flag, unknown
 
 
 class Option(NamedTuple):
@@ -47,8 +47,6 @@ def check_options(config: Any, known: Mapping[str, Option]) -> None:
     for name, said in known.items():
         value = getattr(config, name)
         if said.choices and value not in said.choices:
-            raise ConfigError(
-                f"{flag(name)} {value!r} is unknown.", f"It is one of {', '.join(said.choices)}.", near(str(value), said.choices)
-            )
+            raise unknown(flag(name), str(value), said.choices)
         if said.least is not None and not value >= said.least:  # nan is not
             raise ConfigError(f"{flag(name)} is {value}.", f"It must be at least {said.least:g}.", "Leave it out for the default.")

@@ -58,11 +58,11 @@ def check_documents(data: "RunData") -> None:
 
 def check_format(kind: str, backend: str) -> None:
     """Raises ConfigError for a --checkpoint-format that is unknown or not of this backend."""
-    from smedjan_common.errors import ConfigError, near
+    from smedjan_common.errors import ConfigError, unknown
     from smedjan_common.training.config import CHECKPOINT_FORMATS
 
     if kind not in CHECKPOINT_FORMATS:
-        raise ConfigError(f"--checkpoint-format {kind!r} is unknown.", "It must be a name of the list.", near(kind, CHECKPOINT_FORMATS))
+        raise unknown("--checkpoint-format", kind, CHECKPOINT_FORMATS)
     if (owner := CHECKPOINT_FORMATS[kind]) not in {None, backend}:
         raise ConfigError(
             f"--checkpoint-format {kind} is of the backend {owner}, not {backend}.",

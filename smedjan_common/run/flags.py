@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
+from smedjan_common.command_line import parse as parse_flags
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
@@ -274,7 +275,8 @@ GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": Mix
 def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
     """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return tyro.cli(TrainFlags, prog=prog, args=argv, config=(tyro.conf.DisallowNone,)), given_names(argv)
+    example = "smedjan train --dataset my.txt --checkpoint-dir runs/mine --size tiny --steps 400"
+    return parse_flags(TrainFlags, prog, argv, example), given_names(argv)
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from smedjan_common.errors import ConfigError, flag, near
+from smedjan_common.errors import ConfigError, flag, unknown
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.json_fields import JsonFields, check_extents
 from smedjan_common.model.mixers import MIXERS
@@ -88,9 +88,7 @@ class TrainConfig(JsonFields):
             ("packing", PACKING),
         ):
             if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{flag(name)} {getattr(self, name)!r} is unknown.", "It must be a name of the list.", near(getattr(self, name), known)
-                )
+                raise unknown(flag(name), getattr(self, name), known)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for what this model cannot do."""

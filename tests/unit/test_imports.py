@@ -31,9 +31,9 @@ IMPORTS = read()
 
 # from the ground up; rooms of one floor do not import one another
 FLOORS = (
-    ("smedjan_common", "optional", "streams"),  # the package by itself: its version
+    ("smedjan_common", "hints", "optional", "streams"),  # the package by itself: its version
     ("errors",),
-    ("files", "workers"),
+    ("command_line", "files", "workers"),
     ("model", "text"),
     ("training", "tokenizer"),
     ("backend", "reference", "data", "config"),  # config: a face of two configurations

@@ -1,0 +1,203 @@
+"""The one way in which commands read their flags: `parse` checks the words, tyro makes the dataclass of flags and writes the help.
+
+tyro's own errors are boxes that show Python's types, so what it would refuse is refused here first, in the three sentences of every
+other error. What a flag takes follows from the type of its field: bool (nothing), int, float, str, a Literal, or a tuple of them.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+import tyro
+
+from smedjan_common.errors import SmedjanError, flag, run_command
+from smedjan_common.hints import instead
+
+Flags = TypeVar("Flags")
+WANTED = {int: "a whole number", float: "a number"}
+_NUMBER = re.compile(r"-(\d|\.|inf$|infinity$|nan$)", re.IGNORECASE)
+
+
+class UsageError(SmedjanError):
+    """A command line that a command does not understand."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command line says for one field: `name` with its dashes, `takes` is int, float, str or bool."""
+
+    name: str
+    takes: type
+    metavar: str
+    many: bool = False
+    required: bool = False
+    positional: bool = False
+    negated: bool = False  # --no-NAME too
+    choices: tuple[str, ...] = ()
+
+
+def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, example: str = "") -> Flags:
+    """The flags of a command line. Exits with 2 and three sentences where it is not understood, with 0 after --help.
+
+    `example` is a whole command line: the help ends with it, and an error about something that is missing shows it.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not {"-h", "--help"} & set(words):
+        try:
+            check(list(flags_of(flags)), prog, words, example)
+        except UsageError as error:
+            sys.exit(run_command(functools.partial(_raise, error)))
+    about = typing.cast(str, flags.__doc__) + (f"\n\nFor example:\n  {example}" if example else "")
+    return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,))
+
+
+def _raise(error: UsageError) -> NoReturn:
+    raise error
+
+
+def flags_of(kind: type) -> Iterator[Flag]:
+    """The flags that a dataclass describes, those of its groups among them, in their order."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for each in dataclasses.fields(typing.cast(Any, kind)):
+        of, notes = _unwrapped(hints[each.name])
+        if dataclasses.is_dataclass(of):
+            yield from flags_of(typing.cast(type, of))
+            continue
+        many = typing.get_origin(of) is tuple
+        of = typing.get_args(of)[0] if many else of
+        choices = tuple(typing.get_args(of)) if typing.get_origin(of) is Literal else ()
+        takes = str if choices else of
+        metavar = next((note.metavar for note in notes if getattr(note, "metavar", None)), "|".join(choices) or takes.__name__.upper())
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        positional = tyro.conf.Positional in notes
+        negated = takes is bool and tyro.conf.FlagCreatePairsOff not in notes
+        yield Flag(metavar if positional else flag(each.name), takes, metavar, many, required, positional, negated, choices)
+
+
+def _unwrapped(hint: Any) -> tuple[Any, tuple]:
+    """The type in an annotation without Annotated and None, and what was annotated."""
+    notes: tuple = ()
+    while True:
+        if hasattr(hint, "__metadata__"):
+            hint, notes = hint.__origin__, (*notes, *hint.__metadata__)
+        elif typing.get_origin(hint) in (Union, types.UnionType):
+            [hint] = [part for part in typing.get_args(hint) if part is not type(None)]
+        else:
+            return hint, notes
+
+
+def check(flags: list[Flag], prog: str, words: list[str], example: str = "") -> None:
+    """Raises UsageError for the first word that the command does not understand, and for flags that are missing."""
+    named = {each.name: each for each in flags if not each.positional} | {f"--no-{each.name[2:]}": each for each in flags if each.negated}
+    given, loose, rest = set(), [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            loose += rest
+            break
+        if not _is_flag(word):
+            loose.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        one = named.get("--" + name[2:].replace("_", "-"))
+        if one is None:
+            raise _unknown(name, named, prog)
+        given.add(one)
+        if one.takes is bool:
+            _refuse_value(one, name, [value] if equals else rest[:1] if rest and rest[0].lower() in _TRUTH else [])
+            continue
+        values = [value] if equals else []
+        while rest and not _is_flag(rest[0]) and (one.many or not values):
+            values.append(rest.pop(0))
+        if not values or (values == [""] and one.takes is not str):
+            raise _without_value(one, rest[:1], named)
+        for value in values:
+            _check_value(one, value)
+    _check_loose([each for each in flags if each.positional], loose, prog, example)
+    if missing := [each for each in flags if each.required and not each.positional and each not in given]:
+        raise _missing(missing, prog, example)
+
+
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+
+def _is_flag(word: str) -> bool:
+    return word == "--" or (word.startswith("-") and not _NUMBER.match(word) and word.lstrip("-")[:1].isalpha())
+
+
+def _unknown(name: str, named: dict[str, Flag], prog: str) -> UsageError:
+    wanted = "--" + name.lstrip("-").replace("_", "-")
+    close = difflib.get_close_matches(wanted, named, n=3, cutoff=0.65)
+    why = instead(wanted, named) or (f"Did you mean {' or '.join(close)}?" if close else "")
+    return UsageError(f"{prog} has no flag {name}.", why, f"`{prog} --help` lists its flags.")
+
+
+def _refuse_value(one: Flag, name: str, value: list[str]) -> None:
+    if value:
+        other = f" or --no-{one.name[2:]}" if one.negated else " or leave it out"
+        raise UsageError(f"{name} is given the value {value[0]!r}.", "It is a switch and takes none.", f"Write {one.name}{other}.")
+
+
+def _without_value(one: Flag, after: list[str], named: dict[str, Flag]) -> UsageError:
+    what, why = f"{one.name} has no value.", f"It takes {_wanted(one)}."
+    if one.takes is str and after and after != ["--"] and after[0] not in named:
+        return UsageError(what, f"{after[0]!r} after it looks like a flag.", f"If it is the value, write {one.name}={after[0]}")
+    return UsageError(what, why, f"Write {one.name} {one.metavar.removesuffix(' ...')}.")
+
+
+def _wanted(one: Flag) -> str:
+    if one.choices:
+        return f"one of {', '.join(one.choices)}"
+    return WANTED.get(one.takes, "one or several values" if one.many else "a value")
+
+
+def _check_value(one: Flag, value: str) -> None:
+    """Raises UsageError for a value that is not of the flag's type."""
+    if one.choices and value not in one.choices:
+        close = difflib.get_close_matches(value, one.choices, n=1)
+        fix = instead(value, one.choices) or (f"Did you mean {close[0]}?" if close else f"Write {one.name} {one.choices[0]}, for example.")
+        raise UsageError(f"{one.name} cannot be {value!r}.", f"It must be {_wanted(one)}.", fix)
+    if one.takes in WANTED:
+        try:
+            one.takes(value)
+        except ValueError:
+            raise UsageError(f"{one.name} cannot be {value!r}.", f"It must be {WANTED[one.takes]}.", _as_number(one, value)) from None
+
+
+def _as_number(one: Flag, value: str) -> str:
+    """What to write instead of 1e4, 10k or 1,000."""
+    digits = value.replace(",", "").replace(" ", "").lower()
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(digits[-1:], 1)
+    try:
+        number = float(digits.rstrip("kmb")) * scale
+        whole = number.is_integer()
+        if one.takes is int and not whole:
+            return f"Write {one.name} {round(number)}, for example."
+        return f"Write {one.name} {int(number) if whole else number}."
+    except (ValueError, OverflowError):
+        return f"Write it in digits, such as {one.name} {10 if one.takes is int else 0.5}."
+
+
+def _check_loose(positional: list[Flag], loose: list[str], prog: str, example: str) -> None:
+    """Raises UsageError for words without a flag where the command takes none, or for too few of them."""
+    most = sum(1 for each in positional) if not any(each.many for each in positional) else len(loose)
+    if loose[most:]:
+        takes = " ".join(each.name for each in positional) or "only flags and their values"
+        fix = f"Name the flag that it belongs to; `{prog} --help` lists them."
+        raise UsageError(f"{loose[most]!r} is not understood.", f"{prog} takes {takes}.", fix)
+    if missing := [each for each in positional[len(loose) :] if each.required]:
+        raise _missing(missing, prog, example)
+
+
+def _missing(missing: list[Flag], prog: str, example: str) -> UsageError:
+    names = [each.name if each.positional else f"{each.name} {each.metavar}" for each in missing]
+    listed = ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
+    fix = f"For example: {example}" if example else f"`{prog} --help` says what each flag takes."
+    return UsageError(f"{prog} needs {listed}.", f"{'They have' if names[1:] else 'It has'} no default.", fix)

@@ -1,0 +1,155 @@
+"""Names that users of other programs type, and what they are called here: `instead` of them. Flags, commands and values of flags.
+
+A row is one name of ours and the names of others for it. `errors.near` asks here first, so every error about an unknown name knows them.
+"""
+
+from collections.abc import Container
+
+FLAGS = {
+    "lr": "learning-rate max-lr peak-lr base-lr",
+    "steps": "max-steps num-steps n-steps max-iters iters num-iters train-steps max-train-steps total-steps iterations epochs num-epochs"
+    " num-train-epochs max-epochs n-epochs train-iters",
+    "seq-len": "context-length block-len max-seq-len max-seq-length sequence-length seq-length ctx-len n-ctx context-len context"
+    " max-position-embeddings model-max-length max-length",
+    "checkpoint-dir": "output-dir out-dir save-dir output-path run-dir ckpt-dir save-path output out adapter-path",
+    "output": "output-dir out-dir output-file output-path out save-path outfile",
+    "batch-size": "per-device-train-batch-size per-device-batch-size micro-batch-size train-batch-size global-batch-size bs"
+    " device-batch-size device-train-microbatch-size",
+    "grad-accum": "gradient-accumulation-steps accumulate-grad-batches grad-accumulation-steps accumulation-steps",
+    "layers": "num-layers n-layer n-layers num-hidden-layers depth num-blocks",
+    "dim": "n-embd hidden-size d-model embed-dim n-embed embedding-dim model-dim width emb-dim",
+    "heads": "num-heads n-head n-heads num-attention-heads",
+    "kv-heads": "num-kv-heads num-key-value-heads n-kv-heads n-kv-head num-query-groups",
+    "ffn-mult": "intermediate-size ffn-dim ffn-hidden-size mlp-ratio d-ff hidden-dim",
+    "dataset": "data train-file train-data dataset-name data-path data-dir train input dataset-path corpus",
+    "input": "data files file text-file corpus dataset",
+    "val-dataset": "val-data validation-file validation-data eval-data eval-dataset valid val-file",
+    "val-fraction": "val-split validation-split test-size eval-split valid-fraction",
+    "checkpoint": "model model-path model-name-or-path ckpt ckpt-path load",
+    "size": "model model-size preset model-name",
+    "pretrained": "model model-name-or-path init-from finetune-from from-pretrained base-model",
+    "resume": "resume-from-checkpoint resume-from continue load-checkpoint resume-adapter-file",
+    "tokenizer": "tokenizer-path tokenizer-name tokenizer-file vocab-file",
+    "checkpoint-every": "save-steps save-every save-interval checkpoint-interval ckpt-interval save-frequency",
+    "keep": "save-total-limit keep-last max-to-keep keep-checkpoints",
+    "eval-every": "eval-steps eval-interval val-interval steps-per-eval eval-frequency val-check-interval",
+    "eval-batches": "eval-iters val-batches max-eval-steps",
+    "log-every": "logging-steps log-interval steps-per-report log-every-n-steps print-every",
+    "clip-norm": "max-grad-norm gradient-clip-val clip-grad grad-clip gradient-clipping clip clip-grad-norm max-norm",
+    "dtype": "bf16 fp16 fp32 precision mixed-precision amp torch-dtype param-dtype compute-dtype",
+    "warmup": "warmup-steps warmup-iters warmup-ratio num-warmup-steps lr-warmup",
+    "lr-schedule": "lr-scheduler-type scheduler lr-scheduler lr-decay-style schedule lr-decay",
+    "min-lr-ratio": "min-lr eta-min final-lr min-lr-rate",
+    "optimizer": "optim optimizer-name",
+    "beta1": "adam-beta1 b1 betas",
+    "beta2": "adam-beta2 b2",
+    "eps": "adam-epsilon adam-eps epsilon",
+    "weight-decay": "wd decay",
+    "experts": "num-experts n-experts num-local-experts moe-num-experts",
+    "experts-per-token": "num-experts-per-tok moe-top-k experts-top-k top-k-experts moe-router-topk",
+    "balance-loss": "aux-loss router-aux-loss-coef moe-aux-loss-coeff load-balancing-loss",
+    "window": "sliding-window attention-window local-window",
+    "rope-base": "rope-theta rotary-base theta",
+    "qk-norm": "use-qk-norm qk-layernorm",
+    "mixer": "attention-type attn-type layer-types mixers token-mixer",
+    "attention": "attn-implementation flash-attention use-flash-attn attn flash-attn",
+    "gradient-checkpointing": "activation-checkpointing grad-checkpoint remat recompute use-gradient-checkpointing",
+    "mesh": "devices gpus num-gpus tensor-parallel-size tp fsdp dp data-parallel nproc-per-node tensor-model-parallel-size",
+    "backend": "framework device platform",
+    "seed": "random-seed rng-seed manual-seed",
+    "max-tokens": "max-new-tokens num-predict n-predict max-length num-tokens length",
+    "temperature": "temp",
+    "repetition-penalty": "repeat-penalty",
+    "prompt": "text input start",
+    "prompt-file": "file input-file",
+    "stop": "stop-words stop-sequences stop-strings eos",
+    "to": "format outtype target output-format",
+    "force": "overwrite yes exist-ok overwrite-output-dir",
+    "workers": "num-workers num-proc jobs threads num-threads processes nproc",
+    "field": "text-column text-field text-key json-key json-keys column content-key",
+    "special": "special-tokens",
+    "min-count": "min-frequency min-freq",
+    "rules": "filters filter",
+    "json": "as-json output-json",
+    "dry-run": "plan check simulate",
+    "packing": "pack sample-packing",
+    "sample-every": "sample-interval generate-every",
+    "tokens": "num-tokens max-tokens n-tokens total-tokens",
+    "shards": "inputs datasets data input",
+    "pattern": "regex split-pattern pre-tokenizer",
+}
+NAMES = {
+    "train": "finetune fine-tune sft pretrain fit continue resume lora",
+    "generate": "sample chat infer inference complete predict run",
+    "convert": "export import save-pretrained quantize gguf fuse merge",
+    "prepare": "encode tokenize tokenise preprocess pretokenize prepare-data",
+    "tokenizer": "train-tokenizer bpe tokenizer-train",
+    "import-bpe": "import-tokenizer convert-tokenizer",
+    "process": "clean filter",
+    "dedup": "deduplicate dedupe minhash",
+    "mix": "blend merge-data interleave",
+    "sizes": "models list params presets parameters flops memory",
+    "info": "inspect show describe stat stats status ls",
+    "plot": "graph curve draw loss",
+    "hash": "checksum sha256 digest fingerprint",
+    "quickstart": "demo example tutorial start init",
+    "attention": "mha gqa mqa sdpa softmax full self-attention transformer flash grouped-query sliding-window swa local full-attention"
+    " full-attention sliding-attention",
+    "linear": "retnet retention gla lightning linear-attention simple-gla minimax",
+    "ssm": "mamba mamba2 mamba-2 s4 s6 ssd",
+    "rwkv": "rwkv7 rwkv-7 rwkv6 rwkv5 goose",
+    "gated-deltanet": "deltanet delta-net gdn gated-delta-net delta gated-delta qwen3-next",
+    "mla": "latent multi-head-latent multi-latent deepseek",
+    "block-sparse": "moba sparse blocksparse nsa sparse-attention",
+    "experts": "moe mixture-of-experts mixtral sparse-moe",
+    "swiglu": "mlp glu gated-mlp silu dense ffn",
+    "adamw": "adam adamw-torch adamw-fused adamw-8bit adam8bit",
+    "muon": "shampoo soap",
+    "lion": "lion-8bit",
+    "cosine": "cosine-with-warmup cosine-annealing cosine-decay onecycle",
+    "constant": "constant-with-warmup none flat",
+    "wsd": "warmup-stable-decay trapezoid trapezoidal",
+    "invsqrt": "inverse-sqrt inv-sqrt rsqrt noam inverse-square-root",
+    "bfloat16": "bf16 fp16 half float16",
+    "float16": "fp16 half f16",
+    "float32": "fp32 f32 float single fp64 float64",
+    "q8_0": "q8 int8 8bit",
+    "full": "true yes on all block layer",
+    "dots": "selective matmuls",
+    "none": "off no false",
+    "documents": "pack packed best-fit",
+    "windows": "concat contiguous stream",
+    "fused": "flash flash-attention flash2 cudnn flash-attention-2",
+    "plain": "eager naive math",
+    "jax": "flax cuda gpu xla torch pytorch",
+    "mlx": "metal mps apple",
+    "hf": "huggingface hugging-face transformers safetensors llama",
+    "gguf": "ggml llama.cpp ollama lmstudio",
+    "neutral": "smedjan native",
+    "orbax": "flax-checkpoint",
+    "ntk": "dynamic",
+}
+NOTES = {  # names, and the sentence that says more than another name does
+    "epochs num-epochs num-train-epochs max-epochs n-epochs": "Training is counted in --steps; without it, it is one pass over the data.",
+    "finetune fine-tune sft lora": "`smedjan train --pretrained CHECKPOINT` starts from the weights of a model.",
+    "adam": "adamw with --weight-decay 0 is Adam.",
+    "gqa grouped-query": "It is attention with fewer --kv-heads than --heads.",
+    "mqa": "It is attention with --kv-heads 1.",
+    "swa local sliding-window sliding-attention": "It is attention with --window N.",
+    "retnet retention": "It is linear with --linear-decay fixed.",
+    "deltanet delta-net delta": "The nearest is gated-deltanet.",
+    "shampoo soap": "The nearest is muon.",
+}
+
+
+def instead(name: str, known: Container[str]) -> str:
+    """The sentence that says what `name`, a name of other programs, is called here; empty where the table has no such row among `known`.
+
+    `name` and `known` are names of flags (with their dashes) or names without dashes in front.
+    """
+    table, dashes = (FLAGS, "--") if name.startswith("-") else (NAMES, "")
+    theirs = name.lstrip("-").lower().replace("_", "-")
+    ours = [dashes + our for our, others in table.items() if theirs in others.split() and dashes + our in known]
+    if not ours:
+        return ""
+    return next((note for names, note in NOTES.items() if theirs in names.split()), f"It is called {' or '.join(ours)} here.")

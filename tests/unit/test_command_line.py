@@ -1,0 +1,244 @@
+"""What users read when a command line is wrong: three sentences, near names, the names of other programs; never Python's."""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert.cli import Flags as ConvertFlags
+from convert.formats import DTYPES as WRITTEN
+from convert.formats import FORMATS
+from smedjan_common import cli, hints
+from smedjan_common.command_line import UsageError, check, flags_of, parse
+from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, sizes, tokenizer
+from smedjan_common.commands import hash as hash_command
+from smedjan_common.commands.backends import BACKENDS
+from smedjan_common.errors import near
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.optional import MaybeInt
+from smedjan_common.run.flags import TrainFlags
+from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, PACKING
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULES
+
+FLAGS = {
+    "tokenizer": tokenizer.Flags,
+    "prepare": prepare.Flags,
+    "import-bpe": import_bpe.Flags,
+    "process": process.Flags,
+    "dedup": dedup.Flags,
+    "mix": mix.Flags,
+    "hash": hash_command.Flags,
+    "sizes": sizes.SizesFlags,
+    "train": TrainFlags,
+    "generate": generate.GenerateFlags,
+    "convert": ConvertFlags,
+    "info": info.InfoFlags,
+    "plot": plot.PlotFlags,
+    "quickstart": quickstart.QuickstartFlags,
+}
+
+
+def refused(command: str, *words: str) -> str:
+    """The sentences with which a command refuses these words."""
+    with pytest.raises(UsageError) as error:
+        check(list(flags_of(FLAGS[command])), f"smedjan {command}", list(words))
+    return str(error.value)
+
+
+def test_the_table_of_this_test_has_every_command():
+    assert FLAGS.keys() == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", FLAGS)
+@pytest.mark.parametrize("words", [("--nonsense", "3"), ("--force=maybe",), ("--steps", "ten"), ("x", "y", "z"), ("--output",)])
+def test_every_command_refuses_in_three_sentences_without_boxes_and_types(command, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(FLAGS[command], f"smedjan {command}", [*words, "--also-nonsense"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert 2 <= len(err.splitlines()) <= 3
+    assert not re.search(r"[╭│]|<class|NoneType|invalid literal|\bSTR\b|Traceback|\.\.\.\.", err)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        ("train", ("--datset", "a"), "Did you mean --dataset"),
+        ("train", ("--steps", "ten"), "It must be a whole number."),
+        ("train", ("--steps=1e4",), "Write --steps 10000."),
+        ("train", ("--steps", "10k"), "Write --steps 10000."),
+        ("train", ("--steps", "2.5"), "Write --steps 2, for example."),
+        ("train", ("--vocab-size", "32,000"), "Write --vocab-size 32000."),
+        ("train", ("--lr", "fast"), "--lr cannot be 'fast'. It must be a number."),
+        ("train", ("--lr=",), "--lr has no value."),
+        ("train", ("--dataset", "--steps", "3"), "--dataset has no value. It takes one or several values. Write --dataset FILE."),
+        ("train", ("corpus.txt",), "'corpus.txt' is not understood."),
+        ("train", ("--deterministic", "true"), "It is a switch and takes none. Write --deterministic or --no-deterministic."),
+        ("train", ("--dry-run=yes",), "Write --dry-run or leave it out."),
+        ("generate", ("--prompt", "-x"), "If it is the value, write --prompt=-x"),
+        ("generate", ("--prompt", "--checkpoint", "a"), "--prompt has no value."),
+        ("generate", (), "smedjan generate needs --checkpoint PATH."),
+        ("prepare", ("--errors", "ignore"), "It must be one of strict, replace."),
+        ("mix", (), "needs --shards FILE:WEIGHT,… and --output FILE."),
+        ("convert", ("a",), "needs DST."),
+        ("convert", ("a", "b"), "needs --to neutral|orbax|hf|gguf."),
+        ("info", ("a", "b"), "'b' is not understood."),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_remedy(command, words, told):
+    assert told in refused(command, *words)
+
+
+@pytest.mark.parametrize(
+    ("command", "theirs", "told"),
+    [
+        ("train", "--learning-rate", "called --lr here"),
+        ("train", "--learning_rate", "called --lr here"),
+        ("train", "--max-steps", "called --steps here"),
+        ("train", "--epochs", "counted in --steps"),
+        ("train", "--num-train-epochs", "counted in --steps"),
+        ("train", "--context-length", "called --seq-len here"),
+        ("train", "--output-dir", "called --checkpoint-dir here"),
+        ("train", "--per-device-train-batch-size", "called --batch-size here"),
+        ("train", "--num-layers", "called --layers here"),
+        ("train", "--n-embd", "called --dim here"),
+        ("train", "--data", "called --dataset here"),
+        ("train", "--model", "called --size or --pretrained here"),
+        ("train", "--resume-from-checkpoint", "called --resume here"),
+        ("generate", "--model", "called --checkpoint here"),
+        ("generate", "--max-new-tokens", "called --max-tokens here"),
+        ("tokenizer", "--data", "called --input here"),
+        ("tokenizer", "--output-dir", "called --output here"),
+    ],
+)
+def test_flags_of_other_programs_are_known(command, theirs, told):
+    assert told in refused(command, theirs, "3")
+
+
+@pytest.mark.parametrize(
+    ("known", "theirs", "told"),
+    [
+        (cli.COMMANDS, "finetune", "--pretrained"),
+        (cli.COMMANDS, "sft", "--pretrained"),
+        (cli.COMMANDS, "export", "called convert here"),
+        (cli.COMMANDS, "sample", "called generate here"),
+        (cli.COMMANDS, "chat", "called generate here"),
+        (cli.COMMANDS, "pretrain", "called train here"),
+        (cli.COMMANDS, "encode", "called prepare here"),
+        (MIXERS, "mamba", "called ssm here"),
+        (MIXERS, "Mamba_2", "called ssm here"),
+        (MIXERS, "gqa", "--kv-heads"),
+        (MIXERS, "retnet", "--linear-decay fixed"),
+        (MIXERS, "rwkv7", "called rwkv here"),
+        (MIXERS, "deltanet", "gated-deltanet"),
+        (MIXERS, "sliding-window", "--window"),
+        (FFNS, "moe", "called experts here"),
+        (OPTIMIZERS, "adam", "adamw with --weight-decay 0"),
+        (SCHEDULES, "cosine-with-warmup", "called cosine here"),
+        (SCHEDULES, "inverse_sqrt", "called invsqrt here"),
+        (DTYPES, "bf16", "called bfloat16 here"),
+        (FORMATS, "huggingface", "called hf here"),
+        (BACKENDS, "pytorch", "called jax here"),
+        (MIXERS, "attnetion", "Did you mean attention"),
+        (OPTIMIZERS, "zzz", "Known: adamw, muon, lion."),
+    ],
+)
+def test_names_of_other_programs_are_known(known, theirs, told):
+    assert told in near(theirs, known)
+
+
+def test_the_hints_name_flags_and_names_that_there_are():
+    flags = {each.name.lstrip("-") for kind in FLAGS.values() for each in flags_of(kind)}
+    names = {*cli.COMMANDS, *MIXERS, *FFNS, *OPTIMIZERS, *SCHEDULES, *DTYPES, *GRADIENT_CHECKPOINTING, *PACKING, *ATTENTION, *BACKENDS}
+    assert set(hints.FLAGS) <= flags
+    assert set(hints.NAMES) <= names | {*FORMATS, *WRITTEN, *ROPE_SCALINGS}
+    for table in (hints.FLAGS, hints.NAMES):
+        theirs = {name for row in table.values() for name in row.split()}
+        assert all(name == name.lower().replace("_", "-") for name in theirs), "as `instead` looks them up"
+    assert {name for row in hints.NOTES for name in row.split()} <= {
+        name for table in (hints.FLAGS, hints.NAMES) for row in table.values() for name in row.split()
+    }
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_example_of_every_command_is_a_command_line_that_it_takes(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = re.search(r"For example:\n  (.+)\n", capsys.readouterr().out)
+    if shown is None:
+        assert command == "quickstart", "it needs no flags"
+        return
+    program, *words = shlex.split(shown[1])
+    if program == "smedjan":
+        assert words.pop(0) == command
+    else:
+        assert program == command
+    check(list(flags_of(FLAGS[command])), command, words)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group."""
+
+    rate: float = 0.5
+    maybe: MaybeInt = None
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Every kind of flag."""
+
+    source: tyro.conf.Positional[str]
+    count: int = 3
+    name: str = "x"
+    files: tuple[str, ...] = ()
+    loud: bool = False
+    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    mode: Literal["a", "b"] = "a"
+    group: tyro.conf.OmitArgPrefixes[Group] = field(default_factory=Group)
+
+
+WORDS = ["--count", "--name", "--files", "--loud", "--no-loud", "--plain", "--no-plain", "--mode", "--rate", "--maybe", "--count=4"]
+WORDS += [
+    "--name=",
+    "--name=-x",
+    "3",
+    "-3",
+    "2.5",
+    "-1e3",
+    "-inf",
+    "a",
+    "c",
+    "text",
+    "-x",
+    "-",
+    "None",
+    "--other",
+    "--loud=1",
+    "--rate=",
+    "",
+]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=5))
+def test_what_the_check_lets_through_tyro_takes(words):
+    try:
+        check(list(flags_of(Toy)), "toy", words)
+    except UsageError:
+        return
+    tyro.cli(Toy, args=words, config=(tyro.conf.DisallowNone,))
+
+
+def test_what_the_check_lets_through_is_what_was_meant():
+    flags = parse(Toy, "toy", ["here", "--files", "a", "b", "--rate", "-1e3", "--no-loud", "--maybe", "7", "--mode=b", "--plain"])
+    assert flags == Toy("here", files=("a", "b"), plain=True, mode="b", group=Group(-1000.0, 7))
