@@ -47,7 +47,7 @@ class Decoder(Protocol):
     """Token-by-token inference for one sequence, with its decode state on the device."""
 
     def feed(self, ids: list[int]) -> np.ndarray:
-        """Consume one or more tokens; returns the logits after the last one, float32 [vocab_size]."""
+        """Consume one or more tokens, not none; returns the logits after the last one, float32 [vocab_size]."""
         ...
 
     def reset(self) -> None:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from smedjan_common.backend import Device, Metrics, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import OutOfMemoryError
+from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import parameter_table, require_tree
@@ -29,10 +29,11 @@ from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
+from smedjan_jax.precision import exact_float32
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
 
-# measured on an H100 (PERFORMANCE.md): cuBLAS beats XLA's Triton matmuls by 8-11 % at every size
+# measured on an H100, sizes small to xxl: with cuBLAS a training step is 8-11 % faster than with XLA's Triton matmuls
 XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
@@ -191,6 +192,7 @@ class JaxDecoder:
         self._state = jax.device_put(Model(self.model, self._params, self.dtype).init_state(1, self.max_len), self._everywhere)
 
     def feed(self, ids: list[int]) -> np.ndarray:
+        assert ids, "there is nothing to feed"
         logits = None
         for chunk in power_of_two_chunks(ids, self.largest_chunk):
             logits, self._state = _guarded(self._compiled, self._params, np.asarray([chunk], np.int32), self._state)
@@ -222,18 +224,38 @@ def default_dtype() -> str:
 
 
 def configure(deterministic: bool = False) -> None:
-    """Settings that must stand before JAX starts its device: XLA flags, memory share, compilation cache. Idempotent.
+    """Settings that must stand before JAX starts its device: XLA flags, memory share, compilation cache, float32 products. Idempotent.
 
     What the user's environment says already is left alone. `deterministic` fixes the algorithms of a GPU and the order of their sums.
+    Raises ConfigError where the device that JAX_PLATFORMS asks for is not there.
     """
+    exact_float32()
     given = os.environ.get("XLA_FLAGS", "")
-    wanted = (*XLA_FLAGS, DETERMINISTIC) if deterministic else XLA_FLAGS
-    missing = [flag for flag in wanted if flag.split("=")[0] not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing_flags(given, deterministic)]).strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if jax.default_backend() == "gpu" and not jax.config.values["jax_compilation_cache_dir"]:
+    if _platform() == "gpu" and not jax.config.values["jax_compilation_cache_dir"]:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "smedjan" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def missing_flags(given: str, deterministic: bool = False) -> list[str]:
+    """Our XLA flags that `given`, the value of XLA_FLAGS, does not set already, whatever it sets them to."""
+    names = {word.partition("=")[0] for word in given.split()}
+    wanted = (*XLA_FLAGS, DETERMINISTIC) if deterministic else XLA_FLAGS
+    return [flag for flag in wanted if flag.partition("=")[0] not in names]
+
+
+def _platform() -> str:
+    """Where JAX computes: "cpu", "gpu"."""
+    try:
+        return jax.default_backend()
+    except (AssertionError, RuntimeError) as error:  # an assertion where CUDA is asked for and the plugin is not installed
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(
+            f"JAX cannot start on {asked!r}, which JAX_PLATFORMS asks for." if asked else "JAX cannot start on any device here.",
+            str(error).splitlines()[0].rstrip(".") + "." if str(error) else "It finds no such device, or no support for it is installed.",
+            "Install smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU, or set JAX_PLATFORMS=cpu.",
+        ) from error
 
 
 def _guarded(function: Callable, *args: Any) -> Any:

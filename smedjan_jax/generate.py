@@ -2,7 +2,7 @@
 
 import sys
 
-from smedjan_common.commands import generate
+from smedjan_common.commands import backends, generate
 
 
 def load():
@@ -14,7 +14,7 @@ def load():
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return generate.run("jax", load, argv)
+    return backends.program("jax", argv, lambda: generate.run("jax", load, argv))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from smedjan_common.commands import train
+from smedjan_common.commands import backends, train
 
 
 def load(deterministic: bool = False):
@@ -15,7 +15,7 @@ def load(deterministic: bool = False):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return train.run("jax", load, argv)
+    return backends.program("jax", argv, lambda: train.run("jax", load, argv))
 
 
 if __name__ == "__main__":

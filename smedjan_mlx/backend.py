@@ -1,7 +1,7 @@
 """The MLX backend: compiled training, evaluation and decoding over flat dicts of arrays (protocol: smedjan_common.backend).
 
-One compilation per shape, on GPUs; on a CPU mx.compile costs half a minute and gains nothing (NUMERICS.md), so steps run
-as they are.
+One compilation per shape, on GPUs; on a CPU mx.compile calls a C++ compiler for half a minute and gains nothing, so steps
+run as they are.
 """
 
 import functools
@@ -27,6 +27,7 @@ from smedjan_common.training.optimizers import check_state
 from smedjan_mlx import experts, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
+from smedjan_mlx.precision import exact_float32
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
 
@@ -37,6 +38,7 @@ class MlxBackend:
     name = "mlx"
 
     def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
+        exact_float32()
         check_mesh_of(self.name, mesh)
         if train.dtype != "float32" and not on_gpu():
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
@@ -166,7 +168,8 @@ class MlxDecoder:
         self._state = Model(self.model, self._params, self.dtype).init_state(1, self.max_len)
 
     def feed(self, ids: list[int]) -> np.ndarray:
-        logits = mx.zeros((1, self.model.vocab_size))
+        assert ids, "there is nothing to feed"
+        logits: Any = None
         for chunk in power_of_two_chunks(ids, self.largest_chunk):
             logits, self._state = _guarded(self._compiled, self._params, mx.array([chunk], mx.int32), self._state)
             _guarded(mx.eval, logits, self._state)
@@ -185,6 +188,7 @@ def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
 
 def default_dtype() -> str:
     """bfloat16 on a GPU, float32 on a CPU."""
+    exact_float32()
     return "bfloat16" if on_gpu() else "float32"
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from smedjan_common.commands import generate
+from smedjan_common.commands import backends, generate
 from smedjan_mlx import openblas
 
 
@@ -15,8 +15,12 @@ def load():
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    openblas.preload(sys.argv[1:] if argv is None else argv)
-    return generate.run("mlx", load, argv)
+
+    def run() -> int:
+        openblas.preload(sys.argv[1:] if argv is None else argv)
+        return generate.run("mlx", load, argv)
+
+    return backends.program("mlx", argv, run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings that must stand before a framework is imported: exact float32 arithmetic, on the CPU unless asked otherwise.
+"""Settings that must stand before a framework is imported: float32 as the programs have it, on the CPU unless asked otherwise.
 
 SMEDJAN_TEST_DEVICE is cpu, metal (MLX on the GPU of Apple Silicon, where this is the default; JAX on the CPU), or gpu, which runs
 the same tests on the machine's accelerator. One thread per process: the models are tiny, two pytest workers share two cores, and
@@ -18,6 +18,9 @@ import hypothesis
 import pytest
 from hypothesis.internal.conjecture import providers
 
+import smedjan_jax.precision
+import smedjan_mlx.precision
+
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
@@ -26,8 +29,8 @@ providers._get_local_constants = lambda: providers._local_constants  # else case
 DEVICES = ("cpu", "metal", "gpu")
 DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE") or ("metal" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "cpu")
 
-os.environ["MLX_ENABLE_TF32"] = "0"  # by default float32 matmuls lose three digits on CUDA and new Apple chips
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+smedjan_jax.precision.exact_float32()  # as the programs do
+smedjan_mlx.precision.exact_float32()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if DEVICE != "gpu":
     os.environ["JAX_PLATFORMS"] = "cpu"

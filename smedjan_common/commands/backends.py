@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import platform
 import sys
+from collections.abc import Callable
 
 from smedjan_common.errors import ConfigError, near, run_command, unknown
 
@@ -14,13 +15,21 @@ _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 def delegate(command: str, argv: list[str]) -> int:
     """Run `smedjan_{backend}.{command}`, importing nothing of the other backend."""
-    helping = any(word in ("-h", "--help") for word in argv)
 
     def call() -> int:
-        name = choose(argv) if not helping else default_backend()
-        if not helping:
-            check_installed(name)
+        name = default_backend() if _asks_for_help(argv) else choose(argv)
         return importlib.import_module(f"smedjan_{name}.{command}").main(argv)
+
+    return run_command(call)
+
+
+def program(name: str, argv: list[str] | None, run: Callable[[], int]) -> int:
+    """Run a program of the backend `name`, however it was started, if its packages are installed; returns the exit code."""
+
+    def call() -> int:
+        if not _asks_for_help(sys.argv[1:] if argv is None else argv):
+            check_installed(name)
+        return run()
 
     return run_command(call)
 
@@ -62,3 +71,7 @@ def check_backend(name: str, asked: str) -> None:
     if asked not in ("auto", name):
         fix = f"Run `smedjan train --backend {asked}`." if asked in BACKENDS else near(asked, ["auto", *BACKENDS])
         raise ConfigError(f"--backend {asked} does not fit: this is the program of {name}.", "", fix)
+
+
+def _asks_for_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv

@@ -38,6 +38,12 @@ def test_decoder_of_the_protocol_gives_the_logits_of_the_real_vocabulary(backend
     demand_equal_bits({"logits after reset": decoder.feed(ids[:11])}, {"logits after reset": first})
 
 
+def test_feeding_nothing_is_refused(backend: str, default_case: Case):
+    decoder = subjects.backend(backend, default_case.model, default_case.train).decoder(default_case.params, max_len=4)
+    with pytest.raises(AssertionError, match="nothing to feed"):
+        decoder.feed([])
+
+
 def test_decoder_takes_the_parameters_of_a_state_as_they_are(backend: str, default_case: Case):
     side = subjects.backend(backend, default_case.model, default_case.train)
     state = side.init(default_case.params)

@@ -17,12 +17,14 @@ PACKAGES = {"jax": ROOT / "smedjan_jax", "mlx": ROOT / "smedjan_mlx"}
 
 ONE_SIDED_FILES = {
     "sharding.py": "JAX shards over devices by a mesh",
+    "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
     "checkpoint.py": "JAX's own checkpoint is Orbax; MLX's own is the neutral one",
 }
 ONE_SIDED_NAMES = {
     ("jax", "backend.py", "configure"): "XLA reads its flags once, before the device starts",
     ("jax", "backend.py", "XLA_FLAGS"): "what configure() sets",
+    ("jax", "backend.py", "missing_flags"): "those of them that the environment does not set",
     ("jax", "backend.py", "DETERMINISTIC"): "what configure() sets for the same bits on a GPU",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     ("mlx", "backend.py", "training_backend"): "on a CPU MLX cannot report that memory is short",

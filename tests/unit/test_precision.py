@@ -1,0 +1,77 @@
+"""What the programs set before a framework computes: float32 products that are float32, XLA's flags, a device that is there."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from smedjan_common import cli
+from tests.conftest import DEVICE
+from tests.fakes.runs import ROOT, arguments, train_here, write_text
+
+SETTINGS = ("JAX_DEFAULT_MATMUL_PRECISION", "MLX_ENABLE_TF32")
+PROBES = {
+    "jax": "import jax; print(jax.config.jax_default_matmul_precision)",
+    "mlx": "import os; print(os.environ['MLX_ENABLE_TF32'])",
+}
+EXACT = {"jax": "highest", "mlx": "0"}
+BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(name), reason="not installed")) for name in PROBES]
+
+
+def fresh(code, **environment):
+    """A process as a user starts it: without what the tests set."""
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("program", ["train", "generate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_multiplies_float32_in_float32(backend, program):
+    assert fresh(f"from smedjan_{backend}.{program} import load; load(); {PROBES[backend]}") == EXACT[backend]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_user_sets_stands(backend):
+    given = {"JAX_DEFAULT_MATMUL_PRECISION": "tensorfloat32", "MLX_ENABLE_TF32": "1"}
+    wanted = {"jax": "tensorfloat32", "mlx": "1"}
+    assert fresh(f"from smedjan_{backend}.generate import load; load(); {PROBES[backend]}", **given) == wanted[backend]
+
+
+def test_a_flag_of_xla_is_taken_for_ours_only_if_it_has_the_whole_name():
+    flags = pytest.importorskip("smedjan_jax.backend").missing_flags
+    assert flags("") == ["--xla_gpu_enable_triton_gemm=false"]
+    assert flags("--xla_gpu_enable_triton_gemm_int4=true --xla_x=1") == ["--xla_gpu_enable_triton_gemm=false"]
+    assert flags("--xla_gpu_enable_triton_gemm=true") == []
+    assert flags("--xla_gpu_enable_triton_gemm", deterministic=True) == ["--xla_gpu_deterministic_ops=true"]
+
+
+@pytest.mark.skipif(DEVICE == "gpu", reason="CUDA is there")
+@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="not installed")
+def test_a_device_that_is_not_there_is_refused_in_three_sentences(tmp_path):
+    assert train_here(*arguments(write_text(tmp_path), tmp_path / "run", 1)) == 0
+    words = [sys.executable, "-m", "smedjan_jax.generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "the"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert done.returncode == 2
+    what, why, fix = done.stderr.splitlines()
+    assert what == "error: JAX cannot start on 'cuda', which JAX_PLATFORMS asks for."
+    assert why.strip()
+    assert "smedjan[cuda12]" in fix
+    assert "JAX_PLATFORMS=cpu" in fix
+
+
+@pytest.mark.parametrize("program", ["train", "generate"])
+@pytest.mark.parametrize(("backend", "missing"), [("mlx", "mlx"), ("jax", "flax")])
+def test_a_program_whose_framework_is_missing_says_what_the_command_says(backend, missing, program, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name, *rest))
+    words = {"train": ["--dataset", "x.txt"], "generate": ["--checkpoint", "x"]}[program]
+    assert cli.main([program, *words, "--backend", backend]) == 2
+    of_the_command = capsys.readouterr().err
+    assert importlib.import_module(f"smedjan_{backend}.{program}").main(words) == 2
+    assert capsys.readouterr().err == of_the_command
+    assert of_the_command.startswith(f"error: The backend {backend} is not installed.\n       Missing: {missing}.\n       Install smedjan[")
