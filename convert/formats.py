@@ -10,6 +10,7 @@ import numpy as np
 from convert import gguf_file, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
+from smedjan_common.nearby import beside
 
 FLOATS = {
     "float32": np.dtype(np.float32),
@@ -82,7 +83,7 @@ FORMATS: dict[str, Format] = {
 def source_format(path: Path) -> Format:
     """The format of what stands at `path`. Raises CheckpointError when it is none that can be read."""
     if not path.exists():
-        raise CheckpointError(f"There is no {path}.", "Nothing has this name.", "Check the path.")
+        raise CheckpointError(f"There is no {path}.", beside(path) or "Nothing has this name.", "Check the path.")
     row = next((row for row in FORMATS.values() if row.detect(path)), FORMATS["hf"] if hf_import.is_damaged(path) else None)
     readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values() if known.read)
     if row is None:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients
 """
 
 import difflib
+import errno
 import os
 import select
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from smedjan_common import streams
 from smedjan_common.hints import instead
+from smedjan_common.nearby import beside
 
 
 class SmedjanError(ValueError):
@@ -103,9 +105,10 @@ def run_command(function: Callable[[], int | None]) -> int:
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
             return 0
         where = f" {error.filename!r}" if error.filename else ""
-        return _report(
-            error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", _OS_FIXES.get(error.errno or 0, "Check the path.")
-        )
+        fix = _OS_FIXES.get(error.errno or 0, "Check the path.")
+        if error.errno == errno.ENOENT and error.filename:
+            fix = beside(os.fsdecode(error.filename)) or fix
+        return _report(error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", fix)
     except KeyboardInterrupt:
         return _report(None, 130, "Stopped by SIGINT.", "", "")
 

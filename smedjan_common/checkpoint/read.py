@@ -9,6 +9,7 @@ from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import standing
 from smedjan_common.files.names import FINAL
+from smedjan_common.nearby import beside
 
 
 def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = True, on_skip: OnSkip | None = None) -> Checkpoint:
@@ -79,7 +80,7 @@ def _is_run(path: Path) -> bool:
 
 def _no_directory(path: Path) -> CheckpointError:
     if not path.exists():
-        return CheckpointError(f"There is no checkpoint {path}.", "Nothing has this name.", "Check the path.")
+        return CheckpointError(f"There is no checkpoint {path}.", beside(path) or "Nothing has this name.", "Check the path.")
     where = f"Give the directory: {path.parent}." if (path.parent / MANIFEST).exists() else "Use `convert` for files of other programs."
     return CheckpointError(f"{path} is a file, not a checkpoint.", f"A checkpoint is a directory with {MANIFEST}.", where)
 

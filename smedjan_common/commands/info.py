@@ -12,6 +12,7 @@ from tyro.conf import arg
 from smedjan_common.command_line import parse
 from smedjan_common.errors import CheckpointError, DataError, run_command
 from smedjan_common.files.names import CONFIG, FINAL, MANIFEST, METRICS, TOKENIZER
+from smedjan_common.nearby import beside
 
 if TYPE_CHECKING:
     from smedjan_common.checkpoint import Found
@@ -57,7 +58,7 @@ def _info(flags: InfoFlags) -> int:
 def describe(path: Path, verify: bool = False) -> Facts:
     """Facts about `path`, the first of them its kind. Raises DataError, CheckpointError."""
     if not path.exists():
-        raise DataError(f"There is no {str(path)!r}.", "", "Check the path.")
+        raise DataError(f"There is no {str(path)!r}.", beside(path), "Check the path.")
     for test, look in KINDS:
         if test(path):
             return look(path, verify)

@@ -10,6 +10,7 @@ from tyro.conf import arg
 from smedjan_common.command_line import parse
 from smedjan_common.errors import DataError, run_command
 from smedjan_common.files.names import PLOT
+from smedjan_common.nearby import beside
 from smedjan_common.optional import MaybeStr
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -44,7 +45,8 @@ def _plot(flags: PlotFlags) -> int:
     for name in flags.runs:
         runs[label(name, flags.runs)] = rows = read_rows(name)
         if not rows:
-            raise DataError(f"There are no metrics in {name!r}.", "It has no metrics.jsonl with a row.", "Give the folder of a run.")
+            why = "It has no metrics.jsonl with a row." if Path(name).exists() else f"There is no such folder. {beside(name)}".rstrip()
+            raise DataError(f"There are no metrics in {name!r}.", why, "Give the folder of a run.")
     plot({"training": next(iter(runs.values()))} if len(runs) == 1 else runs, output, Path(flags.runs[0]).name if len(runs) == 1 else "")
     print(f"drew {output}")
     return 0

@@ -21,6 +21,7 @@ from smedjan_common import __version__
 from smedjan_common.errors import DataError
 from smedjan_common.files.durable import sync, sync_directory
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
+from smedjan_common.nearby import beside
 
 FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -69,7 +70,7 @@ class TokenFile:
         if not path.is_file():
             raise DataError(
                 f"There is no token file {str(path)!r}.",
-                "",
+                beside(path),
                 "Say where it is, or make one: smedjan prepare --input TEXT --output train.bin.",
             )
         manifest = _read_manifest(path)

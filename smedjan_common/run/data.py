@@ -17,6 +17,7 @@ from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile, file_hash
 from smedjan_common.errors import DataError
 from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
+from smedjan_common.nearby import beside
 from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run.flags import DataFlags
 from smedjan_common.text.sources import NAME_FIELD, REPLACE_BYTES, Source, find
@@ -64,7 +65,9 @@ def run_data(
     `check` raises for a tokenizer that the run cannot have. A dry run writes nothing: texts that are not tokenised yet are only measured.
     """
     if not flags.dataset:
-        raise DataError("There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE: a text, JSONL or a token file.")
+        why = f"--dataset is not given, and {folder} has no run to go on with."
+        fix = beside(folder) or "Give --dataset FILE: a text, JSONL or a token file."
+        raise DataError("There is nothing to train on.", why, fix)
     chosen = _chosen_tokenizer(flags, given)
     if known := chosen or own:
         check(known)  # before texts are tokenised, which may take hours

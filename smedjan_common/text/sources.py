@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smedjan_common.errors import DataError
+from smedjan_common.nearby import beside
 from smedjan_common.text.cuts import last_safe_cut
 
 BLOCK_BYTES = 4 << 20
@@ -112,7 +113,8 @@ def find(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> list[Sou
             files = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
         if not files:
             what = f"There is no text in {name!r}." if path.exists() else f"There is no input {name!r}."
-            raise DataError(what, "", f"Check the path; {flag} takes files, directories and quoted globs.")
+            why = "" if path.exists() or glob.has_magic(name) else beside(path)
+            raise DataError(what, why, f"Check the path; {flag} takes files, directories and quoted globs.")
         for file in files:
             found.setdefault(os.path.abspath(file), Source(file, kind_of(file), file.stat().st_size))
     if not found:

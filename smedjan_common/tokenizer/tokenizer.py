@@ -15,6 +15,7 @@ import numpy as np
 
 from smedjan_common.errors import DataError
 from smedjan_common.files.names import TOKENIZER
+from smedjan_common.nearby import beside
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.tokenizer import hf_json
 from smedjan_common.tokenizer.batch import encode_in_processes, encode_many
@@ -95,9 +96,8 @@ class Tokenizer:
         if file.is_dir():
             file = file / TOKENIZER
         if not file.is_file():
-            raise DataError(
-                f"There is no tokenizer {str(path)!r}.", "", "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
-            )
+            fix = "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
+            raise DataError(f"There is no tokenizer {str(path)!r}.", beside(file), fix)
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
