@@ -3,13 +3,16 @@
 Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 129/130/143 stopped by a signal.
 """
 
+import contextlib
 import difflib
 import errno
 import os
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from smedjan_common import streams
 from smedjan_common.hints import instead
@@ -17,13 +20,25 @@ from smedjan_common.nearby import beside
 
 
 class SmedjanError(ValueError):
-    """An error that a user can mend. `what` happened, `why`, and `fix`: what to do; each one sentence."""
+    """An error that a user can mend. `what` happened, `why`, and `fix`: what to do; each one sentence.
+
+    `case`: a name for callers that know better what to do in that case.
+    """
 
     exit_code = 2
 
-    def __init__(self, what: str, why: str = "", fix: str = ""):
-        self.what, self.why, self.fix = what, why, fix
+    def __init__(self, what: str, why: str = "", fix: str = "", *, case: str = ""):
+        self.what, self.why, self.fix, self.case = what, why, fix, case
         super().__init__(" ".join(part for part in (what, why, fix) if part))
+
+
+class Notice(UserWarning):
+    """What a user should know though nothing is wrong; a command prints it as `note: …` on standard error."""
+
+
+def notice(sentence: str) -> None:
+    """Tell it, as a warning of Python's to those who call functions."""
+    warnings.warn(sentence, Notice, stacklevel=2)
 
 
 class ConfigError(SmedjanError):
@@ -92,6 +107,11 @@ def run_command(function: Callable[[], int | None]) -> int:
     With SMEDJAN_DEBUG=1 the traceback is printed as well.
     """
     streams.settle()
+    with _notices():
+        return _run(function)
+
+
+def _run(function: Callable[[], int | None]) -> int:
     try:
         code = function() or 0
         sys.stdout.flush()
@@ -111,6 +131,25 @@ def run_command(function: Callable[[], int | None]) -> int:
         return _report(error, 2, f"Cannot use the file{where}.", f"{error.strerror or error}.", fix)
     except KeyboardInterrupt:
         return _report(None, 130, "Stopped by SIGINT.", "", "")
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Notices as plain lines on standard error, other warnings as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        other, told = warnings.showwarning, set()
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                if str(message) not in told:
+                    streams.put(f"note: {message}", sys.stderr)
+                told.add(str(message))
+            else:
+                other(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _is_reader_gone() -> bool:

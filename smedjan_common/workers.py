@@ -150,8 +150,8 @@ def _receive(process: subprocess.Popen) -> Any:
     except (EOFError, pickle.UnpicklingError):
         raise _ended(process) from None
     if kind == "refused":
-        name, sentences = value
-        raise getattr(errors, name)(*sentences)
+        name, sentences, case = value
+        raise getattr(errors, name)(*sentences, case=case)
     if kind == "out of memory":
         raise MemoryError(value)
     if kind == "failed":
@@ -197,7 +197,7 @@ def _serve() -> None:
         try:
             reply = ("result", worker(item) if kind == "item" else worker.finish())
         except errors.SmedjanError as error:
-            reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix)))
+            reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix), error.case))
         except MemoryError as error:
             reply = ("out of memory", str(error))
         except Exception:

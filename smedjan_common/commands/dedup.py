@@ -1,7 +1,6 @@
 """`smedjan dedup`: documents without their repeats."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -46,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(flags: Flags) -> int:
     from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.files.json_bytes import json_bytes
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.text.dedup import dedup
     from smedjan_common.text.records import Reading
@@ -62,5 +62,5 @@ def _run(flags: Flags) -> int:
         for sample in samples[:2]:
             print(f"  {kind}: {sample['dropped']} repeats {sample['kept']}: {sample['text'][:60]!r}")
     if flags.report:
-        write_atomically(flags.report, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomically(flags.report, json_bytes(dataclasses.asdict(report), indent=1) + b"\n")
     return 0

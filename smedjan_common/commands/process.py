@@ -1,7 +1,6 @@
 """`smedjan process`: clean text by named rules, with counts and a log of where it comes from."""
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -69,6 +68,7 @@ def _list_rules() -> int:
 def _run(flags: Flags) -> int:
     from smedjan_common.commands.outputs import refuse_existing
     from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.files.json_bytes import json_bytes
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.text.process import process
     from smedjan_common.text.records import Reading
@@ -93,5 +93,5 @@ def _run(flags: Flags) -> int:
     for rule, count in report.dropped_lines.items():
         print(f"  {rule}: {count:,} lines")
     if flags.report:
-        write_atomically(flags.report, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomically(flags.report, json_bytes(dataclasses.asdict(report), indent=1) + b"\n")
     return 0

@@ -23,7 +23,7 @@ _COUNTS = ("tokens", "documents", "bytes", "itemsize")  # of a writer's state, b
 
 
 class Journal:
-    """`load()` the state to go on from, `save(bundles, writers)` a new one, `clear()` when done. outputs: the token files, in order."""
+    """`load()` the state to go on from, `step(…)` after each bundle, `clear()` when done. outputs: the token files, in order."""
 
     def __init__(
         self, outputs: Sequence[str | os.PathLike], found: Sequence[Source], options: Sequence[Any], every_bytes: int = EVERY_BYTES
@@ -36,7 +36,7 @@ class Journal:
         self.usable = True
 
     def load(self) -> dict[str, Any] | None:
-        """{"bundles", "writers": [state of each writer]} of a stopped run of the same work, None to start afresh."""
+        """{"bundles", "skipped", "writers": [state of each writer]} of a stopped run of the same work, None to start afresh."""
         state = self._read()
         if state is None:
             return None
@@ -55,8 +55,8 @@ class Journal:
     def _read(self) -> dict[str, Any] | None:
         """The journal; None where there is none, or it is not one that this class writes."""
         try:
-            state = json.loads(self.path.read_text(encoding="utf-8"))
-            whole = all(type(state[name]) is int and state[name] >= 0 for name in ("pid", "bundles"))
+            state = {"skipped": 0} | json.loads(self.path.read_text(encoding="utf-8"))
+            whole = all(type(state[name]) is int and state[name] >= 0 for name in ("pid", "bundles", "skipped"))
             whole &= all(isinstance(state[name], str) for name in ("key", "host"))
             for writer in state["writers"]:
                 whole &= all(type(writer[name]) is int and writer[name] >= 0 for name in _COUNTS)
@@ -73,12 +73,12 @@ class Journal:
             parts |= zip([output.with_name(name) for name in writer["temporary"]], sizes, strict=True)
         return parts
 
-    def step(self, size: int, bundles: int, writers: Sequence[Any]) -> None:
-        """Note that `size` more bytes are done; save when enough have come together."""
+    def step(self, size: int, counts: dict[str, int], writers: Sequence[Any]) -> None:
+        """Note that `size` more bytes are done; save when enough have come together. `counts`: "bundles" and "skipped" so far."""
         self._waiting += size
         if self.usable and self._waiting >= self.every_bytes:
             states = [writer.state() for writer in writers]
-            state = {"key": self.key, "pid": os.getpid(), "host": host_name(), "bundles": bundles, "writers": states}
+            state = {"key": self.key, "pid": os.getpid(), "host": host_name(), "writers": states} | counts
             write_atomically(self.path, json.dumps(state).encode())
             self.saved, self._waiting = True, 0
 

@@ -23,9 +23,11 @@ from smedjan_common import workers
 from smedjan_common.data.journal import EVERY_BYTES, Journal
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError
-from smedjan_common.text import sources
+from smedjan_common.text.blocks import Block, blocks, bundles
+from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.text.cuts import mend_surrogates
-from smedjan_common.text.sources import Block, Source
+from smedjan_common.text.documents import documents
+from smedjan_common.text.sources import Source, find, much, refuse_pipes, total_size
 from smedjan_common.tokenizer import Tokenizer
 
 TRAIN, VAL, BY_HASH = 0, 1, 2
@@ -47,6 +49,7 @@ class Summary:
     val_bytes: int
     split: str  # "none", "document" or "tail"
     seconds: float
+    skipped: int = 0  # documents without any text, null included
     resumed: bool = False  # whether it went on from a run that was stopped
 
     @property
@@ -85,7 +88,9 @@ def prepare(
     """
     _check(val_output, val_fraction, errors)
     started = time.monotonic()
-    found = sources.find(inputs)
+    found = find(inputs, field=field)
+    if val_output:
+        refuse_pipes(found, "To hold out a part of it, it is measured first and then read.")
     split = _choose_split(found, val_fraction, field) if val_output else "none"
     notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
     outputs = [(path, side) for path, side in ((output, "train"), (val_output, "validation")) if path is not None]
@@ -100,7 +105,8 @@ def prepare(
             writers.append(stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}, resume)))
             writers[-1].keep_when_stopped = journal.saved
         work = _Work(found, tokenizer, field, errors, workers, val_fraction, progress)
-        seen = work.write(writers, _pieces(found, split, val_fraction, field), journal, state["bundles"] if state else 0)
+        before = (state["bundles"], state["skipped"]) if state else (0, 0)
+        seen, skipped = work.write(writers, _pieces(found, split, val_fraction, field), journal, *before)
         _refuse_empty(writers, found, val_fraction)
         for writer in writers:
             writer.manifest["sources"] = seen
@@ -116,6 +122,7 @@ def prepare(
         val.num_bytes if val else 0,
         split,
         time.monotonic() - started,
+        skipped,
         state is not None,
     )
 
@@ -132,23 +139,27 @@ class _Work:
     val_fraction: float
     progress: Callable[[int, int], None] | None
 
-    def write(self, writers: Sequence[TokenFileWriter], pieces: Iterator[Piece], journal: Journal, skip: int) -> list[dict[str, Any]]:
-        """Tokenise and write all bundles but the first `skip`; what was read of each source: [{path, bytes, sha256}]."""
-        total = sum(source.size for source in self.found)
-        count = workers.processes(self.processes, total)
+    def write(
+        self, writers: Sequence[TokenFileWriter], pieces: Iterator[Piece], journal: Journal, skip: int, skipped: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Tokenise and write all bundles but the first `skip`, which had `skipped` documents without text.
+
+        Returns (what was read of each source: [{path, bytes, sha256}], documents without text in all).
+        """
+        total, count = total_size(self.found), workers.processes(self.processes, much(self.found))
         reader = _Reader(self.found, pieces, skip)
         arguments = (self.tokenizer, self.field, self.errors, self.val_fraction)
         with workers.Workers("smedjan_common.data.prepare:Tokenise", arguments, count) as pool:
-            for number, (size, sides) in enumerate(pool.map(reader.bundles()), skip + 1):
+            for number, (size, sides, empty) in enumerate(pool.map(reader.bundles()), skip + 1):
                 for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
                     writer.append(tokens, starts, text_bytes)
-                reader.done += size
+                reader.done, skipped = reader.done + size, skipped + empty
                 if self.progress:
                     self.progress(min(reader.done, total), total)
-                journal.step(size, number, writers)
+                journal.step(size, {"bundles": number, "skipped": skipped}, writers)
                 for writer in writers:
                     writer.keep_when_stopped = journal.saved
-        return reader.seen()
+        return reader.seen(), skipped
 
 
 class _Reader:
@@ -160,7 +171,7 @@ class _Reader:
         self._sizes = dict.fromkeys(self._hashes, 0)
 
     def bundles(self) -> Iterator[list[Piece]]:
-        for number, bundle in enumerate(sources.bundles(self._hashed(), of=lambda piece: len(piece.block.data))):
+        for number, bundle in enumerate(bundles(self._hashed(), of=lambda piece: len(piece.block.data))):
             if number >= self._skip:
                 yield bundle
             else:
@@ -177,19 +188,20 @@ class _Reader:
 
 
 class Tokenise:
-    """What runs in each process: a piece -> (its size, for each side (tokens, document starts, text bytes))."""
+    """What runs in each process: pieces -> (their size, for each side (tokens, document starts, text bytes), documents without text)."""
 
     def __init__(self, tokenizer: Tokenizer, field: str, errors: str, val_fraction: float):
         self._tokenizer, self._field, self._errors = tokenizer, field, errors
         self._end = tokenizer.eot_id
         self._limit = val_fraction * _HASH_RANGE
 
-    def __call__(self, pieces: list[Piece]) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]]]:
-        texts, rows = [], []  # rows: (side, text bytes, whether a document starts here, whether it ends here)
+    def __call__(self, pieces: list[Piece]) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]], int]:
+        empty, texts, rows = 0, [], []  # rows: (side, text bytes, whether a document starts here, whether it ends here)
         for piece in pieces:
             block = piece.block
-            for number, text in enumerate(sources.documents(block, self._field, self._errors)):
+            for number, text in enumerate(documents(block, self._field, self._errors)):
                 if not text and block.starts and block.ends:
+                    empty += 1
                     continue
                 try:
                     data = text.encode()
@@ -203,7 +215,7 @@ class Tokenise:
         ids = np.insert(ids, np.cumsum(counts)[ends == 1], self._end)
         counts = counts + ends
         size = sum(len(piece.block.data) for piece in pieces)
-        return size, [_one_side(ids, counts, side == number, sizes, starts == 1) for number in (TRAIN, VAL)]
+        return size, [_one_side(ids, counts, side == number, sizes, starts == 1) for number in (TRAIN, VAL)], empty
 
     def _side(self, piece: Piece, number: int, data: bytes) -> int:
         if piece.side == BY_HASH:
@@ -234,7 +246,7 @@ def _pieces(found: Sequence[Source], split: str, val_fraction: float, field: str
             yield from _text_tail(source, val_fraction) if source.kind == "text" else _document_tail(source, val_fraction, field)
         return
     side = TRAIN
-    for block in sources.blocks(found, field=field):
+    for block in blocks(found, field=field):
         if split == "none" or (block.starts and block.ends):
             yield Piece(block, TRAIN if split == "none" else BY_HASH)
             continue
@@ -247,7 +259,7 @@ def _text_tail(source: Source, val_fraction: float) -> Iterator[Piece]:
     """A text file's blocks, cut once where the validation part begins: at a line break if one is near, else between characters."""
     wanted = int(_content_size(source) * (1 - val_fraction))
     side = TRAIN
-    for block in sources.blocks([source]):
+    for block in blocks([source]):
         cut = wanted - block.offset
         if side == TRAIN and cut < len(block.data):
             cut = _line_start(block.data, max(cut, 0))
@@ -275,10 +287,10 @@ def _line_start(data: bytes, at: int) -> int:
 
 def _document_tail(source: Source, val_fraction: float, field: str) -> Iterator[Piece]:
     """The blocks of a source of many documents; the last documents, at least one if there are two, are validation."""
-    total = sum(block.count() for block in sources.blocks([source], field=field))
+    total = sum(block.count() for block in blocks([source], field=field))
     first = min(total - round(total * val_fraction), total - 1) if total > 1 else total
     seen = 0
-    for block in sources.blocks([source], field=field):
+    for block in blocks([source], field=field):
         yield Piece(block, TRAIN, first - seen)
         seen += block.count()
 
@@ -288,7 +300,7 @@ def _choose_split(found: Sequence[Source], val_fraction: float, field: str) -> s
     needed = _ENOUGH_VALIDATION_DOCUMENTS / val_fraction
     count = sum(source.kind == "text" for source in found)
     for source in found:
-        for block in sources.blocks([source], field=field) if source.kind != "text" else ():
+        for block in blocks([source], field=field) if source.kind != "text" else ():
             if count >= needed:
                 return "document"
             count += block.count()
@@ -297,9 +309,9 @@ def _choose_split(found: Sequence[Source], val_fraction: float, field: str) -> s
 
 def _content_size(source: Source) -> int:
     """Decompressed bytes."""
-    if source.path.suffix.lower() not in sources.COMPRESSED:
+    if source.size and source.path.suffix.lower() not in COMPRESSED:
         return source.size
-    return sum(len(block.data) for block in sources.blocks([source]))
+    return sum(len(block.data) for block in blocks([source]))
 
 
 def _check(val_output: str | os.PathLike | None, val_fraction: float, errors: str) -> None:

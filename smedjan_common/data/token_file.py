@@ -20,6 +20,7 @@ import numpy as np
 from smedjan_common import __version__
 from smedjan_common.errors import DataError
 from smedjan_common.files.durable import sync, sync_directory
+from smedjan_common.files.json_bytes import json_bytes
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
 from smedjan_common.nearby import beside
 
@@ -192,7 +193,7 @@ class TokenFileWriter:
             _sync_and_close(file)
         self._tokens = self._offsets = None
         with open(self._temporary[manifest_path(self.path)], "xb") as file:
-            file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(json_bytes(manifest, indent=1) + b"\n")
             _sync_and_close(file)
         manifest_path(self.path).unlink(missing_ok=True)  # an old manifest never stands beside new tokens
         for final, temporary in self._temporary.items():

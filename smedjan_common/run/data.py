@@ -20,13 +20,13 @@ from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 from smedjan_common.nearby import beside
 from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run.flags import DataFlags
-from smedjan_common.text.sources import NAME_FIELD, REPLACE_BYTES, Source, find
+from smedjan_common.text.sources import Source, find, refuse_pipes
 from smedjan_common.tokenizer import Tokenizer
 
 _TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
-_FIXES = {  # what is said where `train` reads a text, instead of what is said to the commands that have the flags
-    NAME_FIELD: "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
-    REPLACE_BYTES: "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
+_FIXES = {  # case of an error -> what to do in `train`, which has other flags than the commands before it
+    "field": "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
+    "bytes": "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
 }
 
 
@@ -46,9 +46,9 @@ def _fixes_of_train() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if error.fix not in _FIXES:
+        if error.case not in _FIXES:
             raise
-        raise DataError(error.what, error.why, _FIXES[error.fix]) from error
+        raise DataError(error.what, error.why, _FIXES[error.case]) from error
 
 
 @_fixes_of_train()
@@ -192,6 +192,7 @@ def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
     if rows := [str(source.path) for source in found if source.kind == "dataset"]:
         fix = f"Tokenise it first ('smedjan prepare --input {rows[0]}'), and give the token file."
         raise DataError(f"{flag} takes no {rows[0]}.", "A run knows its texts by the hashes of their files.", fix)
+    refuse_pipes(found, "A run reads its texts several times: to know them again, for the tokenizer and for the token files.")
     return found
 
 

@@ -4,6 +4,7 @@ are in the public domain), or the running interpreter's own standard library (PS
 
 import hashlib
 import importlib.util
+import os
 import platform
 import sysconfig
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ def fingerprint(root: Path, paths: Iterable[Path]) -> str:
     """SHA-256 over the files' names below `root` and their contents."""
     total = hashlib.sha256()
     for path in paths:
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        total.update(os.fsencode(path.relative_to(root).as_posix()) + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 
 

@@ -19,8 +19,9 @@ import numpy as np
 
 from smedjan_common import workers
 from smedjan_common.errors import DataError
-from smedjan_common.text import sources
+from smedjan_common.text.blocks import Block, bundles
 from smedjan_common.text.records import Reading, write_records
+from smedjan_common.text.sources import Source, find, much, refuse_pipes, total_size
 
 BANDS, ROWS = 14, 8
 SHINGLE = 5
@@ -60,7 +61,7 @@ class Sign:
         self._reading, self._near = reading, near
         self._functions = _multipliers()
 
-    def __call__(self, blocks: list[sources.Block]) -> tuple[int, np.ndarray, np.ndarray]:
+    def __call__(self, blocks: list[Block]) -> tuple[int, np.ndarray, np.ndarray]:
         texts = [text for block in blocks for text in self._reading.texts(block)]
         digests = b"".join(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest() for text in texts)
         signatures = [minhash(text, *self._functions) for text in texts] if self._near else []
@@ -95,12 +96,12 @@ def dedup(
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"A threshold of {threshold} finds nothing.", "It is the least similarity, above 0 and at most 1.", "Use 0.8.")
     reading = reading or Reading()
-    found = sources.find(inputs)
-    total = sum(source.size for source in found)
-    count = workers.processes(processes, total)
+    found = find(inputs, field=reading.field)
+    refuse_pipes(found, "dedup reads its input twice: first to compare, then to copy what stays.")
+    total, count = total_size(found), workers.processes(processes, much(found))
     exact, signatures, done = [np.empty((0, 2), np.uint64)], [np.empty((0, BANDS * ROWS), np.uint32)], 0
     with workers.Workers("smedjan_common.text.dedup:Sign", (reading, threshold is not None), count) as pool:
-        for size, some_exact, some_signatures in pool.map(sources.bundles(reading.blocks(found))):
+        for size, some_exact, some_signatures in pool.map(bundles(reading.blocks(found))):
             exact.append(some_exact)
             signatures.append(some_signatures)
             done += size
@@ -153,7 +154,7 @@ def _groups(signatures: np.ndarray, threshold: float) -> np.ndarray:
     return np.array([find(document) for document in range(len(leader))], np.int64)
 
 
-def _keep(found: list[sources.Source], reading: Reading, kept_by: np.ndarray, is_near: np.ndarray, report: DedupReport):
+def _keep(found: list[Source], reading: Reading, kept_by: np.ndarray, is_near: np.ndarray, report: DedupReport):
     """The records that stay; fills the report's samples."""
     number, wanted = 0, {}
     for kind, mask in (("exact", (kept_by >= 0) & ~is_near), ("near", is_near)):

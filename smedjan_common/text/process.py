@@ -13,9 +13,10 @@ from typing import Any
 from smedjan_common import workers
 from smedjan_common.errors import DataError, near
 from smedjan_common.files.atomic_file import atomic_file
-from smedjan_common.text import sources
+from smedjan_common.text.blocks import Block, bundles
 from smedjan_common.text.filters import choose, filter_lines, first_broken
 from smedjan_common.text.records import Reading, write_record
+from smedjan_common.text.sources import find, much, total_size
 
 SAMPLES = 3
 _PROVENANCE = ("source", "url", "licence", "license")
@@ -48,7 +49,7 @@ class Clean:
         self._reading, self._normalise, self._extra = reading, normalise, extra
         self._rules, self._line_rules = choose(rules)
 
-    def __call__(self, blocks: list[sources.Block]) -> tuple[int, list[tuple[dict[str, Any], str | None, float]], Counter, int]:
+    def __call__(self, blocks: list[Block]) -> tuple[int, list[tuple[dict[str, Any], str | None, float]], Counter, int]:
         rows, lines, size = [], Counter(), 0
         for record in (record for block in blocks for record in self._reading.records(block)):
             text = record[self._reading.field]
@@ -84,16 +85,16 @@ def process(
         if name not in NORMALISATIONS:
             raise DataError(f"There is no normalisation {name!r}.", near(name, NORMALISATIONS), "Name some of these after --normalise.")
     reading, report = reading or Reading(), ProcessReport()
-    found = sources.find(inputs)
-    total, done = sum(source.size for source in found), 0
-    count = workers.processes(processes, total)
+    found = find(inputs, field=reading.field)
+    total, done = total_size(found), 0
+    count = workers.processes(processes, much(found))
     lines: Counter = Counter()
     with ExitStack() as stack:
         out = stack.enter_context(atomic_file(output))
         log_file = stack.enter_context(atomic_file(log)) if log else None
         arguments = (reading, rules or [], normalise or [], extra or {})
         pool = stack.enter_context(workers.Workers("smedjan_common.text.process:Clean", arguments, count))
-        for size, rows, taken, text_bytes in pool.map(sources.bundles(reading.blocks(found))):
+        for size, rows, taken, text_bytes in pool.map(bundles(reading.blocks(found))):
             lines.update(taken)
             report.bytes += text_bytes
             for record, rule, value in rows:

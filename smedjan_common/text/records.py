@@ -4,7 +4,6 @@ A text file becomes {"text", "source"}; records of JSONL keep their fields (sour
 it, so that where a text comes from is never lost. Text files are read whole, up to 1 GiB.
 """
 
-import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smedjan_common.files.atomic_file import atomic_file
+from smedjan_common.text.blocks import Block, blocks
 from smedjan_common.text.cuts import mend_surrogates
-from smedjan_common.text.sources import Block, Source, blocks, decode, documents, json_object
+from smedjan_common.text.documents import documents, objects
+from smedjan_common.text.sources import Source
 
 _WHOLE = 1 << 30
 _CHUNK = 1 << 20
@@ -29,14 +30,13 @@ class Reading:
 
     def blocks(self, found: Iterable[Source]) -> Iterator[Block]:
         """Blocks that cut no document."""
-        for source in found:
-            yield from blocks([source], size=_WHOLE if source.kind == "text" else _CHUNK, field=self.field)
+        return blocks(found, size=_CHUNK, field=self.field, whole=_WHOLE)
 
     def records(self, block: Block) -> Iterator[dict[str, Any]]:
         """The documents of a block with all their fields; empty ones as well."""
-        if block.kind == "jsonl":
-            for place, record in _objects(block, self):
-                yield {"source": place} | record
+        if block.kind in ("jsonl", "array"):
+            for number, record in objects(block, self.field, self.errors):
+                yield {"source": f"{block.path}:{number}"} | record
             return
         for number, text in enumerate(documents(block, self.field, self.errors)):
             place = block.path if block.kind == "text" else f"{block.path}:{block.offset + number}"
@@ -46,15 +46,6 @@ class Reading:
     def texts(self, block: Block) -> Iterator[str]:
         """The texts of a block's documents, in the order of `records`."""
         return (record[self.field] for record in self.records(block))
-
-
-def _objects(block: Block, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    at = 0
-    for number, line in enumerate(io.BytesIO(block.data)):
-        if line.strip():
-            record = json_object(block, block.line + number, decode(block, at, line, reading.errors), reading.field)
-            yield f"{block.path}:{block.line + number}", record
-        at += len(line)
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from smedjan_common.errors import SmedjanError
-from smedjan_common.text import sources
+from smedjan_common.text.blocks import blocks
+from smedjan_common.text.documents import documents
+from smedjan_common.text.sources import find
 from smedjan_common.tokenizer import foreign
 from smedjan_common.tokenizer.tokenizer import Tokenizer
 
@@ -80,8 +82,8 @@ def published() -> dict[str, Tokenizer]:
 
 def _some_texts(inputs: Iterable[str | os.PathLike], field: str, errors: str) -> list[str]:
     texts, size = [], 0
-    for block in sources.blocks(sources.find(inputs), field=field):
-        texts += sources.documents(block, field, errors)
+    for block in blocks(find(inputs, field=field), field=field):
+        texts += documents(block, field, errors)
         size += len(block.data)
         if size >= _MOST_BYTES:
             break

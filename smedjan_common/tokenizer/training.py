@@ -4,12 +4,12 @@ Ids: the 256 bytes in `byte_order`, then one per merge, then the special tokens,
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from smedjan_common import workers
-from smedjan_common.errors import DataError, near
-from smedjan_common.text import sources
+from smedjan_common.errors import DataError, near, notice
+from smedjan_common.text.blocks import blocks, bundles
+from smedjan_common.text.sources import find, much, total_size
 from smedjan_common.tokenizer import patterns
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS
 from smedjan_common.tokenizer.merge import learn_merges
@@ -34,7 +34,7 @@ def train(
     if not len(counts.counts):
         raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give some text.")
     if counts.dropped:
-        warnings.warn(f"{counts.dropped} distinct words met once were left out to save memory; merges may differ a little.", stacklevel=3)
+        notice(f"{counts.dropped} distinct words met once were left out to save memory; merges may differ a little.")
     merging = (lambda done, total: progress("merge", done, total)) if progress else None
     order = BYTE_ORDERS[byte_order]
     pairs = learn_merges(counts, order, vocab_size - 256 - len(specials), min_count, merging)
@@ -57,12 +57,11 @@ def count_files(
     progress: Callable[[int, int], None] | None = None,
 ) -> WordCounts:
     """Words of all files, counted in processes; `progress(bytes done, bytes in all)`."""
-    found = sources.find(files)
-    total = sum(source.size for source in found)
-    count = workers.processes(processes, total)
+    found = find(files, field=field)
+    total, count = total_size(found), workers.processes(processes, much(found))
     done = 0
     with workers.Workers("smedjan_common.tokenizer.words:WordCounter", (splitter.expression, field, errors), count) as pool:
-        for size in pool.map(sources.bundles(sources.blocks(found, splitter.known, field=field))):
+        for size in pool.map(bundles(blocks(found, splitter.known, field=field))):
             done += size
             if progress:
                 progress(min(done, total), total)

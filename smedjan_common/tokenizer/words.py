@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smedjan_common.text.blocks import Block
 from smedjan_common.text.cuts import mend_surrogates
-from smedjan_common.text.sources import Block, documents
+from smedjan_common.text.documents import documents
 from smedjan_common.tokenizer.arrays import Column, gather, groups
 from smedjan_common.tokenizer.fast_split import RULES, joined_word_starts, word_starts
 from smedjan_common.tokenizer.patterns import Splitter

@@ -15,8 +15,9 @@ from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 from smedjan_common.run.data import run_data
 from smedjan_common.run.flags import DataFlags
-from smedjan_common.text import sources
+from smedjan_common.text.blocks import blocks as read_blocks
 from smedjan_common.text.corpus import default_corpus
+from smedjan_common.text.sources import find
 from smedjan_common.tokenizer import Tokenizer
 
 
@@ -89,7 +90,7 @@ def test_parquet_rows_are_documents(tmp_path, tokenizer):
     )
     assert summary.split == "tail"
     assert documents_of(tmp_path / "v.bin", tokenizer) == ["iron 2999 日本"]
-    for field, says in (("text", "'body', 'id'"), ("id", "is a int")):
+    for field, says in (("text", "'body', 'id'"), ("id", "int64")):
         with pytest.raises(DataError, match=f"{says}.*--field"):
             prepare([tmp_path / "a.parquet"], tmp_path / "t.bin", tokenizer, field=field)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not at all")
@@ -128,8 +129,8 @@ def test_processes_write_what_one_process_writes(tmp_path, tokenizer):
 def test_a_long_text_in_blocks_has_the_ids_of_the_whole(tmp_path, tokenizer, monkeypatch):
     text = "\n".join(path.read_text(encoding="utf-8") for path in default_corpus().paths[:12]) + "日本語 " * 50
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    found = sources.find([tmp_path / "a.txt"])
-    blocks = list(sources.blocks(found, size=4096))
+    found = find([tmp_path / "a.txt"])
+    blocks = list(read_blocks(found, size=4096))
     assert len(blocks) > 20
     assert b"".join(block.data for block in blocks) == text.encode()
     assert [block.starts for block in blocks] == [True] + [False] * (len(blocks) - 1)
@@ -191,7 +192,7 @@ BAD = {
     "not_json": ([("a.jsonl", b'{"text": "a"}\n\n{"text"\n')], "Line 3"),
     "deep_json": ([("a.jsonl", b"[" * 200000 + b"\n")], "Line 1"),
     "no_field": ([("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n')], "Line 2.*'body'.*--field"),
-    "no_object": ([("a.jsonl", b'"text"\n')], "is a str"),
+    "no_object": ([("a.jsonl", b'"text"\n')], "It is a text, not an object"),
     "not_gzip": ([("a.txt.gz", b"plain text")], "decompress"),
     "jsonl_not_utf8": ([("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n')], "Byte 24"),
 }

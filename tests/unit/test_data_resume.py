@@ -13,7 +13,7 @@ from smedjan_common.data.journal import Journal
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.leftovers import host_name
-from smedjan_common.text.sources import BLOCK_BYTES
+from smedjan_common.text.blocks import BLOCK_BYTES
 from smedjan_common.tokenizer import Tokenizer
 
 ARGUMENTS = {"val_fraction": 0.1, "journal_bytes": 1 << 20, "workers": 1}
