@@ -130,7 +130,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
         mixed, carried = self.mixer(self.mixer_norm(x), context, carried)
-        # the barriers keep XLA from fusing the residual into both neighbours and computing it twice (PERFORMANCE.md)
+        # the barriers keep XLA from fusing the residual into both neighbours and computing it twice, which costs memory traffic
         x = jax.lax.optimization_barrier(x + mixed)
         fed, carried = self.ffn(self.ffn_norm(x), carried)
         return jax.lax.optimization_barrier(x + fed), carried
@@ -158,7 +158,7 @@ class Rope(nnx.Module):
         pairs = x.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
         cos_TF, sin_TF = self._at(self.cos[K], T), self._at(self.sin[K], T)
         signed_sin = jnp.stack([-sin_TF, sin_TF], axis=1)[:, None]
-        # reversing the pair axis is a copy that fuses; concatenating halves is not (PERFORMANCE.md)
+        # XLA fuses a reversal of the pair axis into the product, a concatenation of halves it writes out
         turned = pairs * cos_TF[:, None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin
         return turned.reshape(B, T, H, K).astype(x.dtype)
 

@@ -6,7 +6,10 @@
 
 The forward pass of the derivative computes dx = dlogits E and dE = dlogits^T x at once, so the backward pass only scales
 them: three matmuls, no logits kept, nothing computed twice. Logsumexp and the sum are float32; dlogits is cast to the
-compute dtype, or both gradient matmuls would run at float32 speed (PERFORMANCE.md).
+compute dtype, or both gradient matmuls would run at float32 speed.
+
+A product of bfloat16 matrices is summed in float32 and rounded to bfloat16: MLX has no other. So in bfloat16 logits, and what each
+chunk adds to dE, have 8 bits; JAX keeps float32 there.
 
 Shapes: N tokens, D width, V vocabulary. A target of -1 does not count.
 """

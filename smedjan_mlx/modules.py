@@ -67,7 +67,7 @@ class Embedding(nn.Module):
         return self.weight[tokens].astype(dtype)
 
     def logits(self, x: mx.array) -> mx.array:
-        """Scores of every token, returned in float32 [B, T, V]."""
+        """Scores of every token [B, T, V], returned in float32; of bfloat16 x they are rounded to that, as MLX's products are."""
         return (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
 
 

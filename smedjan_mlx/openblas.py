@@ -1,5 +1,5 @@
 """MLX on a Linux CPU: start the program again with Debian's OpenBLAS, which multiplies matrices 15 to 80 times faster than the
-reference BLAS in MLX's wheel (NUMERICS: 6 GFLOP/s against 90-200).
+reference BLAS in MLX's wheel (6 GFLOP/s against 90-200, measured on x86).
 
 A library can be put in front only when a process starts, hence the second start: the same command, LD_PRELOAD set, before mlx is
 imported. The number of threads is fixed with it, so that sums keep their order and results their bits. SMEDJAN_NO_OPENBLAS=1 turns

@@ -22,7 +22,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Gates of the conformance suite in float32 (NUMERICS.md): relative differences."""
+    """Gates of the conformance suite in float32: relative differences."""
 
     forward: float = 1e-5
     gradient: float = 1e-5

@@ -98,7 +98,8 @@ def visible(at: mx.array, length: int, window: int = 0) -> mx.array:
 
 
 def masked_attention(query: mx.array, key: mx.array, value: mx.array, seen: mx.array) -> mx.array:
-    """The plain form: float32 scores and softmax over the positions that `seen` ([T, L], [B, T, L], [B, G, T, L]) allows, [B, H, T, K]."""
+    """The plain form: scores and softmax over the positions that `seen` ([T, L], [B, T, L], [B, G, T, L]) allows, [B, H, T, K]. Both are
+    float32, the scores of bfloat16 operands rounded to that, as MLX's products are."""
     B, H, T, K = query.shape
     G = key.shape[1]
     q_BGRTK = query.reshape(B, G, H // G, T, K)

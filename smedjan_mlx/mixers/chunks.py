@@ -53,7 +53,8 @@ def join(x: mx.array, T: int) -> mx.array:
 
 
 def matmul(a: mx.array, b: mx.array, dtype: mx.Dtype) -> mx.array:
-    """a @ b in float32, of float32 matrices that are rounded to the compute dtype; the matmuls of its gradient are of the same kind."""
+    """a @ b of float32 matrices that are rounded to the compute dtype; the matmuls of its gradient are of the same kind. It is summed in
+    float32, and returned in it, but bfloat16 operands give a sum that is rounded to bfloat16: MLX has no other product."""
     return (a.astype(dtype) @ b.astype(dtype)).astype(mx.float32)
 
 

@@ -9,8 +9,8 @@ In chunks of C positions, with c the sum of g from the chunk's beginning and L_i
 No exponent is positive, and the exponents of what is masked are -inf before exp, so that gradients stay finite. All chunks are
 computed at once; the states between them come from products of the same kind, one level up: chunks of chunks.
 
-Matmuls take operands in the dtype of the arguments and sum in float32; decays and states are float32. The backward pass
-recomputes everything from the arguments, so what a layer keeps does not depend on the chunks.
+Matmuls take operands in the dtype of the arguments and sum in float32 (MLX rounds sums of bfloat16 to bfloat16); decays and states
+are float32. The backward pass recomputes everything from the arguments, so what a layer keeps does not depend on the chunks.
 
 Shapes: B batch, T positions, n chunks, G keys per position, Q queries and R values (with a decay each) per key, K, V features.
 """
@@ -125,5 +125,6 @@ def _exp(exponent: mx.array, where: mx.array) -> mx.array:
 
 
 def _einsum(spec: str, a: mx.array, b: mx.array) -> mx.array:
-    """einsum of two arrays, returned in float32; in the backward pass too, operands have the dtype of the arguments."""
+    """einsum of two arrays, summed and returned in float32; in the backward pass too, operands have the dtype of the arguments. Where that
+    is bfloat16 the sum is rounded to it: MLX has no other product."""
     return mx.einsum(spec, a, b).astype(mx.float32)

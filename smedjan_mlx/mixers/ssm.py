@@ -32,7 +32,7 @@ class Mamba2(nn.Module):
         self.A_log = params[f"{name}.A_log"]
         self.dt_bias = params[f"{name}.dt_bias"]
         self.D = params[f"{name}.D"]
-        self.norm = GroupNorm(params, f"{name}.norm", config.norm_eps, config.ssm_groups)
+        self.norm = GroupRMSNorm(params, f"{name}.norm", config.norm_eps, config.ssm_groups)
         self.out_proj = Linear(params, f"{name}.out_proj")
         self.inner, self.convolved = inner_dim(config), convolved_dim(config)
         self.groups, self.state_dim, self.head_dim = config.ssm_groups, config.ssm_state, config.ssm_head_dim
@@ -72,7 +72,7 @@ class Mamba2(nn.Module):
         return out, {"state": after.reshape(B, H, N, P), "window": window}
 
 
-class GroupNorm(nn.Module):
+class GroupRMSNorm(nn.Module):
     """RMSNorm over each of `groups` equal parts of the features, with one weight per feature."""
 
     def __init__(self, params: Params, name: str, eps: float, groups: int):

@@ -1,4 +1,4 @@
-"""How close is close enough (NUMERICS.md); forward and gradient gates of a mixer in float32 live in its row (Tolerance).
+"""How close is close enough; forward and gradient gates of a mixer in float32 live in its row (Tolerance).
 
 A gate is never widened to get green. All are relative: largest difference over largest value for outputs, L2 for tensors.
 """

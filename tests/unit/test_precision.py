@@ -42,6 +42,33 @@ def test_what_the_user_sets_stands(backend):
     assert fresh(f"from smedjan_{backend}.generate import load; load(); {PROBES[backend]}", **given) == wanted[backend]
 
 
+def bfloat16_products():
+    """Of the same matrices, by the function that the delta-rule mixers multiply with: (as it returns them, rounded to bfloat16)."""
+    import numpy as np
+
+    a, b = np.random.default_rng(0).standard_normal((2, 32, 32)).astype(np.float32)
+    if importlib.util.find_spec("jax"):
+        import jax.numpy as jnp
+
+        from smedjan_jax.mixers.chunks import matmul
+
+        product = matmul(jnp.asarray(a), jnp.asarray(b), jnp.bfloat16)
+        yield "jax", np.asarray(product), np.asarray(product.astype(jnp.bfloat16).astype(jnp.float32))
+    if importlib.util.find_spec("mlx"):
+        import mlx.core as mx
+
+        from smedjan_mlx.mixers.chunks import matmul
+
+        product = matmul(mx.array(a), mx.array(b), mx.bfloat16)
+        yield "mlx", np.array(product), np.array(product.astype(mx.bfloat16).astype(mx.float32))
+
+
+def test_products_of_bfloat16_are_float32_sums_in_jax_and_rounded_ones_in_mlx_as_its_docstrings_say():
+    for name, product, rounded in bfloat16_products():
+        assert product.dtype == "float32"
+        assert (product == rounded).all() == (name == "mlx"), "MLX has products with float32 sums now: use them, and strike the docstrings"
+
+
 def test_a_flag_of_xla_is_taken_for_ours_only_if_it_has_the_whole_name():
     flags = pytest.importorskip("smedjan_jax.backend").missing_flags
     assert flags("") == ["--xla_gpu_enable_triton_gemm=false"]
