@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test test-full test-gpu soak lint bench equivalence clean
+.PHONY: train test test-full test-gpu soak mutate lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -39,6 +39,10 @@ test-gpu: $(VENV)/.installed-test
 soak: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=search $(PYTEST_ARGS)
 	SMEDJAN_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -q -s tests/unit/test_checkpoint_crash.py tests/e2e/test_soak.py $(PYTEST_ARGS)
+
+# changes that no test sees: MODULE=smedjan_common/data/order.py N=10 SEED=1 make mutate
+mutate: $(VENV)/.installed-test
+	$(BIN)/python -m tests.mutate --module "$(MODULE)" --number $(or $(N),20) --seed $(or $(SEED),0)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
