@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients
 import contextlib
 import difflib
 import errno
+import math
 import os
 import select
 import sys
@@ -94,6 +95,13 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return instead(name, known) or (f"Did you mean {' or '.join(close)}?" if close else "")
+
+
+def nearest_divisor(of: int, wanted: int, least: int = 1) -> int:
+    """The divisor of `of` that is nearest to `wanted` and at least `least`; `of` itself where it has no other."""
+    small = [n for n in range(1, math.isqrt(of) + 1) if of % n == 0]
+    fits = [n for n in sorted({*small, *(of // n for n in small)}) if n >= least]
+    return min(fits, key=lambda n: abs(n - wanted), default=of)
 
 
 def flag(name: str) -> str:

@@ -15,7 +15,7 @@ from smedjan_common.model.config import ModelConfig, parse_pattern
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.run.flags import MixerFlags, given_names
-from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class SizesFlags:
     """Sequences of a training step, for the memory."""
     seq_len: int = 512
     """Tokens of a sequence, for memory and FLOPs."""
-    dtype: Annotated[str, arg(metavar="float32|bfloat16")] = "bfloat16"
+    dtype: Annotated[str, arg(metavar="|".join(DTYPES))] = "bfloat16"
     """Precision of the computation, for the memory."""
-    gradient_checkpointing: Annotated[str, arg(metavar="none|dots|full")] = "none"
+    gradient_checkpointing: Annotated[str, arg(metavar="|".join(GRADIENT_CHECKPOINTING))] = "none"
     """What is recomputed, for the memory."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
@@ -61,15 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sizes(flags: SizesFlags, given: frozenset[str]) -> int:
-    train = TrainConfig(
-        steps=1,
-        batch_size=flags.batch_size,
-        seq_len=flags.seq_len,
-        lr=1.0,
-        dtype=flags.dtype,
-        gradient_checkpointing=flags.gradient_checkpointing,
-    )
-    train.validate()
+    names = ("batch_size", "seq_len", "dtype", "gradient_checkpointing")
+    train = TrainConfig.from_dict({"steps": 1, "lr": 1.0, **{name: getattr(flags, name) for name in names}})
     rows = [row(name, model, train) for name, model in models(flags, given).items()]
     if flags.json:
         print(json.dumps(rows, indent=1))

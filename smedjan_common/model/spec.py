@@ -38,7 +38,7 @@ class MixerSpec(Generic[Options]):
     flops(config, seq_len) -> forward FLOPs per token beyond 2 * parameters, a causal pair counted once.
     state(config, batch, max_len) -> arrays of the decode state of one layer.
     validate(config) raises ConfigError.
-    training: fields of TrainConfig that it reads and other rows do not.
+    training: its class of options of the training, which TrainConfig inherits.
     rope_dims(config) -> how many features of a head turn by position, for each tensor that does; None: no layer of it turns.
     documents: can keep documents apart. linear: its cost per token does not grow with the length.
     small: ModelConfig options for the conformance suite's model (width 32, 4 heads, 17 tokens). variants: more of them, by name.
@@ -54,7 +54,7 @@ class MixerSpec(Generic[Options]):
     state: Callable[[Options, int, int], list[StateSpec]]
     validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
-    training: tuple[str, ...] = ()
+    training: type | None = None
     rope_dims: Callable[[Options], tuple[int, ...]] | None = None
     documents: bool = True
     linear: bool = False

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from smedjan_common.errors import ConfigError, flag
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
-from smedjan_common.model.ffns.experts import ROUTER_OPTIONS
+from smedjan_common.model.ffns.experts import ROUTERS
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.options import options
 from smedjan_common.run.flags import GROUPS, ReportFlags
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.optimizers import OPTIMIZERS
-from smedjan_common.training.schedule import SCHEDULE_OPTIONS
+from smedjan_common.training.schedule import SCHEDULES
 
 _NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
 
@@ -58,13 +59,13 @@ def check_training_options(train: TrainConfig, model: ModelConfig, given: frozen
 def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """What can be chosen, the fields of TrainConfig that it reads, and whether this run has it."""
     for row in MIXERS.values():
-        yield f"--mixer {row.name}", row.training, row.name in model.mixer
-    for name, options in ROUTER_OPTIONS.items():
-        yield f"--experts 8 --router {name}", options, "experts" in model.ffn and model.router == name
+        yield f"--mixer {row.name}", tuple(options(row.training)), row.name in model.mixer
+    for name, reads in ROUTERS.items():
+        yield f"--experts 8 --router {name}", tuple(options(reads)), "experts" in model.ffn and model.router == name
     for row in OPTIMIZERS.values():
-        yield f"--optimizer {row.name}", row.options, row.name == train.optimizer
-    for name, options in SCHEDULE_OPTIONS.items():
-        yield f"--lr-schedule {name}", options, name == train.lr_schedule
+        yield f"--optimizer {row.name}", tuple(options(row.options)), row.name == train.optimizer
+    for row in SCHEDULES.values():
+        yield f"--lr-schedule {row.name}", tuple(options(row.options)), row.name == train.lr_schedule
 
 
 def check_report_options(flags: ReportFlags, given: frozenset[str]) -> None:

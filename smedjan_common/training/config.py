@@ -1,94 +1,94 @@
-"""How a model is trained (TrainConfig): frozen, validated, to and from JSON."""
+"""How a model is trained (TrainConfig): frozen, validated, to and from JSON. Each field is an option, and so a flag."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from smedjan_common.errors import ConfigError, flag, unknown
+from smedjan_common.errors import ConfigError, nearest_divisor
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.ffns import experts
 from smedjan_common.model.json_fields import JsonFields, check_extents
-from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers import MIXERS, shared
+from smedjan_common.model.options import REQUIRED, check_options, option, options
+from smedjan_common.training import optimizers, schedule
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
-class TrainConfig(JsonFields):
-    """How a model is trained. One optimizer step sees `batch_size` sequences of `seq_len` tokens."""
+class Basics:
+    """What belongs to no row. One optimizer step sees `batch_size` sequences of `seq_len` tokens."""
 
-    steps: int
-    batch_size: int
-    seq_len: int
-    lr: float
-    seed: int = 0
-    warmup: int = 0
-    lr_schedule: str = "cosine"
-    min_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2
-    optimizer: str = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    muon_momentum: float = 0.95
-    muon_steps: int = 5
-    muon_nesterov: bool = True
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    grad_accum: int = 1
-    gradient_checkpointing: str = "none"
-    dtype: str = "float32"
-    attention: str = "auto"
-    deterministic: bool = False
-    chunk_size: int = 64
-    mask_documents: bool = False
-    packing: str = "windows"
-    z_loss: float = 0.0
-    balance_loss: float = 0.01
-    router_z_loss: float = 1e-3
-    router_bias_rate: float = 1e-3
+    steps: int = option(REQUIRED, "Number of optimizer steps.", least=1, unset=None, filled="one pass over the data")
+    batch_size: int = option(REQUIRED, "Sequences of one optimizer step, all --grad-accum parts together.", least=1, unset=16)
+    seq_len: int = option(
+        REQUIRED,
+        "Tokens of one sequence; the model's context length. With --pretrained the default is the context of the weights.",
+        least=1,
+        unset=512,
+    )
+    lr: float = option(
+        REQUIRED, "Peak learning rate.", over=0, unset=None, filled="by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it"
+    )
+    warmup: int = option(0, "Steps over which the learning rate rises.", least=0, unset=None, filled="5% of --steps, at most 1000")
+    lr_schedule: str = option("cosine", "Course of the learning rate after the warm-up.", choices=SCHEDULES)
+    optimizer: str = option(
+        "adamw",
+        "muon orthogonalises the steps of hidden matrices and leaves the other tensors to adamw; lion keeps one moment instead of two.",
+        choices=OPTIMIZERS,
+    )
+    weight_decay: float = option(0.1, "Decoupled weight decay of the matrices.", least=0, unset=None)
+    clip_norm: float = option(1.0, "Clip the global norm of the gradients to this. 0: never.", least=0)
+    grad_accum: int = option(
+        1, "Compute the gradients in this many parts, one after the other, to save memory; the result is the same.", least=1
+    )
+    gradient_checkpointing: Literal["none", "dots", "full"] = option(
+        "none", "Recompute activations to save memory: dots keeps the matrix products, full keeps only the inputs of blocks."
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU.",
+        unset="auto",
+    )
+    deterministic: bool = option(
+        False, "The same bits every time on a GPU too, where it is slower (docs/checkpoints.md); on a CPU they always are."
+    )
+    mask_documents: bool = option(False, "Keep documents apart: nothing is read across the end of a document inside a sequence.")
+    packing: Literal["windows", "documents"] = option(
+        "windows", "How sequences are cut. windows: the text as one stream; documents: whole documents, rows filled by best fit."
+    )
+    z_loss: float = option(0.0, "Weight of the squared log of the softmax's denominator in the loss (PaLM: 1e-4). 0: off.", least=0)
+    seed: int = option(0, "Fixes the initial weights, the order of the data and the samples.", least=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    # fields come in the order of the rows, the last class's first
+    experts.BiasRouter,
+    experts.SoftmaxRouter,
+    shared.Chunked,
+    shared.Softmax,
+    optimizers.Orthogonal,
+    schedule.Decay,
+    Basics,
+    JsonFields,
+):
+    """How a model is trained: Basics, and the options of every optimizer, schedule, mixer and router."""
 
     def validate(self) -> None:
         """Raises ConfigError, with the fix, for a run that cannot work."""
-        for name in ("steps", "batch_size", "seq_len", "grad_accum", "chunk_size", "muon_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
+        check_options(self, options(TrainConfig))
         check_extents(self)
-        for name in ("lr", "eps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be a positive number.", "Take --lr 1e-3, say.")
-        for name in ("min_lr_ratio", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must lie in 0 to 1.", "Leave it out for the default.")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{flag(name)} is {getattr(self, name)}.", "It must lie in 0 to 1, under 1.", "Leave it out for the default."
-                )
-        weights = ("z_loss", "balance_loss", "router_z_loss", "router_bias_rate")
-        for name in ("weight_decay", "clip_norm", "warmup", "seed", *weights):
-            if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
-                fix = "Take 0 or more." if name == "seed" else "Take 0 to switch it off."
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be finite and not negative.", fix)
         if self.batch_size % self.grad_accum:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
                 f"--batch-size {self.batch_size} does not divide into --grad-accum {self.grad_accum} parts.",
                 "Every part has the same number of sequences.",
-                f"Take --grad-accum {min(fits, key=lambda n: abs(n - self.grad_accum))}.",
+                f"Take --grad-accum {nearest_divisor(self.batch_size, self.grad_accum)}.",
             )
         if self.warmup > self.steps:
             raise ConfigError(
                 f"--warmup {self.warmup} is longer than --steps {self.steps}.", "The learning rate would never arrive.", "Lower --warmup."
             )
-        for name, known in (
-            ("lr_schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("gradient_checkpointing", GRADIENT_CHECKPOINTING),
-            ("dtype", DTYPES),
-            ("attention", ATTENTION),
-            ("packing", PACKING),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown(flag(name), getattr(self, name), known)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for what this model cannot do."""
@@ -98,13 +98,9 @@ class TrainConfig(JsonFields):
                 raise ConfigError(f"--mask-documents cannot be had with {name}.", MIXERS[name].about + ".", f"These can: {able}.")
 
 
-GRADIENT_CHECKPOINTING = ("none", "dots", "full")
-
-DTYPES = ("float32", "bfloat16")
-
-ATTENTION = ("auto", "fused", "plain")
-
-PACKING = ("windows", "documents")
+_CHOICES = {name: found.choices for name, found in options(TrainConfig).items()}
+GRADIENT_CHECKPOINTING, DTYPES = _CHOICES["gradient_checkpointing"], _CHOICES["dtype"]
+ATTENTION, PACKING = _CHOICES["attention"], _CHOICES["packing"]
 
 CHECKPOINT_FORMATS = {"neutral": None, "orbax": "jax"}  # name -> the backend that alone reads it
 

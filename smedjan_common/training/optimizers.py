@@ -13,9 +13,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from smedjan_common.errors import CheckpointError
+from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
 from smedjan_common.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Options that every optimizer reads."""
+
+    beta1: float = option(0.9, "Decay of the first moment; lion: weight of the momentum in its step.", least=0, under=1)
+    beta2: float = option(0.95, "Decay of the second moment; lion: of the momentum.", least=0, under=1, unset=None)
+
+
+@dataclass(frozen=True)
+class Adaptive(Moments):
+    """Options of `adamw`."""
+
+    eps: float = option(1e-8, "Added to the root of the second moment; muon: to the norm of the momentum.", over=0)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Adaptive):
+    """Options of `muon`."""
+
+    muon_momentum: float = option(0.95, "muon: decay of the momentum.", least=0, under=1)
+    muon_steps: int = option(5, "muon: Newton-Schulz iterations of a step.", least=1)
+    muon_nesterov: bool = option(True, "muon: look one step ahead along the momentum.")
 
 
 @dataclass(frozen=True)
@@ -24,16 +49,16 @@ class OptimizerSpec:
 
     keeps(parameter) -> names of the arrays that are kept of a parameter that moves, float32 and of its shape.
     lr: its default peak learning rate over that of adamw. beta2, weight_decay: its defaults.
-    options: fields of TrainConfig that it reads and some other optimizer does not.
+    options: its class of options, which TrainConfig inherits.
     """
 
     name: str
+    options: type
     about: str
     keeps: Callable[[ParamSpec], tuple[str, ...]]
     lr: float = 1.0
     beta2: float = 0.95
     weight_decay: float = 0.1
-    options: tuple[str, ...] = ("eps",)
 
     def slots(self, spec: ParamSpec) -> tuple[str, ...]:
         """Names of the arrays that are kept of a parameter; none of one that never moves."""
@@ -46,15 +71,15 @@ MUON_RMS = 0.2  # root mean square of a step over the learning rate, as that of 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     row.name: row
     for row in (
-        OptimizerSpec("adamw", "adaptive moments with decoupled weight decay", lambda spec: ("mu", "nu")),
+        OptimizerSpec("adamw", Adaptive, "adaptive moments with decoupled weight decay", lambda spec: ("mu", "nu")),
         OptimizerSpec(
             "muon",
+            Orthogonal,
             "orthogonalised momentum for matrices, adamw for the rest",
             lambda spec: ("mu",) if spec.matrix else ("mu", "nu"),
-            options=("eps", "muon_momentum", "muon_steps", "muon_nesterov"),
         ),
         # a step of one size for every value: the authors take a third to a tenth of adamw's rate, and as much more decay
-        OptimizerSpec("lion", "sign of the momentum", lambda spec: ("mu",), lr=0.2, beta2=0.99, weight_decay=0.5, options=()),
+        OptimizerSpec("lion", Moments, "sign of the momentum", lambda spec: ("mu",), lr=0.2, beta2=0.99, weight_decay=0.5),
     )
 }
 

@@ -13,7 +13,25 @@ After warm-up a rate is never outside [f lr, lr], whatever floating point makes 
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from smedjan_common.model.options import option
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Options of schedules that end above 0."""
+
+    min_lr_ratio: float = option(0.1, "Last learning rate over the peak.", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class Decay(Floor):
+    """Options of `wsd`."""
+
+    decay_fraction: float = option(0.2, "The part of the run in which wsd decays.", least=0, most=1)
 
 
 class Course(Protocol):
@@ -40,7 +58,7 @@ def learning_rate(config: Course, step: int) -> float:
     span = max(1, config.steps - config.warmup)
     progress = min(1.0, (step - config.warmup) / span)
     # rounding takes a form out of its range: wsd's last rate was -9e-16 of the peak where the decay is a thousandth of one step
-    factor = SCHEDULES[config.lr_schedule](config, progress)
+    factor = SCHEDULES[config.lr_schedule].factor(config, progress)
     return config.lr * min(1.0, max(config.min_lr_ratio, factor))
 
 
@@ -68,12 +86,21 @@ def _constant(config: Course, progress: float) -> float:
     return 1.0
 
 
-SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "invsqrt": _invsqrt, "constant": _constant}
-# the fields of TrainConfig that a schedule reads and some other does not
-SCHEDULE_OPTIONS = {
-    "cosine": ("min_lr_ratio",),
-    "linear": ("min_lr_ratio",),
-    "wsd": ("min_lr_ratio", "decay_fraction"),
-    "invsqrt": ("min_lr_ratio",),
-    "constant": (),
+class ScheduleSpec(NamedTuple):
+    """A schedule. factor(config, progress) -> the rate over the peak, progress from 0 to 1 after the warm-up. options: what it reads."""
+
+    name: str
+    options: type | None
+    factor: Callable[[Course, float], float]
+
+
+SCHEDULES: dict[str, ScheduleSpec] = {
+    row.name: row
+    for row in (
+        ScheduleSpec("cosine", Floor, _cosine),
+        ScheduleSpec("linear", Floor, _linear),
+        ScheduleSpec("wsd", Decay, _wsd),
+        ScheduleSpec("invsqrt", Floor, _invsqrt),
+        ScheduleSpec("constant", None, _constant),
+    )
 }

@@ -54,8 +54,8 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 TRAIN_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
-    *[({name: 0}, f"--{name.replace('_', '-')} is 0", "positive") for name in ("steps", "batch_size", "seq_len", "grad_accum")],
-    *[({"lr": value}, "--lr is", "--lr") for value in (0.0, -1e-3, float("nan"), float("inf"))],
+    *[({name: 0}, f"--{name.replace('_', '-')} is 0", "default") for name in ("steps", "batch_size", "seq_len", "grad_accum")],
+    *[({"lr": value}, "--lr is", "default") for value in (0.0, -1e-3, float("nan"), float("inf"))],
     ({"eps": 0.0}, "--eps is 0.0", ""),
     *[({name: 1.5}, f"--{name.replace('_', '-')} is 1.5", "default") for name in ("beta1", "beta2", "min_lr_ratio", "decay_fraction")],
     *[
@@ -65,7 +65,7 @@ TRAIN_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
         for value in (math.nan, math.inf, -math.inf)
     ],
     *[({name: 10**400}, f"--{name.replace('_', '-')} is 1000", "smaller") for name in (*TRAIN, "seed", "grad_accum") if name != "lr"],
-    *[({name: -1}, f"--{name.replace('_', '-')} is -1", "0") for name in ("weight_decay", "clip_norm", "warmup", "seed")],
+    *[({name: -1}, f"--{name.replace('_', '-')} is -1", "default") for name in ("weight_decay", "clip_norm", "warmup", "seed")],
     ({"batch_size": 8, "grad_accum": 3}, "--batch-size 8 does not divide into --grad-accum 3", "--grad-accum 2"),
     ({"warmup": 11}, "--warmup 11 is longer than --steps 10", "--warmup"),
     ({"lr_schedule": "cosin"}, "--lr-schedule 'cosin' is unknown", "cosine"),

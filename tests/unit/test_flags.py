@@ -11,7 +11,10 @@ import smedjan_common
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, DataError
 from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.ffns.experts import ROUTERS
+from smedjan_common.model.ffns.experts import Options as Experts
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.options import options
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.reference import optim
 from smedjan_common.run.data import check_data_flags
@@ -20,7 +23,7 @@ from smedjan_common.run.folder import RunConfig
 from smedjan_common.run.options import check_options, check_report_options
 from smedjan_common.run.settings import check_flags
 from smedjan_common.training.optimizers import OPTIMIZERS
-from smedjan_common.training.schedule import SCHEDULE_OPTIONS, SCHEDULES, learning_rate
+from smedjan_common.training.schedule import SCHEDULES, learning_rate
 from tests.fakes.runs import ROOT
 
 
@@ -104,9 +107,9 @@ def test_a_rotary_base_is_refused_where_no_layer_turns():
 
 
 def test_what_a_row_reads_of_the_training_is_a_flag():
-    rows = [*(row.training for row in MIXERS.values()), *(row.options for row in OPTIMIZERS.values()), *SCHEDULE_OPTIONS.values()]
-    assert {name for row in rows for name in row} <= names(TrainingFlags)
-    assert SCHEDULE_OPTIONS.keys() == SCHEDULES.keys()
+    rows = [row.training for row in MIXERS.values()] + [row.options for row in (*OPTIMIZERS.values(), *SCHEDULES.values())]
+    assert {name for row in (*rows, *ROUTERS.values()) for name in options(row)} <= names(TrainingFlags)
+    assert tuple(ROUTERS) == options(Experts)["router"].choices
 
 
 BIAS = ("--experts", "4", "--router", "bias")
@@ -134,34 +137,43 @@ def test_an_option_of_training_that_nothing_would_read_is_refused_and_the_fix_he
     check_flags(*parse([*words]))
 
 
-MOVED = {"eps": 0.1, "muon_momentum": 0.5, "muon_steps": 2, "muon_nesterov": False, "min_lr_ratio": 0.5, "decay_fraction": 0.6}
+MOVED = {
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "eps": 0.1,
+    "muon_momentum": 0.5,
+    "muon_steps": 2,
+    "muon_nesterov": False,
+    "min_lr_ratio": 0.5,
+    "decay_fraction": 0.6,
+}
 
 
-@pytest.mark.parametrize("option", sorted({name for row in OPTIMIZERS.values() for name in row.options}))
+@pytest.mark.parametrize("option", sorted({name for row in OPTIMIZERS.values() for name in options(row.options)}))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_reads_just_the_options_that_its_row_names(optimizer, option):
-    specs = {"a": ParamSpec("a", (4, 3), ("embed", "heads"))}
+    specs = {"a": ParamSpec("a", (4, 3), ("embed", "heads")), "b": ParamSpec("b", (3,), ("embed",))}
     rng = np.random.default_rng(0)
-    params, *grads = ({"a": rng.normal(size=(4, 3))} for _ in range(3))
+    params, *grads = ({name: size * rng.normal(size=spec.shape) for name, spec in specs.items()} for size in (1.0, 1.0, 0.1))
 
     def after_two_steps(**changes):
         train = TrainConfig(steps=2, batch_size=1, seq_len=8, lr=0.1, optimizer=optimizer, **changes)
         values, state = params, optim.init(train, specs)
         for grad in grads:
             values, state = optim.update(train, specs, values, grad, state, 0.1)
-        return values["a"].tolist()
+        return {name: value.tolist() for name, value in values.items()}
 
-    assert (after_two_steps() != after_two_steps(**{option: MOVED[option]})) == (option in OPTIMIZERS[optimizer].options)
+    assert (after_two_steps() != after_two_steps(**{option: MOVED[option]})) == (option in options(OPTIMIZERS[optimizer].options))
 
 
-@pytest.mark.parametrize("option", sorted({name for options in SCHEDULE_OPTIONS.values() for name in options}))
+@pytest.mark.parametrize("option", sorted({name for row in SCHEDULES.values() for name in options(row.options)}))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_reads_just_the_options_that_its_row_names(schedule, option):
     def rates(**changes):
         train = TrainConfig(steps=100, batch_size=1, seq_len=8, lr=0.1, lr_schedule=schedule, **changes)
         return [learning_rate(train, step) for step in range(100)]
 
-    assert (rates() != rates(**{option: MOVED[option]})) == (option in SCHEDULE_OPTIONS[schedule])
+    assert (rates() != rates(**{option: MOVED[option]})) == (option in options(SCHEDULES[schedule].options))
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,22 @@ def _validate(config: Options) -> None:
         )
 
 
-# router -> the fields of TrainConfig that it reads and the other does not
-ROUTER_OPTIONS = {"softmax": ("balance_loss", "router_z_loss"), "bias": ("router_bias_rate",)}
+@dataclass(frozen=True)
+class SoftmaxRouter:
+    """Options of the training with router softmax."""
+
+    balance_loss: float = option(0.01, "experts, router softmax: weight of the loss that spreads tokens over experts.", least=0)
+    router_z_loss: float = option(1e-3, "experts, router softmax: weight of the router's own z-loss.", least=0)
+
+
+@dataclass(frozen=True)
+class BiasRouter:
+    """Options of the training with router bias."""
+
+    router_bias_rate: float = option(1e-3, "experts, router bias: how far a step moves the bias of an expert.", least=0)
+
+
+ROUTERS: dict[str, type] = {"softmax": SoftmaxRouter, "bias": BiasRouter}  # what each reads of the training
 
 ROW = FfnSpec(
     "experts",

@@ -3,17 +3,11 @@
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
 from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
-
-
-@dataclass(frozen=True)
-class HeadNorm(Shape):
-    """What attention over blocks has too."""
-
-    qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,7 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
 
 def validate(config: Shape) -> None:
     """Raises ConfigError for heads that cannot turn, or share keys and values, evenly."""
-    if config.heads % config.kv_heads:
-        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
-        raise ConfigError(
-            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
-            "Every key/value head serves the same number of query heads.",
-            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
-        )
+    check_kv_heads(config, "Every key/value head serves the same number of query heads.")
     if config.head_dim % 2:
         raise ConfigError(
             f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
@@ -71,6 +59,6 @@ ROW = MixerSpec(
     _state,
     validate,
     rope_dims=lambda config: (config.head_dim,),
-    training=("attention",),
+    training=Softmax,
     variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
 )

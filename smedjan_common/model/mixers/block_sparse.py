@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import attention
+from smedjan_common.model.mixers.shared import HeadNorm, Softmax
 from smedjan_common.model.options import option
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
 
 @dataclass(frozen=True)
-class Options(attention.HeadNorm):
+class Options(HeadNorm):
     """Options of `block-sparse`."""
 
     block_size: int = option(64, "positions of a block.", least=1, shape_free=True)
@@ -57,7 +58,7 @@ ROW = MixerSpec(
     _state,
     _validate,
     rope_dims=lambda config: (config.head_dim,),
-    training=("attention",),
+    training=Softmax,
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
     small={"block_size": 4, "block_topk": 2},
     variants={"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},

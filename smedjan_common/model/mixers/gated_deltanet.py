@@ -5,8 +5,7 @@ Decay rates start at A ~ U(0.01, 16), time steps log-uniform in [0.001, 0.1], as
 
 from dataclasses import dataclass
 
-from smedjan_common.errors import ConfigError
-from smedjan_common.model.mixers.ssm import Convolved
+from smedjan_common.model.mixers.shared import Chunked, Convolved, check_kv_heads
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
@@ -50,13 +49,7 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
 
 
 def _validate(config: Options) -> None:
-    if config.heads % config.kv_heads:
-        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
-        raise ConfigError(
-            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
-            "Every key head of gated-deltanet serves the same number of value heads.",
-            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
-        )
+    check_kv_heads(config, "Every key head of gated-deltanet serves the same number of value heads.")
 
 
 ROW = MixerSpec(
@@ -69,7 +62,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    training=("chunk_size",),
+    training=Chunked,
     linear=True,
     small={"norm_eps": 1e-3},  # its outputs at the start, of 4e-4, meet the eps of the norm, which magnifies what rounding leaves
     variants={"one-tap": {"conv_width": 1}},

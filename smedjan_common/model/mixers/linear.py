@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers.shared import Chunked, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
 from smedjan_common.model.shape import Shape
@@ -68,13 +69,7 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
 
 
 def _validate(config: Options) -> None:
-    if config.heads % config.kv_heads:
-        fits = [h for h in range(1, config.heads + 1) if config.heads % h == 0]
-        raise ConfigError(
-            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
-            "Every key/value head of linear keeps a state that the same number of query heads read.",
-            f"Take --kv-heads {min(fits, key=lambda h: abs(h - config.kv_heads))}.",
-        )
+    check_kv_heads(config, "Every key/value head of linear keeps a state that the same number of query heads read.")
     if config.linear_normalizer == "denominator" and config.linear_feature_map == "identity":
         raise ConfigError(
             "--linear-normalizer denominator needs positive features.",
@@ -93,7 +88,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    training=("chunk_size",),
+    training=Chunked,
     linear=True,
     # early in a sequence o is a few v, each times a q . k of any sign; where they cancel the norm magnifies float32 rounding up to
     # eps^-1/2 times, and 20 training steps amplify it (one backend against itself, other chunks: 2e-3 at 1e-5, 4e-5 at 1e-2, 1e-6 at 0.1)

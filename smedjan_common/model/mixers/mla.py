@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers.shared import Softmax, check_no_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
 from smedjan_common.model.shape import Shape
@@ -63,12 +64,8 @@ def _validate(config: Options) -> None:
             "RoPE turns pairs of features.",
             f"Take --mla-rope-dim {max(2, rope_dim(config) // 2 * 2)}.",
         )
-    if config.kv_heads != config.heads and set(config.mixer) == {"mla"}:
-        raise ConfigError(
-            f"--kv-heads {config.kv_heads} would do nothing.",
-            "mla makes the keys and values of all heads from one latent.",
-            "Leave --kv-heads out; --mla-kv-rank sets the size of the cache.",
-        )
+    why = "mla makes the keys and values of all heads from one latent."
+    check_no_kv_heads(config, "mla", why, "Leave --kv-heads out; --mla-kv-rank sets the size of the cache.")
 
 
 ROW = MixerSpec(
@@ -82,6 +79,6 @@ ROW = MixerSpec(
     _state,
     _validate,
     rope_dims=lambda config: (rope_dim(config),),
-    training=("attention",),
+    training=Softmax,
     variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
 )

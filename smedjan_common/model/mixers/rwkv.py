@@ -9,7 +9,8 @@ i channel, l layer of L. The feed-forward is this project's, as with every mixer
 
 from dataclasses import dataclass
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.shape import Shape
@@ -81,11 +82,10 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
 def _validate(config: Options) -> None:
     size = config.rwkv_head_dim
     if config.dim % size:
-        fits = [n for n in range(2, config.dim + 1) if config.dim % n == 0]
         raise ConfigError(
             f"--rwkv-head-dim {size} does not divide --dim {config.dim}.",
             "rwkv cuts the width into heads of that size, whatever --heads says.",
-            f"Take --rwkv-head-dim {min(fits, key=lambda n: (abs(n - size), -n))}." if fits else "Take --dim 128 or more.",
+            f"Take --rwkv-head-dim {nearest_divisor(config.dim, size, least=2)}." if config.dim > 1 else "Take --dim 128 or more.",
         )
     if config.kv_heads != config.heads:
         raise ConfigError(
@@ -105,7 +105,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    training=("chunk_size",),
+    training=Chunked,
     linear=True,
     # wider random matrices (the suite's init_std is 0.15) make its low-rank gates so steep that sums in another order differ by 2e-6; at a
     # norm_eps of 1e-5 the rounding of the parameters alone moved the whole gradient by 8.9e-7 in float64, here by 5.8e-7; at 1e-2

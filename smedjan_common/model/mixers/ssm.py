@@ -5,18 +5,11 @@ Initial values are the paper's: decay rates A ~ U(1, 16), time steps log-uniform
 
 from dataclasses import dataclass
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.mixers.shared import Chunked, Convolved, check_no_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
-from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
-
-
-@dataclass(frozen=True)
-class Convolved(Shape):
-    """What every mixer with a short convolution has."""
-
-    conv_width: int = option(4, "width of the causal convolution.", least=1)
 
 
 @dataclass(frozen=True)
@@ -73,25 +66,19 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
 def _validate(config: Options) -> None:
     inner = inner_dim(config)
     if inner % config.ssm_head_dim:
-        fits = [size for size in range(1, inner + 1) if inner % size == 0]
         raise ConfigError(
             f"--ssm-expand {config.ssm_expand} x --dim {config.dim} does not divide into heads of --ssm-head-dim {config.ssm_head_dim}.",
             "Every head gets the same number of features.",
-            f"Take --ssm-head-dim {min(fits, key=lambda size: abs(size - config.ssm_head_dim))}.",
+            f"Take --ssm-head-dim {nearest_divisor(inner, config.ssm_head_dim)}.",
         )
     if heads(config) % config.ssm_groups:
-        fits = [count for count in range(1, heads(config) + 1) if heads(config) % count == 0]
         raise ConfigError(
             f"{heads(config)} heads do not divide into --ssm-groups {config.ssm_groups}.",
             "Every group's B and C serve the same number of heads (--ssm-expand x --dim / --ssm-head-dim).",
-            f"Take --ssm-groups {min(fits, key=lambda count: abs(count - config.ssm_groups))}.",
+            f"Take --ssm-groups {nearest_divisor(heads(config), config.ssm_groups)}.",
         )
-    if set(config.mixer) == {"ssm"} and config.kv_heads != config.heads:
-        raise ConfigError(
-            f"--kv-heads {config.kv_heads} would do nothing.",
-            "ssm has no key/value heads; its B and C are shared by groups.",
-            f"Leave --kv-heads out, or take --ssm-groups {config.kv_heads}.",
-        )
+    why = "ssm has no key/value heads; its B and C are shared by groups."
+    check_no_kv_heads(config, "ssm", why, f"Leave --kv-heads out, or take --ssm-groups {config.kv_heads}.")
 
 
 ROW = MixerSpec(
@@ -104,7 +91,7 @@ ROW = MixerSpec(
     _flops,
     _state,
     _validate,
-    training=("chunk_size",),
+    training=Chunked,
     linear=True,
     small={"ssm_state": 8, "ssm_head_dim": 16},
     variants={"two-groups": {"ssm_groups": 2}, "one-tap": {"ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 1}},

@@ -1,0 +1,54 @@
+"""Options that several mixers share, and the check of shared keys and values."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.options import option
+from smedjan_common.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class HeadNorm(Shape):
+    """Of a model."""
+
+    qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
+
+
+@dataclass(frozen=True)
+class Convolved(Shape):
+    """Of a model."""
+
+    conv_width: int = option(4, "width of the causal convolution.", least=1)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Of the training."""
+
+    attention: Literal["auto", "fused", "plain"] = option(
+        "auto", "Implementation of attention. fused fails where there is none; auto takes the best there is."
+    )
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """Of the training."""
+
+    chunk_size: int = option(64, "Positions that mixers of linear cost take at once: a matter of speed, the result is the same.", least=1)
+
+
+def check_kv_heads(config: Shape, why: str) -> None:
+    """Raises ConfigError, with the reason `why`, for query heads that the key/value heads do not divide."""
+    if config.heads % config.kv_heads:
+        raise ConfigError(
+            f"--heads {config.heads} does not divide into --kv-heads {config.kv_heads} groups.",
+            why,
+            f"Take --kv-heads {nearest_divisor(config.heads, config.kv_heads)}.",
+        )
+
+
+def check_no_kv_heads(config: Shape, name: str, why: str, fix: str) -> None:
+    """Raises ConfigError for --kv-heads in a model whose only mixer has no key/value heads."""
+    if config.kv_heads != config.heads and set(config.mixer) == {name}:
+        raise ConfigError(f"--kv-heads {config.kv_heads} would do nothing.", why, fix)

@@ -1,0 +1,75 @@
+"""Flags made of options: the fields of a group of flags, with default, help and choices, from the rows that define them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.ffns.experts import ROUTERS
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.options import Option, options
+from smedjan_common.optional import MaybeFloat, MaybeInt
+from smedjan_common.training.config import Basics, TrainConfig
+from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.schedule import SCHEDULES
+
+
+def option_flags(name: str, found: Iterable[Option]) -> Any:
+    """A frozen dataclass with a flag for each option. The configuration refuses what is none of the choices, and names near ones."""
+    fields = [(option.name, Annotated[_type(option), _argument(option)], option.flag_default) for option in found]
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def row_options() -> list[Option]:
+    """The options of mixers and feed-forwards; the help says whose it is."""
+    known: dict[str, Option] = {}
+    for row in (*MIXERS.values(), *FFNS.values()):
+        for name, option in row.own.items():
+            owners = [other.name for other in MIXERS.values() if name in other.own]
+            whose = f"{', '.join(owners)}: " if owners else ""
+            known.setdefault(name, option._replace(help=whose + option.help))
+    return list(known.values())
+
+
+def training_options() -> list[Option]:
+    """The options of training: those of rows behind the option that chooses among the rows."""
+    behind: Mapping[str, Iterable[type | None]] = {
+        "lr_schedule": [row.options for row in SCHEDULES.values()],
+        "optimizer": [row.options for row in OPTIMIZERS.values()],
+        "dtype": [row.training for row in MIXERS.values()],
+        "z_loss": ROUTERS.values(),
+    }
+    known: dict[str, Option] = {}
+    for name, option in options(Basics).items():
+        known[name] = option
+        for reads in behind.get(name, ()):
+            known |= options(reads)
+    assert known.keys() == options(TrainConfig).keys(), "TrainConfig inherits the options of every row"
+    return [_by_optimizer(option) if name in ("beta2", "weight_decay") else option for name, option in known.items()]
+
+
+def _by_optimizer(option: Option) -> Option:
+    """An option whose default the row of the optimizer says."""
+    values = {name: getattr(row, option.name) for name, row in OPTIMIZERS.items()}
+    usual = values["adamw"]
+    others = "".join(f"; {name}: {value:g}" for name, value in values.items() if value != usual)
+    return option._replace(filled=f"{usual:g}{others}")
+
+
+def _type(option: Option) -> Any:
+    if option.flag_default is None:
+        return {int: MaybeInt, float: MaybeFloat}[option.type]
+    return str if option.choices else option.type
+
+
+def _argument(option: Option) -> Any:
+    said: dict[str, Any] = {"help": option.help}
+    if option.choices:
+        extra = () if option.flag_default in option.choices else (option.flag_default,)  # auto
+        said["metavar"] = "|".join((*extra, *option.choices))
+    elif option.filled:
+        said["metavar"] = option.type.__name__.upper()
+        said["help_behavior_hint"] = f"(default: {option.filled})"
+    return arg(**said)
