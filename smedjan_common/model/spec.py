@@ -1,8 +1,8 @@
 """What a row of the menus says: MixerSpec for a sequence mixer, FfnSpec for a feed-forward."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from smedjan_common.model.options import Option, options
 from smedjan_common.model.parameter import ParamSpec
@@ -41,7 +41,6 @@ class MixerSpec(Generic[Options]):
     training: its class of options of the training, which TrainConfig inherits.
     rope_dims(config) -> how many features of a head turn by position, for each tensor that does; None: no layer of it turns.
     documents: can keep documents apart. linear: its cost per token does not grow with the length.
-    small: ModelConfig options for the conformance suite's model (width 32, 4 heads, 17 tokens). variants: more of them, by name.
     """
 
     name: str
@@ -58,8 +57,6 @@ class MixerSpec(Generic[Options]):
     rope_dims: Callable[[Options], tuple[int, ...]] | None = None
     documents: bool = True
     linear: bool = False
-    small: Mapping[str, Any] = field(default_factory=dict)
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def rope(self) -> bool:
@@ -89,8 +86,6 @@ class FfnSpec(Generic[Options]):
     validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
     copies: Callable[[Options], int] = lambda config: 0
-    small: Mapping[str, Any] = field(default_factory=dict)
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def own(self) -> dict[str, Option]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smedjan_common.errors import DataError, notice
-from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.nearby import beside
+from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.text.kinds import UTF16, kind_of, refuse
 
 DATASET_PREFIX = "hf:"

@@ -21,6 +21,7 @@ from smedjan_common.model.params import initial_params
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.model.spec import Tolerance
 from tests.conformance.gates import BFLOAT16, BFLOAT16_TOLERANCE, FLOAT32, Gates
+from tests.conformance.models import SMALL, VARIANTS
 from tests.conformance.routing import separated
 from tests.conformance.untied import untied
 
@@ -114,8 +115,7 @@ def model_config(
     mixer: tuple[str, ...], ffn: str, heads: str = "mha", rope: str = "none", options: Mapping[str, object] | None = None
 ) -> ModelConfig | None:
     """A tiny model, or None where the rows refuse the combination. Its vocabulary is no multiple of 64: the head has padding rows."""
-    rows = [*(MIXERS[name] for name in mixer), FFNS[ffn]]
-    chosen = {name: value for row in rows for name, value in row.small.items()} | dict(options or {})
+    chosen = {name: value for row in (*mixer, ffn) for name, value in SMALL.get(row, {}).items()} | dict(options or {})
     if (mixer, heads) in NORM_EPS:
         chosen["norm_eps"] = NORM_EPS[mixer, heads]
     scaling = {} if rope == "none" else {"rope_factor": 4.0, "rope_original_len": 1024, "context_length": 4096}
@@ -139,19 +139,20 @@ def _combinations() -> dict[str, Case]:
         *itertools.product(patterns, [first], ["gqa"], ["none"], [""]),
         *itertools.product(turned, [first], ["mha"], ROPE_SCALINGS[1:], [""]),
         *itertools.product(turned[:1], [first], ["gqa"], ROPE_SCALINGS[1:], [""]),
-        *(((name,), first, "mha", "none", variant) for name, row in MIXERS.items() for variant in row.variants),
-        *((patterns[0], ffn, "mha", "none", variant) for ffn in others for variant in FFNS[ffn].variants),
+        *(((name,), first, "mha", "none", variant) for name in MIXERS for variant in VARIANTS.get(name, {})),
+        *((patterns[0], ffn, "mha", "none", variant) for ffn in others for variant in VARIANTS.get(ffn, {})),
     ]
     cases = {}
     for choice in choices:
         mixer, ffn, heads, rope, variant = choice
-        model = model_config(mixer, ffn, heads, rope, {**MIXERS[mixer[0]].variants, **FFNS[ffn].variants}.get(variant))
+        model = model_config(mixer, ffn, heads, rope, {**VARIANTS.get(mixer[0], {}), **VARIANTS.get(ffn, {})}.get(variant))
         if model is not None:
             name = "-".join(["+".join(mixer) if len(mixer) < 3 else "all", ffn, heads, *filter(None, [rope.replace("none", ""), variant])])
             cases[name] = Case(name, model, train_config(), choice in plain and (ffn == first or mixer == patterns[0]))
     return cases
 
 
+assert SMALL.keys() | VARIANTS.keys() <= MIXERS.keys() | FFNS.keys(), "a model of a row that is gone"
 CASES = _combinations()
 DEFAULT_CASES = {name: case for name, case in CASES.items() if case.default}
 OTHER_CASES = {name: case for name, case in CASES.items() if not case.default}

@@ -13,13 +13,14 @@ from smedjan_common.run.flags import TrainingFlags
 from smedjan_common.run.settings import train_config
 from smedjan_common.training.config import default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS, check_state, slot_names
+from tests.conformance.models import SMALL
 
 TINY = ModelConfig.preset("tiny")
 NO_MAPS = {"embed.weight", "mixer.conv.weight", "mixer.r_k"}  # of two dimensions, and yet not what Newton-Schulz is for
 
 
 def model(mixer: str, ffn: str) -> ModelConfig:
-    return ModelConfig.preset("tiny", mixer=(mixer,), ffn=(ffn,), **{**MIXERS[mixer].small, **FFNS[ffn].small})
+    return ModelConfig.preset("tiny", mixer=(mixer,), ffn=(ffn,), **{**SMALL.get(mixer, {}), **SMALL.get(ffn, {})})
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

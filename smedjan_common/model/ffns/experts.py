@@ -124,10 +124,4 @@ ROW = FfnSpec(
     _active,
     _validate,
     copies=lambda config: config.experts_per_token,
-    small={"experts": 4, "experts_per_token": 2, "expert_dim": 48},
-    variants={
-        "bias": {"router": "bias"},
-        "shared": {"shared_experts": 1},
-        "bias-shared-of-3": {"router": "bias", "shared_experts": 2, "experts_per_token": 3},
-    },
 )

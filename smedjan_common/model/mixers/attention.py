@@ -60,5 +60,4 @@ ROW = MixerSpec(
     validate,
     rope_dims=lambda config: (config.head_dim,),
     training=Softmax,
-    variants={"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
 )

@@ -60,6 +60,4 @@ ROW = MixerSpec(
     rope_dims=lambda config: (config.head_dim,),
     training=Softmax,
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
-    small={"block_size": 4, "block_topk": 2},
-    variants={"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},
 )

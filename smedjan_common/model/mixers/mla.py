@@ -80,5 +80,4 @@ ROW = MixerSpec(
     _validate,
     rope_dims=lambda config: (rope_dim(config),),
     training=Softmax,
-    variants={"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
 )

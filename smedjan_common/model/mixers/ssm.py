@@ -93,6 +93,4 @@ ROW = MixerSpec(
     _validate,
     training=Chunked,
     linear=True,
-    small={"ssm_state": 8, "ssm_head_dim": 16},
-    variants={"two-groups": {"ssm_groups": 2}, "one-tap": {"ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 1}},
 )
