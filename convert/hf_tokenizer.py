@@ -12,6 +12,7 @@ from typing import Any
 from convert.json_file import read_json
 from smedjan_common.errors import CheckpointError, DataError
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.hf_json import OtherTokenizerError
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -61,41 +62,19 @@ def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     path = directory / FILE
     if not path.is_file():
         return None, [f"There is no {FILE}: only the weights are taken over, and text needs a tokenizer of the same ids."]
-    document = read_json(path)
-    tokenizer = _load(path, document, rows)
+    try:
+        tokenizer = Tokenizer.load(path)
+    except OtherTokenizerError as error:
+        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone go over."
+        raise OtherTokenizerError(error.what, error.why, fix) from None
+    if tokenizer.vocab_size > rows:
+        why = f"Its largest id is {tokenizer.vocab_size - 1}, and the model has {rows} embedding rows."
+        raise DataError(f"{path} has ids that the model does not.", why, "Take the tokenizer of this model.")
     vocabulary = tokenizer.vocabulary
     kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
     if kept != vocabulary.specials:
         tokenizer = Tokenizer(dataclasses.replace(vocabulary, specials=kept))
-    return tokenizer, _notes(document, tokenizer)
-
-
-def _load(path: Path, document: dict[str, Any], rows: int) -> Tokenizer:
-    try:
-        _check_ids(path, document, rows)
-        return Tokenizer.load(path)
-    except DataError as error:
-        fix = (
-            error.fix
-            if "ids" in error.what
-            else f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone go over."
-        )
-        raise DataError(error.what, error.why, fix) from None
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise DataError(f"{path} is no tokenizer.", f"{type(error).__name__}: {error}.", "Restore the file.") from None
-
-
-def _check_ids(path: Path, document: dict[str, Any], rows: int) -> None:
-    """Raises DataError for an id that is no row of the embedding or that two tokens have; before memory is taken for them."""
-    vocab = document["model"]["vocab"]
-    if not isinstance(vocab, dict):
-        return  # another kind of model, which is refused later
-    names = vocab | {added["content"]: added["id"] for added in document.get("added_tokens") or ()}
-    if odd := [name for name, number in names.items() if type(number) is not int or not 0 <= number < rows]:
-        why = f"{odd[0]!r} has {names[odd[0]]!r}, and the model has {rows} embedding rows."
-        raise DataError(f"{path} has ids that the model does not.", why, "Take the tokenizer of this model.")
-    if len(set(names.values())) < len(names):
-        raise DataError(f"{path} has two tokens with the same ids.", "It is damaged.", "Restore the file.")
+    return tokenizer, _notes(read_json(path), tokenizer)
 
 
 def _notes(document: dict[str, Any], tokenizer: Tokenizer) -> list[str]:

@@ -39,7 +39,7 @@ def _run(flags: Flags) -> int:
     from smedjan_common.tokenizer import Tokenizer, foreign
 
     refuse_existing([flags.output], flags.force)
-    tokenizer = Tokenizer(foreign.read(flags.merges, flags.vocab, flags.pattern, flags.special))
+    tokenizer = Tokenizer(foreign.read(flags.merges, flags.vocab, flags.pattern, flags.special), repr(flags.merges))
     if flags.output.endswith(".tiktoken"):
         write_atomically(flags.output, foreign.dump_ranks(tokenizer.vocabulary).encode())
     else:

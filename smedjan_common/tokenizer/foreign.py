@@ -131,7 +131,7 @@ def _with_vocab(merges: list[tuple[bytes, bytes]], vocab: str | os.PathLike, exp
     where = os.fspath(vocab)
     try:
         table = json.loads(_read(vocab))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"Cannot read the vocabulary {where!r}.", f"It is not JSON ({error}).", "Give GPT-2's vocab.json (encoder.json)."
         ) from None

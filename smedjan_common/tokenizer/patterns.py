@@ -29,6 +29,8 @@ DEFAULT_PATTERN = "cl100k"
 # \p{…} classes as they are within ASCII; a pattern with another class has no ASCII twin and always uses `regex`.
 _ASCII_CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "Nd": "0-9"}
 
+_MOST_COPIES = 1_000_000  # that {n} within {m} may ask for: the compiled expression holds every one
+_PIECE = re.compile(r"\\p\{[^}]*\}|\\.|\[:|\[\^?\]?|\]|&&|\{\d+(?:,\d*)?\}|\(\?(?:R|&|P>|[+-]?\d)", re.DOTALL)
 _ESCAPE = re.compile(r"\\p\{(\w+)\}|\\.|\[\^?|\]", re.DOTALL)
 
 
@@ -60,12 +62,12 @@ class Splitter:
 
         self.expression = expression
         self.known = name_of(expression) is not None
+        if not self.known and (odd := _odd_in(expression)):
+            raise _refused(f"The split pattern has {odd}.", expression)
         try:
             self._full = regex.compile(expression)
-        except regex.error as error:
-            raise DataError(
-                f"The split pattern does not compile: {error}.", f"It is {expression!r}.", f"Mend it or use one of {', '.join(PATTERNS)}."
-            ) from None
+        except (regex.error, RecursionError) as error:
+            raise _refused(f"The split pattern does not compile: {error}.", expression) from None
         twin = ascii_twin(expression)
         self._ascii = re.compile(twin, re.ASCII) if twin else self._full
 
@@ -87,6 +89,37 @@ class Splitter:
             start = cut
         if start < len(text):
             yield text[start:] if start else text
+
+
+def _refused(what: str, expression: str) -> DataError:
+    shown = expression if len(expression) < 200 else expression[:200] + "…"
+    return DataError(what, f"It is {shown!r}.", f"Mend it or use one of {', '.join(PATTERNS)}.")
+
+
+def _odd_in(expression: str) -> str:
+    """What tools read differently, or what takes for ever, in an expression; empty where nothing is odd.
+
+    Oniguruma (`tokenizers`) has sets inside sets and their intersection; `regex` takes the same characters literally.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in expression):
+        return "a lone surrogate, which no UTF-8 file holds"
+    in_class, copies = False, 1
+    for match in _PIECE.finditer(expression):
+        piece = match.group()
+        if piece[0] == "[" and in_class and not piece.startswith("[:"):
+            return "a set inside a set ([ within [ ]), which tools read differently"
+        if piece == "&&" and in_class:
+            return "an intersection of sets (&&), which tools read differently"
+        if piece in (r"\h", r"\H", r"\L"):
+            return f"{piece}, which tools read differently"
+        if piece.startswith("(?"):
+            return f"a recursion ({piece}), which may never end"
+        in_class = piece[0] == "[" or (in_class and piece != "]")
+        if piece[0] == "{" and not in_class:
+            copies *= max(1, *(int(number[:9]) for number in re.findall(r"\d+", piece)))
+        if copies > _MOST_COPIES:
+            return f"repetitions ({piece}) of more than {_MOST_COPIES} copies"
+    return ""
 
 
 @functools.cache

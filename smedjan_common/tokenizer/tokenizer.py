@@ -29,11 +29,12 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>")
 class Tokenizer:
     """Byte-level BPE. Make one with `train`, `train_from_texts`, `load` or `from_json`."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, where: str = "The vocabulary"):
+        """`where` begins what DataErrors say. Raises DataError for a vocabulary that is none (Vocabulary.check, compile)."""
         self.vocabulary = vocabulary
         self.pattern = vocabulary.pattern
         self.special_tokens = dict(vocabulary.specials)
-        self._merges = vocabulary.compile()
+        self._merges = vocabulary.compile(where)
         self._bytes = vocabulary.bytes_of()
 
     @classmethod
@@ -91,38 +92,37 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a tokenizer.json or a directory that holds one. Raises DataError for another kind of tokenizer, OSError."""
+        """From a tokenizer.json or a directory that holds one. Raises DataError for what is damaged or no byte-level BPE, OSError."""
         file = Path(path)
         if file.is_dir():
             file = file / TOKENIZER
         if not file.is_file():
             fix = "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
             raise DataError(f"There is no tokenizer {str(path)!r}.", beside(file), fix)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"Cannot use the tokenizer {str(file)!r}.", f"It is not UTF-8 (byte {error.start}).", "Give a tokenizer.json."
-            ) from None
-        return cls.from_json(text, str(file))
+        return cls.from_json(hf_json.read_text(file), str(file))
 
     @classmethod
     def from_json(cls, text: str, where: str = TOKENIZER) -> "Tokenizer":
         """From the text of a tokenizer.json; `where` names it in errors."""
-        return cls(hf_json.parse(text, where))
+        return cls(hf_json.parse(text, where), f"The tokenizer {where!r}")
 
     def to_json(self) -> str:
         """The text of tokenizer.json; loads in `tokenizers` and transformers with the same ids."""
         return hf_json.dump(self.vocabulary)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write tokenizer.json, atomically; a directory gets the file inside. Returns the file."""
+        """Write tokenizer.json, atomically; a directory gets the file inside. Returns the file.
+
+        Its text is read back first: raises DataError, and writes nothing, where `load` would refuse it or give another tokenizer.
+        """
         from smedjan_common.files.atomic_file import write_atomically
 
-        file = Path(path)
+        file, text = Path(path), self.to_json()
         if file.is_dir():
             file = file / TOKENIZER
-        write_atomically(file, self.to_json().encode())
+        if hf_json.parse(text, str(file)).hash != self.hash:
+            raise DataError(f"The tokenizer {str(file)!r} was not written.", "Read back, it is another one.", "Report this.")
+        write_atomically(file, text.encode())
         return file
 
     @property

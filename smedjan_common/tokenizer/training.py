@@ -13,7 +13,7 @@ from smedjan_common.text.sources import find, much, total_size
 from smedjan_common.tokenizer import patterns
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS
 from smedjan_common.tokenizer.merge import learn_merges
-from smedjan_common.tokenizer.vocabulary import Vocabulary
+from smedjan_common.tokenizer.vocabulary import MAX_IDS, Vocabulary, as_bytes, special_problem
 from smedjan_common.tokenizer.words import WordCounts, add
 
 
@@ -30,7 +30,9 @@ def train(
     specials = list(dict.fromkeys(special_tokens))
     _check(vocab_size, specials, byte_order)
     expression = patterns.resolve(pattern)
-    counts = count(patterns.Splitter(expression))
+    splitter = patterns.Splitter(expression)
+    _check_specials(specials, splitter)
+    counts = count(splitter)
     if not len(counts.counts):
         raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give some text.")
     if counts.dropped:
@@ -76,9 +78,21 @@ def _check(vocab_size: int, specials: list[str], byte_order: str) -> None:
             f"There are 256 bytes and {len(specials)} special tokens.",
             f"Ask for at least {least}.",
         )
-    if vocab_size > 1 << 21:
-        raise DataError(f"A vocabulary of {vocab_size} is too large.", "The limit is 2097152.", "Usual sizes are 8192 to 262144.")
+    if vocab_size > MAX_IDS:
+        raise DataError(f"A vocabulary of {vocab_size} is too large.", f"The limit is {MAX_IDS}.", "Usual sizes are 8192 to 262144.")
     if byte_order not in BYTE_ORDERS:
         raise DataError(f"There is no byte order {byte_order!r}.", near(byte_order, BYTE_ORDERS), "Choose one of these.")
-    if "" in specials:
-        raise DataError("A special token is empty.", "", "Give it a name, such as <|endoftext|>.")
+
+
+def _check_specials(names: list[str], splitter: patterns.Splitter) -> None:
+    """Raises DataError for a name that a learnt token could be written as: a tokenizer.json could not hold both.
+
+    Tokens are parts of words, so a name that the pattern cuts into several words is safe.
+    """
+    for name in names:
+        why, token = special_problem(name), as_bytes(name)
+        text = token.decode("utf-8", "replace").replace("\ufffd", "é")  # a part of a letter
+        if not why and token and (len(token) == 1 or len(splitter.words(text)) == 1):
+            why = "The text may give an ordinary token of that name, and a tokenizer keeps one id for a name."
+        if why:
+            raise DataError(f"--special {name!r} cannot name a special token.", why, f"Name it <|{name or 'name'}|>, say.")

@@ -9,8 +9,10 @@ import numpy as np
 
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer.bpe import Merges
+from smedjan_common.tokenizer.bytelevel import to_bytes
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_IDS = 1 << 21  # of a vocabulary; usual sizes are 8192 to 262144
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,34 @@ class Vocabulary:
         content = ["smedjan-tokenizer-1", self.pattern, self.ignore_merges, tokens, merges, sorted(self.specials.items())]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
-    def compile(self) -> Merges:
-        """The merges over internal symbols. Raises DataError for a byte without token and a merge of or into no token."""
+    def check(self, where: str = "The vocabulary") -> None:
+        """Raises DataError, beginning with `where`, for ids and names that no tokenizer can have: in what was read and in what is made."""
+        seen: dict[int, bytes | str] = {}
+        for name, number in (*self.tokens.items(), *self.specials.items()):
+            if type(number) is not int or not 0 <= number < MAX_IDS:
+                why = f"An id is a whole number from 0 to {MAX_IDS - 1}."
+                raise DataError(f"{where} gives the token {name!r} the id {number!r}.", why, "Restore the file, or use another tokenizer.")
+            if seen.setdefault(number, name) is not name:
+                why = "An id stands for one token, or its text could not be told."
+                raise DataError(
+                    f"{where} has two tokens with the same id {number}: {seen[number]!r} and {name!r}.", why, "Restore the file."
+                )
+        for name in self.specials:
+            if problem := special_problem(name):
+                raise DataError(f"{where} has a special token {name!r}.", problem, "Name it otherwise: <|name|>, say.")
+            if as_bytes(name) in self.tokens:
+                why = "It is an ordinary token of the same vocabulary too, and a tokenizer.json keeps one id for a name."
+                raise DataError(f"{where} has a special token {name!r}.", why, "Name it otherwise: <|name|>, say.")
+
+    def compile(self, where: str = "The vocabulary") -> Merges:
+        """The merges over internal symbols. Raises DataError, beginning with `where`, for what `check` refuses, a byte without token and
+        a merge of or into no token."""
+        self.check(where)
         symbol = {bytes([byte]): byte for byte in range(256)}
         missing = [token for token in symbol if token not in self.tokens]
         if missing:
             raise DataError(
-                f"The vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0].hex()}.",
+                f"{where} lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0].hex()}.",
                 "A byte-level tokenizer needs a token for every byte, or some texts could not be encoded.",
                 "Use a byte-level BPE vocabulary (GPT-2's kind).",
             )
@@ -54,7 +77,7 @@ class Vocabulary:
             made = left + right
             if made not in self.tokens or left not in symbol or right not in symbol:
                 raise DataError(
-                    f"Merge {rank + 1} ({left!r} + {right!r}) uses a token that does not exist at that point.",
+                    f"{where} has merge {rank + 1} ({left!r} + {right!r}), of a token that does not exist at that point.",
                     "Every part of a merge is a byte or the result of an earlier merge, and its result is in the vocabulary.",
                     "Check that merges and vocabulary belong together.",
                 )
@@ -74,3 +97,20 @@ class Vocabulary:
         for name, number in self.specials.items():
             table[number] = name.encode()
         return table
+
+
+def special_problem(name: str) -> str:
+    """Why no special token can have this name; empty where one can."""
+    if not name:
+        return "Its name is empty."
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        return "Its name is not Unicode text, so no file can hold it."
+    return ""
+
+
+def as_bytes(name: str) -> bytes:
+    """The bytes of the ordinary token that a tokenizer.json writes as `name`; b"" where it writes none so."""
+    try:
+        return to_bytes(name)
+    except KeyError:
+        return b""

@@ -41,6 +41,8 @@ def test_from_text_to_token_files(tmp_path, text, capsys):
         (tokenizer_command, ["--input", "missing.txt"], "no input 'missing.txt'"),
         (tokenizer_command, ["--input", "{text}", "--vocab-size", "100"], "at least 257"),
         (tokenizer_command, ["--input", "{text}", "--pattern", "clk100"], "cl100k"),
+        (tokenizer_command, ["--input", "{text}", "--special", "the"], "--special 'the' cannot name a special token"),
+        (tokenizer_command, ["--input", "{text}", "--pattern", "[a[b]]|."], "a set inside a set"),
         (prepare_command, ["--input", "{text}", "--tokenizer", "missing.json"], "smedjan tokenizer"),
         (prepare_command, ["--input", "{text}", "--output", "x.bin", "--val-output", "x.bin"], "same name"),
         (tokenizer_command, ["--input", "{text}", "--output", ""], "name of an output is empty"),

@@ -1,9 +1,13 @@
 """tokenizer.json: round trip, other tools' ids, hash, refusals."""
 
+import copy
+import dataclasses
 import json
 import pickle
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer import Tokenizer
@@ -89,7 +93,7 @@ def break_it(document: dict, path: str, value: object) -> str:
         ("model.vocab", {"日": 1}, "alphabet"),
         ("model.vocab", {"a": 0}, "lacks 255"),
         ("model.merges", ["a b c"], "two parts"),
-        ("model.merges", [["Q", "q"]], "Merge 1"),
+        ("model.merges", [["Q", "q"]], "merge 1 "),
         ("model", None, "no tokenizer.json"),
     ],
 )
@@ -109,3 +113,207 @@ def test_damaged_files_are_refused(tmp_path, content, says):
 def test_a_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match="smedjan tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+# nothing in the file is believed
+
+
+def deep(document: dict) -> str:
+    return json.dumps(document).replace('"model"', '"more": ' + "[" * 100_000 + "]" * 100_000 + ', "model"', 1)
+
+
+def twice(document: dict) -> str:
+    return json.dumps(document).replace('"vocab": {', '"vocab": {"a": 64, ', 1)
+
+
+HOSTILE = {
+    "negative": (lambda d: d["model"]["vocab"].update(zzzz=-1), "the id -1"),
+    "thirty million": (lambda d: d["model"]["vocab"].update(zzzz=30_000_000), "the id 30000000"),
+    "a fraction": (lambda d: d["model"]["vocab"].update(zzzz=1.5), "the id 1.5"),
+    "true": (lambda d: d["model"]["vocab"].update(zzzz=True), "the id True"),
+    "not a number": (lambda d: d["model"]["vocab"].update(zzzz=float("nan")), "the id nan"),
+    "a word": (lambda d: d["model"]["vocab"].update(zzzz="7"), "the id '7'"),
+    "nothing": (lambda d: d["model"]["vocab"].update(zzzz=None), "the id None"),
+    "twice": (lambda d: d["model"]["vocab"].update(zzzz=7), "same id 7"),
+    "added twice": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 3}), "same id 3"),
+    "added negative": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": -3}), "the id -3"),
+    "added far away": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 10**30}), "the id 10000"),
+    "two ids": (lambda d: d["added_tokens"].append({"content": "a", "id": 999}), "'a' has two ids"),
+    "one name twice": (lambda d: d["added_tokens"].extend([{"content": "<|x|>", "id": 900}, {"content": "<|x|>", "id": 901}]), "two ids"),
+    "no name": (lambda d: d["added_tokens"].append({"content": "", "id": 900}), "Its name is empty"),
+    "surrogate": (lambda d: d["added_tokens"].append({"content": "\ud800", "id": 900}), "not Unicode text"),
+    "added number": (lambda d: d["added_tokens"].append(5), "no content"),
+    "added without id": (lambda d: d["added_tokens"].append({"content": "x"}), "no id"),
+    "added object": (lambda d: d.update(added_tokens={"a": 1}), "no list"),
+    "spaces": (lambda d: d["added_tokens"].append({"content": "  ", "id": 900, "special": False}), "'  ' is not special"),
+    "lstrip": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 900, "lstrip": True}), "'<|x|>' has lstrip"),
+    "single_word": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 900, "single_word": True}), "has single_word"),
+    "dropout": (lambda d: d["model"].update(dropout=0.1), "BPE with dropout"),
+    "ignore_merges": (lambda d: d["model"].update(ignore_merges="no"), "ignore_merges is 'no'"),
+    "merge twice": (lambda d: d["model"]["merges"].append(d["model"]["merges"][0]), "a merge twice"),
+    "merge of numbers": (lambda d: d["model"]["merges"].append([1, 2]), "not two parts"),
+    "merges": (lambda d: d["model"].update(merges={"a": "b"}), "merges are missing"),
+    "vocab": (lambda d: d["model"].update(vocab=["a"]), "vocabulary or its merges are missing"),
+    "steps": (lambda d: d["pre_tokenizer"].update(pretokenizers=7), "no list of steps"),
+    "a word for a step": (lambda d: d.update(pre_tokenizer="ByteLevel"), "no object but 'ByteLevel'"),
+    "split without behavior": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("behavior"), "not known here"),
+    "split without pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern=None), "not known here"),
+    "pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "does not compile"),
+    "set in set": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"[\w&&[^a]]+|."}), r"intersection|inside"),
+    "endless": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a{1000000000}"}), "1000000 copies"),
+    "nested": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(" * 5000 + ")" * 5000}), "does not compile"),
+    "recursion": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(?R)"}), "recursion"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_by_name_and_reason(tokenizer, tmp_path, kind):
+    edit, says = HOSTILE[kind]
+    document = json.loads(tokenizer.to_json())
+    edit(document)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=says) as caught:
+        Tokenizer.load(file)
+    assert str(file) in caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("make", [deep, twice, lambda _: "[]", lambda _: "7", lambda _: '{"model": ' + "9" * 5000 + "}"])
+def test_json_that_is_no_tokenizer_is_refused_with_the_file(tokenizer, tmp_path, make):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(make(json.loads(tokenizer.to_json())))
+    with pytest.raises(DataError, match="It is no tokenizer"):
+        Tokenizer.load(file)
+
+
+def test_a_file_larger_than_any_tokenizer_is_not_read(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(257 << 20)
+    with pytest.raises(DataError, match="more than 256 MiB"):
+        Tokenizer.load(tmp_path)
+
+
+def places(value, path=()):
+    """Where values stand in a JSON document, each vocabulary and list of merges with its first and last entries only."""
+    yield path
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    for key, inside in items[:3] + items[3:][-2:] if len(items) > 12 else items:
+        yield from places(inside, (*path, key))
+
+
+ODD = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    7,
+    256,
+    1 << 21,
+    1 << 62,
+    10**30,
+    0.5,
+    float("nan"),
+    "",
+    "a",
+    "a b",
+    "\ud800",
+    "(",
+    [],
+    [[]],
+    ["a"],
+    {},
+    {"a": 1},
+)
+TINY = json.loads(Tokenizer.train_from_texts(["iron iron fire"], 262).to_json())
+FUZZ = settings(max_examples=300)
+
+
+@FUZZ
+@given(
+    places=st.lists(
+        st.tuples(st.sampled_from(sorted(places(TINY), key=str)), st.sampled_from(("put", "pop")), st.sampled_from(ODD)), max_size=3
+    )
+)
+def test_any_change_of_any_value_is_refused_or_gives_a_tokenizer_that_works(places):
+    document = copy.deepcopy(TINY)
+    for path, how, value in places:
+        document = changed(document, path, how, value)
+    works_or_is_refused(json.dumps(document))
+
+
+@FUZZ
+@given(
+    at=st.integers(0, len(json.dumps(TINY)) - 1),
+    kind=st.sampled_from(("cut", "put", "drop", "double")),
+    text=st.text(max_size=3) | st.sampled_from(['"', "{", "}", "[", "]", ",", ":", "-", "1e9", "null", "\\ud800"]),
+    size=st.integers(1, 40),
+)
+def test_any_change_of_the_text_is_refused_or_gives_a_tokenizer_that_works(at, kind, text, size):
+    whole = json.dumps(TINY)
+    rest = {"cut": "", "put": text + whole[at + len(text) :], "drop": whole[at + size :], "double": whole[max(0, at - size) :]}[kind]
+    works_or_is_refused(whole[:at] + rest)
+
+
+def changed(document, path, how, value):
+    """The document with `value` put at `path`, or what is there taken out; unchanged where there is no such place any more."""
+    if not path:
+        return value if how == "put" else document
+    place = document
+    try:
+        for key in path[:-1]:
+            place = place[key]
+        if how == "put":
+            place[path[-1]] = value
+        else:
+            place.pop(path[-1])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        pass
+    return document
+
+
+def check_sentences(said: list[str]) -> None:
+    assert "there/tokenizer.json" in said[0]
+    assert all(said)
+
+
+def works_or_is_refused(text: str) -> None:
+    try:
+        tokenizer = Tokenizer.from_json(text, "there/tokenizer.json")
+    except DataError as error:
+        check_sentences([error.what, error.why, error.fix])
+        return
+    assert tokenizer.decode(tokenizer.encode("iron é <|endoftext|>", "all")) == "iron é <|endoftext|>"
+    assert Tokenizer.from_json(tokenizer.to_json()).hash == tokenizer.hash
+    ids = [*tokenizer.vocabulary.tokens.values(), *tokenizer.special_tokens.values()]
+    assert len(set(ids)) == len(ids)
+    assert 0 <= min(ids) <= max(ids) < 1 << 21
+
+
+# what is written is read back
+
+
+@pytest.mark.parametrize("name", ["the", "a", "§", "Ġthe", "é", "hammer", "", "\ud800"])
+def test_a_special_token_that_could_be_an_ordinary_one_is_refused_before_learning(name):
+    def never(*_):
+        pytest.fail("learnt")
+
+    with pytest.raises(DataError, match=r"cannot name a special token.*Name it <\|"):
+        Tokenizer.train_from_texts(["the hammer"], 300, special_tokens=(name,), progress=never)
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "[PAD]", "<pad>", "the end", "<|é|>", "日本", "🙂"])
+def test_special_tokens_that_no_text_gives_are_taken_and_read_back(tmp_path, name):
+    tokenizer = Tokenizer.train_from_texts(
+        ["the hammer </s> [PAD] <pad> the end <|é|> 日本 🙂 "] * 20, 330, special_tokens=(name,), min_count=1
+    )
+    assert Tokenizer.load(tokenizer.save(tmp_path)).hash == tokenizer.hash
+    assert name in tokenizer.special_tokens
+
+
+def test_a_tokenizer_that_would_be_refused_is_not_written(tmp_path, tokenizer):
+    other = Tokenizer(dataclasses.replace(tokenizer.vocabulary, pattern=r"[a[b]]+|."))
+    with pytest.raises(DataError, match="inside a set"):
+        other.save(tmp_path / "t.json")
+    assert list(tmp_path.iterdir()) == []

@@ -144,3 +144,25 @@ def test_a_tokenizer_json_is_taken_as_it_is_with_more_specials(tmp_path, ours):
     assert more.special_tokens == {"<|endoftext|>": ours.vocab_size - 1, "<|user|>": ours.vocab_size}
     with pytest.raises(DataError, match="Leave out"):
         foreign.read(file, pattern="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "says"),
+    [
+        ({"<|x|>": 7}, "same id 7"),
+        ({"<|x|>": 30_000_000}, "the id 30000000"),
+        ({"": 9000}, "Its name is empty"),
+    ],
+)
+def test_ids_that_no_tokenizer_can_have_are_refused_in_every_format(tmp_path, ours, vocab, says):
+    merges, file = write_gpt2(tmp_path, ours)
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | vocab), encoding="utf-8")
+    with pytest.raises(DataError, match=says):
+        Tokenizer(foreign.read(merges, file))
+
+
+def test_a_special_token_that_is_an_ordinary_one_cannot_be_added(tmp_path, ours, capsys):
+    file = ours.save(tmp_path)
+    assert import_bpe.main(["--merges", str(file), "--special", "the", "--output", str(tmp_path / "out.json")]) == 2
+    assert f"{str(file)!r} has a special token 'the'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
