@@ -35,6 +35,7 @@ _REQUIRED = {
     "tokenizer_hash": str,
     "sha256": str,
 }
+_AT_ONCE = 1 << 24  # tokens looked at together
 _REMAKE = "Make it again: smedjan prepare."
 
 
@@ -66,7 +67,8 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenFile":
-        """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids."""
+        """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids,
+        an id beyond the vocabulary. The largest id stands in the manifest; a file whose manifest lacks it is read once."""
         path = Path(path)
         if not path.is_file():
             raise DataError(
@@ -80,7 +82,9 @@ class TokenFile:
         if size != needed:
             state = "cut short" if size < needed else "too long"
             raise DataError(f"The token file {str(path)!r} is {state}.", f"Its manifest promises {needed} bytes, it has {size}.", _REMAKE)
-        return cls(path, manifest, _map(path, dtype), _map_offsets(path, manifest["documents"]))
+        tokens = _map(path, dtype)
+        _check_ids(path, manifest, tokens)
+        return cls(path, manifest, tokens, _map_offsets(path, manifest["documents"]))
 
     def verify(self) -> None:
         """Read the whole file and compare its SHA-256 with the manifest. Raises DataError."""
@@ -117,7 +121,7 @@ class TokenFileWriter:
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
         self.dtype = dtype_for(vocab_size)
-        self.num_tokens, self.num_documents, self.num_bytes = 0, 0, 0
+        self.num_tokens, self.num_documents, self.num_bytes, self._max_id = 0, 0, 0, -1
         self._sha = hashlib.sha256()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finals = (self.path, offsets_path(self.path), manifest_path(self.path))
@@ -144,6 +148,7 @@ class TokenFileWriter:
         self._offsets.truncate(self.num_documents * 8)
         while data := self._tokens.read(1 << 24):
             self._sha.update(data)
+            self._max_id = max(self._max_id, int(np.frombuffer(data, self.dtype).max()))
         self._offsets.seek(0, os.SEEK_END)
 
     def _lock(self) -> None:
@@ -163,9 +168,16 @@ class TokenFileWriter:
         return {"temporary": names, "itemsize": self.dtype.itemsize} | counts
 
     def append(self, tokens: np.ndarray, document_starts: np.ndarray, num_bytes: int) -> None:
-        """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for."""
+        """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for.
+
+        Raises DataError for an id that is not of the vocabulary.
+        """
         assert self._tokens is not None, "the writer is closed"
         assert self._offsets is not None
+        if len(tokens):
+            self._max_id = max(self._max_id, int(np.max(tokens)))
+            if self._max_id >= self.vocab_size:
+                raise _beyond(self.path, self._max_id, self.vocab_size)
         data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
         self._tokens.write(data)
         self._sha.update(data)
@@ -183,6 +195,7 @@ class TokenFileWriter:
             "documents": self.num_documents,
             "bytes": self.num_bytes,
             "vocab_size": self.vocab_size,
+            "max_id": self._max_id,
             "tokenizer_hash": self.tokenizer_hash,
             "sha256": self._sha.hexdigest(),
             **self.manifest,
@@ -262,6 +275,22 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     """The file as a read-only array; an empty one cannot be mapped. Big-endian machines are refused."""
     assert sys.byteorder == "little", "token files are little-endian"
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _check_ids(path: Path, manifest: dict[str, Any], tokens: np.ndarray) -> None:
+    """Raises DataError where an id is beyond the vocabulary: it would be another token's row, or none."""
+    largest = manifest.get("max_id")
+    if type(largest) is not int:
+        largest = max((int(tokens[first : first + _AT_ONCE].max()) for first in range(0, len(tokens), _AT_ONCE)), default=-1)
+    if largest >= manifest["vocab_size"]:
+        raise _beyond(path, largest, manifest["vocab_size"])
+
+
+def _beyond(path: Path, largest: int, vocab_size: int) -> DataError:
+    what = f"The token file {str(path)!r} has token {largest}, which its vocabulary does not have."
+    return DataError(
+        what, f"A vocabulary of {vocab_size} ends at token {vocab_size - 1}.", "Prepare it again with the tokenizer of the run."
+    )
 
 
 def _map_offsets(path: Path, documents: int) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from smedjan_common.errors import DataError
 
 def write(path, lengths) -> TokenFile:
     """Documents whose tokens are all different: token i of the file is i."""
-    with TokenFileWriter(path / "t.bin", 1 << 20, "hash") as writer:
+    with TokenFileWriter(path / "t.bin", 1 << 21, "hash") as writer:
         at = 0
         for length in lengths:
             writer.append(np.arange(at, at + length), np.array([0]), length)

@@ -78,6 +78,34 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, changes, says):
     assert "t.bin" in str(caught.value)
 
 
+def test_an_id_beyond_the_vocabulary_is_refused_at_opening(tmp_path):
+    """JAX takes the last row for it, MLX whatever lies there: nothing else would notice."""
+    path = tmp_path / "t.bin"
+    assert write(path).manifest["max_id"] == 4
+    with pytest.raises(DataError, match=r"new\.bin.*token 300"):
+        write(tmp_path / "new.bin", pieces=((0, 299), (300, 1)))
+    assert not (tmp_path / "new.bin").exists()
+    damage_manifest(path, vocab_size=4)
+    with pytest.raises(DataError, match=r"t\.bin.*token 4, .*vocabulary of 4"):
+        TokenFile.open(path)
+    for unknown in (None, "4"):  # as older files have it: looked for in the tokens
+        damage_manifest(path, vocab_size=4, max_id=unknown)
+        with pytest.raises(DataError, match="token 4, "):
+            TokenFile.open(path)
+        damage_manifest(path, vocab_size=5)
+        assert TokenFile.open(path).num_tokens == 5
+
+
+def test_a_file_that_is_resumed_knows_the_largest_id_of_both_parts(tmp_path):
+    writer = TokenFileWriter(tmp_path / "t.bin", 300, "abc")
+    writer.append(np.array([7, 299]), np.array([0]), 2)
+    state = writer.state()
+    writer.close()
+    with TokenFileWriter(tmp_path / "t.bin", 300, "abc", resume=state) as again:
+        again.append(np.array([5]), np.array([0]), 1)
+    assert TokenFile.open(tmp_path / "t.bin").manifest["max_id"] == 299
+
+
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "t.bin"
     with pytest.raises(DataError, match="no token file"):
