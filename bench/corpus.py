@@ -7,7 +7,8 @@ from typing import Any
 
 from smedjan_common.backend import Backend, State
 from smedjan_common.commands import quickstart
-from smedjan_common.data.order import Batches, eval_batches
+from smedjan_common.data.batches import batches
+from smedjan_common.data.order import eval_batches
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.tokenizer import Tokenizer
@@ -26,9 +27,9 @@ class Corpus:
     def train_steps(self, backend: Backend, state: State, first: int = 0) -> State:
         """`backend.train.steps` optimizer steps in the order of a run."""
         config = backend.train
-        batches = Batches(self.train, config.seq_len, config.batch_size, config.seed)
+        order = batches(self.train, config.seq_len, config.batch_size, config.seed)
         for step in range(first, config.steps):
-            state, metrics = backend.train_step(state, *batches.batch(step), learning_rate(config, step))
+            state, metrics = backend.train_step(state, *order.batch(step)[:2], learning_rate(config, step))
             if step % 50 == 49:
                 backend.read(metrics)  # bounds what is queued on the device
         return state

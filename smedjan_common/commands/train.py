@@ -53,7 +53,7 @@ def _train(name: str, load: Load, flags: "TrainFlags", given: frozenset[str]) ->
 
 def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[str], lock: "RunLock") -> int:
     from smedjan_common.commands.backends import check_backend
-    from smedjan_common.data.mixture import batches
+    from smedjan_common.data.batches import batches
     from smedjan_common.reporting.console import say
     from smedjan_common.run import resume, settings
     from smedjan_common.run.checks import check_counts, check_documents, check_format, check_names

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smedjan_common.data.order import Batches, permute
-from smedjan_common.data.packing import PackedBatches
+from smedjan_common.data.order import Windows, permute
+from smedjan_common.data.packing import Packed
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
@@ -88,18 +88,6 @@ class Mixture:
         self.files[0].check_tokenizer(tokenizer_hash)
 
 
-CUTS: dict[str, type[Batches] | type[PackedBatches]] = {"windows": Batches, "documents": PackedBatches}  # by TrainConfig.packing
-
-
-def batches(
-    data: TokenFile | Mixture, seq_len: int, batch_size: int, seed: int, packing: str = "windows"
-) -> "Batches | PackedBatches | MixedBatches":
-    """The batches of one token file or of a mixture, a pure function of (data, seed, step). Raises DataError for too few tokens."""
-    if isinstance(data, Mixture):
-        return MixedBatches(data.files, data.weights, seq_len, batch_size, seed, packing)
-    return CUTS[packing](data, seq_len, batch_size, seed)
-
-
 class MixedOrder:
     """Which file and which of its windows make the batch of each step."""
 
@@ -138,38 +126,26 @@ class MixedOrder:
         return files, ranks
 
 
-class MixedBatches:
-    """`Batches` of several token files; the same methods. An epoch is as many samples as all files have windows."""
+class Mixed:
+    """The windows of several files, each cut as it is. An epoch is as many samples as all of them have windows."""
 
-    def __init__(
-        self,
-        files: Sequence[TokenFile],
-        weights: Sequence[float],
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        packing: str = "windows",
-    ):
-        check_same_tokenizer(files)
-        self.sources = [CUTS[packing](file, seq_len, batch_size, seed) for file in files]
-        self.order = MixedOrder([source.num_windows for source in self.sources], weights, batch_size, seed)
-        self.seq_len, self.batch_size = seq_len, batch_size
-        self.num_windows = sum(self.order.num_windows)
-        self.steps_per_epoch = -(-self.num_windows // batch_size)
+    def __init__(self, cuts: Sequence[Windows | Packed]):
+        self._cuts, self.seq_len = cuts, cuts[0].seq_len
+        self.num_windows = sum(cut.num_windows for cut in cuts)
 
-    def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs int32 [B, T], targets int32 [B, T]) of a step."""
-        file, window = self.order.windows(step, rows)
+    def read(self, pieces: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs int32 [B, T], targets int32 [B, T]) of (file int64 [B], window int64 [B])."""
+        file, window = pieces
         inputs, targets = np.empty((2, len(file), self.seq_len), np.int32)
         for number in np.unique(file).tolist():
             here = file == number
-            inputs[here], targets[here] = self.sources[number].read(window[here])
+            inputs[here], targets[here] = self._cuts[number].read(window[here])
         return inputs, targets
 
-    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """The document of each input token of that batch, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
-        file, window = self.order.windows(step, rows)
+    def documents(self, pieces: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The document of each input token, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
+        file, window = pieces
         out = np.empty((len(file), self.seq_len), np.int32)
         for number in np.unique(file).tolist():
-            out[file == number] = self.sources[number].read_documents(window[file == number])
+            out[file == number] = self._cuts[number].documents(window[file == number])
         return out

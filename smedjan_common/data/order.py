@@ -21,18 +21,12 @@ IGNORED = -1  # target of padding
 
 
 class BatchOrder:
-    """The windows of every step. Raises DataError when the file is too short for one window."""
+    """The windows of every step, of `num_windows` in all."""
 
-    def __init__(self, num_tokens: int, seq_len: int, batch_size: int, seed: int):
-        if seq_len < 1 or batch_size < 1:
-            raise DataError(f"Batches of {batch_size} windows of {seq_len} tokens make no sense.", "", "Give both at least 1.")
-        if num_tokens < seq_len + 1:
-            fix = f"Use --seq-len {num_tokens - 1} or less, or more text." if num_tokens > 1 else "Prepare more text."
-            raise DataError(
-                f"The dataset is too short for --seq-len {seq_len}.", f"It has {num_tokens} tokens; {seq_len + 1} are needed.", fix
-            )
-        self.num_windows = (num_tokens - 1) // seq_len
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, num_windows: int, batch_size: int, seed: int):
+        if batch_size < 1:
+            raise DataError(f"Batches of {batch_size} windows make no sense.", "", "Give at least 1.")
+        self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
 
     def windows(self, step: int, rows: slice | None = None) -> np.ndarray:
         """Window numbers int64 [batch_size] of a step, or of its rows `rows`."""
@@ -74,34 +68,26 @@ def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarra
     return left << half | right
 
 
-class Batches:
-    """Batches of a token file. `batch(step)` -> (inputs int32 [B, T], targets int32 [B, T]); `rows` gives some rows only.
+class Windows:
+    """The windows of a token file: how text is cut as one stream. Raises DataError when the file is too short for one."""
 
-    `read` and `read_documents` give the same of windows by their number, for mixtures (mixture.py).
-    """
-
-    def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
-        self.order = BatchOrder(token_file.num_tokens, seq_len, batch_size, seed)
-        self.tokens, self.seq_len, self.batch_size = token_file.tokens, seq_len, batch_size
-        self.file = token_file
-        self.num_windows = self.order.num_windows
-        self.steps_per_epoch = -(-self.num_windows // batch_size)
-
-    def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of a step."""
-        return self.read(self.order.windows(step, rows))
-
-    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """The document of each input token of that batch, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
-        return self.read_documents(self.order.windows(step, rows))
+    def __init__(self, token_file: TokenFile, seq_len: int):
+        if seq_len < 1:
+            raise DataError(f"Windows of {seq_len} tokens make no sense.", "", "Give at least 1.")
+        tokens = token_file.num_tokens
+        if tokens < seq_len + 1:
+            fix = f"Use --seq-len {tokens - 1} or less, or more text." if tokens > 1 else "Prepare more text."
+            raise DataError(f"The dataset is too short for --seq-len {seq_len}.", f"It has {tokens} tokens; {seq_len + 1} are needed.", fix)
+        self._file, self.seq_len = token_file, seq_len
+        self.num_windows = (tokens - 1) // seq_len
 
     def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of windows int64 [B]."""
-        return read_windows(self.tokens, windows, self.seq_len)
+        """(inputs int32 [B, T], targets int32 [B, T]) of windows int64 [B]."""
+        return read_windows(self._file.tokens, windows, self.seq_len)
 
-    def read_documents(self, windows: np.ndarray) -> np.ndarray:
-        """The documents of windows int64 [B]."""
-        return document_numbers(document_offsets(self.file), windows, self.seq_len)
+    def documents(self, windows: np.ndarray) -> np.ndarray:
+        """The document of each input token, int32 [B, T] from 0 in each row. Raises DataError without offsets."""
+        return document_numbers(document_offsets(self._file), windows, self.seq_len)
 
 
 def read_windows(tokens: np.ndarray, windows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

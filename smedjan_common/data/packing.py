@@ -8,7 +8,7 @@ reaches into another document; attention stays inside by `documents`. The rows o
 
 import numpy as np
 
-from smedjan_common.data.order import IGNORED, BatchOrder, document_offsets
+from smedjan_common.data.order import IGNORED, document_offsets
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
@@ -49,10 +49,10 @@ def stretches(documents: np.ndarray, num_tokens: int, seq_len: int) -> tuple[np.
     return np.repeat(starts, pieces) + number * seq_len, np.minimum(np.repeat(positions, pieces) - number * seq_len, seq_len)
 
 
-class PackedBatches:
-    """`Batches` of whole documents; the same methods. `fill`: the part of the positions that is text, the rest has target -1."""
+class Packed:
+    """The rows of whole documents of a token file. `fill`: the part of the positions that is text, the rest has target -1."""
 
-    def __init__(self, token_file: TokenFile, seq_len: int, batch_size: int, seed: int):
+    def __init__(self, token_file: TokenFile, seq_len: int):
         starts, lengths = stretches(document_offsets(token_file), token_file.num_tokens, seq_len)
         if not len(starts):
             raise DataError(f"The dataset {str(token_file.path)!r} has no documents of two tokens.", "", "Prepare more text.")
@@ -61,33 +61,23 @@ class PackedBatches:
         self._starts, self._lengths = starts[order], lengths[order]
         self.num_windows = int(rows.max()) + 1
         self._first = np.searchsorted(rows[order], np.arange(self.num_windows + 1))
-        self.order = BatchOrder(self.num_windows + 1, 1, batch_size, seed)
-        self.tokens, self.seq_len, self.batch_size = token_file.tokens, seq_len, batch_size
-        self.steps_per_epoch = -(-self.num_windows // batch_size)
+        self._tokens, self.seq_len = token_file.tokens, seq_len
         self.fill = float(lengths.sum() / (self.num_windows * seq_len))
 
-    def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs int32 [B, T], targets int32 [B, T], -1 where a row has no more text)."""
-        return self.read(self.order.windows(step, rows))
-
-    def documents(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """The stretch of each position, int32 [B, T] from 0 in each row; the rest of a row counts as one more, so that it sees itself."""
-        return self.read_documents(self.order.windows(step, rows))
-
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of packed rows int64 [B]."""
+        """(inputs int32 [B, T], targets int32 [B, T], -1 where a row has no more text) of packed rows int64 [B]."""
         inputs = np.zeros((len(numbers), self.seq_len), np.int32)
         targets = np.full((len(numbers), self.seq_len), IGNORED, np.int32)
         for row, number in enumerate(numbers.tolist()):
             at = 0
             for start, length in self._of(number):
-                piece = self.tokens[start : start + length + 1]
+                piece = self._tokens[start : start + length + 1]
                 inputs[row, at : at + length], targets[row, at : at + length] = piece[:-1], piece[1:]
                 at += length
         return inputs, targets
 
-    def read_documents(self, numbers: np.ndarray) -> np.ndarray:
-        """The stretches of packed rows int64 [B]."""
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The stretch of each position, int32 [B, T] from 0 in each row; the rest of a row counts as one more, so that it sees itself."""
         out = np.empty((len(numbers), self.seq_len), np.int32)
         for row, number in enumerate(numbers.tolist()):
             lengths = [length for _, length in self._of(number)]

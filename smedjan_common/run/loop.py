@@ -16,7 +16,7 @@ from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
 from smedjan_common.checkpoint import FORMAT, Background, latest_checkpoint, read_checkpoint, read_info, read_own, read_weights
-from smedjan_common.data.mixture import batches
+from smedjan_common.data.batches import batches
 from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
@@ -63,7 +63,7 @@ class _Loop:
         self.device = self.backend.describe()
         self.folder = RunFolder(self.config, self.device)
         train = self.train
-        self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing)
+        self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing, train.mask_documents)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
         self.meter = Meter(self.tokens_per_step)
         peak = self.device.peak_flops
@@ -116,8 +116,8 @@ class _Loop:
     def dispatch(self, state: State, step: int) -> State:
         """Queue one optimizer step on the device."""
         lr = learning_rate(self.train, step - 1)
-        documents = self.batches.documents(step - 1) if self.train.mask_documents else None
-        state, metrics = self.backend.train_step(state, *self.batches.batch(step - 1), lr, documents)
+        batch = self.batches.batch(step - 1)
+        state, metrics = self.backend.train_step(state, batch.inputs, batch.targets, lr, batch.documents)
         self.queue.append((step, lr, metrics))
         return state
 

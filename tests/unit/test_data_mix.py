@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from smedjan_common.commands import hash as hash_command
 from smedjan_common.commands import mix as mix_command
+from smedjan_common.data.batches import batches
 from smedjan_common.data.mix import mix
-from smedjan_common.data.mixture import BLOCK, MixedBatches, MixedOrder, parse_shards, shares
-from smedjan_common.data.order import Batches
+from smedjan_common.data.mixture import BLOCK, MixedOrder, Mixture, parse_shards, shares
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile, TokenFileWriter
 from smedjan_common.errors import DataError
@@ -73,11 +73,11 @@ def test_hosts_read_disjoint_rows_that_make_up_the_batch(step, hosts):
 def test_mixed_batches_read_the_windows_of_their_files(tmp_path):
     first = write(tmp_path / "a.bin", [range(0, 1000)])
     second = write(tmp_path / "b.bin", [range(2000, 2500)])
-    mixed = MixedBatches([first, second], [0.5, 0.5], 9, 4, 0)
-    assert mixed.num_windows == Batches(first, 9, 4, 0).num_windows + Batches(second, 9, 4, 0).num_windows
+    mixed = batches(Mixture((first, second), (0.5, 0.5)), 9, 4, 0)
+    assert mixed.num_windows == batches(first, 9, 4, 0).num_windows + batches(second, 9, 4, 0).num_windows
     seen = set()
     for step in range(100):
-        inputs, targets = mixed.batch(step)
+        inputs, targets, _ = mixed.batch(step)
         assert inputs.dtype == targets.dtype == np.int32
         assert np.array_equal(targets, inputs + 1)
         assert np.array_equal(inputs, mixed.batch(step)[0])
@@ -85,7 +85,7 @@ def test_mixed_batches_read_the_windows_of_their_files(tmp_path):
     assert min(seen) == 0
     assert max(seen) >= 2000
     with pytest.raises(DataError, match="different tokenizers"):
-        MixedBatches([first, write(tmp_path / "c.bin", [range(100)], "other")], [1, 1], 9, 4, 0)
+        Mixture((first, write(tmp_path / "c.bin", [range(100)], "other")), (1, 1))
 
 
 def test_a_mixed_file_has_the_shares_and_no_document_twice(tmp_path):
@@ -147,9 +147,9 @@ def test_mixed_batches_know_the_documents_of_their_files(tmp_path, packing):
     """Tokens of a document are equal here, so the document numbers must change exactly where the tokens do."""
     first = write(tmp_path / "a.bin", [[i] * (3 + i % 5) for i in range(1, 200)])
     second = write(tmp_path / "b.bin", [[i] * 30 for i in range(300, 330)])
-    mixed = MixedBatches([first, second], [0.5, 0.5], 16, 8, 0, packing)
+    mixed = batches(Mixture((first, second), (0.5, 0.5)), 16, 8, 0, packing, documents=True)
     for step in range(20):
-        (inputs, targets), documents = mixed.batch(step), mixed.documents(step)
+        inputs, targets, documents = mixed.batch(step)
         counted = targets >= 0
         same = np.diff(documents, axis=1) == 0
         assert np.array_equal(same, np.diff(inputs, axis=1) == 0)
@@ -162,3 +162,22 @@ def test_mixed_batches_know_the_documents_of_their_files(tmp_path, packing):
 def test_the_hash_of_a_directory_is_refused(path, capsys):
     assert hash_command.main([path]) == 2
     assert "is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_order_of_a_step_is_computed_once_where_documents_are_asked_for(tmp_path, monkeypatch, packing, mixed):
+    first = write(tmp_path / "a.bin", [[i] * (3 + i % 5) for i in range(1, 200)])
+    data = Mixture((first, write(tmp_path / "b.bin", [[i] * 30 for i in range(300, 330)])), (0.5, 0.5)) if mixed else first
+    with_documents, without = batches(data, 16, 8, 0, packing, documents=True), batches(data, 16, 8, 0, packing)
+    asked, kind = [], type(with_documents.order)
+    windows = kind.windows
+    monkeypatch.setattr(
+        type(with_documents.order), "windows", lambda self, step, rows=None: asked.append(step) or windows(self, step, rows)
+    )
+    for step in (0, 7):
+        one, other = with_documents.batch(step), without.batch(step)
+        assert np.array_equal(one.inputs, other.inputs)
+        assert np.array_equal(one.targets, other.targets)
+        assert (one.documents is None, other.documents is None) == (False, True)
+    assert asked == [0, 0, 7, 7]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smedjan_common.data.order import Batches, BatchOrder, eval_batches, permute
+from smedjan_common.data.batches import batches
+from smedjan_common.data.order import BatchOrder, eval_batches, permute
 from smedjan_common.data.token_file import TokenFile, TokenFileWriter
 from smedjan_common.errors import DataError
 
@@ -42,7 +43,7 @@ def test_places_far_beyond_32_bits():
 def test_the_order_never_changes():
     """These numbers are part of what a checkpoint means: a resumed run reads on where it stopped."""
     assert permute(np.arange(8), 1000, 42, 0).tolist() == FROZEN_EPOCH_0
-    assert BatchOrder(10_001, 10, 6, 42).windows(3).tolist() == FROZEN_STEP_3
+    assert BatchOrder(1000, 6, 42).windows(3).tolist() == FROZEN_STEP_3
 
 
 def test_epochs_and_seeds_differ_and_look_random():
@@ -54,7 +55,7 @@ def test_epochs_and_seeds_differ_and_look_random():
 
 
 def test_each_epoch_sees_every_window_once_across_steps():
-    order = BatchOrder(num_tokens=1 + 10 * 37, seq_len=10, batch_size=5, seed=3)
+    order = BatchOrder(num_windows=37, batch_size=5, seed=3)
     assert order.num_windows == 37
     rows = np.concatenate([order.windows(step) for step in range(37)])
     for epoch in range(5):
@@ -65,27 +66,28 @@ def test_each_epoch_sees_every_window_once_across_steps():
 @given(hosts=st.sampled_from([1, 2, 3, 4, 6, 12]), step=st.integers(0, 10**9), n=st.integers(1, 500))
 @settings(max_examples=100, deadline=None)
 def test_hosts_read_disjoint_rows_that_make_up_the_batch(hosts, step, n):
-    order = BatchOrder(n + 1, 1, 12, 5)
+    order = BatchOrder(n, 12, 5)
     each = 12 // hosts
     parts = [order.windows(step, slice(host * each, (host + 1) * each)) for host in range(hosts)]
     assert np.array_equal(np.concatenate(parts), order.windows(step))
 
 
 def test_targets_are_inputs_shifted_by_one(tmp_path):
-    batches = Batches(token_file(tmp_path, 100), 8, 4, 0)
-    assert batches.num_windows == 12
-    assert batches.steps_per_epoch == 3
+    order = batches(token_file(tmp_path, 100), 8, 4, 0)
+    assert order.num_windows == 12
+    assert order.steps_per_epoch == 3
     seen = []
     for step in range(3):
-        inputs, targets = batches.batch(step)
+        inputs, targets, documents = order.batch(step)
+        assert documents is None
         assert inputs.shape == targets.shape == (4, 8)
         assert inputs.dtype == targets.dtype == np.int32
         assert np.array_equal(inputs[:, 1:], targets[:, :-1])
         assert np.array_equal(targets, inputs + 1)
         seen += (inputs[:, 0] // 8).tolist()
     assert sorted(seen) == list(range(12))
-    part, _ = batches.batch(2, slice(1, 3))
-    assert np.array_equal(part, batches.batch(2)[0][1:3])
+    part = order.batch(2, slice(1, 3)).inputs
+    assert np.array_equal(part, order.batch(2).inputs[1:3])
 
 
 def test_document_numbers_change_where_documents_start(tmp_path):
@@ -93,22 +95,22 @@ def test_document_numbers_change_where_documents_start(tmp_path):
     with TokenFileWriter(tmp_path / "t.bin", 300, "hash") as writer:
         for number, length in enumerate(lengths):
             writer.append(np.full(length, number), np.array([0]), length)
-    batches = Batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0)
-    for step in range(batches.steps_per_epoch):
-        inputs, _ = batches.batch(step)  # every token is the number of its document
-        assert np.array_equal(batches.documents(step), inputs - inputs[:, :1])
-        assert np.array_equal(batches.documents(step, slice(1, 2)), (inputs - inputs[:, :1])[1:2])
+    order = batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0, documents=True)
+    for step in range(order.steps_per_epoch):
+        inputs, _, documents = order.batch(step)  # every token is the number of its document
+        assert np.array_equal(documents, inputs - inputs[:, :1])
+        assert np.array_equal(order.batch(step, slice(1, 2)).documents, (inputs - inputs[:, :1])[1:2])
     (tmp_path / "t.bin.offsets").unlink()
     with pytest.raises(DataError, match="no document offsets"):
-        Batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0).documents(0)
+        batches(TokenFile.open(tmp_path / "t.bin"), 8, 4, 0, documents=True).batch(0)
 
 
 @pytest.mark.parametrize(("tokens", "says"), [(5, "--seq-len 4"), (1, "more text"), (0, "more text")])
-def test_a_file_too_short_for_a_window_says_what_would_fit(tokens, says):
+def test_a_file_too_short_for_a_window_says_what_would_fit(tmp_path, tokens, says):
     with pytest.raises(DataError, match=says):
-        BatchOrder(tokens, 8, 1, 0)
+        batches(token_file(tmp_path, tokens), 8, 1, 0)
     with pytest.raises(DataError):
-        BatchOrder(100, 0, 1, 0)
+        batches(token_file(tmp_path, 100), 0, 1, 0)
 
 
 @pytest.mark.parametrize("count", [2, 9, 33, 64, 65, 100])

@@ -5,14 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smedjan_common.data.packing import PackedBatches, best_fit, stretches
+from smedjan_common.data.batches import batches
+from smedjan_common.data.packing import Packed, best_fit, stretches
 from smedjan_common.data.token_file import TokenFile, TokenFileWriter
 from smedjan_common.errors import DataError
 
 
 def write(path, lengths) -> TokenFile:
     """Documents whose tokens are all different: token i of the file is i."""
-    with TokenFileWriter(path / "t.bin", 1 << 21, "hash") as writer:
+    with TokenFileWriter(path / "t.bin", 1 << 24, "hash") as writer:
         at = 0
         for length in lengths:
             writer.append(np.arange(at, at + length), np.array([0]), length)
@@ -55,13 +56,12 @@ def test_best_fit_fills_rows_as_its_definition_does(lengths):
 @pytest.mark.parametrize("seq_len", [4, 16, 64])
 def test_every_pair_of_neighbours_in_a_document_is_trained_once(tmp_path, seq_len):
     lengths = [1, 2, 3, 5, 17, 18, 40, 100, 2, 2, 65, 64, 66]
-    packed = PackedBatches(write(tmp_path, lengths), seq_len, 3, 1)
+    packed = batches(write(tmp_path, lengths), seq_len, 3, 1, "documents", documents=True)
     ends = set((np.cumsum(lengths) - 1).tolist())
     seen = []
     for row in range(packed.num_windows):
         step, place = divmod(row, 3)
-        inputs, targets = packed.batch(step, slice(place, place + 1))
-        documents = packed.documents(step, slice(place, place + 1))
+        inputs, targets, documents = packed.batch(step, slice(place, place + 1))
         real = targets >= 0
         assert np.array_equal(targets[real], inputs[real] + 1)
         seen += inputs[real].tolist()
@@ -70,7 +70,7 @@ def test_every_pair_of_neighbours_in_a_document_is_trained_once(tmp_path, seq_le
         assert (np.diff(documents[0]) >= 0).all()
     assert sorted(seen) == sorted(set(range(sum(lengths))) - ends)
     whole = packed.batch(0)
-    assert whole[0].shape == whole[1].shape == packed.documents(0).shape == (3, seq_len)
+    assert whole.inputs.shape == whole.targets.shape == whole.documents.shape == (3, seq_len)
 
 
 def test_no_document_that_fits_is_cut():
@@ -83,11 +83,11 @@ def test_no_document_that_fits_is_cut():
 def test_rows_of_real_lengths_are_nearly_full(tmp_path):
     draw = np.random.Generator(np.random.PCG64(1))
     lengths = np.clip(draw.lognormal(5.5, 1.2, 5000), 2, 20_000).astype(int)
-    assert PackedBatches(write(tmp_path, lengths.tolist()), 2048, 8, 0).fill > 0.995
+    assert Packed(write(tmp_path, lengths.tolist()), 2048).fill > 0.995
 
 
 def test_each_epoch_has_every_row_once(tmp_path):
-    packed = PackedBatches(write(tmp_path, [9] * 40), 16, 4, 3)
+    packed = batches(write(tmp_path, [9] * 40), 16, 4, 3, "documents")
     assert packed.num_windows == 20
     firsts = [packed.batch(step)[0][:, 0] for step in range(10)]
     one, two = np.concatenate(firsts[:5]), np.concatenate(firsts[5:])
@@ -99,7 +99,7 @@ def test_each_epoch_has_every_row_once(tmp_path):
 def test_files_that_cannot_be_packed_are_refused(tmp_path):
     file = write(tmp_path, [1, 1])
     with pytest.raises(DataError, match="two tokens"):
-        PackedBatches(file, 8, 1, 0)
+        Packed(file, 8)
     (tmp_path / "t.bin.offsets").unlink()
     with pytest.raises(DataError, match="offsets"):
-        PackedBatches(TokenFile.open(tmp_path / "t.bin"), 8, 1, 0)
+        Packed(TokenFile.open(tmp_path / "t.bin"), 8)

@@ -1,0 +1,75 @@
+"""The batch of each step: an order says which pieces of the tokens it has (order.py, mixture.py), a cut reads them.
+
+Cuts: windows of the text as one stream (`Windows`), rows of whole documents (`Packed`), pieces of several files (`Mixed`).
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from smedjan_common.data.mixture import Mixed, MixedOrder, Mixture
+from smedjan_common.data.order import BatchOrder, Windows
+from smedjan_common.data.packing import Packed
+from smedjan_common.data.token_file import TokenFile
+
+CUTS: dict[str, type[Windows] | type[Packed]] = {"windows": Windows, "documents": Packed}  # by TrainConfig.packing
+
+
+class Batch(NamedTuple):
+    """inputs int32 [B, T]; targets int32 [B, T], -1 where a row has no more text; documents int32 [B, T]: which document of its row
+    each input is of, counted from 0, None where nobody asked."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray | None
+
+
+class Order(Protocol):
+    """Which pieces make the batch of each step."""
+
+    batch_size: int
+
+    def windows(self, step: int, rows: slice | None = None) -> Any:
+        """The pieces of a step, or of its rows `rows`, as the cut takes them."""
+        ...
+
+
+class Cut(Protocol):
+    """Pieces of tokens by their number. `num_windows`: how many there are."""
+
+    num_windows: int
+    seq_len: int
+
+    def read(self, pieces: Any, /) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of pieces."""
+        ...
+
+    def documents(self, pieces: Any, /) -> np.ndarray:
+        """The documents of their inputs."""
+        ...
+
+
+class Batches:
+    """`batch(step)`, a pure function of (order, cut, step). `documents`: whether batches say the documents of their tokens."""
+
+    def __init__(self, order: Order, cut: Cut, documents: bool = False):
+        self.order, self.cut, self._documents = order, cut, documents
+        self.num_windows, self.seq_len, self.batch_size = cut.num_windows, cut.seq_len, order.batch_size
+        self.steps_per_epoch = -(-self.num_windows // self.batch_size)
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a step, or its rows `rows`. Raises DataError where documents are asked for and the file has no offsets."""
+        pieces = self.order.windows(step, rows)
+        return Batch(*self.cut.read(pieces), self.cut.documents(pieces) if self._documents else None)
+
+
+def batches(
+    data: TokenFile | Mixture, seq_len: int, batch_size: int, seed: int, packing: str = "windows", documents: bool = False
+) -> Batches:
+    """The batches of one token file or of a mixture, a pure function of (data, seed, step). Raises DataError for too few tokens."""
+    if isinstance(data, Mixture):
+        cuts = [CUTS[packing](file, seq_len) for file in data.files]
+        order = MixedOrder([cut.num_windows for cut in cuts], data.weights, batch_size, seed)
+        return Batches(order, Mixed(cuts), documents)
+    cut = CUTS[packing](data, seq_len)
+    return Batches(BatchOrder(cut.num_windows, batch_size, seed), cut, documents)
