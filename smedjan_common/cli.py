@@ -1,7 +1,6 @@
 """`smedjan <command>`: a table of commands; only the module of the one that is asked for is imported."""
 
 import importlib
-import os
 import sys
 from typing import NamedTuple
 
@@ -45,20 +44,15 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"smedjan {__version__}")
         return 0
+    from smedjan_common.errors import SmedjanError, near, run_command
+
     if argv[0] not in COMMANDS:
-        from smedjan_common.errors import SmedjanError, near, run_command
 
         def refuse() -> int:
             raise SmedjanError(f"There is no command {argv[0]!r}.", near(argv[0], COMMANDS), "See `smedjan --help`.")
 
         return run_command(refuse)
-    try:
-        return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `smedjan … --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
-        return 0
+    return run_command(lambda: importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
 
 
 def overview() -> str:

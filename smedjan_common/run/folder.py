@@ -126,10 +126,14 @@ class RunFolder:
         return write_final(self.path, snapshot, metrics=metrics, **self._about)
 
     def save_sample(self, step: int, text: str) -> None:
-        """Write a sample's text."""
+        """Write a sample's text. It is not worth a run: what goes wrong is told, not raised. What is no character (a prompt from a command
+        line may hold it) is replaced."""
         folder = self.path / SAMPLES
-        folder.mkdir(exist_ok=True)
-        (folder / f"step-{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / f"step-{step:08d}.txt").write_text(text + "\n", encoding="utf-8", errors="replace")
+        except OSError as error:
+            say(f"note: the sample was not written: {error}")
 
     def draw(self, rows: list[Row]) -> None:
         """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 import time
@@ -128,6 +129,18 @@ def test_a_terminal_without_the_letters_of_a_sample_shows_others(text, tmp_path)
     process = start(GENERATE, *words, env={"PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out[:1]) == (0, "?"), err
+
+
+def test_a_sample_that_cannot_be_written_does_not_cost_the_run(text, tmp_path, capsys):
+    """The prompt is what a command line gives where its bytes are not UTF-8; then a file stands where the folder should be."""
+    words = arguments(text, tmp_path / "run", 4, "--sample-every", 2, "--sample-prompt", "caf\udce9", "--sample-tokens", 2)
+    assert train_here(*words) == 0
+    assert (tmp_path / "run" / "samples" / "step-00000004.txt").read_text(encoding="utf-8").startswith("caf?")
+    shutil.rmtree(tmp_path / "run" / "samples")
+    (tmp_path / "run" / "samples").touch()
+    capsys.readouterr()
+    assert train_here("--checkpoint-dir", tmp_path / "run", "--steps", 6) == 0
+    assert "note: the sample was not written" in capsys.readouterr().out
 
 
 @FULL
