@@ -34,7 +34,7 @@ HYBRIDS = ("ssm,ssm,ssm,attention", "gated-deltanet,gated-deltanet,gated-deltane
 FORMS: dict[str, Row] = {
     "gpu": {"corpus": {"steps": 1000, "batch_size": 16, "seq_len": 256}, "recall": {"steps": 2400, "batch_size": 64}, "seeds": [0, 1]},
     "cpu": {"corpus": {"steps": 500, "batch_size": 8, "seq_len": 128}, "recall": {"steps": 2400, "batch_size": 32}, "seeds": [0]},
-    "test": {"corpus": {"steps": 2, "batch_size": 2, "seq_len": 16}, "recall": {"steps": 2, "batch_size": 2}, "seeds": [0]},
+    "test": {"corpus": {"steps": 2, "batch_size": 2, "seq_len": 16}, "recall": {"steps": 1, "batch_size": 2}, "seeds": [0]},
 }
 # heads and states of 32 and blocks of 8 everywhere: the tables' own defaults are made for wider models and longer sequences
 RECALL_MODEL: Row = {"dim": 64, "layers": 4, "heads": 2, "ffn_dim": 128, "init_std": 0.1}

@@ -48,11 +48,16 @@ def test_the_decode_state_is_that_of_the_context_and_the_dtype(dtype, capsys):
 
 
 @pytest.mark.parametrize("option", [(mixer.name, name) for mixer in MIXERS.values() for name in mixer.own], ids="-".join)
-def test_every_option_of_a_mixer_is_taken(option, capsys):
+def test_every_option_of_a_mixer_counts(option, capsys):
     mixer, name = option
     value = getattr(ModelConfig.preset("tiny"), name)
     words = ["--qk-norm"] if name == "qk_norm" else [f"--{name.replace('_', '-')}", str(value or 4)]
-    rows(capsys, "--size", "tiny", "--mixer", mixer, *words)
+    [row] = rows(capsys, "--size", "tiny", "--mixer", mixer, "--seq-len", "512", *words).values()
+    changed = {name: True if name == "qk_norm" else value or 4}
+    model = ModelConfig.preset("tiny", mixer=(mixer,), context_length=512, **changed)
+    assert row["parameters"] == model.num_params()
+    assert row["train_flops_per_token"] == train_flops_per_token(model, 512)
+    assert row["decode_state_bytes"] == state_bytes(model, 1, 512, "bfloat16")
 
 
 def test_options_of_mixers_and_experts_count(capsys):

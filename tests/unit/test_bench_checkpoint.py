@@ -37,7 +37,9 @@ def test_the_command_of_a_result_names_no_folder(monkeypatch: pytest.MonkeyPatch
 
 
 def test_committed_results_are_of_this_program():
-    for path in (checkpoint.ROOT / "bench" / "results").glob("checkpoint-*.json"):
+    committed = {path.stem: path for path in (checkpoint.ROOT / "bench" / "results").glob("checkpoint-*.json")}
+    assert {"checkpoint-convert-cpu", "checkpoint-stall-cpu", "checkpoint-stall-h100"} <= committed.keys(), "the pages quote them"
+    for path in committed.values():
         values = json.loads(path.read_text())
         assert values["command"].startswith("python bench/checkpoint.py ")
         assert {"device", "versions", "parameters"} <= values.keys()

@@ -150,7 +150,9 @@ def test_a_new_model_that_would_not_be_what_was_asked_for_is_refused(change: dic
     ids=str,
 )
 def test_a_stored_model_with_a_setting_that_did_nothing_stays_readable(change: dict):
-    ModelConfig.from_dict({**MODEL, **change})
+    read = ModelConfig.from_dict({**MODEL, **change})
+    stored = json.loads(json.dumps(read.to_dict()))
+    assert {name: stored[name] for name in change} == json.loads(json.dumps(change))
 
 
 def test_what_is_accepted_can_be_read_from_a_checkpoint():
@@ -221,5 +223,9 @@ def test_the_menus_of_names_are_what_the_fields_accept():
     ):
         for name in names:
             TrainConfig(**TRAIN, **{field: name}).validate()
+        other = f"{name}-2"
+        refused = refusal(TrainConfig(**TRAIN, **{field: other}))
+        assert refused.what == f"--{field.replace('_', '-')} {other!r} is unknown."
+        assert refused.fix == f"Choose one of {', '.join(names)}."
     for scaling in ROPE_SCALINGS:
         ModelConfig(**MODEL, rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 2.0).validate()

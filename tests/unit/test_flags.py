@@ -21,7 +21,7 @@ from smedjan_common.run.data import check_data_flags
 from smedjan_common.run.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
 from smedjan_common.run.folder import RunConfig
 from smedjan_common.run.options import check_options, check_report_options
-from smedjan_common.run.settings import check_flags
+from smedjan_common.run.settings import check_flags, new_model
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES, learning_rate
 from tests.fakes.runs import ROOT
@@ -86,18 +86,21 @@ def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(opti
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "none_of_it"),
     [
-        ("--experts", "0", "--shared-experts", "0", "--balance-loss", "0", "--router-z-loss", "0"),
-        ("--mixer", "ssm", "--window", "0", "--no-qk-norm", "--attention", "auto"),
-        ("--experts", "4", "--router", "bias", "--balance-loss", "0"),
-        ("--experts", "4", "--router-bias-rate", "0"),
-        ("--dataset", "a.bin", "--val-fraction", "0"),
-        ("--dataset", "a.txt", "--val-dataset", "b.txt", "--val-fraction", "0"),
+        ((), ("--experts", "0", "--shared-experts", "0", "--balance-loss", "0", "--router-z-loss", "0")),
+        (("--mixer", "ssm"), ("--window", "0", "--no-qk-norm", "--attention", "auto")),
+        (("--experts", "4", "--router", "bias"), ("--balance-loss", "0")),
+        (("--experts", "4"), ("--router-bias-rate", "0")),
+        (("--dataset", "a.bin"), ("--val-fraction", "0")),
+        (("--dataset", "a.txt", "--val-dataset", "b.txt"), ("--val-fraction", "0")),
     ],
 )
-def test_an_option_that_asks_for_none_of_what_a_run_lacks_is_taken(words):
-    check_flags(*parse([*words]))
+def test_an_option_that_asks_for_none_of_what_a_run_lacks_is_taken_and_changes_no_model(words, none_of_it):
+    flags, given = parse([*words, *none_of_it])
+    check_flags(flags, given)
+    assert len(given) == len(parse([*words])[1]) + sum(word.startswith("--") for word in none_of_it)
+    assert new_model(flags, 300) == new_model(parse([*words])[0], 300)
 
 
 def test_a_rotary_base_is_refused_where_no_layer_turns():

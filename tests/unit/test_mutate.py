@@ -78,8 +78,11 @@ def test_a_seed_always_chooses_the_same_and_another_others():
 
 
 def test_the_tests_of_a_module_are_those_of_its_name_and_then_the_nearest():
-    imports = import_graph.read(mutate.ROOT, [*import_graph.PACKAGES, "tests"])
-    found = mutate.concerned("smedjan_common/training/schedule.py", imports)
-    assert found[0] == "tests/unit/test_schedule.py"
-    assert len(found) == len(set(found)) == mutate.MOST_FILES
-    assert all((mutate.ROOT / name).is_file() for name in found)
+    """run/loop.py is imported by two tests, and by run/start.py, which is imported by a third; nobody imports it from tests.e2e alone."""
+    pairs = [("unit.test_loop", "loop"), ("unit.test_another", "loop"), ("cli.test_train", "start"), ("e2e.test_all", "loop")]
+    imports = [import_graph.Import(f"tests.{test}", f"smedjan_common.run.{module}", 1) for test, module in pairs]
+    imports.append(import_graph.Import("smedjan_common.run.start", "smedjan_common.run.loop", 1))
+    found = mutate.concerned("smedjan_common/run/loop.py", imports)
+    assert found == ["tests/unit/test_loop.py", "tests/unit/test_another.py", "tests/cli/test_train.py"]
+    assert mutate.concerned("smedjan_common/run/loop.py", imports, most=1) == found[:1]
+    assert mutate.concerned("smedjan_common/run/start.py", imports) == ["tests/cli/test_train.py"]
