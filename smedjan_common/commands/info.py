@@ -115,6 +115,7 @@ def _run(path: Path, verify: bool) -> Facts:
         "training": config.get("train"),
         "dataset": config.get("dataset"),
         "tokenizer_hash": config.get("tokenizer_hash"),
+        "initial_values": config.get("initial_values"),
         "first": trained[0] if trained else None,
         "last": trained[-1] if trained else None,
         "validation": checks[-1] if checks else None,

@@ -1,6 +1,8 @@
 """Initial values: rows of INITIALIZERS, f(random generator, shape, scale) -> float32 array of that shape.
 
 A ParamSpec names its row and gives `scale`, one number or a tuple of them, whose meaning is the row's own.
+NumPy may change what a Generator draws from one version to the next, and `orthogonal` is as exact as LAPACK's QR, whose last bits
+differ between builds: values are the same on two machines where NumPy is, and a run records their digest (params.draw).
 """
 
 from collections.abc import Callable
@@ -26,7 +28,10 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...], scale: Scale) -> 
 
 
 def _orthogonal(rng: np.random.Generator, shape: tuple[int, ...], scale: Scale) -> np.ndarray:
-    """[out, in] with orthogonal columns (rows, where in > out) of length `scale` (rows: sqrt(in / out) times that)."""
+    """[out, in] with orthogonal columns (rows, where in > out) of length `scale` (rows: sqrt(in / out) times that).
+
+    Its bits depend on the LAPACK that NumPy was built with.
+    """
     rows, columns = shape
     q, r = np.linalg.qr(rng.standard_normal((max(shape), min(shape))))
     q = q * np.sign(np.diag(r))  # without it the distribution is not uniform

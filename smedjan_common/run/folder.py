@@ -84,8 +84,13 @@ class RunFolder:
             "tokens": data.num_tokens,
         }
 
-    def write_config(self) -> None:
-        """config.json: model, training, flags, data, tokenizer, device and versions."""
+    def write_config(self, initial: str | None = None) -> None:
+        """config.json: model, training, flags, data, tokenizer, device, versions, and the digest of the initial values.
+
+        initial: the digest, where this start drew them. A run that goes on keeps the one it began with; one from --pretrained has none.
+        """
+        if self.config.start:
+            initial = (read_config(self.config.start.parent) or {}).get("initial_values")
         values = {
             "model": self.config.model.to_dict(),
             "train": self.config.train.to_dict(),
@@ -93,6 +98,7 @@ class RunFolder:
             "dataset": self._about["dataset"],
             "val_dataset": self._dataset(self.config.val_data) if self.config.val_data else None,
             "tokenizer_hash": self.config.tokenizer.hash,
+            "initial_values": initial,
             "framework": self._about["framework"],
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }

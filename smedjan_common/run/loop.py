@@ -23,7 +23,7 @@ from smedjan_common.files.atomic_directory import remove_leftovers
 from smedjan_common.inference.generate import Generation
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
-from smedjan_common.model.params import initial_params
+from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, eval_line, say, step_line
 from smedjan_common.reporting.meter import Meter
 from smedjan_common.reporting.metrics import MetricsFile, Row, routing
@@ -54,6 +54,7 @@ class _Loop:
     saved: int | None = None  # step of the newest checkpoint, written or being written
     kept: int | None = None  # step of the newest checkpoint that is whole
     writes: Background = field(default_factory=Background)
+    initial: str | None = None  # digest of the initial values, where this start drew them
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
@@ -74,7 +75,7 @@ class _Loop:
         remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
         state, self.begin = self.start()
         self.reached = self.begin
-        self.folder.write_config()
+        self.folder.write_config(self.initial)
         self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history)
         self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)
         try:
@@ -100,7 +101,8 @@ class _Loop:
         if self.config.pretrained:
             say(f"Starting from the weights of {self.config.pretrained}.")
             return self.backend.init(read_weights(read_info(self.config.pretrained), self.backend.own)), 0
-        return self.backend.init(initial_params(self.model, self.train.seed)), 0
+        params, self.initial = draw(self.model, self.train.seed)
+        return self.backend.init(params), 0
 
     def step(self, state: State, step: int) -> State:
         """One step, and what is due after it."""

@@ -9,9 +9,12 @@ import pytest
 
 import smedjan_common.run.folder
 from smedjan_common.checkpoint import read_checkpoint
+from smedjan_common.commands import info
+from smedjan_common.config import ModelConfig
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.params import draw
 from smedjan_common.reporting.metrics import EVAL_KEYS, TRAIN_KEYS, eval_rows, read_rows, train_rows
 from smedjan_common.run.loop import IN_FLIGHT
 from smedjan_common.tokenizer import Tokenizer
@@ -174,6 +177,23 @@ def test_pretrained_starts_at_step_0_from_the_weights(text, run, tmp_path):
     assert train_rows(read_rows(new))[0]["step"] == 1
     assert train_rows(read_rows(new))[0]["loss"] < train_rows(read_rows(run))[0]["loss"] * 0.8
     assert read_checkpoint(new).model == read_checkpoint(run).model
+
+
+def test_the_digest_of_the_initial_values_is_recorded_once_and_a_run_that_goes_on_draws_none(text, run, tmp_path, monkeypatch, capsys):
+    assert train_here(*arguments(text, run, 4)) == 0
+    config = json.loads((run / "config.json").read_text())
+    digest = draw(ModelConfig.from_dict(config["model"]), config["train"]["seed"])[1]
+    assert config["initial_values"] == digest
+    monkeypatch.setattr("smedjan_common.run.loop.draw", lambda *_: pytest.fail("drawn"))
+    assert train_here("--checkpoint-dir", run, "--steps", 6) == 0
+    assert train_here("--checkpoint-dir", tmp_path / "copy", "--resume", run, "--steps", 8) == 0
+    for folder in (run, tmp_path / "copy"):
+        capsys.readouterr()
+        assert info.main([str(folder)]) == 0
+        assert ["initial", "values", digest] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    words = ("--dataset", text, "--checkpoint-dir", tmp_path / "new", "--steps", 2, "--batch-size", 4, "--seq-len", 16)
+    assert train_here("--pretrained", run, *words) == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["initial_values"] is None
 
 
 def test_a_dry_run_writes_nothing(text, run, tmp_path, capsys):

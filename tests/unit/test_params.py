@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.model.params import check_tree, count_params, initial_params, initial_value, parameter_table
+from smedjan_common.model.params import check_tree, count_params, draw, initial_params, initial_value, parameter_table
 from smedjan_common.model.presets import PRESETS
 
 TINY = ModelConfig.preset("tiny")
@@ -92,6 +92,25 @@ def test_an_initial_value_does_not_depend_on_order_or_on_the_other_tensors(seed:
     assert list(together) == list(table)
     for name in data.draw(st.permutations(list(table))):
         assert initial_value(table[name], seed).tobytes() == together[name].tobytes()
+
+
+def test_the_digest_tells_initial_values_apart_by_seed_by_one_bit_and_by_name(monkeypatch):
+    config = ModelConfig(vocab_size=64, dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=32)
+    params, digest = draw(config, 3)
+    assert draw(config, 3)[1] == digest
+    assert len(digest) == 64
+    assert params.keys() == initial_params(config, 3).keys()
+    assert draw(config, 4)[1] != digest
+    assert draw(dataclasses.replace(config, mixer=("attention", "linear")), 3)[1] != digest
+
+    def one_bit(spec, seed):
+        value = initial_value(spec, seed)
+        if spec.name == "layers.1.ffn.up_proj.weight":
+            value.view(np.uint32)[-1, -1] ^= 1
+        return value
+
+    monkeypatch.setattr("smedjan_common.model.params.initial_value", one_bit)
+    assert draw(config, 3)[1] != digest
 
 
 def test_a_deeper_model_keeps_the_values_that_depth_does_not_scale():
