@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.files.json_bytes import json_bytes
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.text.dedup import dedup
     from smedjan_common.text.records import Reading
 
-    refuse_existing([flags.output, flags.report], flags.force)
+    check_outputs([flags.output, flags.report], flags.force, flags.input)
     reading = Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n"))
     threshold = None if flags.exact_only else flags.threshold
     with progress_bar() as show:

@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.tokenizer import Tokenizer, foreign
 
-    refuse_existing([flags.output], flags.force)
+    check_outputs([flags.output], flags.force, [flags.merges, flags.vocab])
     tokenizer = Tokenizer(foreign.read(flags.merges, flags.vocab, flags.pattern, flags.special), repr(flags.merges))
     if flags.output.endswith(".tiktoken"):
         write_atomically(flags.output, foreign.dump_ranks(tokenizer.vocabulary).encode())

@@ -34,17 +34,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs, token_file_names
     from smedjan_common.data.mix import mix
     from smedjan_common.data.mixture import parse_shards
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
-    refuse_existing([flags.output], flags.force)
+    shards = parse_shards(flags.shards)
+    read = [name for path, _ in shards for name in token_file_names(path)]
+    check_outputs(token_file_names(flags.output), flags.force, [*read, flags.tokenizer])
     tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
     with progress_bar("steps") as show:
         parts = mix(
-            parse_shards(flags.shards),
+            shards,
             flags.output,
             tokens=flags.tokens,
             seed=flags.seed,

@@ -1,22 +1,72 @@
-"""What commands promise about their outputs: nothing is overwritten without saying so."""
+"""What commands promise about their outputs: nothing that stands there is replaced without saying so, and never what is being read."""
 
+import glob
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 
 from smedjan_common.errors import DataError
 
 
-def refuse_existing(paths: Iterable[str | None], force: bool) -> None:
-    """Raises DataError when one of the outputs has no name, exists, is a directory or stands twice; `force`: existing files are fine."""
-    given = [path for path in paths if path is not None]
-    if "" in given:
-        raise DataError("The name of an output is empty.", "Nothing was written.", "Name a file.")
-    if len({os.path.abspath(path) for path in given}) < len(given):
-        raise DataError("Two outputs have the same name.", f"They are {', '.join(map(repr, given))}.", "Give each its own name.")
+def token_file_names(path: str | None) -> list[str]:
+    """The files that make up a token file."""
+    return [] if path is None else [path, f"{path}.json", f"{path}.offsets"] if path else [path]
+
+
+def check_outputs(outputs: Iterable[str | None], force: bool, inputs: Iterable[str | None] = ()) -> None:
+    """Raises DataError for an output without a name, one that is no file, exists, is given twice or is one of the inputs.
+
+    `force`: existing files may be replaced, but never an input. `inputs`: files, directories and globs; two names of one file (links,
+    other spellings) are one.
+    """
+    given = [path for path in outputs if path is not None]
     for path in given:
-        if os.path.isdir(path):
-            raise DataError(f"The output {path!r} is a directory.", "A file is written here.", "Name a file.")
-        if os.path.exists(path) and not force:
-            raise DataError(
-                f"The output {path!r} exists already.", "Nothing was changed.", "Choose another --output, or replace it with --force."
-            )
+        _check_place(path)
+    if len({os.path.realpath(path) for path in given}) < len(given):
+        raise DataError("Two outputs have the same name.", f"They are {', '.join(map(repr, given))}.", "Give each its own name.")
+    standing = [path for path in given if os.path.lexists(path)]
+    _refuse_inputs(standing, inputs)
+    if standing and not force:
+        fix = "Choose another name, or replace it with --force."
+        raise DataError(f"The output {standing[0]!r} exists already.", "Nothing was changed.", fix)
+
+
+def _check_place(path: str) -> None:
+    if not path:
+        raise DataError("The name of an output is empty.", "Nothing was written.", "Name a file.")
+    if os.path.isdir(path):
+        raise DataError(f"The output {path!r} is a directory.", "A file is written here.", "Name a file.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"The output {path!r} is a device or a pipe.", "A file is written here, and takes its place.", "Name a file.")
+
+
+def _refuse_inputs(standing: list[str], inputs: Iterable[str | None]) -> None:
+    """Raises DataError where a file that stands is one of the inputs."""
+    files = {mark: path for path in standing if (mark := _mark(path))}
+    if not files:
+        return
+    for read in _files(inputs):
+        mark = _mark(read)
+        if mark in files:
+            what = f"The output {files[mark]!r} is the input {read!r}."
+            raise DataError(what, "Writing it would destroy what is read.", "Choose another name; --force does not help.")
+
+
+def _files(inputs: Iterable[str | None]) -> Iterator[str]:
+    """Every file that the inputs name or hold."""
+    for given in filter(None, inputs):
+        for name in [given] if os.path.exists(given) else glob.glob(given, recursive=True):
+            if not os.path.isdir(name):
+                yield name
+                continue
+            for place, _, names in os.walk(name):
+                yield from (os.path.join(place, file) for file in names)
+
+
+def _mark(path: str) -> tuple[int, int] | None:
+    """What is the same for all names of a file."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return (state.st_dev, state.st_ino) if stat.S_ISREG(state.st_mode) else None

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from smedjan_common.command_line import parse
 from smedjan_common.errors import DataError, run_command
-from smedjan_common.files.names import PLOT
+from smedjan_common.files.names import METRICS, PLOT
 from smedjan_common.nearby import beside
 from smedjan_common.optional import MaybeStr
 
@@ -23,7 +23,9 @@ class PlotFlags:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, arg(metavar="RUN ...")]
     """Run folders."""
     output: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="(default: RUN/loss.png, or loss.png for several)")] = None
-    """The picture: .png, .svg or .pdf. A picture of this name is replaced."""
+    """The picture: .png, .svg or .pdf. One that `smedjan` drew is replaced."""
+    force: bool = False
+    """Replace any file of this name."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,14 +35,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plot(flags: PlotFlags) -> int:
+    from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.reporting.metrics import read_rows
-    from smedjan_common.reporting.plot import plot
+    from smedjan_common.reporting.plot import is_drawn_here, plot
 
     if not flags.runs:
         raise DataError("There is nothing to draw.", "No run folder was given.", "Give one or more: smedjan plot RUN.")
     output = Path(flags.output) if flags.output else Path(flags.runs[0]) / PLOT if len(flags.runs) == 1 else Path(PLOT)
     if output.suffix not in SUFFIXES:
         raise DataError(f"{str(output)!r} is no picture that can be drawn.", "Its suffix names the kind.", f"Take {', '.join(SUFFIXES)}.")
+    is_ours = output.is_file() and is_drawn_here(output)
+    check_outputs([str(output)], flags.force or is_ours, [str(Path(name) / METRICS) for name in flags.runs])
     runs = {}
     for name in flags.runs:
         runs[label(name, flags.runs)] = rows = read_rows(name)

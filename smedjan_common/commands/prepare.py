@@ -41,12 +41,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs, token_file_names
     from smedjan_common.data.prepare import prepare
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
-    refuse_existing([flags.output, flags.val_output], flags.force)
+    outputs = [name for path in (flags.output, flags.val_output) for name in token_file_names(path)]
+    check_outputs(outputs, flags.force, [*flags.input, flags.tokenizer])
     tokenizer = Tokenizer.load(flags.tokenizer)
     with progress_bar() as show:
         summary = prepare(

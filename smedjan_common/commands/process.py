@@ -66,14 +66,14 @@ def _list_rules() -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.files.json_bytes import json_bytes
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.text.process import process
     from smedjan_common.text.records import Reading
 
-    refuse_existing([flags.output, flags.log, flags.report], flags.force)
+    check_outputs([flags.output, flags.log, flags.report], flags.force, flags.input)
     with progress_bar() as show:
         report = process(
             flags.input,

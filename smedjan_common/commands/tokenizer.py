@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
-    from smedjan_common.commands.outputs import refuse_existing
+    from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
-    refuse_existing([flags.output], flags.force)
+    check_outputs([flags.output], flags.force, flags.input)
     started = time.monotonic()
     with progress_bar() as show:
         tokenizer = Tokenizer.train(

@@ -1,14 +1,15 @@
 """loss.png: training and validation loss over tokens, for one run or several. matplotlib is imported only here, without a display."""
 
-import os
-import tempfile
 import warnings
 from pathlib import Path
 
+from smedjan_common.files.atomic_file import atomic_path
 from smedjan_common.reporting.console import count
 from smedjan_common.reporting.metrics import Row, eval_rows, train_rows
 
 COLORS = ("#1f5fa8", "#c2571a", "#3a7d44", "#8a3f8f", "#a8322e", "#5b5b5b")
+
+MARK = "drawn by smedjan plot"  # in the file's own description, so that a picture of another program is not replaced
 
 
 def plot(runs: dict[str, list[Row]], output: Path, title: str = "") -> None:
@@ -23,17 +24,14 @@ def plot(runs: dict[str, list[Row]], output: Path, title: str = "") -> None:
     for number, (label, rows) in enumerate(runs.items()):
         losses += _draw(axes, rows, label, COLORS[number % len(COLORS)])
     _frame(axes, losses, title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=".", suffix=output.suffix)
-    os.close(handle)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an emoji in a folder's name
-            figure.savefig(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic_path(output) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an emoji in a folder's name
+        figure.savefig(temporary, format=output.suffix[1:], metadata={"Software" if output.suffix == ".png" else "Creator": MARK})
+
+
+def is_drawn_here(picture: Path) -> bool:
+    """Whether a picture is one of `plot`'s. Raises OSError."""
+    return MARK.encode() in picture.read_bytes()
 
 
 def _draw(axes, rows: list[Row], label: str, color: str) -> list[float]:

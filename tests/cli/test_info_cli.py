@@ -137,6 +137,17 @@ def test_plot_one_and_several_runs(made, tmp_path, capsys):
     assert plot.main([str(made / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "both.svg")]) == 0
     svg = (tmp_path / "both.svg").read_text()
     assert "<svg" in svg
+    assert plot.main([str(tmp_path / "run")]) == 0  # one of its own is replaced
+
+
+def test_a_picture_that_smedjan_did_not_draw_is_not_replaced(made, tmp_path, capsys):
+    picture = tmp_path / "mine.png"
+    picture.write_bytes(b"another program's")
+    assert plot.main([str(made / "run"), "--output", str(picture)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert picture.read_bytes() == b"another program's"
+    assert plot.main([str(made / "run"), "--output", str(picture), "--force"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("words", [("nowhere",), ("nowhere", "--output", "x.png"), ("run", "--output", "x.gif")])

@@ -6,7 +6,7 @@ import pytest
 
 from smedjan_common.reporting.console import count, duration, size, step_line
 from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
-from smedjan_common.reporting.plot import plot, running_mean
+from smedjan_common.reporting.plot import is_drawn_here, plot, running_mean
 
 ROW = dict.fromkeys(TRAIN_KEYS, None) | {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -109,6 +109,7 @@ def test_plots_of_any_length_are_drawn_whole(tmp_path, suffix, made):
     plot({"training": rows(*made) + evaluation, "other": rows(*made)}, tmp_path / f"x.{suffix}", "a title")
     assert [path.name for path in tmp_path.iterdir()] == [f"x.{suffix}"]
     assert (tmp_path / f"x.{suffix}").stat().st_size > 1000
+    assert is_drawn_here(tmp_path / f"x.{suffix}")
 
 
 def test_a_title_that_the_font_cannot_draw_warns_nobody(tmp_path, recwarn):
