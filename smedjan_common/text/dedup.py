@@ -1,7 +1,8 @@
 """Leaving out repeated documents: the same text, and nearly the same text by MinHash.
 
-Exact: blake2b of the text. Near: each document is the set of its runs of 5 words (lower case); 112 random hash functions keep their least
-value over the set, so that two documents agree in each with a probability equal to the Jaccard similarity of their sets (Broder 1997).
+Exact: blake2b of the text. Near: each document is the set of its runs of 5 words (lower case), where each character of a script that sets
+no spaces between words, such as Chinese, Japanese or Thai, counts as a word; 112 random hash functions keep their least value over the
+set, so that two documents agree in each with a probability equal to the Jaccard similarity of their sets (Broder 1997).
 14 bands of 8 values find candidates: documents that agree in a whole band. A candidate is a repeat when at least `threshold` of its 112
 values agree. Repeats of repeats form one group, of which the first document stays.
 
@@ -26,7 +27,12 @@ from smedjan_common.text.sources import Source, find, much, refuse_pipes, total_
 BANDS, ROWS = 14, 8
 SHINGLE = 5
 SAMPLES = 5
-_WORD = re.compile(r"\w+")
+# Thai, Lao, Tibetan, Myanmar, Khmer, New Tai Lue, Tai Tham, Balinese, Javanese, Yi, Kana, Han with its extensions
+_NO_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9df\ua9e0-\ua9ff\uaa60-\uaa7f\ua000-\ua4cf"
+    "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[^\W{_NO_SPACES}]+|[{_NO_SPACES}]")
 _AT_ONCE = 4096  # shingles hashed together
 
 

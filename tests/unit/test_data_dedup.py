@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -75,6 +76,34 @@ def test_signatures_estimate_jaccard_similarity():
             errors.append((minhash(one, *functions) == minhash(other, *functions)).mean() - truth)
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.06  # sqrt(p (1 - p) / 112) <= 0.047
+
+
+SCRIPTS = {  # first and last character of scripts that set no spaces between words
+    "chinese": ("\u4e00", "\u9fff"),
+    "japanese": ("\u3041", "\u30f6"),
+    "thai": ("\u0e01", "\u0e30"),
+    "khmer": ("\u1780", "\u17b3"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_near_repeats_are_found_where_no_spaces_part_the_words(tmp_path, script):
+    draw = random.Random(4)
+    first, last = map(ord, SCRIPTS[script])
+    originals = ["".join(chr(draw.randint(first, last)) for _ in range(300)) for _ in range(30)]
+    near = [f"{text[:99]}{chr(first)}{text[100:200]}{chr(last)}{text[201:]}" for text in originals[:10]]  # 10 of 296 runs of five change
+    report = dedup([write(tmp_path / "a.jsonl", originals + near)], str(tmp_path / "out.jsonl"))
+    assert (report.near, report.exact, report.kept) == (10, 0, 30)
+    assert [record["text"] for record in read(tmp_path / "out.jsonl")] == originals
+
+
+@pytest.mark.parametrize(
+    "text", ["Iron and fire, naïve café; déjà-vu 42!", "слово за словом", "다듬은 쇠와 불", "def f(x_1):\n  return x_1**2", "بيت"]
+)
+def test_text_with_spaces_has_the_signature_it_always_had(text, monkeypatch):
+    now = minhash(text * 9, *_multipliers())
+    monkeypatch.setattr("smedjan_common.text.dedup._WORD", re.compile(r"\w+"))
+    assert np.array_equal(now, minhash(text * 9, *_multipliers()))
 
 
 def test_processes_and_separators_give_the_same(tmp_path):
