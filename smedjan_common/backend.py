@@ -32,6 +32,7 @@ class Device:
     versions: dict[str, str] = field(default_factory=dict)
     mesh: str = "data=1"  # how a run is spread over `count` devices
     visible: int = 1  # devices that there are
+    shares_memory: bool = False  # a GPU whose memory is the machine's
 
 
 @dataclass(frozen=True)
@@ -134,5 +135,5 @@ class Backend(Protocol):
         ...
 
     def peak_memory(self) -> int | None:
-        """Largest device memory in use so far, bytes; None when it is not known."""
+        """Largest device memory in use so far, bytes; on a CPU the most that the process ever held. None when it is not known."""
         ...

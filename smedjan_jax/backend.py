@@ -20,6 +20,7 @@ from smedjan_common.backend import Device, Metrics, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
@@ -114,6 +115,8 @@ class JaxBackend:
         return JaxDecoder(self.model, params, self.train.dtype, max_len)
 
     def peak_memory(self) -> int | None:
+        if self._devices.local_devices[0].platform == "cpu":
+            return peak_memory()
         return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in self._devices.local_devices) or None
 
     def _state_shapes(self) -> State:

@@ -6,8 +6,6 @@ run as they are.
 
 import functools
 import importlib.metadata
-import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +17,9 @@ from smedjan_common.backend import Device, Metrics, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import require_tree
-from smedjan_common.reporting.console import size
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.optimizers import check_state
 from smedjan_mlx import experts, optim
@@ -54,9 +52,12 @@ class MlxBackend:
     def describe(self) -> Device:
         info = mx.device_info()
         name = str(info.get("device_name", info.get("architecture", "unknown")))
-        memory = info.get("memory_size", info.get("total_memory"))
+        metal = "max_recommended_working_set_size" in info  # what Metal lets a process have of the machine's memory
+        memory = info.get("max_recommended_working_set_size", info.get("total_memory"))
         versions = {package: importlib.metadata.version(package) for package in ("mlx", "numpy")}
-        return Device("mlx", "gpu" if on_gpu() else "cpu", name, 1, int(memory) if memory else None, peak_flops(name), versions)
+        if not on_gpu():
+            return Device("mlx", "cpu", name, versions=versions)
+        return Device("mlx", "gpu", name, 1, int(memory) if memory else None, peak_flops(name), versions, shares_memory=metal)
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         require_tree(self.model, params)
@@ -101,7 +102,7 @@ class MlxBackend:
         return MlxDecoder(self.model, params, self.train.dtype, max_len)
 
     def peak_memory(self) -> int | None:
-        return mx.get_peak_memory()
+        return mx.get_peak_memory() if on_gpu() else peak_memory()
 
     def _model(self, params: dict[str, mx.array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
@@ -146,13 +147,6 @@ class MlxBackend:
         return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
 
 
-def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> MlxBackend:
-    """The backend of a run. Raises ConfigError, before anything is allocated, where the machine cannot hold the scores of attention."""
-    if not on_gpu():
-        _check_scores(model, train)
-    return MlxBackend(model, train, mesh)
-
-
 class MlxDecoder:
     """Decodes one sequence. Prompts are fed in chunks whose lengths are powers of two, so few shapes are compiled."""
 
@@ -195,28 +189,6 @@ def default_dtype() -> str:
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
-
-
-def _check_scores(model: ModelConfig, train: TrainConfig) -> None:
-    """On a CPU MLX holds all scores of attention, of mx.fast too, 3.5 times at the peak of a step (measured, one layer), and an
-    allocation that fails is no error that could be caught: the process ends with a segmentation fault."""
-    rows, memory = train.batch_size // train.grad_accum, _machine_memory()
-    pair_bytes = 3 * 4 * model.heads * rows  # of three float32 arrays [rows, heads, T, T]
-    whole = {"attention", "mla"} | ({"block-sparse"} if train.attention == "plain" else set())
-    if not whole & set(model.mixer) or pair_bytes * train.seq_len**2 <= memory:
-        return
-    fewer = "a smaller --batch-size or more --grad-accum, " if rows > 1 else ""
-    other = "--mixer linear" if whole & set(model.mixer) - {"block-sparse"} else "leave out --attention plain"
-    raise ConfigError(
-        f"--seq-len {train.seq_len} does not fit this machine with MLX on its CPU, {rows} sequence{'s' * (rows > 1)} at once.",
-        f"All scores of attention are held there: {size(pair_bytes * train.seq_len**2)} in a step, and the memory is {size(memory)}.",
-        f"Take --seq-len {math.isqrt(memory // pair_bytes)} or less, {fewer}or {other}.",
-    )
-
-
-def _machine_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _on_device(*arrays: np.ndarray | None) -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ from smedjan_mlx import openblas
 
 def load(deterministic: bool = False):
     """Import the framework: what makes the backend, and the dtype that auto means on this machine."""
-    from smedjan_mlx.backend import default_dtype, training_backend
+    from smedjan_mlx.backend import MlxBackend, default_dtype
 
-    return training_backend, default_dtype()
+    return MlxBackend, default_dtype()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,6 +57,7 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
     from smedjan_common.reporting.console import say
     from smedjan_common.run import resume, settings
     from smedjan_common.run.checks import check_counts, check_documents, check_format, check_names
+    from smedjan_common.run.room import check_room
     from smedjan_common.run.signals import interrupt_ends_at_once
     from smedjan_common.run.start import find_start
     from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
@@ -108,10 +109,12 @@ def _train_alone(name: str, load: Load, flags: "TrainFlags", given: frozenset[st
         for line in _changes(info, model, train, data):
             say(f"note: {line}")
     backend = make_backend(model, train, mesh)
+    device = backend.describe()
+    check_room(flags, model, train, device, folder, info, start, say)
     if flags.run.dry_run:
         from smedjan_common.run.plan import plan
 
-        return say(plan(model, train, data, folder, start, backend.describe(), known_steps=data.train is not None or "steps" in given)) or 0
+        return say(plan(model, train, data, folder, start, device, known_steps=data.train is not None or "steps" in given)) or 0
     return _run(name, flags, folder, start, info, model, train, data, backend)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from smedjan_common.model.activations import Activations, Course
 from smedjan_common.model.options import Option, options
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.shape import Shape
@@ -36,6 +37,7 @@ class MixerSpec(Generic[Options]):
     module, class_name: its class in smedjan_{jax,mlx}.mixers; the module of the float64 definition has the same name.
     parameters(config, layer) -> its tensors, names relative to `layers.{i}.mixer.`.
     flops(config, seq_len) -> forward FLOPs per token beyond 2 * parameters, a causal pair counted once.
+    activations(config, course) -> values per token that a layer holds in training.
     state(config, batch, max_len) -> arrays of the decode state of one layer.
     validate(config) raises ConfigError.
     training: its class of options of the training, which TrainConfig inherits.
@@ -50,6 +52,7 @@ class MixerSpec(Generic[Options]):
     class_name: str
     parameters: Callable[[Options, int], list[ParamSpec]]
     flops: Callable[[Options, int], int]
+    activations: Callable[[Options, Course], Activations]
     state: Callable[[Options, int, int], list[StateSpec]]
     validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
@@ -73,7 +76,7 @@ class MixerSpec(Generic[Options]):
 class FfnSpec(Generic[Options]):
     """A feed-forward: like MixerSpec, without a state.
 
-    active(config): parameters that one token meets. copies(config): how many copies of a token go their own ways.
+    active(config): parameters that one token meets.
     """
 
     name: str
@@ -83,9 +86,9 @@ class FfnSpec(Generic[Options]):
     class_name: str
     parameters: Callable[[Options, int], list[ParamSpec]]
     active: Callable[[Options], int]
+    activations: Callable[[Options, Course], Activations]
     validate: Callable[[Options], None]
     tolerance: Tolerance = Tolerance()
-    copies: Callable[[Options], int] = lambda config: 0
 
     @property
     def own(self) -> dict[str, Option]:

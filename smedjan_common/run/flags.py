@@ -74,6 +74,8 @@ class RunFlags:
     mesh: Annotated[str, arg(metavar="AXIS=N,...", help_behavior_hint="(default: auto, the batch over all GPUs)")] = "auto"
     """How the run is spread over devices (JAX): data=2 shares out the batch, fsdp=2 the train state too, tensor=2 heads, feed-forward
     and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and may be another one when the run goes on."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on where the memory or the disk is too small by estimate."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say what would be done, write nothing."""
 

@@ -1,5 +1,6 @@
 """What a run is about to do: the heading of every run, and all of a dry run."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ from smedjan_common.backend import Device
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import active_params, train_flops_per_token
 from smedjan_common.reporting.console import count, size
+from smedjan_common.run.room import existing, needed, room
 from smedjan_common.training.config import TrainConfig
-from smedjan_common.training.memory import training_bytes
-from smedjan_common.training.mesh import ONE_DEVICE, parse_mesh
+from smedjan_common.training.memory import state_bytes
 
 
 def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, device: Device) -> str:
@@ -43,16 +44,16 @@ def plan(
     per_step = train.batch_size * train.seq_len
     tokens = train.steps * per_step
     flops = train_flops_per_token(model, train.seq_len)
-    memory = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE)
-    known = device.memory_bytes
+    memory, there = needed(model, train, device), room(device)
     lines = [heading(model, train, data, folder, device)]
     if known_steps:
         passes = f", {tokens / data.train.num_tokens:.2f} passes over the data" if data.train else ""
         lines.append(f"tokens   {count(tokens)} in all{passes}; {count(flops)}FLOP a token, {count(flops * tokens)}FLOP in all")
     else:
         lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
-    fits = "" if known is None else f" of {size(known)}" + ("" if memory <= known else ": TOO MUCH (lower --batch-size or --size)")
-    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 else ''}{fits}")
+    known = "" if there is None else f" of {size(there)} that {'are free' if device.kind == 'cpu' else 'are there'}"
+    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 else ''}{known}")
+    lines.append(f"disk     {size(state_bytes(model, train))} a checkpoint, {size(shutil.disk_usage(existing(folder)).free)} free")
     lines.append(f"starts   {f'from {start}' if start else 'at step 0'}")
     lines.append("Dry run: nothing was written.")
     return "\n".join(lines)

@@ -1,11 +1,19 @@
-"""Estimated device memory to train and to infer, in bytes. Estimates, for choosing a size: the run reports the real peak.
+"""Estimated device memory to train and to infer, in bytes: for choosing a size, and for refusing what cannot fit (run/room.py).
 
-Training holds float32 parameters, their gradients and what the optimizer keeps (16 bytes a parameter with AdamW's two
-moments), a bf16 copy of the weights in use, the activations that the backward pass needs, and the logits.
+Training holds float32 parameters and what the optimizer keeps of them. A step adds, at its peak, the larger of two moments:
+
+    after the forward pass   what the layers keep for the backward pass, and the logits or what one layer's backward pass works with
+    after the backward pass  the gradients of all parameters, or what the update of the optimizer works with
+
+and, of another dtype, a copy of the weights. What a layer keeps is said by the rows of its mixer and its feed-forward, per token.
 """
 
+from typing import NamedTuple
+
+from smedjan_common.model.activations import BLOCK, RECOMPUTES_NOTHING, Course
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape
@@ -15,36 +23,71 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 LOGITS_BYTES = 5 << 29  # float32 logits held at once; medium at 64 x 1024 x 8192 stays whole, larger losses go in chunks
 
+# bytes per parameter beside the state while the optimizer moves them, gradients included (measured where nothing else counts)
+UPDATE = {
+    "jax": {"adamw": 4, "muon": 10, "lion": 8},
+    "mlx": {"adamw": 6.6, "muon": 46.4, "lion": 10.1},  # on a CPU, where nothing is compiled; Newton-Schulz takes all matrices at once
+}
 
-def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE) -> int:
-    """Peak memory of a training step on each device: state + activations of one micro-batch + logits. What tensor saves of the
-    activations is not counted."""
-    width = BYTES[train.dtype]
-    specs, slots = parameter_table(config).values(), OPTIMIZERS[train.optimizer].slots
-    state = 4 * sum((2 + len(slots(spec))) * (spec.size // mesh.parts(spec)) for spec in specs)
-    if train.dtype != "float32" or mesh.fsdp > 1:  # the weights in use are a copy, whole
-        state += width * sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
+
+class Place(NamedTuple):
+    """Where a run happens, as far as memory depends on it. version: the framework's."""
+
+    backend: str = "jax"
+    kind: str = "gpu"
+    version: str = ""
+
+    @property
+    def platform(self) -> str:
+        """One of smedjan_common.model.activations; a backend that is none of the two is taken for JAX."""
+        if self.backend == "mlx":
+            return "mlx"
+        return "gpu" if self.kind == "gpu" else "cpu-0.10" if self.version.startswith("0.10.") else "cpu"
+
+
+def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None) -> int:
+    """Peak memory of a training step on each device. What tensor saves of the activations is not counted.
+
+    place: None is a GPU with JAX, or a CPU where the run computes in float32.
+    """
+    place = place or Place(kind="cpu" if train.dtype == "float32" else "gpu")
+    width, framework = BYTES[train.dtype], "mlx" if place.backend == "mlx" else "jax"
+    specs = parameter_table(config).values()
+    own, whole = sum(spec.size // mesh.parts(spec) for spec in specs), sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
+    fixed = 4 * own * (train.grad_accum > 1) + state_bytes(config, train, mesh)  # with several parts their gradients add up
+    if mesh.fsdp > 1 or (train.dtype != "float32" and train.gradient_checkpointing != "full"):  # the weights in use are a copy, whole
+        fixed += width * whole
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
-    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor * (4 + width)
-    return state + tokens * activation_values_per_token(config, train.gradient_checkpointing) * width + logits
+    kept, working, layer = _activations(config, train, place)
+    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
+    logits *= 16 if place.backend == "mlx" else 4 + width  # and their gradient; MLX on a CPU, which fuses nothing, has four float32 arrays
+    embed = 4 * config.padded_vocab_size * config.dim // mesh.size  # its gradient is the first that there is
+    after_forward = round(tokens * kept * width) + max(logits, round(tokens * working * width)) + embed
+    gradients = 4 * own + round(tokens * layer * width)
+    return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own))
+
+
+def _activations(config: ModelConfig, train: TrainConfig, place: Place) -> tuple[float, float, float]:
+    """Values per token: kept by all layers, held beside them while the last one is differentiated, and in all while the first one is."""
+    course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[train.dtype], train.attention == "plain")
+    layers = [
+        BLOCK.times(config.dim)
+        .with_(MIXERS[config.mixer_of(layer)].activations(config, course))
+        .with_(FFNS[config.ffn_of(layer)].activations(config, course))
+        for layer in range(config.layers)
+    ]
+    undone = train.gradient_checkpointing == "none" or course.platform == RECOMPUTES_NOTHING
+    held = [layer.kept if undone else getattr(layer, train.gradient_checkpointing) for layer in layers]
+    recomputed = [layer.working + layer.kept - kept for layer, kept in zip(layers, held, strict=True)]
+    return sum(held), max(recomputed), layers[0].kept + layers[0].working
+
+
+def state_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE) -> int:
+    """Float32 parameters and what the optimizer keeps of them, on each device; a checkpoint's size."""
+    slots = OPTIMIZERS[train.optimizer].slots
+    return 4 * sum((1 + len(slots(spec))) * (spec.size // mesh.parts(spec)) for spec in parameter_table(config).values())
 
 
 def loss_chunks(tokens: int, vocab: int) -> int:
     """The fewest chunks of tokens whose float32 logits stay under LOGITS_BYTES each; the last chunk may be shorter."""
     return min(tokens, max(1, -(-tokens * vocab * 4 // LOGITS_BYTES)))
-
-
-def activation_values_per_token(config: ModelConfig, gradient_checkpointing: str) -> int:
-    """Values kept per token from the forward for the backward pass."""
-    kv = config.kv_heads * config.head_dim
-    residual = config.dim
-    total, largest = 0, 0
-    for layer in range(config.layers):
-        row = FFNS[config.ffn_of(layer)]
-        hidden = row.active(config) // (3 * config.dim)  # features of all the feed-forwards that a token meets
-        dots = config.dim * 3 + kv * 2 + hidden * 2  # q, attention output, o / down output, k, v, gate, up
-        elementwise = config.dim * 3 + kv + hidden  # two norms, rotated q and k, the product in the feed-forward
-        elementwise += row.copies(config) * 2 * config.dim  # what goes into experts and what comes out
-        total += {"none": residual * 2 + dots + elementwise, "dots": residual + dots, "full": residual}[gradient_checkpointing]
-        largest = max(largest, dots + elementwise)
-    return total + (0 if gradient_checkpointing == "none" else largest)

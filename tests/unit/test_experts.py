@@ -8,12 +8,13 @@ import pytest
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.activations import Course
+from smedjan_common.model.ffns import experts as experts_row
 from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
 from smedjan_common.model.flops import active_params
 from smedjan_common.model.params import initial_params, parameter_table
 from smedjan_common.reference import experts as reference
 from smedjan_common.reporting.metrics import routing
-from smedjan_common.training.memory import activation_values_per_token
 from smedjan_common.training.optimizers import OPTIMIZERS
 from tests.conformance import subjects
 
@@ -60,9 +61,14 @@ def test_a_token_meets_its_experts_the_shared_ones_and_the_router():
     assert config.num_params() - active_params(config) == 2 * 2 * one
 
 
-def test_activations_grow_with_the_experts_of_a_token_and_not_with_all():
-    sizes = [activation_values_per_token(model(experts=e, experts_per_token=k), "none") for e, k in ((4, 2), (5, 2), (5, 3))]
-    assert sizes[0] <= sizes[1] < sizes[0] + 10 < sizes[2]
+@pytest.mark.parametrize("platform", experts_row.MEASURED)
+def test_activations_grow_with_the_experts_of_a_token_and_the_shared_ones_and_not_with_all(platform: str):
+    def kept(**options: int) -> float:
+        return experts_row.ROW.activations(model(**options), Course(platform, 64)).kept
+
+    two = kept(experts=4, experts_per_token=2)
+    assert kept(experts=5, experts_per_token=2) == two < kept(experts=5, experts_per_token=3)
+    assert kept(experts=4, experts_per_token=2, shared_experts=1) > two
 
 
 def test_only_layers_that_route_have_a_load():

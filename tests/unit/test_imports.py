@@ -31,7 +31,7 @@ IMPORTS = read()
 
 # from the ground up; rooms of one floor do not import one another
 FLOORS = (
-    ("smedjan_common", "hints", "nearby", "optional", "streams"),  # the package by itself: its version
+    ("smedjan_common", "hints", "machine", "nearby", "optional", "streams"),  # the package by itself: its version
     ("errors",),
     ("command_line", "files", "workers"),
     ("model", "text"),

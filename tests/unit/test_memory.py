@@ -1,17 +1,16 @@
 """Memory estimates: exact where a closed form is exact (state, weights), and ordered as they must be."""
 
 import dataclasses
-import re
 
 import pytest
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError
 from smedjan_common.inference.memory import inference_bytes, state_bytes
+from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import count_params, parameter_table
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING
-from smedjan_common.training.memory import activation_values_per_token, training_bytes
+from smedjan_common.training.memory import Place, training_bytes
 
 MEDIUM = ModelConfig.preset("medium")
 TRAIN = TrainConfig(steps=1, batch_size=64, seq_len=1024, lr=1e-3, dtype="bfloat16")
@@ -35,11 +34,19 @@ def test_training_holds_at_least_parameters_gradients_and_two_moments():
 
 
 def test_an_optimizer_that_keeps_less_takes_less():
-    small = dataclasses.replace(TRAIN, batch_size=1, seq_len=1, dtype="float32")
-    total = {name: training_bytes(MEDIUM, dataclasses.replace(small, optimizer=name)) for name in ("adamw", "muon", "lion")}
+    total = {name: training_bytes(MEDIUM, dataclasses.replace(TRAIN, optimizer=name)) for name in ("adamw", "muon", "lion")}
     matrices = sum(spec.size for spec in parameter_table(MEDIUM).values() if spec.matrix)
     assert total["adamw"] - total["muon"] == 4 * matrices
     assert total["adamw"] - total["lion"] == 4 * count_params(MEDIUM)
+
+
+@pytest.mark.parametrize(("optimizer", "jax", "mlx"), [("adamw", 16, 18.6), ("muon", 18.2, 54.6), ("lion", 16, 18.1)])
+def test_where_parameters_are_all_that_counts_the_update_of_the_optimizer_does(optimizer: str, jax: float, mlx: float):
+    """Bytes a parameter; measured on a CPU with one sequence of 16 tokens: 16.3, 18.1 and 15.8 with JAX, as said with MLX."""
+    small = TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1e-3, optimizer=optimizer)
+    for backend, bytes in (("jax", jax), ("mlx", mlx)):
+        estimate = training_bytes(MEDIUM, small, place=Place(backend, "cpu", "0.11.2")) / count_params(MEDIUM)
+        assert estimate == pytest.approx(bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("size", PRESETS)
@@ -49,52 +56,38 @@ def test_gradient_checkpointing_accumulation_and_narrow_types_save_memory(size: 
     assert by_checkpointing == sorted(by_checkpointing, reverse=True)
     assert len(set(by_checkpointing)) == 3
     assert training_bytes(model, dataclasses.replace(TRAIN, grad_accum=8)) < training_bytes(model, TRAIN)
-    kept = [activation_values_per_token(model, name) for name in GRADIENT_CHECKPOINTING]
-    assert kept[2] < kept[0]
 
 
-@pytest.fixture
-def mlx_backend(monkeypatch):
-    """MLX's module on a CPU of 1 GiB."""
-    pytest.importorskip("mlx.core")
-    from smedjan_mlx import backend
-
-    monkeypatch.setattr(backend, "on_gpu", lambda: False)
-    monkeypatch.setattr(backend, "_machine_memory", lambda: 1 << 30)
-    return backend
+CPU = Place(kind="cpu", version="0.11.2")
 
 
-SCORES = ModelConfig(vocab_size=64, dim=32, layers=2, heads=4, kv_heads=4, ffn_dim=32, context_length=1 << 20)
-LONG = TrainConfig(steps=1, batch_size=4, seq_len=8192, lr=1e-3, dtype="float32")  # 12 GiB of scores
+@pytest.mark.parametrize("place", [CPU, Place("mlx", "cpu")], ids=["jax", "mlx"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_only_attention_without_a_fused_kernel_takes_more_for_a_longer_sequence_of_as_many_tokens(mixer: str, place: Place):
+    model = dataclasses.replace(MEDIUM, mixer=(mixer,))
+    short = TrainConfig(steps=1, batch_size=16, seq_len=1024, lr=1e-3)
+    long = dataclasses.replace(short, batch_size=2, seq_len=8192)
+    grows = training_bytes(model, long, place=place) > 2 * training_bytes(model, short, place=place)
+    assert grows == (mixer in ("attention", "mla"))
+    assert training_bytes(model, dataclasses.replace(long, dtype="bfloat16")) == training_bytes(
+        model, dataclasses.replace(short, dtype="bfloat16")
+    )
 
 
-@pytest.mark.parametrize(
-    ("mixer", "attention"),
-    [("attention", "auto"), ("attention", "plain"), ("mla", "auto"), ("linear attention", "auto"), ("block-sparse", "plain")],
-)
-def test_scores_that_a_cpu_cannot_hold_are_refused_before_anything_is_allocated_and_the_fix_helps(mlx_backend, mixer, attention):
-    model, train = dataclasses.replace(SCORES, mixer=tuple(mixer.split())), dataclasses.replace(LONG, attention=attention)
-    with pytest.raises(ConfigError, match=r"4 sequences at once.*12\.0 GiB") as caught:
-        mlx_backend.training_backend(model, train)
-    assert ("--attention plain" in caught.value.fix) == (mixer == "block-sparse")
-    found = re.search(r"--seq-len (\d+) or less", caught.value.fix)
-    assert found
-    longest = dataclasses.replace(train, seq_len=int(found[1]))
-    mlx_backend.training_backend(model, longest)
-    with pytest.raises(ConfigError):
-        mlx_backend.training_backend(model, dataclasses.replace(longest, seq_len=longest.seq_len + 1))
-    mlx_backend.training_backend(model, dataclasses.replace(longest, seq_len=longest.seq_len * 2 - 2, grad_accum=4))
+def test_plain_attention_and_wide_heads_hold_their_scores_on_a_gpu_too():
+    long = dataclasses.replace(TRAIN, batch_size=8, seq_len=8192)
+    plain = dataclasses.replace(long, attention="plain")
+    pairs = 8 * MEDIUM.heads * 8192 * 8192
+    assert training_bytes(MEDIUM, plain) - training_bytes(MEDIUM, long) > 6 * MEDIUM.layers * pairs
+    blocks = dataclasses.replace(MEDIUM, mixer=("block-sparse",))
+    assert training_bytes(blocks, plain) > 4 * training_bytes(blocks, long)
+    wide = dataclasses.replace(MEDIUM, heads=2, kv_heads=2)  # 256 features a head: more than cuDNN takes
+    assert training_bytes(wide, long) > training_bytes(MEDIUM, long) + 6 * MEDIUM.layers * pairs // 4
 
 
-def test_only_training_that_holds_all_scores_on_a_cpu_is_refused(mlx_backend, monkeypatch):
-    for mixer in ("linear", "block-sparse"):
-        mlx_backend.training_backend(dataclasses.replace(SCORES, mixer=(mixer,)), LONG)
-    mlx_backend.MlxBackend(SCORES, LONG)  # decodes, wherever the model was trained
-    monkeypatch.setattr(mlx_backend, "on_gpu", lambda: True)
-    mlx_backend.training_backend(SCORES, LONG)
-
-
-def test_training_with_mlx_asks_for_the_backend_that_refuses(mlx_backend):
-    from smedjan_mlx.train import load
-
-    assert load()[0] is mlx_backend.training_backend
+def test_gradient_checkpointing_saves_nothing_where_the_compiler_undoes_it():
+    full = dataclasses.replace(TRAIN, gradient_checkpointing="full", dtype="float32")
+    none = dataclasses.replace(full, gradient_checkpointing="none")
+    assert training_bytes(MEDIUM, full, place=CPU) < training_bytes(MEDIUM, none, place=CPU) / 3
+    old = Place(kind="cpu", version="0.10.2")
+    assert training_bytes(MEDIUM, full, place=old) == training_bytes(MEDIUM, none, place=old)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.activations import Activations, Course, Measured, scores
 from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
@@ -48,6 +49,24 @@ def validate(config: Shape) -> None:
         )
 
 
+MEASURED: Measured = {
+    "gpu": Activations(1.3, 1, 0, 1.8),
+    "cpu": Activations(3.1, 0.94, 0.062, 0.29),
+    "cpu-0.10": Activations(2.75, 2.75, 2.75, 0.5),
+    "mlx": Activations(1.8, 1.4, 0.8, 10),
+}
+
+
+def projected(config: Shape) -> int:
+    """Values of a token that its projections give: queries, keys, values and the output."""
+    return 2 * config.dim + 2 * config.kv_heads * config.head_dim
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    norms = round(1.5 * (config.dim + config.kv_heads * config.head_dim)) if config.qk_norm else 0
+    return MEASURED[course.platform].times(projected(config) + norms).with_(scores(course, config.heads, config.head_dim))
+
+
 ROW = MixerSpec(
     "attention",
     Options,
@@ -56,6 +75,7 @@ ROW = MixerSpec(
     "Attention",
     parameters,
     _flops,
+    _activations,
     _state,
     validate,
     rope_dims=lambda config: (config.head_dim,),

@@ -5,6 +5,7 @@ Decay rates start at A ~ U(0.01, 16), time steps log-uniform in [0.001, 0.1], as
 
 from dataclasses import dataclass
 
+from smedjan_common.model.activations import Activations, Course, Measured
 from smedjan_common.model.mixers.shared import Chunked, Convolved, check_kv_heads
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
 from smedjan_common.model.spec import MixerSpec, StateSpec
@@ -52,6 +53,20 @@ def _validate(config: Options) -> None:
     check_kv_heads(config, "Every key head of gated-deltanet serves the same number of value heads.")
 
 
+MEASURED: Measured = {
+    "gpu": Activations(1, 0.63, 0.44, 0.62),
+    "cpu": Activations(1.8, 0.5, 0.18, 0.21),
+    "cpu-0.10": Activations(2.4, 2.4, 2.4, 0.1),
+    "mlx": Activations(1.2, 0.34, 0.091, 1.9),
+}
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    keys, chunk = config.kv_heads * config.head_dim, course.chunk_size
+    features = 10.4 * config.dim + 7.2 * keys + 5.6 * config.dim * config.head_dim / chunk + 1.2 * config.heads * chunk
+    return MEASURED[course.platform].times(features)
+
+
 ROW = MixerSpec(
     "gated-deltanet",
     Options,
@@ -60,6 +75,7 @@ ROW = MixerSpec(
     "GatedDeltaNet",
     _parameters,
     _flops,
+    _activations,
     _state,
     _validate,
     training=Chunked,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.activations import Activations, Course, Measured
 from smedjan_common.model.mixers.shared import Chunked, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
@@ -78,6 +79,21 @@ def _validate(config: Options) -> None:
         )
 
 
+MEASURED: Measured = {
+    "gpu": Activations(1.1, 0.56, 0, 0.75),
+    "cpu": Activations(2.3, 0.065, 0, 0.33),
+    "cpu-0.10": Activations(3, 3, 3, 0.3),
+    "mlx": Activations(2.1, 0.45, 0.47, 2.3),
+}
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    chunk = course.chunk_size
+    states, pairs = config.dim * config.head_dim / chunk, config.heads * chunk
+    features = 1.32 * (3 * config.dim + 2 * config.kv_heads * config.head_dim) + 1.5 * states + pairs
+    return MEASURED[course.platform].times(features)
+
+
 ROW = MixerSpec(
     "linear",
     Options,
@@ -86,6 +102,7 @@ ROW = MixerSpec(
     "LinearAttention",
     _parameters,
     _flops,
+    _activations,
     _state,
     _validate,
     training=Chunked,

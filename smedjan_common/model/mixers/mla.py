@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.activations import Activations, Course, Measured, scores
 from smedjan_common.model.mixers.shared import Softmax, check_no_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
@@ -68,6 +69,20 @@ def _validate(config: Options) -> None:
     check_no_kv_heads(config, "mla", why, "Leave --kv-heads out; --mla-kv-rank sets the size of the cache.")
 
 
+MEASURED: Measured = {
+    "gpu": Activations(0.96, 0.54, 0, 0.37),
+    "cpu": Activations(1.6, 0.5, 0, 0.22),
+    "cpu-0.10": Activations(2, 2, 2, 0.3),
+    "mlx": Activations(1.6, 0.2, 0.3, 3.1),
+}
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    query = config.head_dim + rope_dim(config)
+    features = 3 * config.heads * query + 4 * config.dim + 2 * (kv_rank(config) + rope_dim(config))
+    return MEASURED[course.platform].times(features).with_(scores(course, config.heads, query))
+
+
 ROW = MixerSpec(
     "mla",
     Options,
@@ -76,6 +91,7 @@ ROW = MixerSpec(
     "LatentAttention",
     _parameters,
     _flops,
+    _activations,
     _state,
     _validate,
     rope_dims=lambda config: (rope_dim(config),),

@@ -10,6 +10,7 @@ i channel, l layer of L. The feed-forward is this project's, as with every mixer
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.activations import Activations, Course, Measured
 from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
@@ -95,6 +96,19 @@ def _validate(config: Options) -> None:
         )
 
 
+MEASURED: Measured = {
+    "gpu": Activations(0.93, 0.48, 0.27, 0.87),
+    "cpu": Activations(1.1, 0.4, 0.16, 0.12),
+    "cpu-0.10": Activations(1.5, 1.5, 1.5, 0.1),
+    "mlx": Activations(0.77, 0, 0.09, 1.3),
+}
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    size, chunk = config.rwkv_head_dim, course.chunk_size
+    return MEASURED[course.platform].times(config.dim * (23.2 + 9.5 * size / chunk + 3.15 * chunk / size))
+
+
 ROW = MixerSpec(
     "rwkv",
     Options,
@@ -103,6 +117,7 @@ ROW = MixerSpec(
     "Rwkv",
     _parameters,
     _flops,
+    _activations,
     _state,
     _validate,
     training=Chunked,

@@ -6,6 +6,7 @@ Initial values are the paper's: decay rates A ~ U(1, 16), time steps log-uniform
 from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.activations import Activations, Course, Measured
 from smedjan_common.model.mixers.shared import Chunked, Convolved, check_no_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
@@ -81,6 +82,20 @@ def _validate(config: Options) -> None:
     check_no_kv_heads(config, "ssm", why, f"Leave --kv-heads out, or take --ssm-groups {config.kv_heads}.")
 
 
+MEASURED: Measured = {
+    "gpu": Activations(1, 0, 0.069, 1.8),
+    "cpu": Activations(2, 0.5, 0, 0.26),
+    "cpu-0.10": Activations(3, 3, 3, 0.1),
+    "mlx": Activations(2.3, 0.35, 0.61, 1.9),
+}
+
+
+def _activations(config: Options, course: Course) -> Activations:
+    inner, chunk = inner_dim(config), course.chunk_size
+    states, pairs = inner * config.ssm_state / chunk, heads(config) * (chunk + config.ssm_state)
+    return MEASURED[course.platform].times(5.8 * inner + 0.67 * states + 1.33 * pairs)
+
+
 ROW = MixerSpec(
     "ssm",
     Options,
@@ -89,6 +104,7 @@ ROW = MixerSpec(
     "Mamba2",
     _parameters,
     _flops,
+    _activations,
     _state,
     _validate,
     training=Chunked,
