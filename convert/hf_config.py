@@ -65,8 +65,7 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
             "beta_slow": rope.BETA_SLOW,
         }
     if config.rope_scaling == "ntk":
-        exponent = config.head_dim / (config.head_dim - 2) if config.head_dim > 2 else 1.0
-        return config.rope_base * config.rope_factor**exponent, None
+        return rope.ntk_base(config, config.head_dim), None
     return config.rope_base, None
 
 

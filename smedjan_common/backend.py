@@ -16,6 +16,8 @@ from smedjan_common.training.config import TrainConfig
 
 State = Any  # parameters, optimizer state and step, as the backend keeps them
 
+IGNORED = -1  # a target that does not count
+
 Metrics = dict[str, Any]  # name -> scalar or array, perhaps still being computed
 
 
@@ -80,7 +82,7 @@ class OwnFormat(Protocol):
 
 
 class Backend(Protocol):
-    """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target of -1 does not count.
+    """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target that is IGNORED does not count.
 
     `documents`, int32 of the same shape, numbers the documents of each row; nothing is read across them. None: a row is one.
     """

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from smedjan_common.backend import IGNORED
 from smedjan_common.training.memory import loss_chunks
 
 
@@ -83,7 +84,7 @@ _summed.defvjp(_forward, _backward)
 def _split(x_ND: jax.Array, targets_N: jax.Array, chunks: int) -> tuple[jax.Array, jax.Array]:
     """Equal chunks, [chunks, C, D] and [chunks, C]; tokens that do not count fill the last one."""
     missing = -targets_N.size % chunks
-    x_ND, targets_N = jnp.pad(x_ND, ((0, missing), (0, 0))), jnp.pad(targets_N, (0, missing), constant_values=-1)
+    x_ND, targets_N = jnp.pad(x_ND, ((0, missing), (0, 0))), jnp.pad(targets_N, (0, missing), constant_values=IGNORED)
     return x_ND.reshape(chunks, -1, x_ND.shape[1]), targets_N.reshape(chunks, -1)
 
 

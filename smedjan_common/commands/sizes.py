@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from smedjan_common.command_line import parse
 from smedjan_common.errors import ConfigError, run_command
-from smedjan_common.model.config import ModelConfig, parse_pattern
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.run.flags import MixerFlags, given_names
@@ -76,15 +76,13 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> dict[str, 
 
     Raises ConfigError.
     """
+    from smedjan_common.run.described import described_model
+
     names = [flags.size] if flags.size else list(PRESETS)
-    changes = {n: value for n in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(flags, n)) is not None}
-    changes |= {**dataclasses.asdict(flags.mixers), "mixer": parse_pattern(flags.mixer), "context_length": flags.seq_len}
-    changes["ffn"] = parse_pattern(flags.ffn) if flags.ffn else ("experts",) if flags.mixers.experts else ("swiglu",)
-    if flags.size == "custom" or (not flags.size and _shape(flags)):
-        _check_custom(flags)
-        found = {"custom": ModelConfig.build(vocab_size=flags.vocab_size, **changes)}
-    else:
-        found = {name: ModelConfig.preset(name, flags.vocab_size, **changes) for name in names}
+    if not flags.size and (shape := _shape(flags)):
+        _check_custom(shape)
+        names = ["custom"]
+    found = {name: described_model(name, flags, flags.mixers, flags.vocab_size, flags.seq_len) for name in names}
     if given & {option.name for option in dataclasses.fields(MixerFlags)}:
         from smedjan_common.run.options import check_options  # imported where it is needed: it takes as long as everything else here
 
@@ -93,18 +91,14 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> dict[str, 
     return found
 
 
-def _check_custom(flags: SizesFlags) -> None:
-    """Raises ConfigError for a model of one's own whose shape is not all given."""
-    shape = _shape(flags)
-    if not (missing := [f"--{name}" for name in _SHAPE if name not in shape]):
-        return
-    if flags.size:
-        raise ConfigError(f"--size custom lacks {', '.join(missing)}.", "It has no values of its own.", "Give --dim, --layers and --heads.")
-    raise ConfigError(
-        f"--{shape[0]} is given without --size.",
-        "It is not said which model to change: a preset, or one of your own, which takes --dim, --layers and --heads.",
-        f"Add --size tiny, say, or {' and '.join(missing)}.",
-    )
+def _check_custom(shape: list[str]) -> None:
+    """Raises ConfigError for a model without a size whose shape is not all given."""
+    if missing := [f"--{name}" for name in _SHAPE if name not in shape]:
+        raise ConfigError(
+            f"--{shape[0]} is given without --size.",
+            "It is not said which model to change: a preset, or one of your own, which takes --dim, --layers and --heads.",
+            f"Add --size tiny, say, or {' and '.join(missing)}.",
+        )
 
 
 _SHAPE = ("dim", "layers", "heads")

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from smedjan_common.backend import IGNORED
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
 _ROUNDS = 4
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele, Lea, Flood 2014)
-IGNORED = -1  # target of padding
 
 
 class BatchOrder:

@@ -55,13 +55,17 @@ def original_length(config: Shape) -> int:
     return config.rope_original_len or max(1, round(config.context_length / config.rope_factor))
 
 
+def ntk_base(config: Shape, dim: int) -> float:
+    """The base that stretches positions as NTK-aware scaling of K = `dim` does."""
+    return config.rope_base * config.rope_factor ** (dim / (dim - 2) if dim > 2 else 1.0)
+
+
 def _plain(config: Shape, dim: int, base: float | None = None) -> np.ndarray:
     return (base or config.rope_base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
 def _ntk(config: Shape, dim: int) -> np.ndarray:
-    exponent = dim / (dim - 2) if dim > 2 else 1.0
-    return _plain(config, dim, config.rope_base * config.rope_factor**exponent)
+    return _plain(config, dim, ntk_base(config, dim))
 
 
 def _yarn(config: Shape, dim: int) -> np.ndarray:

@@ -17,7 +17,7 @@ State = dict[str, np.ndarray]
 
 def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
-    query, key, value = _project(config, params, x_BxTxD, start=0)
+    query, key, value = project(config, params, x_BxTxD, start=0)
     at = np.arange(x_BxTxD.shape[1])
     return _attend(config, params, query, key, value, visible_TxS=_visible(config, at[:, None] - at))
 
@@ -31,7 +31,7 @@ def initial_state(config: ModelConfig, batch: int) -> State:
 def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, state: State, carried: dict) -> tuple[np.ndarray, State]:
     """One more token: [B, D] and the state -> [B, D] and the next state, which holds every key and value so far."""
     seen = state["key"].shape[1]
-    query, key, value = _project(config, params, x_BxD[:, None], start=seen)
+    query, key, value = project(config, params, x_BxD[:, None], start=seen)
     state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
     y_Bx1xD = _attend(config, params, query, state["key"], state["value"], visible_TxS=_visible(config, seen - np.arange(seen + 1)[None]))
     return y_Bx1xD[:, 0], state
@@ -42,7 +42,9 @@ def _visible(config: ModelConfig, behind: np.ndarray) -> np.ndarray:
     return (behind >= 0) & (behind < config.window) if config.window else behind >= 0
 
 
-def _project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
+def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
+    """Turned queries [B, T, H, K] and keys [B, T, Hk, K], and values, of positions from `start` on."""
+
     def heads(name: str, count: int) -> np.ndarray:
         return (x_BxTxD @ params[f"{name}.weight"].T).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
 

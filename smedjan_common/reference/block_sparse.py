@@ -14,8 +14,7 @@ Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.reference.norm import rms_norm
-from smedjan_common.reference.rope import rotate
+from smedjan_common.reference.attention import project
 
 Params = dict[str, np.ndarray]
 State = dict[str, np.ndarray]
@@ -23,7 +22,7 @@ State = dict[str, np.ndarray]
 
 def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
-    query, key, value = _project(config, params, x_BxTxD, start=0)
+    query, key, value = project(config, params, x_BxTxD, start=0)
     carried.setdefault("block_scores", []).append(scores(config, query, key))  # for tests: how close the choices are
     return _attend(config, params, query, key, value, start=0)
 
@@ -37,7 +36,7 @@ def initial_state(config: ModelConfig, batch: int) -> State:
 def step(config: ModelConfig, params: Params, x_BxD: np.ndarray, state: State, carried: dict) -> tuple[np.ndarray, State]:
     """One more token: [B, D] and the state -> [B, D] and the next state, which holds every key and value so far."""
     seen = state["key"].shape[1]
-    query, key, value = _project(config, params, x_BxD[:, None], start=seen)
+    query, key, value = project(config, params, x_BxD[:, None], start=seen)
     state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
     return _attend(config, params, query, state["key"], state["value"], start=seen)[:, 0], state
 
@@ -61,16 +60,6 @@ def scores(config: ModelConfig, query_BxTxHxK: np.ndarray, key_BxSxHkxK: np.ndar
     mean_BxJxHkxK = np.add.reduceat(key_BxSxHkxK, starts, axis=1) / config.block_size
     summed_BxTxHkxK = query_BxTxHxK.reshape(batch, length, config.kv_heads, -1, config.head_dim).sum(axis=3)
     return np.einsum("btgk,bjgk->bgtj", summed_BxTxHkxK, mean_BxJxHkxK)
-
-
-def _project(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
-    def heads(name: str, count: int) -> np.ndarray:
-        return (x_BxTxD @ params[f"{name}.weight"].T).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
-
-    query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
-    if config.qk_norm:
-        query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
-    return rotate(query, config, start), rotate(key, config, start), heads("v_proj", config.kv_heads)
 
 
 def _attend(

@@ -16,6 +16,7 @@ import numpy as np
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.reference import ffn
+from smedjan_common.reference.activations import sigmoid
 
 
 def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndarray, carried: dict) -> np.ndarray:
@@ -38,13 +39,13 @@ def route(config: ModelConfig, logits: np.ndarray, bias_E: np.ndarray | None) ->
     """The experts chosen for each token, best first, and their weights, [..., k] both."""
     chosen = np.argsort(-choice_scores(logits, bias_E), axis=-1, kind="stable")[..., : config.experts_per_token]
     picked = np.take_along_axis(logits, chosen, axis=-1)
-    weights = np.exp(picked - picked.max(axis=-1, keepdims=True)) if bias_E is None else _sigmoid(picked)
+    weights = np.exp(picked - picked.max(axis=-1, keepdims=True)) if bias_E is None else sigmoid(picked)
     return chosen, weights / weights.sum(axis=-1, keepdims=True)
 
 
 def choice_scores(logits: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
     """What the choice goes by: the largest are taken."""
-    return logits if bias_E is None else _sigmoid(logits) + bias_E
+    return logits if bias_E is None else sigmoid(logits) + bias_E
 
 
 def load(config: ModelConfig, chosen: np.ndarray) -> np.ndarray:
@@ -69,7 +70,3 @@ def router_z_loss(logits_NxE: np.ndarray) -> float:
 def next_bias(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> np.ndarray:
     """The bias after a step in which the experts got `load_E` choices: up by `rate` under the mean, down over it."""
     return bias_E + rate * np.sign(load_E.mean() - load_E)
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))

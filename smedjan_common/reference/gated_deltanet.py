@@ -13,6 +13,7 @@ W taps, F = 2 Hk K + H V convolved features, S [B, H, V, K].
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.reference.activations import sigmoid, silu
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: d
     state, length = initial_state(config, len(x_BxTxD)), x_BxTxD.shape[1]
     before_BxTxF = np.concatenate([state["window"], _convolved_features(params, x_BxTxD)], axis=1)
     seen_BxTxFxW = np.stack([before_BxTxF[:, tap : tap + length] for tap in range(config.conv_width)], axis=-1)
-    q, k, v = _heads(config, _silu(np.sum(seen_BxTxFxW * params["conv.weight"], axis=-1)))
+    q, k, v = _heads(config, silu(np.sum(seen_BxTxFxW * params["conv.weight"], axis=-1)))
     decay, beta = _gates(params, x_BxTxD)
     S, outputs = state["S"], []
     for t in range(length):
@@ -44,7 +45,7 @@ def initial_state(config: ModelConfig, batch: int) -> State:
 def step(config: ModelConfig, params: Params, x_BxD: np.ndarray, state: State, carried: dict[str, np.ndarray]) -> tuple[np.ndarray, State]:
     """One more token: [B, D] and the state -> [B, D] and the next state."""
     window_BxWxF = np.concatenate([state["window"], _convolved_features(params, x_BxD)[:, None]], axis=1)
-    q, k, v = _heads(config, _silu(np.einsum("bwf,fw->bf", window_BxWxF, params["conv.weight"])))
+    q, k, v = _heads(config, silu(np.einsum("bwf,fw->bf", window_BxWxF, params["conv.weight"])))
     S = _update(state["S"], *_gates(params, x_BxD), k, v)
     return _output(config, params, np.einsum("bhvk,bhk->bhv", S, q), x_BxD), {"window": window_BxWxF[:, 1:], "S": S}
 
@@ -66,7 +67,7 @@ def _heads(config: ModelConfig, features: np.ndarray) -> tuple[np.ndarray, ...]:
 def _gates(params: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The decay e^g and beta, [..., H]."""
     softplus = np.logaddexp(0, x @ params["a_proj.weight"].T + params["dt_bias"])
-    return np.exp(-np.exp(params["A_log"]) * softplus), _sigmoid(x @ params["b_proj.weight"].T)
+    return np.exp(-np.exp(params["A_log"]) * softplus), sigmoid(x @ params["b_proj.weight"].T)
 
 
 def _update(S: np.ndarray, decay: np.ndarray, beta: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -78,12 +79,4 @@ def _update(S: np.ndarray, decay: np.ndarray, beta: np.ndarray, k: np.ndarray, v
 
 def _output(config: ModelConfig, params: Params, o: np.ndarray, x: np.ndarray) -> np.ndarray:
     y = rms_norm(o, params["norm.weight"], config.norm_eps).reshape(*x.shape[:-1], -1)
-    return (y * _silu(x @ params["z_proj.weight"].T)) @ params["o_proj.weight"].T
-
-
-def _silu(z: np.ndarray) -> np.ndarray:
-    return z * _sigmoid(z)
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))
+    return (y * silu(x @ params["z_proj.weight"].T)) @ params["o_proj.weight"].T

@@ -12,6 +12,7 @@ Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.reference.activations import silu
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]
@@ -72,5 +73,4 @@ def _output(config: ModelConfig, params: Params, x: np.ndarray, mixed_BxTxHxK: n
         normed = mixed_BxTxHxK / (denominator_BxTxH[..., None] + 1e-6)
     else:
         normed = rms_norm(mixed_BxTxHxK, params["norm.weight"], config.norm_eps)
-    gate_BxTxD = x @ params["gate_proj.weight"].T
-    return (normed.reshape(x.shape) * gate_BxTxD / (1 + np.exp(-gate_BxTxD))) @ params["o_proj.weight"].T
+    return (normed.reshape(x.shape) * silu(x @ params["gate_proj.weight"].T)) @ params["o_proj.weight"].T

@@ -6,7 +6,7 @@ training pushes them down by itself.
 
 import numpy as np
 
-IGNORED = -1
+from smedjan_common.backend import IGNORED
 
 
 def cross_entropy(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> tuple[float, int]:

@@ -14,6 +14,7 @@ Shapes: B batch, T length, D width, H heads of size K (values: V = K), S [B, H, 
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.reference.activations import sigmoid
 
 State = dict[str, np.ndarray]
 Params = dict[str, np.ndarray]
@@ -58,11 +59,11 @@ def _project(config: ModelConfig, params: Params, x: np.ndarray, previous: np.nd
         return z.reshape(*z.shape[:-1], -1, config.rwkv_head_dim)
 
     r, k, v = (mixed(name) @ params[f"{name}_proj.weight"].T for name in "rkv")
-    w = np.exp(-DECAY * _sigmoid(params["w0"] + low_rank("w", np.tanh(mixed("w") @ params["w1.weight"].T))))
-    rate = _sigmoid(params["a0"] + low_rank("a", mixed("a") @ params["a1.weight"].T))
-    gate = low_rank("g", _sigmoid(mixed("g") @ params["g1.weight"].T))
+    w = np.exp(-DECAY * sigmoid(params["w0"] + low_rank("w", np.tanh(mixed("w") @ params["w1.weight"].T))))
+    rate = sigmoid(params["a0"] + low_rank("a", mixed("a") @ params["a1.weight"].T))
+    gate = low_rank("g", sigmoid(mixed("g") @ params["g1.weight"].T))
     if "v_first" in carried:
-        v = v + (carried["v_first"] - v) * _sigmoid(params["v0"] + low_rank("v", mixed("v") @ params["v1.weight"].T))
+        v = v + (carried["v_first"] - v) * sigmoid(params["v0"] + low_rank("v", mixed("v") @ params["v1.weight"].T))
     else:
         carried["v_first"] = v
     kk = heads(k * params["k_k"])
@@ -83,7 +84,3 @@ def _output(params: Params, o: np.ndarray, r: np.ndarray, k: np.ndarray, v: np.n
     y = normed.reshape(gate.shape) * params["ln_x.weight"] + params["ln_x.bias"]
     bonus = np.sum(r * k * params["r_k"], axis=-1, keepdims=True) * v
     return ((y + bonus.reshape(gate.shape)) * gate) @ params["o_proj.weight"].T
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))

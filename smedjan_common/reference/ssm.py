@@ -13,6 +13,7 @@ H heads of P features, G groups, N state features, W taps.
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.reference.activations import silu
 from smedjan_common.reference.norm import rms_norm
 
 State = dict[str, np.ndarray]
@@ -71,7 +72,7 @@ def _convolve(config: ModelConfig, params: Params, window: np.ndarray, features_
     padded = np.concatenate([window, features_BxTxF], axis=1)
     taps = np.stack([padded[:, tap : tap + length] for tap in range(config.conv_width)], axis=-1)
     mixed = (taps * params["conv.weight"]).sum(axis=-1) + params["conv_bias"]
-    x, B, C = np.split(mixed / (1 + np.exp(-mixed)), np.cumsum([_inner(config), config.ssm_groups * config.ssm_state]), axis=-1)
+    x, B, C = np.split(silu(mixed), np.cumsum([_inner(config), config.ssm_groups * config.ssm_state]), axis=-1)
     heads = _inner(config) // config.ssm_head_dim
     reads = np.arange(heads) // (heads // config.ssm_groups)
     B, C = (array.reshape(batch, length, config.ssm_groups, config.ssm_state)[:, :, reads] for array in (B, C))
@@ -85,7 +86,7 @@ def _time(params: Params, time_BxTxH: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _output(config: ModelConfig, params: Params, y_BxTxHxP: np.ndarray, gate_BxTxE: np.ndarray) -> np.ndarray:
-    gated = y_BxTxHxP.reshape(gate_BxTxE.shape) * gate_BxTxE / (1 + np.exp(-gate_BxTxE))
+    gated = y_BxTxHxP.reshape(gate_BxTxE.shape) * silu(gate_BxTxE)
     groups = gated.reshape(*gated.shape[:2], config.ssm_groups, -1)
     normed = rms_norm(groups, np.ones(groups.shape[-1]), config.norm_eps).reshape(gated.shape)
     return (normed * params["norm.weight"]) @ params["out_proj.weight"].T

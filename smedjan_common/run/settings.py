@@ -11,6 +11,7 @@ from smedjan_common.model.options import options
 from smedjan_common.model.presets import PRESETS, VOCAB_MULTIPLE
 from smedjan_common.model.rope import original_length
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
+from smedjan_common.run.described import described_model, feed_forward
 from smedjan_common.run.flags import TrainFlags, TrainingFlags
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
 from smedjan_common.run.resume import difference
@@ -23,20 +24,8 @@ _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if opt
 
 def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
     """The model that the flags describe. Raises ConfigError."""
-    model = flags.model
-    values = {name: value for name in ("dim", "layers", "heads", "kv_heads", "ffn_mult") if (value := getattr(model, name)) is not None}
-    values |= {name: getattr(model, name) for name in ("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std")}
-    values |= {**dataclasses.asdict(flags.mixers), "mixer": parse_pattern(model.mixer), "context_length": flags.training.seq_len}
-    values["ffn"] = _feed_forward(flags)
-    if model.size != "custom":
-        return ModelConfig.preset(model.size, vocab_size, **values)
-    if missing := [f"--{name}" for name in ("dim", "layers", "heads") if name not in values]:
-        raise ConfigError(f"--size custom lacks {', '.join(missing)}.", "It has no values of its own.", "Give --dim, --layers and --heads.")
-    return ModelConfig.build(vocab_size=vocab_size, **values)
-
-
-def _feed_forward(flags: TrainFlags) -> tuple[str, ...]:
-    return parse_pattern(flags.model.ffn) if flags.model.ffn else ("experts",) if flags.mixers.experts else ("swiglu",)
+    kept = {name: getattr(flags.model, name) for name in ("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std")}
+    return described_model(flags.model.size, flags.model, flags.mixers, vocab_size, flags.training.seq_len, **kept)
 
 
 def check_flags(flags: TrainFlags, given: frozenset[str]) -> None:
@@ -73,7 +62,7 @@ def same_model(base: ModelConfig, flags: TrainFlags, given: frozenset[str]) -> M
     if "mixer" in given:
         changes["mixer"] = parse_pattern(model.mixer)
     if "ffn" in given or ("experts" in given and bool(flags.mixers.experts) != ("experts" in base.ffn)):
-        changes["ffn"] = _feed_forward(flags)
+        changes["ffn"] = feed_forward(flags.model, flags.mixers)
     if "ffn_mult" in given and model.ffn_mult is not None:
         changes["ffn_dim"] = ffn_width(changes.get("dim", base.dim), model.ffn_mult)
     return dataclasses.replace(base, **changes)

@@ -114,17 +114,18 @@ def check_mesh(mesh: MeshShape, model: Shape, batch_size: int, grad_accum: int) 
             if extent % (size := getattr(mesh, axis)):
                 fits = [str(n) for n in range(1, size) if math.gcd(*extents.values()) % n == 0]
                 raise ConfigError(
-                    f"--mesh {axis}={size} does not divide {what} {extent}.",
+                    f"--mesh {axis}={size} does not divide {what}.",
                     "Every device gets a part of the same size.",
                     f"Take {axis}={' or '.join(fits[-2:])}.",
                 )
 
 
 def _extents(model: Shape, axis: str) -> dict[str, int]:
-    """What an axis of the mesh has to divide, by the name that a user knows."""
+    """What an axis of the mesh has to divide, by what a user calls it: `--heads 4`."""
     table = parameter_table(model)
     named = {name for spec in table.values() if axis in mesh_axes(spec) for name in spec.axes if name}
     flags = {"heads": "--heads", "kv_heads": "--kv-heads", "embed": "--dim"}
-    counts = {flags[name]: getattr(model, "dim" if name == "embed" else name) for name in flags if name in named and RULES[name] == axis}
+    values = {name: getattr(model, "dim" if name == "embed" else name) for name in flags if name in named and RULES[name] == axis}
+    counts = {f"{flags[name]} {value}": value for name, value in values.items()}
     sides = ((spec, at) for spec in table.values() for at, split in enumerate(mesh_axes(spec)) if split == axis)
-    return counts | {f"dimension {at} of {spec.name}, which is": spec.shape[at] for spec, at in sides}
+    return counts | {f"dimension {at} of {spec.name}, which is {spec.shape[at]}": spec.shape[at] for spec, at in sides}

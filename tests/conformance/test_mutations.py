@@ -103,7 +103,7 @@ MODEL_MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     "rope base": (demand_forward, model_constant_off("rope_base")),
     "softmax scale": (
         demand_forward,
-        swap(attention, "_project", lambda right: lambda *a, **k: (right(*a, **k)[0] * OFF, *right(*a, **k)[1:])),
+        swap(attention, "project", lambda right: lambda *a, **k: (right(*a, **k)[0] * OFF, *right(*a, **k)[1:])),
     ),
     "causal mask": (demand_forward, swap(attention, "_attend", sees_one_token_ahead)),
     "grouping of the heads": (demand_forward, swap(attention, "_attend", groups_interleaved)),

@@ -36,7 +36,8 @@ FLOORS = (
     ("command_line", "files", "workers"),
     ("model", "text"),
     ("training", "tokenizer"),
-    ("backend", "reference", "data", "config"),  # config: a face of two configurations
+    ("backend",),
+    ("reference", "data", "config"),  # config: a face of two configurations
     ("checkpoint", "reporting"),
     ("inference",),
     ("run",),
