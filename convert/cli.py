@@ -60,7 +60,7 @@ def _run(flags: Flags) -> int:
     if source is target and keeps_training:
         source.read(src)  # a broken one is told so
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
-    check_target(src, dst, flags.force, target.detect)
+    check_target(src, dst, flags.force, target)
     model = source.read(src)
     with progress_bar() as show:
         notes = target.write(model, dst, options, show)

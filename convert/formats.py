@@ -9,7 +9,9 @@ import numpy as np
 
 from convert import gguf_file, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
+from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
+from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.nearby import beside
 
 FLOATS = {
@@ -31,7 +33,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Format:
-    """detect(path): whether it is this. read: None where it cannot be a source. write(model, path, options, show) -> notes."""
+    """detect(path): whether it is this. read: None where it cannot be a source. write(model, path, options, show) -> notes.
+
+    parts: patterns of the names in a directory that `write` makes; none where it makes a file.
+    """
 
     name: str
     about: str
@@ -39,6 +44,7 @@ class Format:
     detect: Callable[[Path], bool]
     read: Callable[[Path], Portable] | None
     write: Callable[[Portable, Path, Options, Show], list[str]]
+    parts: tuple[str, ...] = ()
 
 
 FORMATS: dict[str, Format] = {
@@ -51,6 +57,7 @@ FORMATS: dict[str, Format] = {
             neutral.detect,
             neutral.read,
             lambda model, path, options, show: neutral.write(model, path, show),
+            (MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER),
         ),
         Format(
             "orbax",
@@ -59,6 +66,7 @@ FORMATS: dict[str, Format] = {
             orbax.detect,
             orbax.read,
             lambda model, path, options, show: orbax.write(model, path, show),
+            (MANIFEST, ARRAYS, TOKENIZER),
         ),
         Format(
             "hf",
@@ -67,6 +75,7 @@ FORMATS: dict[str, Format] = {
             hf_import.detect,
             hf_import.read,
             lambda model, path, options, show: hf_export.write(model, path, FLOATS[options.dtype], options.max_shard_bytes, show),
+            hf_export.PARTS,
         ),
         Format(
             "gguf",

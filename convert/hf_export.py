@@ -22,6 +22,11 @@ from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.model import rope
 
+PARTS = (
+    *(hf_import.CONFIG, "generation_config.json", hf_import.WEIGHTS, "model-*-of-*.safetensors", hf_import.INDEX),
+    *(hf_tokenizer.FILE, hf_tokenizer.CONFIG, hf_tokenizer.SPECIAL),
+)
+
 
 def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, show: Show) -> list[str]:
     """Write the directory `target` atomically, in place of one of that name; returns notes for the user.

@@ -1,22 +1,52 @@
 """What every writer promises: nothing is overwritten without --force, nothing of other people's ever, and no half stands anywhere."""
 
+import fnmatch
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from convert.formats import Format
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.foreign import foreign_names
+
+_NOBODYS = (".DS_Store",)  # of names with a dot; any other, .git say, is somebody's work
 
 
-def check_target(source: Path, target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
-    """Raises CheckpointError when `target` may not be written. ours(path): whether what stands there is of the format to be written."""
-    inside, outside = source.resolve(), target.resolve()
-    if inside == outside or inside.is_relative_to(outside):
+def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
+    """Raises CheckpointError when `target` may not be written: it is the source, holds it or lies in it, by whatever spelling; something
+    stands there and there is no --force; or what stands there is not all of what a writer of `form` makes."""
+    if _is_or_holds(target.resolve(), source.resolve()):
         raise CheckpointError(f"{target} is, or holds, what is to be converted.", "It would be lost.", "Name another destination.")
+    if _is_or_holds(source.resolve(), target.resolve()):
+        raise CheckpointError(
+            f"{target} lies in what is to be converted, {source}.", "It would become a part of that.", "Name a destination beside it."
+        )
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
         raise CheckpointError(
             f"{target} exists already.", "Nothing was changed.", "Choose another destination, or replace it with --force."
         )
-    if not ours(target):
+    if not form.detect(target):
         raise CheckpointError(f"{target} is in the way and is nothing that `convert` writes here.", "", "Move it elsewhere.")
+    if target.is_dir() and (names := _not_of(form, target)):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{target} is in the way: it holds {', '.join(names[:3])}{more}, which `convert` does not write.",
+            "It would be lost with the rest.",
+            "Move it elsewhere.",
+        )
+
+
+def _is_or_holds(outer: Path, inner: Path) -> bool:
+    """Whether two places are the same or one lies in the other; a file system may take other letters for the same name."""
+    return any(place == outer or (place.exists() and outer.exists() and place.samefile(outer)) for place in (inner, *inner.parents))
+
+
+def _not_of(form: Format, target: Path) -> list[str]:
+    """What lies in `target` and no writer of `form` makes."""
+
+    def known(path: Path) -> bool:
+        return any(fnmatch.fnmatchcase(path.name, part) for part in form.parts)
+
+    hidden = [path.name for path in target.iterdir() if path.name.startswith(".") and path.name not in _NOBODYS]
+    return sorted(hidden) + foreign_names(target, known)

@@ -1,6 +1,7 @@
 """The neutral checkpoint: what is written is read back bit for bit, the newest is found, old ones go, other runs are refused."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from smedjan_common.checkpoint import (
     prune_checkpoints,
     read_checkpoint,
     read_info,
+    tensors,
     verify_checkpoint,
     write_checkpoint,
     write_final,
 )
+from smedjan_common.checkpoint.tensors import write_tensors
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model.params import parameter_table
@@ -110,8 +113,31 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
 
 
 def test_arrays_read_are_writable_and_own_their_memory(tmp_path):
-    for array in read_checkpoint(write(tmp_path)).snapshot.params.values():
-        array += 1
+    path = write(tmp_path)
+    before = tree(path)
+    arrays = list(read_checkpoint(path).snapshot.params.values())
+    for number, array in enumerate(arrays):
+        array[...] = number
+    for number, array in enumerate(arrays):
+        assert (array == number).all(), "another array shares its memory"
+        assert array.flags.owndata or array.base.flags.owndata
+    assert tree(path) == before, "nothing that is done to them reaches the disk"
+    assert_same(read_checkpoint(path), sample_snapshot())
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_data_starts_at_a_multiple_of_8_bytes_whatever_the_header(tmp_path, length):
+    path = tmp_path / "x"
+    write_tensors(path, {"n" * length: np.arange(3, dtype=np.float32)})
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header % 8 == 0
+    assert path.stat().st_size == 8 + header + 12
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    for there in (b"", b"abc"):
+        with pytest.raises(CheckpointError, match=r"cut short at embed.weight"):
+            tensors._fill(tmp_path / "model.safetensors", io.BytesIO(there), memoryview(bytearray(8)), "embed.weight")
 
 
 def test_bfloat16_nan_infinity_negative_zero_and_layout_survive(tmp_path):

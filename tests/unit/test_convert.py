@@ -1,5 +1,6 @@
 """The command: what SRC is, what is never overwritten, what is kept bit for bit, what `convert` imports, memory, start-up."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,6 +24,17 @@ from tests.unit.convert_models import NTK, YARN, model_config, neutral, paramete
 from tests.unit.convert_models import convert as run
 
 ROOT = Path(__file__).parents[2]
+CONFIG = model_config(tokenizer().vocab_size)
+TRAIN = TrainConfig(steps=9, batch_size=2, seq_len=8, lr=1e-3)
+ABOUT = {
+    "model": CONFIG,
+    "train": TRAIN,
+    "tokenizer_json": tokenizer().to_json(),
+    "tokenizer_hash": tokenizer().hash,
+    "dataset": {"hash": "one", "path": "a", "tokens": 5},
+    "framework": {"name": "test"},
+    "optimizer": "adamw",
+}
 
 
 def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
@@ -55,8 +67,6 @@ def test_out_to_hf_and_back_keeps_every_bit(tmp_path: Path, scaling: dict):
 
 def test_a_tokenizer_with_gaps_among_its_ids_keeps_every_id(tmp_path: Path):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra: oracle)")
-    import dataclasses
-
     from smedjan_common.tokenizer import Tokenizer
 
     plain = tokenizer().vocabulary
@@ -119,6 +129,62 @@ def test_what_stands_there_is_kept_without_force_and_what_is_not_ours_with_force
     run(source, tmp_path / "empty", "--to", "hf")
 
 
+@pytest.mark.parametrize(("form", "name"), [("hf", ".git"), ("hf", "README.md"), ("hf", "training_args.bin"), ("neutral", "notes.txt")])
+def test_what_lies_among_its_files_is_never_lost_with_force_either(tmp_path: Path, capsys: pytest.CaptureFixture, form: str, name: str):
+    source, out = neutral(tmp_path / "run"), tmp_path / "out"
+    if form == "neutral":
+        run(source, tmp_path / "hf", "--to", "hf")
+        source = tmp_path / "hf"
+    run(source, out, "--to", form)
+    (out / name).mkdir() if name == ".git" else (out / name).write_text("mine")
+    before = content(tmp_path)
+    assert f"it holds {name}" in refused(capsys, source, out, "--to", form, "--force")
+    assert content(tmp_path) == before
+    (out / name).rmdir() if name == ".git" else (out / name).unlink()
+    (out / ".DS_Store").touch()
+    run(source, out, "--to", form, "--force")
+
+
+def test_a_directory_of_several_weight_files_is_replaced_whole(tmp_path: Path):
+    source = neutral(tmp_path / "run")
+    run(source, tmp_path / "hf", "--to", "hf", "--max-shard-size", "10KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    run(source, tmp_path / "hf", "--to", "hf", "--force")
+    assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["run/hf", "run/final/hf", "run/../run/hf", "link/hf", "run/final/deep/er"])
+def test_a_destination_inside_the_source_is_refused_by_any_spelling(tmp_path: Path, capsys: pytest.CaptureFixture, place: str):
+    neutral(tmp_path / "run")
+    os.symlink(tmp_path / "run", tmp_path / "link")
+    before = content(tmp_path)
+    for form in ("hf", "gguf"):
+        assert "lies in what is to be converted" in refused(capsys, tmp_path / "run", tmp_path / place, "--to", form)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("spelling", ["./hf", "run/../hf", "link", "hf/", "other/../hf"])
+def test_the_source_by_another_spelling_is_still_the_source(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch, spelling: str):
+    monkeypatch.chdir(tmp_path)
+    run(neutral(tmp_path / "run"), "hf", "--to", "hf")
+    os.symlink("hf", "link")
+    os.mkdir("other")
+    before = content(tmp_path)
+    for form in ("hf", "neutral"):
+        assert "would be lost" in refused(capsys, "hf", spelling, "--to", form, "--force")
+    assert content(tmp_path) == before
+
+
+def test_a_file_system_that_takes_other_letters_for_the_same_name_is_no_way_around(tmp_path: Path, monkeypatch, capsys):
+    """On macOS `HF` is `hf`: samefile tells."""
+    run(neutral(tmp_path / "run"), tmp_path / "hf", "--to", "hf")
+    (tmp_path / "HF").mkdir(exist_ok=True)
+    same = Path.samefile
+    monkeypatch.setattr(Path, "samefile", lambda one, other: one.name.lower() == other.name.lower() or same(one, other))
+    assert "would be lost" in refused(capsys, tmp_path / "hf", tmp_path / "HF", "--to", "neutral", "--force")
+    assert "lies in what" in refused(capsys, tmp_path / "hf", tmp_path / "HF" / "x", "--to", "neutral", "--force")
+
+
 def test_the_source_is_never_the_destination(tmp_path: Path, capsys: pytest.CaptureFixture):
     source = neutral(tmp_path / "run")
     run(source, tmp_path / "hf", "--to", "hf")
@@ -151,25 +217,20 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
     assert not (tmp_path / "x").exists()
 
 
-def test_a_model_that_is_no_llama_is_refused_by_name():
-    from convert.names import check_llama
-
-    config = model_config(300)
-    for change, name in (({"mixer": ("attention", "ssm")}, "ssm"), ({"ffn": ("moe",)}, "moe")):
-        with pytest.raises(ConfigError, match=name):
-            check_llama(ModelConfig(**(vars(config) | change)), "GGUF")
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"window": 64}, "window = 64"), ({"qk_norm": True}, "qk_norm"), *(({"mixer": (m,)}, m) for m in ("mla", "block-sparse"))],
+    [
+        ({"window": 64}, "window = 64"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"ffn": ("experts",), "experts": 4}, "experts"),
+        *(({"mixer": ("attention", m)}, m) for m in ("mla", "block-sparse", "ssm")),
+    ],
 )
-def test_options_of_attention_and_its_relatives_have_no_llama_form(change: dict, name: str):
-    from convert.names import check_llama
-
-    for target in ("hf", "GGUF"):
-        with pytest.raises(ConfigError, match=name):
-            check_llama(ModelConfig(**(vars(model_config(300)) | change)), target)
+def test_a_model_that_no_llama_can_be_is_refused_by_name_and_nothing_is_written(tmp_path: Path, capsys, change: dict, name: str):
+    source = neutral(tmp_path / "run", model_config(tokenizer().vocab_size, **change))
+    for form in ("hf", "gguf"):
+        assert name in refused(capsys, source, tmp_path / "out", "--to", form)
+        assert os.listdir(tmp_path) == ["run"]
 
 
 def test_a_field_that_the_llama_layout_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -180,6 +241,26 @@ def test_a_field_that_the_llama_layout_does_not_know_is_refused(monkeypatch: pyt
     names.check_llama(model_config(300), "hf")
     with pytest.raises(ConfigError, match="rope_factor"):
         names.check_llama(model_config(300, **YARN), "hf")
+
+
+@pytest.mark.parametrize("what", ["train", "dataset", "optimizer", "config", "step", "tokenizer"])
+def test_each_thing_that_reads_back_otherwise_is_noticed(tmp_path: Path, what: str):
+    model = convert.neutral.read(
+        write_checkpoint(tmp_path, Snapshot(3, parameters(CONFIG), {"mu.norm.weight": np.ones(32, np.float32)}), **ABOUT)
+    )
+    convert.neutral.check_same(tmp_path, model, model)
+    others = {
+        "train": dataclasses.replace(TRAIN, lr=2e-3),
+        "dataset": {"hash": "other", "path": "a", "tokens": 5},
+        "optimizer": "lion",
+        "config": dataclasses.replace(CONFIG, rope_base=5e5),
+        "step": 4,
+        "tokenizer": tokenizer("gpt2"),
+    }
+    inside = what in ("train", "dataset", "optimizer")
+    other = {"info": dataclasses.replace(model.info, **{what: others[what]})} if inside else {what: others[what]}
+    with pytest.raises(CheckpointError, match="not what was written"):
+        convert.neutral.check_same(tmp_path, dataclasses.replace(model, **other), model)
 
 
 def test_a_write_that_goes_wrong_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -130,8 +130,16 @@ def test_a_tensor_that_no_llama_has_is_refused_by_name(hf: Path, name: str):
 
 
 def test_a_table_of_frequencies_is_left_out(hf: Path):
+    convert(hf, hf.parent / "without", "--to", "neutral")
     one_file(hf, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
     convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert same_model(hf.parent / "neutral", hf.parent / "without")
+
+
+def same_model(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same weights, bit for bit, and the same tokenizer."""
+    hashes = [read_checkpoint(path).tokenizer_hash for path in (one, other)]
+    return hashes[0] == hashes[1] and (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 # tokenizers
@@ -314,11 +322,14 @@ def test_dtypes_may_be_mixed(hf: Path):
 
 def test_links_of_the_hub_cache_are_followed(hf: Path):
     """huggingface_hub keeps a snapshot as links into a folder of blobs."""
+    convert(hf, hf.parent / "plain", "--to", "neutral")
     (hf.parent / "blobs").mkdir()
     for file in list(hf.iterdir()):
         file.rename(hf.parent / "blobs" / file.name)
         file.symlink_to(Path("..") / "blobs" / file.name)
     convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert same_model(hf.parent / "neutral", hf.parent / "plain")
+    assert all(file.is_symlink() for file in hf.iterdir()), "they are left as they are"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

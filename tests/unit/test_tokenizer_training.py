@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.text.corpus import default_corpus
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS, to_chars
-from smedjan_common.tokenizer.merge import learn_merges
+from smedjan_common.tokenizer.merge import _ahead, learn_merges
 from smedjan_common.tokenizer.patterns import PATTERNS, Splitter
 from smedjan_common.tokenizer.training import train
 from smedjan_common.tokenizer.words import WordCounter, add, count_plain, count_texts, pack, unpack
@@ -196,3 +197,9 @@ def test_a_small_text_ends_with_fewer_ids_and_the_specials_follow():
     tokenizer = Tokenizer.train_from_texts(["hello hello"], 5000, special_tokens=("<|endoftext|>", "<|user|>"))
     assert tokenizer.vocab_size < 300
     assert tokenizer.special_tokens == {"<|endoftext|>": tokenizer.vocab_size - 2, "<|user|>": tokenizer.vocab_size - 1}
+
+
+def test_only_pairs_before_the_first_that_was_not_looked_at_are_ahead():
+    """(count, left, right) of the cut-off: more often, or as often with a smaller pair; its own equal is not before it."""
+    exact, left, right = (np.array(values) for values in ([5, 5, 5, 5, 6, 4], [2, 2, 1, 2, 9, 0], [9, 1, 9, 3, 9, 0]))
+    assert _ahead(exact, left, right, (5, 2, 3)).tolist() == [False, True, True, False, True, False]
