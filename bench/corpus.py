@@ -14,7 +14,7 @@ from smedjan_common.run.evaluate import evaluate
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.schedule import learning_rate
 
-FOLDER = Path("runs/quickstart")
+FOLDER = quickstart.data_folder(Path("runs/quickstart"))
 
 
 class Corpus:
@@ -45,6 +45,6 @@ class Corpus:
 def make(folder: Path = FOLDER) -> None:
     """Write the token files of the default corpus into `folder` unless they are there."""
     quickstart.write_corpus(folder)
-    for made, command in quickstart.commands(folder, "jax", 1):
+    for made, command in quickstart.commands(folder, folder.parent, "jax", 1):
         if made is not None and not made.exists():
             subprocess.run([sys.executable, "-m", "smedjan_common.cli", *command], check=True)

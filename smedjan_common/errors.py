@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from smedjan_common import streams
@@ -52,6 +53,14 @@ class DataError(SmedjanError):
 
 class CheckpointError(SmedjanError):
     """A checkpoint that is cut short, corrupted, of another model or of a newer format."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that turned out not to be whole when it was read. `path`: its directory."""
+
+    def __init__(self, path: Path, what: str, why: str = "", fix: str = ""):
+        self.path = path
+        super().__init__(what, why, fix)
 
 
 class NewerFormatError(CheckpointError):

@@ -12,7 +12,7 @@ from smedjan_common.checkpoint.background import Background
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
-from smedjan_common.checkpoint.own import check_readable, read_own, read_weights, start_own
+from smedjan_common.checkpoint.own import check_readable, read_state, read_weights, start_own
 from smedjan_common.checkpoint.read import newest, read_checkpoint, read_info
 from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
 from smedjan_common.checkpoint.write import write_checkpoint, write_final
@@ -35,7 +35,7 @@ __all__ = [
     "prune_checkpoints",
     "read_checkpoint",
     "read_info",
-    "read_own",
+    "read_state",
     "read_weights",
     "start_own",
     "step_name",

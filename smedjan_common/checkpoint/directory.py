@@ -3,11 +3,12 @@
 CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/orbax-00001000/   CHECKPOINT_DIR/final/
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from smedjan_common.checkpoint.load import load_info, step_of, verify_checkpoint
+from smedjan_common.checkpoint.load import load_info, step_of, verify_info
+from smedjan_common.checkpoint.manifest import CheckpointInfo
 from smedjan_common.errors import CheckpointError, NewerFormatError
 from smedjan_common.files.durable import sync_directory
 from smedjan_common.files.leftovers import remove, remove_leftovers, replaced_names
@@ -22,20 +23,42 @@ class Found(NamedTuple):
     path: Path
 
 
+class Entry(NamedTuple):
+    """What has the name of a step checkpoint: what its checkpoint.json says, or why it cannot be used."""
+
+    step: int
+    path: Path
+    info: CheckpointInfo | None = None
+    error: CheckpointError | None = None
+
+
+def entries(directory: str | Path) -> list[Entry]:
+    """All that have the name of a step checkpoint, oldest first; checkpoint.json and sizes are checked, hashes are not. Never raises."""
+    return [_entry(step, path) for step, path in step_directories(Path(directory))]
+
+
+def _entry(step: int, path: Path) -> Entry:
+    try:
+        return Entry(step, path, load_info(path))
+    except CheckpointError as error:
+        return Entry(step, path, error=error)
+
+
 def find_checkpoints(directory: str | Path, *, on_skip: OnSkip | None = None) -> list[Found]:
     """The complete step checkpoints of a run directory, oldest first.
 
     Complete: checkpoint.json is sound and every file has its size; hashes are not compared. What looks like a checkpoint and is
     not complete is told to `on_skip`, one sentence each. Never raises for what lies in the directory, nor when there is none.
     """
-    found = []
-    for step, path in step_directories(Path(directory)):
-        try:
-            load_info(path)
-            found.append(Found(step, path))
-        except CheckpointError as error:
-            _tell(on_skip, error)
-    return found
+    return [Found(info.step, info.path) for info in _good(directory, on_skip)]
+
+
+def _good(directory: str | Path, on_skip: OnSkip | None) -> list[CheckpointInfo]:
+    found = entries(directory)
+    for entry in found:
+        if entry.error:
+            _tell(on_skip, entry.error)
+    return [entry.info for entry in found if entry.info]
 
 
 def latest_checkpoint(
@@ -45,33 +68,27 @@ def latest_checkpoint(
 
     Broken ones are skipped, and told to `on_skip`. `exclude` is not considered. Never raises for what lies in the directory.
     """
-    for _, path in reversed(find_checkpoints(directory, on_skip=on_skip)):
-        if exclude is not None and path == exclude:
+    for info in reversed(_good(directory, on_skip)):
+        if info.path == exclude:
             continue
         try:
             if verify:
-                verify_checkpoint(path)
-            return path
+                verify_info(info)
+            return info.path
         except CheckpointError as error:
             _tell(on_skip, error)
     return None
 
 
-def check_formats(directory: str | Path, after: Path | None) -> None:
-    """Raises NewerFormatError for a step checkpoint later than `after` (None: for any) that only a newer smedjan reads.
+def check_formats(found: Iterable[Entry]) -> None:
+    """Raises NewerFormatError for one of these step checkpoints that only a newer smedjan reads.
 
-    It is not broken: a run that went on from `after` would overwrite good work.
+    It is not broken: a run that went on from an older one would overwrite good work.
     """
-    for _, path in reversed(step_directories(Path(directory))):
-        if after is not None and path.resolve() == after.resolve():
-            return
-        try:
-            load_info(path)
-        except NewerFormatError as error:
-            fix = f"{error.fix[:-1]}, or give another --checkpoint-dir: a run that went on from an older one would overwrite it."
-            raise NewerFormatError(error.what, error.why, fix) from None
-        except CheckpointError:
-            continue
+    for entry in found:
+        if isinstance(entry.error, NewerFormatError):
+            fix = "Install a newer smedjan, or give another --checkpoint-dir: a run that went on from an older one would overwrite it."
+            raise NewerFormatError(entry.error.what, entry.error.why, fix)
 
 
 def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0) -> list[Path]:

@@ -134,7 +134,12 @@ def _check_listing(info: CheckpointInfo) -> None:
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = True) -> Checkpoint:
     """The checkpoint in this very directory; raises CheckpointError naming file and tensor, and for one that is a backend's own."""
-    info = load_info(path)
+    return load_arrays(load_info(path), optimizer=optimizer, verify=verify)
+
+
+def load_arrays(info: CheckpointInfo, *, optimizer: bool = True, verify: bool = True) -> Checkpoint:
+    """As load, where checkpoint.json is read already. Hashes are taken while the arrays are read, each file once."""
+    path = info.path
     if info.format != FORMAT:
         raise foreign(info)
     with faults(path):
@@ -151,7 +156,13 @@ def verify_checkpoint(path: str | Path) -> CheckpointInfo:
 
     Raises CheckpointError naming file and tensor.
     """
-    info = load_info(path := Path(path))
+    verify_info(info := load_info(Path(path)))
+    return info
+
+
+def verify_info(info: CheckpointInfo) -> None:
+    """As verify_checkpoint, where checkpoint.json is read already."""
+    path = info.path
     with faults(path):
         _read_tokenizer(info)
         for name, record in info.files.items():
@@ -159,7 +170,6 @@ def verify_checkpoint(path: str | Path) -> CheckpointInfo:
                 check_tensors(path / name, record, info.tensors[name])
             elif name != TOKENIZER and file_hash(path / name) != record.sha256:
                 raise CheckpointError(f"{path / name} is damaged.", "Its SHA-256 is not the one in checkpoint.json.")
-    return info
 
 
 def file_hash(path: Path) -> str:

@@ -9,17 +9,17 @@ in a thread of its own if need be. The directory has its name when all of it is 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smedjan_common.backend import OwnFormat
-from smedjan_common.checkpoint.load import KINDS, file_hash, foreign, step_name, verify_checkpoint
+from smedjan_common.backend import Backend, OwnFormat
+from smedjan_common.checkpoint.load import KINDS, file_hash, foreign, load_arrays, step_name, verify_info
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
-from smedjan_common.checkpoint.read import read_checkpoint, with_offer
+from smedjan_common.checkpoint.read import with_offer
 from smedjan_common.checkpoint.tensors import FileRecord
 from smedjan_common.checkpoint.write import cannot_write, complete, describe, prepare, tensor_record
-from smedjan_common.errors import CheckpointError
+from smedjan_common.errors import CheckpointError, DamagedError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync, sync_directory
 
@@ -75,18 +75,35 @@ def start_own(
 
 def read_weights(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
     """The parameters of a checkpoint, neutral or `own`, its hashes compared first. Raises CheckpointError."""
-    if info.format == FORMAT:
-        return read_checkpoint(info.path, optimizer=False).snapshot.params
-    try:
-        verify_checkpoint(info.path)
-    except CheckpointError as error:
-        raise with_offer(info.path, error) from None
+    with _whole(info):
+        if info.format == FORMAT:
+            return load_arrays(info, optimizer=False).snapshot.params
+        verify_info(info)
     return _owned(info, own).read_params(info.path / ARRAYS)
 
 
-def read_own(info: CheckpointInfo, own: OwnFormat | None) -> Any:
-    """The train state of a checkpoint in the backend's own format, where its mesh wants it. Raises CheckpointError."""
-    return _owned(info, own).read(info.path / ARRAYS)
+def read_state(info: CheckpointInfo, backend: Backend) -> Any:
+    """The train state of a step checkpoint, neutral or the backend's own, on its devices; hashes are compared on the way.
+
+    Raises DamagedError for one that is not whole, CheckpointError for one that is not of this run.
+    """
+    with _whole(info):
+        if info.format == FORMAT:
+            snapshot = load_arrays(info).snapshot
+        else:
+            verify_info(info)
+            return _owned(info, backend.own).read(info.path / ARRAYS)
+    return backend.restore(snapshot)
+
+
+@contextlib.contextmanager
+def _whole(info: CheckpointInfo) -> Iterator[None]:
+    """What is wrong with the checkpoint is damage, told with another one to go on from."""
+    try:
+        yield
+    except CheckpointError as error:
+        offer = with_offer(info.path, error, verify=True)
+        raise DamagedError(info.path, offer.what, offer.why, offer.fix) from None
 
 
 def check_readable(info: CheckpointInfo, backend: str) -> None:

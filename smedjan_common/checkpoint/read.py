@@ -31,7 +31,7 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
             return load(step_path, optimizer=optimizer, verify=verify)
         except CheckpointError as error:
             if on_skip is None:
-                raise with_offer(step_path, error) from None
+                raise with_offer(step_path, error, verify) from None
             broken.append(f"{error.what} {error.why}")
             on_skip(broken[-1])
     final = standing(path / FINAL)
@@ -89,18 +89,21 @@ def _read(path: Path, optimizer: bool, verify: bool) -> Checkpoint:
     try:
         return load(path, optimizer=optimizer, verify=verify)
     except CheckpointError as error:
-        raise with_offer(path, error) from None
+        raise with_offer(path, error, verify) from None
 
 
-def with_offer(path: Path, error: CheckpointError) -> CheckpointError:
-    """The same error, with the newest good other checkpoint beside `path` as what to do."""
+def with_offer(path: Path, error: CheckpointError, verify: bool = False) -> CheckpointError:
+    """The same error, with the newest other checkpoint beside `path` as what to do.
+
+    verify: only a good one, whose every byte is read; else a complete one, which is found at once: a path may only be mistyped.
+    """
     path = path if path.name not in {"", ".."} else Path(os.path.abspath(path))
-    other = latest_checkpoint(path.parent, exclude=path)
+    other, kind = latest_checkpoint(path.parent, verify, exclude=path), "good" if verify else "complete"
     if other is None and path.name != FINAL:
         final = path.parent / FINAL
-        offer = f"There is no good checkpoint beside it, but {final} has weights." if (final / MANIFEST).exists() else ""
+        offer = f"There is no {kind} checkpoint beside it, but {final} has weights." if (final / MANIFEST).exists() else ""
     else:
-        offer = f"The newest good checkpoint beside it is {other}." if other else ""
+        offer = f"The newest {kind} checkpoint beside it is {other}." if other else ""
     return CheckpointError(error.what, error.why, " ".join(part for part in (error.fix, offer) if part) or _LAST_RESORT)
 
 

@@ -18,7 +18,7 @@ from tyro.conf import arg
 
 from smedjan_common.command_line import parse
 from smedjan_common.errors import SmedjanError, run_command
-from smedjan_common.files.names import FINAL, MANIFEST, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
+from smedjan_common.files.names import DATA, FINAL, MANIFEST, QUICKSTART, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
 STEPS = 320  # on 2 quiet cores about 45 s with JAX, 100 s with MLX, whose exp on a CPU is slow
@@ -47,12 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quickstart(flags: QuickstartFlags) -> int:
     from smedjan_common.commands.backends import check_installed, choose
+    from smedjan_common.run.claim import check_folder
 
     backend = choose(["--backend", flags.backend])
     check_installed(backend)
     folder = Path(flags.checkpoint_dir)
-    write_corpus(folder)
-    for made, command in commands(folder, backend, flags.steps):
+    check_folder(folder)
+    write_corpus(data_folder(folder))
+    for made, command in commands(data_folder(folder), folder, backend, flags.steps):
         if made is not None and made.exists():
             continue
         if code := _smedjan(command):
@@ -61,6 +63,11 @@ def _quickstart(flags: QuickstartFlags) -> int:
     print(f"\n{sample.rstrip()}\n")
     print(summary(folder, backend))
     return 0
+
+
+def data_folder(folder: Path) -> Path:
+    """Where corpus, tokenizer and token files of the run in `folder` go."""
+    return folder / DATA / QUICKSTART
 
 
 def write_corpus(folder: Path) -> None:
@@ -77,9 +84,9 @@ def write_corpus(folder: Path) -> None:
         write_atomically(target, ("\n".join(lines) + "\n").encode())
 
 
-def commands(folder: Path, backend: str, steps: int) -> list[tuple[Path | None, list[str]]]:
-    """(what a command makes, the command): it is run unless that is there."""
-    text, tokenizer, train, val = (str(folder / name) for name in ("corpus.jsonl", TOKENIZER, TRAIN_TOKENS, VAL_TOKENS))
+def commands(data: Path, folder: Path, backend: str, steps: int) -> list[tuple[Path | None, list[str]]]:
+    """(what a command makes, the command): it is run unless that is there. data: where the corpus is."""
+    text, tokenizer, train, val = (str(data / name) for name in ("corpus.jsonl", TOKENIZER, TRAIN_TOKENS, VAL_TOKENS))
     tokenising = ["--input", text, "--tokenizer", tokenizer, "--output", train, "--val-output", val, "--val-fraction", str(VAL_FRACTION)]
     training = [
         "--backend",
@@ -145,7 +152,7 @@ def summary(folder: Path, backend: str) -> str:
     from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
 
-    rows, data = read_rows(folder), TokenFile.open(folder / "train.bin")
+    rows, data = read_rows(folder), TokenFile.open(data_folder(folder) / TRAIN_TOKENS)
     train, checks = train_rows(rows), eval_rows(rows)
     per_byte = data.num_tokens / data.num_bytes / math.log(2) if data.num_bytes else math.nan
     first, last, check = train[0]["loss"], train[-1]["loss"], checks[-1]
@@ -154,7 +161,8 @@ def summary(folder: Path, backend: str) -> str:
 last loss  {last:.3f} ({last * per_byte:.3f} bits per byte)
 on held-out text {check["val_loss"]:.3f} ({check["val_bits_per_byte"]:.3f} bits per byte)
 
-In {folder}: tokenizer.json, train.bin and val.bin, step-*/ (checkpoints), final/ (the model), metrics.jsonl, loss.png, sample.txt
+In {folder}: step-*/ (checkpoints), final/ (the model), metrics.jsonl, loss.png, sample.txt
+In {data_folder(folder)}: corpus.jsonl, tokenizer.json, train.bin, val.bin
 
 Try next:
   smedjan generate --checkpoint {folder} --prompt "To be, or not" --temperature 0.7

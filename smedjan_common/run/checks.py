@@ -1,66 +1,64 @@
-"""What is refused before a run begins."""
+"""What is refused before a run begins: by the words of its flags, and once it is decided, by all of it.
 
-from typing import TYPE_CHECKING
+CHECKS is the one list. It is gone through before texts are tokenised, as far as that is known then, and again with the data.
+"""
 
-if TYPE_CHECKING:
-    from smedjan_common.run.data import RunData
-    from smedjan_common.run.flags import TrainFlags
+import os
+from collections.abc import Callable
+
+from smedjan_common.data.mixture import Mixture
+from smedjan_common.data.order import document_offsets
+from smedjan_common.errors import ConfigError, flag, unknown
+from smedjan_common.run.asked import Asked
+from smedjan_common.run.data import check_data_flags, trains_tokenizer
+from smedjan_common.run.decided import Decided, base_of
+from smedjan_common.run.options import check_options, check_report_options, check_training_options
+from smedjan_common.run.resume import check_fixed, check_same
+from smedjan_common.run.start import GoOn, New
+from smedjan_common.training.config import CHECKPOINT_FORMATS
+from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
 
 
-def check_sample_prompt(prompt: str, tokenizer, context_length: int) -> None:
-    """Raises ConfigError when nothing could be added to it."""
-    from smedjan_common.errors import ConfigError
+def check_words(asked: Asked, backend: str) -> None:
+    """Raises ConfigError for what no run could have, whatever is in its folder."""
+    _check_counts(asked)
+    _check_names(asked)
+    _check_format(asked.value("checkpoint_format"), backend)
+    check_mesh_of(backend, parse_mesh(asked.value("mesh")))
 
-    if (length := len(tokenizer.encode(prompt))) >= context_length:
-        what = f"--sample-prompt has {length} tokens."
-        raise ConfigError(what, f"The context has {context_length}, so nothing could follow.", "Shorten it.")
+
+def check(decided: Decided) -> None:
+    """Goes through CHECKS. Raises ConfigError, DataError, CheckpointError, PermissionError."""
+    for row in CHECKS:
+        row(decided)
 
 
-def check_counts(flags: "TrainFlags") -> None:
-    """Raises ConfigError for a number of steps, batches, tokens or checkpoints that cannot be, rather than after hours of training."""
-    from smedjan_common.errors import ConfigError
-
-    counts = {**vars(flags.run), **vars(flags.report)}
+def _check_counts(asked: Asked) -> None:
+    """A number of batches, tokens or checkpoints that cannot be, rather than after hours of training."""
     for names, least in (
         (("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
         (("eval_batches", "sample_tokens"), 1),
     ):
         for name in names:
-            if counts[name] < least:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} is {counts[name]}.", f"It must be at least {least}.", "Leave it out for the default.")
+            if asked.value(name) < least:
+                what = f"{flag(name)} is {asked.value(name)}."
+                raise ConfigError(what, f"It must be at least {least}.", "Leave it out for the default.")
 
 
-def check_names(flags: "TrainFlags") -> None:
-    """Raises ConfigError for an empty name, which would stand for the current directory or for nothing, and for two beginnings."""
-    from smedjan_common.errors import ConfigError
-
-    given = {**vars(flags.data), **vars(flags.run), "ffn": flags.model.ffn}
+def _check_names(asked: Asked) -> None:
+    """An empty name, which would stand for the current directory or for nothing, and two beginnings."""
     for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn"):
-        if given[name] == "" or (isinstance(given[name], tuple) and "" in given[name]):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is empty.", "A variable of the shell that is not set gives that.", f"Give {flag} a value.")
-    if flags.run.pretrained and flags.run.resume not in ("auto", "never"):
+        value = asked.value(name)
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            why = "A variable of the shell that is not set gives that."
+            raise ConfigError(f"{flag(name)} is empty.", why, f"Give {flag(name)} a value.")
+    if asked.value("pretrained") and asked.value("resume") not in ("auto", "never"):
         why = "The one goes on with a run, the other starts a new one."
         raise ConfigError("--resume PATH and --pretrained are both given.", why, "Give one of them.")
 
 
-def check_documents(data: "RunData") -> None:
-    """Raises DataError for a token file that does not say where its documents start."""
-    from smedjan_common.data.mixture import Mixture
-    from smedjan_common.data.order import document_offsets
-
-    files = data.train.files if isinstance(data.train, Mixture) else (data.train,)
-    for file in (*files, data.val):
-        if file:
-            document_offsets(file)
-
-
-def check_format(kind: str, backend: str) -> None:
-    """Raises ConfigError for a --checkpoint-format that is unknown or not of this backend."""
-    from smedjan_common.errors import ConfigError, unknown
-    from smedjan_common.training.config import CHECKPOINT_FORMATS
-
+def _check_format(kind: str, backend: str) -> None:
+    """A --checkpoint-format that is unknown or not of this backend."""
     if kind not in CHECKPOINT_FORMATS:
         raise unknown("--checkpoint-format", kind, CHECKPOINT_FORMATS)
     if (owner := CHECKPOINT_FORMATS[kind]) not in {None, backend}:
@@ -69,3 +67,94 @@ def check_format(kind: str, backend: str) -> None:
             "Neutral checkpoints are for all.",
             f"Leave it out; `convert CHECKPOINT DST --to {kind}` makes one of a neutral checkpoint.",
         )
+
+
+def _check_run(decided: Decided) -> None:
+    """Another run than the one that goes on."""
+    if not (info := decided.start):
+        return
+    check_fixed(info, decided.train)
+    check_same(info, decided.model, decided.train)
+    if decided.asked.is_given("steps") and decided.train.steps < info.step:
+        raise ConfigError(
+            f"--steps {decided.train.steps} is less than the {info.step} steps that the run has done.",
+            "A run does not go back.",
+            "Give more, or go on from an older checkpoint: --resume CHECKPOINT_DIR/step-… --checkpoint-dir NEW.",
+        )
+
+
+def _check_model(decided: Decided) -> None:
+    """A model that cannot be trained in this way."""
+    decided.train.check_model(decided.model)
+
+
+def _check_options(decided: Decided) -> None:
+    """Options that nothing would read. A run that goes on has those of the command that started it."""
+    flags, asked_for = decided.asked.flags, _asked_for(decided)
+    check_data_flags(flags.data, asked_for)
+    check_report_options(flags.report, asked_for)
+    if not isinstance(decided.begin, GoOn):  # whose model is the same
+        check_options(decided.model, asked_for)
+    check_training_options(decided.train, decided.model, asked_for)
+
+
+def _asked_for(decided: Decided) -> frozenset[str]:
+    """The flags that are given and not what the run has already."""
+    if not isinstance(begin := decided.begin, GoOn):
+        return decided.asked.given
+    base = base_of(begin)
+    has = (begin.recorded.get("flags") or {}) | (vars(base) if base else {})
+    now = vars(decided.train)
+    return frozenset(name for name in decided.asked.given if name not in has or has[name] != now.get(name, decided.asked.value(name)))
+
+
+def _check_vocabulary(decided: Decided) -> None:
+    """A vocabulary that no tokenizer can have."""
+    if isinstance(decided.begin, New) and trains_tokenizer(decided.asked.flags.data):
+        from smedjan_common.tokenizer.training import check_size
+
+        check_size(decided.asked.value("vocab_size"))
+
+
+def _check_mesh(decided: Decided) -> None:
+    """A mesh that cannot share out the model or the batch."""
+    if decided.mesh:
+        check_mesh(decided.mesh, decided.model, decided.train.batch_size, decided.train.grad_accum)
+
+
+def _check_documents(decided: Decided) -> None:
+    """A token file that does not say where its documents start, where they are kept apart."""
+    if not decided.data or not decided.train.mask_documents:
+        return
+    train, val = decided.data.train, decided.data.val
+    for file in (*(train.files if isinstance(train, Mixture) else (train,)), val):
+        if file:
+            document_offsets(file)
+
+
+def _check_sample_prompt(decided: Decided) -> None:
+    """A prompt that nothing could be added to."""
+    tokenizer = decided.data.tokenizer if decided.data else None
+    if tokenizer is None or not decided.asked.value("sample_every"):
+        return
+    if (length := len(tokenizer.encode(decided.asked.value("sample_prompt")))) >= decided.model.context_length:
+        what = f"--sample-prompt has {length} tokens."
+        raise ConfigError(what, f"The context has {decided.model.context_length}, so nothing could follow.", "Shorten it.")
+
+
+def _check_writable(decided: Decided) -> None:
+    """A folder that cannot be written; the lock has made it."""
+    if not decided.asked.value("dry_run") and not os.access(decided.folder, os.W_OK | os.X_OK):
+        raise PermissionError(13, "Permission denied", str(decided.folder))
+
+
+CHECKS: tuple[Callable[[Decided], None], ...] = (
+    _check_run,
+    _check_model,
+    _check_options,
+    _check_vocabulary,
+    _check_mesh,
+    _check_documents,
+    _check_sample_prompt,
+    _check_writable,
+)

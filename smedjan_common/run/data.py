@@ -85,8 +85,8 @@ def run_data(
     assert tokenizer is not None
     check(tokenizer)
     train.check_tokenizer(tokenizer.hash)
-    if flags.val_dataset and not dry_run:
-        val = _validation(flags, folder, tokenizer)
+    if flags.val_dataset:
+        val = _validation(flags, folder, tokenizer, dry_run)
     return RunData(train, val if val and val.num_tokens > 1 else None, tokenizer)
 
 
@@ -212,7 +212,8 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
     return RunData(train, val, tokenizer)
 
 
-def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFile:
+def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: bool) -> TokenFile | None:
+    """The token file of --val-dataset; None in a dry run over texts that are not tokenised yet."""
     if shards := _token_files(flags.val_dataset, "--val-dataset"):
         if len(shards) > 1:
             raise DataError("--val-dataset names several token files.", "Validation reads one, from its beginning.", "Give one of them.")
@@ -222,6 +223,8 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer) -> TokenFi
     sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
     place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_TOKENS
     if not place.with_name(f"{VAL_TOKENS}.json").is_file():
+        if dry_run:
+            return None
         from smedjan_common.data.prepare import prepare
 
         place.parent.mkdir(parents=True, exist_ok=True)

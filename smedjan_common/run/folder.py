@@ -14,7 +14,7 @@ import numpy as np
 
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
-from smedjan_common.checkpoint import prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint import CheckpointInfo, prune_checkpoints, start_own, write_checkpoint, write_final
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
@@ -31,8 +31,9 @@ from smedjan_common.training.config import TrainConfig
 class RunConfig:
     """Everything `loop.run` needs besides a backend.
 
-    train_data, val_data: token files. start: a step checkpoint to go on from, already verified. pretrained: a checkpoint whose weights
-    a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder. flags: what config.json records.
+    train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
+    checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
+    flags: what config.json records.
     """
 
     model: ModelConfig
@@ -41,8 +42,8 @@ class RunConfig:
     train_data: TokenFile | Mixture
     val_data: TokenFile | None
     tokenizer: Tokenizer
-    start: Path | None = None
-    pretrained: Path | None = None
+    start: CheckpointInfo | None = None
+    pretrained: CheckpointInfo | None = None
     history: list[Row] | None = None
     checkpoint_every: int = 500
     keep: int = 3
@@ -90,7 +91,7 @@ class RunFolder:
         initial: the digest, where this start drew them. A run that goes on keeps the one it began with; one from --pretrained has none.
         """
         if self.config.start:
-            initial = (read_config(self.config.start.parent) or {}).get("initial_values")
+            initial = (read_config(self.config.start.path.parent) or {}).get("initial_values")
         values = {
             "model": self.config.model.to_dict(),
             "train": self.config.train.to_dict(),

@@ -1,8 +1,11 @@
 """One process at a time trains into a run folder: two would take each other's rows of metrics.jsonl and each other's checkpoints.
 
 The folder itself is locked (flock), so nothing is left behind, and the kernel drops the lock when the process ends, however it ends.
+It is made and locked before anything is decided: of two starts on a folder that is not there yet, the slower one is refused, or
+finds the run of the faster.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,44 +14,76 @@ from smedjan_common.reporting.console import say
 
 
 class RunLock:
-    """A context that holds the run folder it took until it ends. `writes`: False (a dry run) takes nothing."""
+    """A context that holds the run folder it took until it ends. `writes`: False (a dry run) takes and makes nothing."""
 
     def __init__(self, writes: bool = True):
         self.writes = writes
         self._fd: int | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()  # what was made for a run that was refused is empty; any other stays
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
     def take(self, folder: Path) -> None:
-        """Lock `folder` if it exists and is not held already. Raises CheckpointError when another process trains into it.
+        """Make `folder` and lock it. Raises CheckpointError when another process trains into it, OSError when it cannot be made.
 
         Where the system or the file system has no such locks, it says so and goes on.
         """
-        if not self.writes or self._fd is not None or not folder.is_dir():
-            return
-        try:
-            import fcntl
+        while self.writes and self._fd is None:
+            self._made = [*_make(folder), *self._made]
+            try:
+                fd = _locked(folder)
+            except FileNotFoundError:
+                continue  # a run that was refused had made it, and removed it meanwhile
+            if fd is None:
+                return
+            if _is_at(fd, folder):
+                self._fd = fd
+            else:
+                os.close(fd)
 
-            fd = os.open(folder, os.O_RDONLY)
-        except (ImportError, OSError):  # a folder that cannot be read is refused where it is read
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise CheckpointError(
-                f"Another process is training into {folder}.",
-                "Two would overwrite each other's metrics and checkpoints.",
-                "Stop it (Ctrl-C saves), or give another --checkpoint-dir.",
-            ) from None
-        except OSError:  # NFS, say
-            os.close(fd)
-            say(f"note: {folder} cannot be locked here: do not train into it twice at once.")
-        else:
-            self._fd = fd
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and those above it; returns what was not there, the deepest first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock; None where there are no locks. Raises CheckpointError when it is held, FileNotFoundError."""
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):  # a folder that cannot be read is refused where it is read
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise CheckpointError(
+            f"Another process is training into {folder}.",
+            "Two would overwrite each other's metrics and checkpoints.",
+            "Stop it (Ctrl-C saves), or give another --checkpoint-dir.",
+        ) from None
+    except OSError:  # NFS, say
+        os.close(fd)
+        say(f"note: {folder} cannot be locked here: do not train into it twice at once.")
+        return None
+    return fd
+
+
+def _is_at(fd: int, folder: Path) -> bool:
+    """Whether the open folder still has its name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), os.stat(folder))
+    return False

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
-from smedjan_common.checkpoint import FORMAT, Background, latest_checkpoint, read_checkpoint, read_info, read_own, read_weights
+from smedjan_common.checkpoint import Background, latest_checkpoint, read_state, read_weights
 from smedjan_common.data.batches import batches
 from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError, SmedjanError
@@ -91,16 +91,13 @@ class _Loop:
 
     def start(self) -> tuple[State, int]:
         """The state that the run begins with, and its step."""
-        if self.config.start:
-            info = read_info(self.config.start)
-            say(f"Going on from {self.config.start}, step {info.step} of {self.train.steps}.")
-            self.saved = self.kept = info.step if self.config.start.parent == self.config.checkpoint_dir else None
-            if info.format == FORMAT:
-                return self.backend.restore(read_checkpoint(info.path, verify=False).snapshot), info.step
-            return read_own(info, self.backend.own), info.step
-        if self.config.pretrained:
-            say(f"Starting from the weights of {self.config.pretrained}.")
-            return self.backend.init(read_weights(read_info(self.config.pretrained), self.backend.own)), 0
+        if info := self.config.start:
+            say(f"Going on from {info.path}, step {info.step} of {self.train.steps}.")
+            self.saved = self.kept = info.step if info.path.parent == self.config.checkpoint_dir else None
+            return read_state(info, self.backend), info.step
+        if info := self.config.pretrained:
+            say(f"Starting from the weights of {info.path}.")
+            return self.backend.init(read_weights(info, self.backend.own)), 0
         params, self.initial = draw(self.model, self.train.seed)
         return self.backend.init(params), 0
 

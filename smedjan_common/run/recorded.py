@@ -1,23 +1,22 @@
 """What config.json of a run records of its flags, and how a run that goes on gets them back."""
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.json_fields import is_of
 from smedjan_common.run.flags import GROUPS, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
-
-if TYPE_CHECKING:
-    pass
-from smedjan_common.model.json_fields import is_of
 
 RECALLED = {
     "data": None,
     "report": None,
-    "run": ("checkpoint_every", "checkpoint_format", "keep", "keep_every"),
+    "run": ("checkpoint_every", "checkpoint_format", "keep", "keep_every", "pretrained"),
 }  # groups (fields) that config.json records
+_PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained")  # recorded as they are from any directory
 
 
 def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
@@ -38,7 +37,7 @@ def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
 
 def _recorded_types() -> dict[str, Any]:
     types = {group: typing.get_type_hints(GROUPS[group]) for group in RECALLED}
-    return {name: types[group][name] for group, only in RECALLED.items() for name in only or types[group]}
+    return {name: types[group][name] for group in RECALLED for name in recorded_names(group)}
 
 
 def is_dataset(data: Any) -> bool:
@@ -56,8 +55,7 @@ def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -
     groups = {}
     for group in RECALLED:
         values = getattr(flags, group)
-        names = [f.name for f in dataclasses.fields(values) if f.name in to_record(flags)]
-        known = {name: _tuple(recorded[name]) for name in names if name not in given and name in recorded}
+        known = {name: _tuple(recorded[name]) for name in recorded_names(group) if name not in given and name in recorded}
         if group == "data" and "dataset" in given:
             known.pop("val_dataset", None)  # it belongs to the other dataset
         groups[group] = dataclasses.replace(values, **known)
@@ -65,9 +63,21 @@ def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -
 
 
 def to_record(flags: TrainFlags) -> dict[str, Any]:
-    """The flags that config.json records."""
-    names = {group: only or [f.name for f in dataclasses.fields(GROUPS[group])] for group, only in RECALLED.items()}
-    return {name: getattr(getattr(flags, group), name) for group, fields in names.items() for name in fields}
+    """The flags that config.json records; paths are absolute, since the run may go on from another directory."""
+    values = {name: getattr(getattr(flags, group), name) for group in RECALLED for name in recorded_names(group)}
+    return values | {name: _absolute(values[name]) for name in _PATHS}
+
+
+def recorded_names(group: str) -> tuple[str, ...]:
+    """The flags of a group that config.json records."""
+    return RECALLED[group] or tuple(f.name for f in dataclasses.fields(GROUPS[group]))
+
+
+def _absolute(value: Any) -> Any:
+    """Of a path, PATH.bin:WEIGHT too, or of several."""
+    if value is None:
+        return None
+    return os.path.abspath(value) if isinstance(value, str) else tuple(map(os.path.abspath, value))
 
 
 def _tuple(value: Any) -> Any:

@@ -8,7 +8,7 @@ The rule for users: the same command again goes on. Flags that are given must ag
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from smedjan_common.checkpoint import Checkpoint, CheckpointInfo
+from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
@@ -56,30 +56,17 @@ _HARMLESS_MODEL = {"context_length", "init_std"}  # neither changes the paramete
 
 def difference(old: ModelConfig | TrainConfig, new: ModelConfig | TrainConfig) -> list[str]:
     """One line per field that differs: `dim: 256 in the checkpoint, 512 now`. Empty when they are equal."""
-    return [f"{name}: {_show(a)} in the checkpoint, {_show(b)} now" for name, a, b in _differing(old, new)]
+    return [line for name, a, b in _differing(old, new) for line in change(name, a, b, "checkpoint")]
 
 
-def check_resume(
-    checkpoint: Checkpoint | CheckpointInfo, model: ModelConfig, train: TrainConfig, tokenizer_hash: str | None, dataset_hash: str | None
-) -> list[str]:
-    """Whether a run of this model can go on from the checkpoint; returns warnings, one line each, for differences that are allowed.
-
-    Raises CheckpointError, with the difference, for another model, tokenizer or optimizer, or weights without optimizer state.
-    A hash that is None is not known and not compared.
-    """
-    info = checkpoint.info if isinstance(checkpoint, Checkpoint) else checkpoint
+def check_same(info: CheckpointInfo, model: ModelConfig, train: TrainConfig) -> None:
+    """Raises CheckpointError, with the difference, for another model or optimizer, or for weights without optimizer state."""
     other = [change for change in _differing(info.model, model) if change[0] not in _HARMLESS_MODEL]
     if other:
         raise CheckpointError(
             f"{info.path} is of another model: {_lines(other)}.",
             "A run goes on with the model it began with.",
             "Give the flags of the checkpoint, or start anew with another --checkpoint-dir.",
-        )
-    if info.tokenizer_hash and tokenizer_hash and info.tokenizer_hash != tokenizer_hash:
-        raise CheckpointError(
-            f"{info.path} was trained with another tokenizer: {_show(info.tokenizer_hash)} there, {_show(tokenizer_hash)} now.",
-            "The same token would mean other text.",
-            "Give the tokenizer and the dataset of the checkpoint, or start anew with another --checkpoint-dir.",
         )
     if info.optimizer is None and info.step > 0:
         raise CheckpointError(
@@ -91,15 +78,16 @@ def check_resume(
             "Each optimizer keeps its own arrays.",
             f"Take --optimizer {info.optimizer}, or start anew with another --checkpoint-dir.",
         )
-    return _warnings(info, model, train, dataset_hash)
 
 
-def _warnings(info: CheckpointInfo, model: ModelConfig, train: TrainConfig, dataset_hash: str | None) -> list[str]:
-    lines = difference(info.model, model) + (difference(info.train, train) if info.train else [])
-    known = (info.dataset or {}).get("hash")
-    if known and dataset_hash and known != dataset_hash:
-        lines.append(f"dataset: {_show(known)} in the checkpoint, {_show(dataset_hash)} now")
-    return lines
+def changes(info: CheckpointInfo, model: ModelConfig, train: TrainConfig) -> list[str]:
+    """What differs and is allowed (check_same), one line each: `lr: 0.02 in the checkpoint, 0.01 now`."""
+    return difference(info.model, model) + (difference(info.train, train) if info.train else [])
+
+
+def change(name: str, old: Any, new: Any, where: str = "run") -> list[str]:
+    """The line of one value that differs; none where it does not."""
+    return [f"{name}: {_show(old)} in the {where}, {_show(new)} now"] if old != new else []
 
 
 def _differing(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -112,5 +100,5 @@ def _lines(changes: list[tuple[str, Any, Any]]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else "none" if value is None else str(value)
     return text if len(text) <= 40 else text[:16] + "…"

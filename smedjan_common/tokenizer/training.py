@@ -28,7 +28,8 @@ def train(
 ) -> Vocabulary:
     """The vocabulary learnt from what `count` counts. Raises DataError."""
     specials = list(dict.fromkeys(special_tokens))
-    _check(vocab_size, specials, byte_order)
+    check_size(vocab_size, len(specials))
+    _check(byte_order)
     expression = patterns.resolve(pattern)
     splitter = patterns.Splitter(expression)
     _check_specials(specials, splitter)
@@ -70,16 +71,20 @@ def count_files(
         return add(pool.finish())
 
 
-def _check(vocab_size: int, specials: list[str], byte_order: str) -> None:
-    least = 256 + len(specials)
+def check_size(vocab_size: int, num_specials: int = 1) -> None:
+    """Raises DataError for a vocabulary that has no room for the bytes and the special tokens, or is too large."""
+    least = 256 + num_specials
     if vocab_size < least:
         raise DataError(
             f"A vocabulary of {vocab_size} is too small.",
-            f"There are 256 bytes and {len(specials)} special tokens.",
+            f"There are 256 bytes and {num_specials} special token{'s' * (num_specials != 1)}.",
             f"Ask for at least {least}.",
         )
     if vocab_size > MAX_IDS:
         raise DataError(f"A vocabulary of {vocab_size} is too large.", f"The limit is {MAX_IDS}.", "Usual sizes are 8192 to 262144.")
+
+
+def _check(byte_order: str) -> None:
     if byte_order not in BYTE_ORDERS:
         raise DataError(f"There is no byte order {byte_order!r}.", near(byte_order, BYTE_ORDERS), "Choose one of these.")
 

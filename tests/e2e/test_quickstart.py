@@ -10,7 +10,8 @@ from smedjan_common.commands.backends import installed
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from tests.fakes.runs import ROOT
 
-MADE = ("corpus.jsonl", "tokenizer.json", "train.bin", "val.bin", "config.json", "metrics.jsonl", "loss.png", "sample.txt", "final")
+DATA = tuple(f"data/quickstart/{name}" for name in ("corpus.jsonl", "tokenizer.json", "train.bin", "val.bin"))
+MADE = (*DATA, "config.json", "metrics.jsonl", "loss.png", "sample.txt", "final")
 
 
 def quickstart(folder, backend, *words):

@@ -8,6 +8,11 @@ from pathlib import Path
 from smedjan_common.checkpoint import find_checkpoints, read_checkpoint
 from smedjan_common.commands import train
 from smedjan_common.reporting.metrics import read_rows
+from smedjan_common.run.asked import Asked
+from smedjan_common.run.checks import check
+from smedjan_common.run.decided import decide
+from smedjan_common.run.flags import parse
+from smedjan_common.run.start import New
 from tests.fakes import bigram
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +30,11 @@ def write_text(folder: Path) -> Path:
 def train_here(*words: object, backend: type = bigram.BigramBackend) -> int:
     """Train in this process; returns the exit code."""
     return train.run("fake", lambda deterministic: (backend, "float32"), [str(word) for word in words])
+
+
+def check_new(*words: str) -> None:
+    """The checks that a new run of these words goes through before its texts are tokenised."""
+    check(decide("fake", Asked(*parse([*words])), New(), Path()))
 
 
 def arguments(text: Path, folder: Path, steps: int, *more: object) -> list[str]:

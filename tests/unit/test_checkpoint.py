@@ -18,6 +18,7 @@ from smedjan_common.checkpoint import (
     Checkpoint,
     find_checkpoints,
     latest_checkpoint,
+    newest,
     prune_checkpoints,
     read_checkpoint,
     read_info,
@@ -30,7 +31,7 @@ from smedjan_common.checkpoint.tensors import write_tensors
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model.params import parameter_table
-from smedjan_common.run.resume import check_resume, difference
+from smedjan_common.run.resume import changes, check_same, difference
 
 MODEL = ModelConfig(vocab_size=64, dim=8, layers=1, heads=2, kv_heads=1, ffn_dim=16)
 TRAIN = TrainConfig(steps=10, batch_size=4, seq_len=8, lr=1e-3)
@@ -328,7 +329,7 @@ def test_pruning_a_link_leaves_what_it_points_to(tmp_path):
 def test_a_path_that_is_no_checkpoint_is_explained(tmp_path):
     path = write(tmp_path / "run")
     for wrong, words in (
-        (tmp_path / "run" / "step-00000009", "There is no checkpoint .*The newest good checkpoint beside it is .*step-00000003"),
+        (tmp_path / "run" / "step-00000009", "There is no checkpoint .*The newest complete checkpoint beside it is .*step-00000003"),
         (tmp_path, "holds no checkpoint"),
         (path / "model.safetensors", "is a file, not a checkpoint.*Give the directory"),
         (tmp_path / "a\0b", "There is no checkpoint"),
@@ -338,6 +339,27 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path):
     (tmp_path / "model.safetensors").touch()  # of Hugging Face, say
     with pytest.raises(CheckpointError, match=r"smedjan convert .* --to neutral"):
         read_checkpoint(tmp_path)
+
+
+def test_a_mistyped_path_does_not_hash_the_checkpoint_beside_it(tmp_path, monkeypatch):
+    from smedjan_common.checkpoint import tensors
+
+    there = write(tmp_path / "run")
+    monkeypatch.setattr(tensors, "_read_into", None)  # reading a tensor file would be a TypeError
+    for read in (read_checkpoint, read_info, newest):
+        with pytest.raises(CheckpointError, match=f"The newest complete checkpoint beside it is {there}"):
+            read(tmp_path / "run" / "step-000003")
+
+
+def test_the_newest_weights_are_those_of_final_unless_a_later_step_was_saved_since(tmp_path):
+    run = tmp_path / "run"
+    write(run, 3)
+    assert newest(run).path == run / "step-00000003"
+    for last, name in ((3, "final"), (9, "final"), (2, "step-00000003")):
+        write_final(run, sample_snapshot(last), **facts())
+        assert newest(run).path == run / name
+    assert newest(run / "step-00000003").step == 3
+    assert newest(run / "final").step == 2
 
 
 def test_a_path_can_be_given_from_inside(tmp_path, monkeypatch):
@@ -356,28 +378,23 @@ def test_differences_are_lines_to_read():
     assert difference(MODEL, other) == ["dim: 8 in the checkpoint, 16 now", "mixer: attention in the checkpoint, attention,attention now"]
 
 
-def test_a_run_goes_on_only_with_its_model_tokenizer_and_optimizer(tmp_path):
-    checkpoint = read_checkpoint(write(tmp_path))
-    for subject in (checkpoint, checkpoint.info):
-        assert check_resume(subject, MODEL, TRAIN, "tokenizer-hash", "dataset-hash") == []
-        assert check_resume(subject, MODEL, TRAIN, None, None) == []
-    longer = dataclasses.replace(TRAIN, steps=20, lr=2e-3)
-    warnings = check_resume(checkpoint, dataclasses.replace(MODEL, context_length=2048), longer, "tokenizer-hash", "other-data")
-    assert warnings == [
+def test_a_run_goes_on_only_with_its_model_and_optimizer(tmp_path):
+    info = read_info(write(tmp_path))
+    check_same(info, MODEL, TRAIN)
+    assert changes(info, MODEL, TRAIN) == []
+    model, longer = dataclasses.replace(MODEL, context_length=2048), dataclasses.replace(TRAIN, steps=20, lr=2e-3)
+    check_same(info, model, longer)
+    assert changes(info, model, longer) == [
         "context_length: 1024 in the checkpoint, 2048 now",
         "steps: 10 in the checkpoint, 20 now",
         "lr: 0.001 in the checkpoint, 0.002 now",
-        "dataset: dataset-hash in the checkpoint, other-data now",
     ]
     with pytest.raises(CheckpointError, match="another model: dim is 8 there, 16 now; rope_base is"):
-        check_resume(checkpoint, dataclasses.replace(MODEL, dim=16, rope_base=500000.0), TRAIN, "tokenizer-hash", None)
-    with pytest.raises(CheckpointError, match="another tokenizer"):
-        check_resume(checkpoint, MODEL, TRAIN, "another", None)
-    renamed = dataclasses.replace(checkpoint.info, optimizer="lion")
+        check_same(info, dataclasses.replace(MODEL, dim=16, rope_base=500000.0), TRAIN)
     with pytest.raises(CheckpointError, match="--optimizer lion, not adamw"):
-        check_resume(renamed, MODEL, TRAIN, None, None)
+        check_same(dataclasses.replace(info, optimizer="lion"), MODEL, TRAIN)
     with pytest.raises(CheckpointError, match="weights only"):
-        check_resume(read_checkpoint(write_final(tmp_path, sample_snapshot(), **facts())), MODEL, TRAIN, None, None)
+        check_same(read_info(write_final(tmp_path, sample_snapshot(), **facts())), MODEL, TRAIN)
 
 
 def test_importing_it_imports_no_framework():

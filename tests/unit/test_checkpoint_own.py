@@ -134,7 +134,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_refused_by_name_and_the_newest_good_one_is_offered(tmp_path, fault):
+def test_what_is_wrong_is_refused_by_name_and_the_newest_complete_one_is_offered(tmp_path, fault):
     write(tmp_path, 1)
     write_own(tmp_path, 2)
     spoiling, message = FAULTS[fault]
@@ -144,7 +144,7 @@ def test_what_is_wrong_is_refused_by_name_and_the_newest_good_one_is_offered(tmp
     assert latest_checkpoint(tmp_path, on_skip=(told := []).append) == tmp_path / "orbax-00000002"
     assert len(told) == 1
     if fault != "bit" and fault != "tokenizer":  # those only hashes see
-        with pytest.raises(CheckpointError, match=r"newest good checkpoint beside it is .*orbax-00000002"):
+        with pytest.raises(CheckpointError, match=r"newest complete checkpoint beside it is .*orbax-00000002"):
             read_info(tmp_path / "orbax-00000003")
 
 

@@ -21,10 +21,10 @@ from smedjan_common.run.data import check_data_flags
 from smedjan_common.run.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
 from smedjan_common.run.folder import RunConfig
 from smedjan_common.run.options import check_options, check_report_options
-from smedjan_common.run.settings import check_flags, new_model
+from smedjan_common.run.settings import new_model
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES, learning_rate
-from tests.fakes.runs import ROOT
+from tests.fakes.runs import ROOT, check_new
 
 
 def names(kind):
@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_configuration():
 @pytest.mark.parametrize("name", sorted(names(DataFlags) | names(RunFlags) | names(ReportFlags)))
 def test_every_flag_is_read_somewhere(name):
     sources = [path.read_text() for path in Path(smedjan_common.__file__).parent.rglob("*.py") if path.name != "flags.py"]
-    assert any(re.search(rf"\.{name}\b", source) for source in sources)
+    assert any(re.search(rf'\.{name}\b|value\("{name}"\)', source) for source in sources)
 
 
 def test_parse_tells_what_was_given():
@@ -98,15 +98,15 @@ def test_every_option_of_a_mixer_belongs_to_a_row_and_is_refused_without_it(opti
 )
 def test_an_option_that_asks_for_none_of_what_a_run_lacks_is_taken_and_changes_no_model(words, none_of_it):
     flags, given = parse([*words, *none_of_it])
-    check_flags(flags, given)
+    check_new(*words, *none_of_it)
     assert len(given) == len(parse([*words])[1]) + sum(word.startswith("--") for word in none_of_it)
     assert new_model(flags, 300) == new_model(parse([*words])[0], 300)
 
 
 def test_a_rotary_base_is_refused_where_no_layer_turns():
     with pytest.raises(ConfigError, match="--rope-base would do nothing"):
-        check_flags(*parse(["--mixer", "ssm", "--rope-base", "500000"]))
-    check_flags(*parse(["--mixer", "ssm,mla", "--rope-base", "500000"]))
+        check_new("--mixer", "ssm", "--rope-base", "500000")
+    check_new("--mixer", "ssm,mla", "--rope-base", "500000")
 
 
 def test_what_a_row_reads_of_the_training_is_a_flag():
@@ -135,9 +135,9 @@ BIAS = ("--experts", "4", "--router", "bias")
 )
 def test_an_option_of_training_that_nothing_would_read_is_refused_and_the_fix_helps(words, option, fix):
     with pytest.raises(ConfigError, match=f"{option[0].replace('no-', '')} would do nothing"):
-        check_flags(*parse([*words, *option]))
-    check_flags(*parse([*words, *option, *fix]))
-    check_flags(*parse([*words]))
+        check_new(*words, *option)
+    check_new(*words, *option, *fix)
+    check_new(*words)
 
 
 MOVED = {
@@ -192,8 +192,8 @@ def test_a_share_to_hold_out_that_cannot_be_is_refused_before_anything_is_read(w
     flags, given = parse([*words])
     with pytest.raises(DataError, match=why):
         check_data_flags(flags.data, given)
-    with pytest.raises(DataError, match=why):  # a run from weights checks it as well
-        check_flags(*parse([*words, "--pretrained", "missing"]))
+    with pytest.raises(DataError, match=why):
+        check_new(*words)
 
 
 @pytest.mark.parametrize("words", [("--sample-prompt", "a"), ("--sample-tokens", "9"), ("--eval-batches", "3", "--eval-every", "0")])

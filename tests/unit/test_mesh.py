@@ -14,12 +14,10 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import count_params, parameter_table
 from smedjan_common.run.data import RunData
-from smedjan_common.run.flags import parse
 from smedjan_common.run.plan import heading
-from smedjan_common.run.settings import check_flags
 from smedjan_common.training.memory import training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, RULES, MeshShape, check_mesh, mesh_axes, parse_mesh
-from tests.fakes.runs import ROOT, arguments, train_here, write_text
+from tests.fakes.runs import ROOT, arguments, check_new, train_here, write_text
 
 MODEL = ModelConfig.preset("tiny", kv_heads=2)
 TRAIN = TrainConfig(steps=1, batch_size=16, seq_len=64, lr=1e-3)
@@ -113,9 +111,9 @@ def test_the_heading_names_the_mesh_and_devices_that_are_not_used():
 def test_a_vocabulary_that_is_not_known_yet_refuses_no_mesh():
     words = "--size custom --dim 192 --layers 1 --heads 3 --batch-size 3 --mesh tensor=3".split()
     for known in (["--dataset", "a.bin"], ["--dataset", "a.txt", "--tokenizer", "tokenizer.json"], ["--vocab-size", "384"]):
-        check_flags(*parse([*words, *known]))
+        check_new(*words, *known)
     with pytest.raises(ConfigError, match=r"embed\.weight, which is 8192"):
-        check_flags(*parse([*words, "--dataset", "a.txt"]))
+        check_new(*words, "--dataset", "a.txt")
 
 
 @pytest.mark.parametrize(

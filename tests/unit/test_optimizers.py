@@ -9,7 +9,8 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
-from smedjan_common.run.flags import TrainingFlags
+from smedjan_common.run.asked import Asked
+from smedjan_common.run.flags import TrainFlags, TrainingFlags
 from smedjan_common.run.settings import train_config
 from smedjan_common.training.config import default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS, check_state, slot_names
@@ -62,7 +63,7 @@ def test_a_state_that_does_not_fit_is_described_by_name():
 
 def test_defaults_follow_the_optimizer_and_given_flags_win():
     def made(**flags: object):
-        return train_config(TrainingFlags(steps=100, **flags), frozenset(flags), None, 128, 100, "float32")
+        return train_config(Asked(TrainFlags(training=TrainingFlags(steps=100, **flags)), frozenset(flags)), None, 128, 100)
 
     adamw, muon, lion = (made(optimizer=name) for name in ("adamw", "muon", "lion"))
     assert (adamw.lr, adamw.beta2, adamw.weight_decay) == (muon.lr, muon.beta2, muon.weight_decay) == (1.7e-3, 0.95, 0.1)

@@ -9,9 +9,11 @@ from smedjan_common.checkpoint import read_info
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.rope import original_length
+from smedjan_common.run.asked import Asked
 from smedjan_common.run.flags import parse
+from smedjan_common.run.options import check_options
 from smedjan_common.run.resume import check_tokenizer
-from smedjan_common.run.settings import pretrained_flags, pretrained_model
+from smedjan_common.run.settings import pretrained_length, pretrained_model
 from smedjan_common.tokenizer import Tokenizer
 from tests.fakes.runs import arguments, train_here, write_text
 from tests.unit.test_checkpoint_faults import value
@@ -24,8 +26,10 @@ SPARSE = ModelConfig.build(vocab_size=300, dim=16, layers=1, heads=2, context_le
 
 
 def model_of(base, tmp_path, words):
-    flags, given = parse(words.split())
-    return pretrained_model(base, tmp_path, pretrained_flags(flags, given, base), given)
+    asked = Asked(*parse(words.split()))
+    model = pretrained_model(base, tmp_path, asked.having(seq_len=pretrained_length(base, asked)))
+    check_options(model, asked.given)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,7 @@ def test_scaled_weights_keep_the_context_they_were_trained_at(base, words, origi
     ],
 )
 def test_the_context_is_that_of_the_weights_unless_it_is_given(base, words, length):
-    flags, given = parse(words.split())
-    assert pretrained_flags(flags, given, base).training.seq_len == length
+    assert pretrained_length(base, Asked(*parse(words.split()))) == length
 
 
 def test_a_run_without_seq_len_trains_at_the_context_of_the_weights_and_tells(weights, tmp_path, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from smedjan_common.checkpoint import read_info
+from smedjan_common.checkpoint import read_info, verify_checkpoint
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from smedjan_common.run.folder import read_config
 from tests.fakes.runs import arguments, saved_steps, train_here, tree, write_text
@@ -70,13 +70,18 @@ def test_another_text_with_the_same_tokenizer_is_told(run, tmp_path, capsys):
 
 
 def test_another_validation_leaves_what_is_trained_on_as_it_was(run, tmp_path, capsys):
-    before = read_config(run)["dataset"]
+    before, held_out = read_config(run)["dataset"], read_config(run)["val_dataset"]["hash"]
     other = tmp_path / "other.txt"
     other.write_text("a quite different text, and a short one, on other cats\n" * 60)
     assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-dataset", other) == 0
-    assert "note: dataset:" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "note: dataset:" not in out
     assert read_config(run)["dataset"] == before
-    assert read_config(run)["val_dataset"]["hash"] != before["hash"]
+    now = read_config(run)["val_dataset"]["hash"]
+    assert now not in {held_out, before["hash"]}
+    assert f"note: val_dataset: {held_out[:16]}… in the run, {now[:16]}… now" in out
+    assert train_here("--checkpoint-dir", run, "--steps", 15) == 0
+    assert read_config(run)["val_dataset"]["hash"] == now, "it is the run's from then on"
 
 
 def test_another_part_to_hold_out_is_refused_where_token_files_stand(run, capsys):
@@ -87,8 +92,18 @@ def test_another_part_to_hold_out_is_refused_where_token_files_stand(run, capsys
     assert train_here("--checkpoint-dir", run, "--steps", 14, "--val-fraction", 0.1) == 0
 
 
-def test_the_size_of_a_vocabulary_that_was_asked_for_is_no_hindrance_to_go_on(run):
-    assert train_here("--checkpoint-dir", run, "--steps", 14, "--vocab-size", 8192) == 0
+def test_the_size_of_a_vocabulary_that_was_asked_for_is_no_hindrance_to_go_on(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 40)  # too little for as many tokens as are asked for
+    words = [*arguments(text, tmp_path / "run", 2, "--eval-every", 0), "--vocab-size", 4000]
+    assert train_here(*words) == 0
+    has = read_info(tmp_path / "run").model.vocab_size
+    assert has < 4000
+    for size in (4000, has):
+        assert train_here(*words, "--vocab-size", size, "--steps", 3) == 0
+    capsys.readouterr()
+    assert train_here(*words, "--vocab-size", has + 1, "--steps", 4) == 2
+    assert f"--vocab-size {has + 1} is not that of the run, which has {has} tokens" in capsys.readouterr().err
 
 
 def test_never_refuses_a_folder_with_a_run(run, finished, capsys):
@@ -125,6 +140,44 @@ def test_a_broken_newest_checkpoint_is_told_and_the_one_before_taken(run, capsys
     assert "step-00000012" in out
     assert "Going on from" in out
     assert [row["step"] for row in train_rows(read_rows(run))] == [1, 2, 4, 6, 8, 10, 12, 13]
+
+
+def test_a_flipped_bit_in_the_newest_is_found_while_it_is_read_and_the_one_before_taken(run, capsys):
+    weights = run / "step-00000012" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1
+    weights.write_bytes(raw)
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    out = capsys.readouterr().out
+    assert f"note: {weights} is damaged in " in out
+    assert f"Going on from {run / 'step-00000008'}, step 8 of 13" in out
+    assert [row["step"] for row in train_rows(read_rows(run))] == [1, 2, 4, 6, 8, 10, 12, 13]
+    verify_checkpoint(run / "step-00000012")
+
+
+def test_only_flipped_bits_are_never_written_over(run, capsys):
+    for weights in run.glob("step-*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    before = tree(run)
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 2
+    assert f"No checkpoint in {run} can be used" in capsys.readouterr().err
+    assert tree(run) == before
+    assert train_here("--resume", run / "step-00000012", "--checkpoint-dir", run, "--steps", 13) == 2
+    assert "damaged in" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_reads_each_checkpoint_json_and_each_tensor_file_once(run, monkeypatch):
+    from smedjan_common.checkpoint import load, manifest, tensors
+
+    parsed, read = [], []
+    monkeypatch.setattr(manifest, "_load", lambda path, parse=manifest._load: parsed.append(path) or parse(path))
+    monkeypatch.setattr(tensors, "_read_into", lambda path, *rest, into=tensors._read_into: read.append(path) or into(path, *rest))
+    monkeypatch.setattr(load, "file_hash", None)
+    assert train_here("--checkpoint-dir", run, "--steps", 13, "--dry-run") == 0
+    assert sorted(parsed) == [run / f"step-{step:08d}" / "checkpoint.json" for step in (4, 8, 12)]
+    assert read == []
+    assert train_here("--checkpoint-dir", run, "--steps", 13) == 0
+    assert read == [run / "step-00000012" / name for name in ("model.safetensors", "optimizer.safetensors")]
 
 
 def test_only_broken_checkpoints_are_never_written_over(run, finished, capsys):

@@ -1,0 +1,35 @@
+"""What a command line asks for: the value of every flag, and which of them were given."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from smedjan_common.run.flags import GROUPS, TrainFlags
+
+
+@dataclass(frozen=True)
+class Asked:
+    """flags: every value, defaults included. given: names of the flags of the command line; the others a run may complete."""
+
+    flags: TrainFlags
+    given: frozenset[str]
+
+    def value(self, name: str) -> Any:
+        """The value of a flag by the name of its field: "batch_size"."""
+        return getattr(getattr(self.flags, _group_of(name)), name)
+
+    def is_given(self, name: str) -> bool:
+        """Whether the command line has it."""
+        return name in self.given
+
+    def having(self, **values: Any) -> "Asked":
+        """The same with other values; what was given stays as it is."""
+        groups = {}
+        for name, value in values.items():
+            groups.setdefault(_group_of(name), {})[name] = value
+        changed = {group: dataclasses.replace(getattr(self.flags, group), **part) for group, part in groups.items()}
+        return Asked(dataclasses.replace(self.flags, **changed), self.given)
+
+
+def _group_of(name: str) -> str:
+    return next(group for group, fields in GROUPS.items() if name in fields.__dataclass_fields__)

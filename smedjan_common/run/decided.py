@@ -1,0 +1,146 @@
+"""What a run will be, decided from its flags, its beginning and its data before a framework is imported.
+
+It is decided twice by the same function: before texts are tokenised, which may take hours, so that what no text can mend is refused
+(run.checks), and with the data, which gives the size of the vocabulary and the steps of one pass.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from smedjan_common.checkpoint import CheckpointInfo, read_info
+from smedjan_common.data.batches import batches
+from smedjan_common.errors import CheckpointError
+from smedjan_common.files.names import FINAL
+from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.presets import VOCAB_MULTIPLE
+from smedjan_common.reporting.metrics import read_rows
+from smedjan_common.run.asked import Asked
+from smedjan_common.run.data import RunData, trains_tokenizer
+from smedjan_common.run.folder import RunConfig
+from smedjan_common.run.recorded import to_record
+from smedjan_common.run.settings import new_model, pretrained_model, same_model, takes_auto, train_config
+from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
+from smedjan_common.training.config import CHECKPOINT_FORMATS, TrainConfig
+from smedjan_common.training.mesh import MeshShape, parse_mesh
+
+
+@dataclass(frozen=True)
+class Decided:
+    """data: None before the texts are tokenised. mesh: None where the backend chooses it."""
+
+    backend: str
+    asked: Asked
+    begin: Begin
+    folder: Path
+    mesh: MeshShape | None
+    model: ModelConfig
+    train: TrainConfig
+    data: RunData | None
+
+    @property
+    def start(self) -> CheckpointInfo | None:
+        """The step checkpoint that the run goes on from."""
+        return self.begin.info if isinstance(self.begin, GoOn) else None
+
+    @property
+    def pretrained(self) -> CheckpointInfo | None:
+        """The weights that a new run begins with."""
+        return self.begin.info if isinstance(self.begin, Pretrained) else None
+
+    @property
+    def known_steps(self) -> bool:
+        """Whether the number of steps is final: not where it is one pass over texts that are not tokenised yet."""
+        return self.asked.is_given("steps") or base_of(self.begin) is not None or bool(self.data and self.data.train)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run that goes on has all its steps, and final/ is of the last."""
+        if not (info := self.start) or info.step < self.train.steps:
+            return False
+        try:
+            return read_info(self.folder / FINAL).step == info.step
+        except CheckpointError:
+            return False
+
+    @property
+    def asks_of_devices(self) -> bool:
+        """Whether a flag is given that only the framework can judge."""
+        return bool(self.mesh and self.mesh.size > 1) or self.train.attention == "fused"
+
+    def computing_in(self, auto: str) -> "Decided":
+        """The same with what --dtype auto means to the framework."""
+        if not takes_auto(self.asked, base_of(self.begin)):
+            return self
+        train = dataclasses.replace(self.train, dtype=auto)
+        return dataclasses.replace(self, train=train)
+
+
+def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData | None = None) -> Decided:
+    """Raises ConfigError for flags that make no model or no training."""
+    mesh = parse_mesh(asked.value("mesh"))
+    model = _model(asked, begin, _vocab_size(asked, mesh, data))
+    train = train_config(asked, base_of(begin), model.dim, _epoch(asked, begin, data))
+    return Decided(backend, asked, begin, folder, mesh, model, train, data)
+
+
+def base_of(begin: Begin) -> TrainConfig | None:
+    """How the run was trained up to here, where one goes on."""
+    return begin.info.train if isinstance(begin, GoOn) else None
+
+
+def _model(asked: Asked, begin: Begin, vocab_size: int) -> ModelConfig:
+    match begin:
+        case New():
+            return new_model(asked.flags, vocab_size)
+        case GoOn(info):
+            return same_model(info.model, asked)
+        case Pretrained(info):
+            return pretrained_model(info.model, info.path, asked)
+
+
+def _vocab_size(asked: Asked, mesh: MeshShape | None, data: RunData | None) -> int:
+    """That of the tokenizer; before it is read that of the one to be trained, else one that no mesh refuses."""
+    if data and data.tokenizer:
+        return data.tokenizer.vocab_size
+    return asked.value("vocab_size") if trains_tokenizer(asked.flags.data) or not mesh else VOCAB_MULTIPLE * mesh.tensor
+
+
+def _epoch(asked: Asked, begin: Begin, data: RunData | None) -> int:
+    if data is None or data.train is None:
+        return asked.value("warmup") or 1
+    known = base_of(begin) or asked.flags.training
+    return batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch
+
+
+def run_config(decided: Decided, say: Say) -> RunConfig:
+    """What the loop needs of it."""
+    data, value = decided.data, decided.asked.value
+    assert data
+    assert data.train
+    assert data.tokenizer
+    return RunConfig(
+        decided.model,
+        decided.train,
+        decided.folder,
+        data.train,
+        data.val,
+        data.tokenizer,
+        start=decided.start,
+        pretrained=decided.pretrained,
+        history=read_rows(decided.start.path.parent) if decided.start else None,
+        checkpoint_every=value("checkpoint_every"),
+        keep=value("keep"),
+        keep_every=value("keep_every"),
+        checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
+        flags=to_record(decided.asked.flags),
+        **dataclasses.asdict(decided.asked.flags.report),
+    )
+
+
+def _format_here(kind: str, backend: str, say: Say) -> str:
+    """The format that this backend writes in a run whose format is `kind`; config.json keeps that one for when the run goes back."""
+    if CHECKPOINT_FORMATS[kind] in {None, backend}:
+        return kind
+    say(f"note: checkpoints are neutral from here on: {kind}, which the run asks for, is of the backend {CHECKPOINT_FORMATS[kind]}.")
+    return "neutral"
