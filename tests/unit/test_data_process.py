@@ -1,5 +1,6 @@
 """Cleaning: every rule drops what it names and keeps the rest, changes are counted, provenance is kept."""
 
+import contextlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.text.filters import LINE_RULES, PRESETS, RULES, choose, filter_lines, first_broken
 from smedjan_common.text.process import NORMALISATIONS, process
 from smedjan_common.text.records import Reading
+from smedjan_common.text.sources import find
 
 GOOD = (
     "The smith took the iron from the fire and laid it on the anvil with care. Nobody in the town could have said when he began to work "
@@ -106,7 +108,29 @@ def test_documents_keep_their_fields_and_the_log_has_all(tmp_path):
     assert [entry["kept"] for entry in log] == [True, False, False, True]
     assert log[1]["rule"] == "gopher_words"
     assert log[1]["value"] == 1
-    assert all(entry["licence"] == "CC0" and entry["source"] for entry in log)
+    assert [entry["source"] for entry in log] == [f"{tmp_path / 'a.jsonl'}:{line}" for line in (1, 2, 3, 4)]
+    assert [entry["url"] for entry in log] == ["u0", "elsewhere", "elsewhere", "elsewhere"]
+    assert [entry["licence"] for entry in log] == ["CC0"] * 4
+
+
+def test_every_record_says_where_it_comes_from(tmp_path):
+    """Of a text its file, of a line or object its number from 1, of a row its number from 0; a source that a record has stays."""
+    (tmp_path / "a.txt").write_text("iron%fire")
+    write(tmp_path / "b.jsonl", [{"text": "one"}, {"text": "two", "source": "elsewhere"}])
+    (tmp_path / "c.json").write_text('[{"text": "three"}, {"text": "four"}]')
+    names = ["a.txt", "a.txt", "b.jsonl:1", "elsewhere", "c.json:1", "c.json:2"]
+    texts = ["iron", "fire", "one", "two", "three", "four"]
+    with contextlib.suppress(ImportError):
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = [f"row {number}" for number in range(5)]
+        parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "d.parquet")
+        names, texts = [*names, *(f"d.parquet:{number}" for number in range(5))], [*texts, *rows]
+    reading = Reading(separator="%")
+    records = [record for block in reading.blocks(find([tmp_path])) for record in reading.records(block)]
+    assert [record["text"] for record in records] == texts
+    assert [record["source"].removeprefix(f"{tmp_path}/") for record in records] == names
 
 
 def test_lone_surrogates_are_written_as_replacement_characters(tmp_path):

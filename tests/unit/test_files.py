@@ -17,7 +17,7 @@ from smedjan_common.data.journal import Journal
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.files import durable, leftovers
 from smedjan_common.files.atomic_directory import atomic_directory
-from smedjan_common.files.atomic_file import atomic_path, write_atomically
+from smedjan_common.files.atomic_file import atomic_file, atomic_path, write_atomically
 from tests.unit.test_checkpoint import write
 
 ROOT = Path(__file__).parents[2]
@@ -252,3 +252,13 @@ def test_a_journal_whose_writer_lives_elsewhere_is_left_alone(tmp_path, monkeypa
 def test_a_journal_with_odd_values_means_a_fresh_start(tmp_path, dead, changes):
     journal(tmp_path, [], **({"pid": dead} | changes))
     assert Journal([tmp_path / "t.bin"], [], []).load() is None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("way", [atomic_path, atomic_file])
+def test_an_error_while_a_file_is_written_reaches_the_caller_and_leaves_the_old_one(tmp_path, error, way):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(error), way(tmp_path / "a") as place:
+        (place.write_bytes if way is atomic_path else place.write)(b"half")
+        raise error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}

@@ -1,12 +1,15 @@
 """metrics.jsonl survives what happens to runs; the console's figures; the plot."""
 
+import io
 import json
+import sys
 
 import pytest
 
 from smedjan_common.reporting.console import count, duration, size, step_line
 from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
 from smedjan_common.reporting.plot import is_drawn_here, plot, running_mean
+from smedjan_common.reporting.progress import progress_bar
 
 ROW = dict.fromkeys(TRAIN_KEYS, None) | {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -115,3 +118,17 @@ def test_plots_of_any_length_are_drawn_whole(tmp_path, suffix, made):
 def test_a_title_that_the_font_cannot_draw_warns_nobody(tmp_path, recwarn):
     plot({"training": [{"step": 1, "tokens": 8, "loss": 2.0}]}, tmp_path / "loss.png", "run \N{FOX FACE}")
     assert not recwarn.list
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_nothing(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, says in ((Terminal(), ["count", "merge", "5/10", "7/7"]), (io.StringIO(), [])):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar("steps") as show:
+            show("count", 5, 10)
+            show("merge", 7, 7)
+        assert all(part in stream.getvalue() for part in says)
+        assert bool(stream.getvalue()) == bool(says)
