@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smedjan_common.data.token_file import STOPPED
 from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.leftovers import Hidden, host_name, is_alive, is_dead, parse, remove_part
 from smedjan_common.text.sources import Source
@@ -23,7 +24,10 @@ _COUNTS = ("tokens", "documents", "bytes", "itemsize")  # of a writer's state, b
 
 
 class Journal:
-    """`load()` the state to go on from, `step(…)` after each bundle, `clear()` when done. outputs: the token files, in order."""
+    """`load()` the state to go on from, `step(…)` after each bundle; outputs: the token files, in order.
+
+    `with journal`: it stays where the work is stopped, and goes when it is done or fails for good.
+    """
 
     def __init__(
         self, outputs: Sequence[str | os.PathLike], found: Sequence[Source], options: Sequence[Any], every_bytes: int = EVERY_BYTES
@@ -81,6 +85,13 @@ class Journal:
             state = {"key": self.key, "pid": os.getpid(), "host": host_name(), "writers": states} | counts
             write_atomically(self.path, json.dumps(state).encode())
             self.saved, self._waiting = True, 0
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not (self.saved and kind and issubclass(kind, STOPPED)):
+            self.clear()
 
     def clear(self) -> None:
         """The work is done or has failed for good."""

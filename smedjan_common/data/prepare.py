@@ -83,8 +83,8 @@ def prepare(
     """Write `output` (and `val_output`) from text, JSONL, directories and globs. `progress(bytes done, bytes in all)`.
 
     `errors`: "strict" refuses bytes that are not UTF-8, "replace" makes them U+FFFD. Raises DataError, OSError; nothing half-written
-    is left then, and older files of these names stay as they were. A run that is killed, or stopped by Ctrl-C after `journal_bytes` of
-    input, leaves a journal and goes on from there when it is called again with the same arguments and inputs.
+    is left then, and older files of these names stay as they were. A run that is killed, or stopped by Ctrl-C or a lack of memory after
+    `journal_bytes` of input, leaves a journal and goes on from there when it is called again with the same arguments and inputs.
     """
     _check(val_output, val_fraction, errors)
     started = time.monotonic()
@@ -97,9 +97,8 @@ def prepare(
     options = [tokenizer.hash, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
     journal = Journal([path for path, _ in outputs], found, options, journal_bytes)
     state = journal.load()
-    with ExitStack() as stack:
+    with journal, ExitStack() as stack:
         writers = []
-        stack.push(lambda kind, *_: None if kind is KeyboardInterrupt and journal.saved else journal.clear())
         for number, (path, side) in enumerate(outputs):
             resume = state["writers"][number] if state else None
             writers.append(stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}, resume)))

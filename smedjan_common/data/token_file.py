@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smedjan_common import __version__
-from smedjan_common.errors import DataError
+from smedjan_common.errors import DataError, WorkerError
 from smedjan_common.files.durable import sync, sync_directory
 from smedjan_common.files.json_bytes import json_bytes
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
@@ -35,6 +35,7 @@ _REQUIRED = {
     "tokenizer_hash": str,
     "sha256": str,
 }
+STOPPED = (KeyboardInterrupt, MemoryError, WorkerError)  # the work may go on another time, with fewer workers, say
 _AT_ONCE = 1 << 24  # tokens looked at together
 _REMAKE = "Make it again: smedjan prepare."
 
@@ -106,7 +107,7 @@ class TokenFileWriter:
     """Writes a token file piece by piece. `with TokenFileWriter(path, …) as writer: writer.append(…)`; an error leaves nothing behind.
 
     `finish()` or the end of the block without an error gives the files their names. `resume`: the `state()` of a writer that was
-    stopped; `keep_when_stopped`: Ctrl-C leaves the temporary files, for a journal that names them.
+    stopped; `keep_when_stopped`: what is STOPPED leaves its temporary files, for a journal that names them.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class TokenFileWriter:
             if kind is None and self._tokens is not None:
                 self.finish()
         finally:
-            if kind is KeyboardInterrupt and self.keep_when_stopped:
+            if self.keep_when_stopped and kind and issubclass(kind, STOPPED):
                 self.close()
             else:
                 self.abort()

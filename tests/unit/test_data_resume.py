@@ -12,6 +12,7 @@ import pytest
 from smedjan_common.data.journal import Journal
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
+from smedjan_common.errors import WorkerError
 from smedjan_common.files.leftovers import host_name
 from smedjan_common.text.blocks import BLOCK_BYTES
 from smedjan_common.tokenizer import Tokenizer
@@ -74,6 +75,27 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(place, how):
     size = os.path.getsize("a.jsonl")
     assert calls[-1] == (size, size)
     assert len(calls) <= -(-size // BLOCK_BYTES) - bundles  # what was done is not done again
+
+
+@pytest.mark.parametrize("error", [WorkerError("A worker process was ended by SIGKILL."), MemoryError(), KeyboardInterrupt()])
+def test_what_lacks_memory_or_is_interrupted_goes_on(tmp_path, error):
+    """With fewer workers, say, after the system has taken one."""
+    tokenizer = Tokenizer.train_from_texts(["iron and fire, a hammer. " * 20], 280)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("iron and fire, a hammer.\n" * 50_000)
+    files, output = [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out" / "t.bin"
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise error
+
+    with pytest.raises(type(error)):
+        prepare(files, output, tokenizer, journal_bytes=1 << 20, workers=1, progress=stop)
+    assert not output.exists()
+    assert prepare(files, output, tokenizer, journal_bytes=1 << 20, workers=1).resumed
+    with pytest.raises(ZeroDivisionError):
+        prepare(files, output, tokenizer, journal_bytes=1 << 20, workers=1, progress=lambda done, total: 1 / 0 if done == total else None)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["t.bin", "t.bin.json", "t.bin.offsets"]
 
 
 def test_a_journal_of_other_work_is_thrown_away_with_its_files(place):

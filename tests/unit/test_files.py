@@ -258,7 +258,11 @@ def test_a_journal_with_odd_values_means_a_fresh_start(tmp_path, dead, changes):
 @pytest.mark.parametrize("way", [atomic_path, atomic_file])
 def test_an_error_while_a_file_is_written_reaches_the_caller_and_leaves_the_old_one(tmp_path, error, way):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(error), way(tmp_path / "a") as place:
+
+    def fail(place):
         (place.write_bytes if way is atomic_path else place.write)(b"half")
         raise error
+
+    with pytest.raises(error), way(tmp_path / "a") as place:
+        fail(place)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
