@@ -17,7 +17,8 @@ class Option(NamedTuple):
 
     choices: the names that it takes, () for a number or a switch. least, over, most, under: its bounds.
     unset: the flag's default, where it is another one than the field's. filled: in words, what a default is worked out to.
-    shape_free: another value changes no tensor, so weights go on with it.
+    shape_free: another value changes no tensor, so weights go on with it. inert: nor what the tensors compute, so a run goes on with it.
+    fixed: it says which text a step sees, so a run that goes on keeps it.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Option(NamedTuple):
     unset: Any
     filled: str
     shape_free: bool
+    inert: bool
+    fixed: bool
 
     @property
     def flag_default(self) -> Any:
@@ -51,10 +54,12 @@ def option(
     unset: Any = dataclasses.MISSING,
     filled: str = "",
     shape_free: bool = False,
+    inert: bool = False,
+    fixed: bool = False,
 ) -> Any:
     """A field of a dataclass that is an Option; its choices may also be said by its type, a Literal."""
     said = {"help": help, "choices": tuple(choices), "least": least, "over": over, "most": most, "under": under}
-    said |= {"unset": unset, "filled": filled, "shape_free": shape_free}
+    said |= {"unset": unset, "filled": filled, "shape_free": shape_free, "inert": inert, "fixed": fixed}
     return dataclasses.field(default=default, metadata={"option": said})
 
 

@@ -17,7 +17,7 @@ class Shape:
     heads: int
     kv_heads: int
     ffn_dim: int
-    context_length: int = option(1024, shape_free=True)
+    context_length: int = option(1024, shape_free=True, inert=True)
     mixer: tuple[str, ...] = ("attention",)
     ffn: tuple[str, ...] = ("swiglu",)
     norm_eps: float = option(1e-5, shape_free=True)
@@ -25,7 +25,7 @@ class Shape:
     rope_scaling: Literal["none", "ntk", "yarn"] = option("none", shape_free=True)
     rope_factor: float = option(1.0, shape_free=True)
     rope_original_len: int = option(0, shape_free=True)
-    init_std: float = option(0.02, shape_free=True)
+    init_std: float = option(0.02, shape_free=True, inert=True)
 
     @property
     def head_dim(self) -> int:

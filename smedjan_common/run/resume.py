@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.options import options
 from smedjan_common.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from smedjan_common.tokenizer import Tokenizer
 
-FIXED = ("batch_size", "seq_len", "seed", "packing")  # they define the order of the data
+FIXED = tuple(name for name, option in options(TrainConfig).items() if option.fixed)
 
 
 def check_tokenizer(info: CheckpointInfo, tokenizer: "Tokenizer") -> None:
@@ -51,7 +52,7 @@ def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
         )
 
 
-_HARMLESS_MODEL = {"context_length", "init_std"}  # neither changes the parameters nor what they compute
+_HARMLESS_MODEL = {name for name, option in options(ModelConfig).items() if option.inert}
 
 
 def difference(old: ModelConfig | TrainConfig, new: ModelConfig | TrainConfig) -> list[str]:

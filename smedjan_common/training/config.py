@@ -20,12 +20,13 @@ class Basics:
     """What belongs to no row. One optimizer step sees `batch_size` sequences of `seq_len` tokens."""
 
     steps: int = option(REQUIRED, "Number of optimizer steps.", least=1, unset=None, filled="one pass over the data")
-    batch_size: int = option(REQUIRED, "Sequences of one optimizer step, all --grad-accum parts together.", least=1, unset=16)
+    batch_size: int = option(REQUIRED, "Sequences of one optimizer step, all --grad-accum parts together.", least=1, unset=16, fixed=True)
     seq_len: int = option(
         REQUIRED,
         "Tokens of one sequence; the model's context length. With --pretrained the default is the context of the weights.",
         least=1,
         unset=512,
+        fixed=True,
     )
     lr: float = option(
         REQUIRED, "Peak learning rate.", over=0, unset=None, filled="by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it"
@@ -55,10 +56,12 @@ class Basics:
     )
     mask_documents: bool = option(False, "Keep documents apart: nothing is read across the end of a document inside a sequence.")
     packing: Literal["windows", "documents"] = option(
-        "windows", "How sequences are cut. windows: the text as one stream; documents: whole documents, rows filled by best fit."
+        "windows",
+        "How sequences are cut. windows: the text as one stream; documents: whole documents, rows filled by best fit.",
+        fixed=True,
     )
     z_loss: float = option(0.0, "Weight of the squared log of the softmax's denominator in the loss (PaLM: 1e-4). 0: off.", least=0)
-    seed: int = option(0, "Fixes the initial weights, the order of the data and the samples.", least=0)
+    seed: int = option(0, "Fixes the initial weights, the order of the data and the samples.", least=0, fixed=True)
 
 
 @dataclass(frozen=True)
