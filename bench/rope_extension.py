@@ -77,7 +77,7 @@ def measure(task: Row) -> None:
     )
     make_backend, dtype = _load(task["backend"])
     config = TrainConfig(
-        task["steps"], task["batch_size"], length, default_lr(model.dim), task["seed"], warmup=task["steps"] // 20, dtype=dtype
+        task["steps"], task["batch_size"], length, default_lr(model.dim), seed=task["seed"], warmup=task["steps"] // 20, dtype=dtype
     )
     trained = make_backend(model, config)
     weights = trained.save(data.train_steps(trained, trained.init(initial_params(model, task["seed"])))).params

@@ -152,7 +152,8 @@ def table(rows: list[dict[str, Any]], train: TrainConfig, vocab_size: int) -> st
     recomputing = "" if train.gradient_checkpointing == "none" else f", gradient checkpointing {train.gradient_checkpointing}"
     note = (
         f"vocabulary {vocab_size}; FLOP/token: of training, forward and backward; memory is estimated for {train.dtype} computation:\n"
-        f"to train with {train.batch_size} x {train.seq_len} tokens a step (AdamW, float32 masters{recomputing}),\n"
+        f"to train with {train.batch_size} x {train.seq_len} tokens a step (AdamW, float32 masters{recomputing};"
+        f" JAX on a {'CPU' if train.dtype == 'float32' else 'GPU'}),\n"
         f"to infer with one sequence of {train.seq_len}: the weights and the decode state (state)"
     )
     return "\n".join([*lines, "", note])

@@ -52,7 +52,7 @@ def plan(
     else:
         lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
     known = "" if there is None else f" of {size(there)} that {'are free' if device.kind == 'cpu' else 'are there'}"
-    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 else ''}{known}")
+    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 and device.kind == 'gpu' else ''}{known}")
     lines.append(f"disk     {size(state_bytes(model, train))} a checkpoint, {size(shutil.disk_usage(existing(folder)).free)} free")
     lines.append(f"starts   {f'from {start}' if start else 'at step 0'}")
     lines.append("Dry run: nothing was written.")

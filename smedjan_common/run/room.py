@@ -67,11 +67,11 @@ def room(device: Device) -> int | None:
 
 
 def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, with the copy of the state that a
-    checkpoint is written from while training goes on."""
+    """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, of all devices together, with the
+    copy of the state that a checkpoint is written from while training goes on."""
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""))
-    copy = state_bytes(model, train) if _on_host(device) else 0
-    return training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place) + copy
+    step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
+    return device.count * step + state_bytes(model, train) if _on_host(device) else step
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resumed: bool, smaller: Models, force: bool, say: Say) -> None:
@@ -81,7 +81,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
     """
     there, need = room(device), needed(model, train, device)
     if there is not None and need > there:
-        each = " on each device" if device.count > 1 else ""
+        each = " on each device" if device.count > 1 and not _on_host(device) else ""
         parts = f" in {train.grad_accum} parts" if train.grad_accum > 1 else ""
         error = OutOfMemoryError(
             f"The run needs about {size(need)} of memory{each}, and {size(there)} are there.",

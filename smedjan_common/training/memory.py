@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None) -> int:
-    """Peak memory of a training step on each device. What tensor saves of the activations is not counted.
+    """Peak memory of a training step on each device.
 
     place: None is a GPU with JAX, or a CPU where the run computes in float32.
     """
@@ -58,22 +58,22 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     if mesh.fsdp > 1 or (train.dtype != "float32" and train.gradient_checkpointing != "full"):  # the weights in use are a copy, whole
         fixed += width * whole
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
-    kept, working, layer = _activations(config, train, place)
+    kept, working, layer = _activations(config, train, mesh, place)
     logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
     logits *= 16 if place.backend == "mlx" else 4 + width  # and their gradient; MLX on a CPU, which fuses nothing, has four float32 arrays
-    embed = 4 * config.padded_vocab_size * config.dim // mesh.size  # its gradient is the first that there is
+    embed = 4 * config.padded_vocab_size * config.dim // mesh.tensor  # its gradient is the first that there is
     after_forward = round(tokens * kept * width) + max(logits, round(tokens * working * width)) + embed
     gradients = 4 * own + round(tokens * layer * width)
     return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own))
 
 
-def _activations(config: ModelConfig, train: TrainConfig, place: Place) -> tuple[float, float, float]:
+def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> tuple[float, float, float]:
     """Values per token: kept by all layers, held beside them while the last one is differentiated, and in all while the first one is."""
     course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[train.dtype], train.attention == "plain")
     layers = [
         BLOCK.times(config.dim)
-        .with_(MIXERS[config.mixer_of(layer)].activations(config, course))
-        .with_(FFNS[config.ffn_of(layer)].activations(config, course))
+        .with_(MIXERS[config.mixer_of(layer)].activations(config, course).times(1 / mesh.tensor))
+        .with_(FFNS[config.ffn_of(layer)].activations(config, course).times(1 / mesh.tensor))
         for layer in range(config.layers)
     ]
     undone = train.gradient_checkpointing == "none" or course.platform == RECOMPUTES_NOTHING

@@ -27,7 +27,6 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "missing_flags"): "those of them that the environment does not set",
     ("jax", "backend.py", "DETERMINISTIC"): "what configure() sets for the same bits on a GPU",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
-    ("mlx", "backend.py", "training_backend"): "on a CPU MLX cannot report that memory is short",
     ("mlx", "backend.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (

@@ -14,6 +14,7 @@ from smedjan_common.model.config import parse_pattern
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.training.memory import Place, state_bytes, training_bytes
+from smedjan_common.training.mesh import ONE_DEVICE, parse_mesh
 
 RESULTS = pathlib.Path(__file__).parents[2] / "bench" / "results"
 WITHIN = 0.15
@@ -59,6 +60,14 @@ def test_the_rows_of_real_models_on_an_h100_are_within_15_percent():
         assert training_bytes(model, train) == pytest.approx(row["peak_memory_bytes"], rel=WITHIN), row
         compared += 1
     assert compared >= 6
+
+
+def test_the_rows_of_meshes_are_within_15_percent_on_each_device():
+    for row in json.loads((RESULTS / "mesh-h200.json").read_text()):
+        model = ModelConfig.preset(row["size"], vocab_size=row["vocab_size"], context_length=row["seq_len"])
+        train = TrainConfig(1000, row["batch_size"], row["seq_len"], 3e-4, dtype=row["dtype"])
+        estimate = training_bytes(model, train, parse_mesh(row["mesh"]) or ONE_DEVICE)
+        assert estimate == pytest.approx(row["peak_memory_bytes"], rel=WITHIN), row
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "cpu" in name])

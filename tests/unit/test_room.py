@@ -106,6 +106,12 @@ def test_gradient_checkpointing_is_no_advice_where_the_compiler_undoes_it(memory
     assert not any(set(line) == {"gradient-checkpointing"} for line, _ in advice(caught.value))
 
 
+def test_devices_of_a_cpu_share_the_memory_of_the_machine():
+    two = dataclasses.replace(CPU, count=2, mesh="data=2")
+    state, half = state_bytes(TINY, TRAIN), dataclasses.replace(TRAIN, batch_size=4)
+    assert needed(TINY, TRAIN, two) - state == 2 * (needed(TINY, half, CPU) - state)
+
+
 def test_where_no_single_change_helps_the_error_says_so(memory):
     memory(1 << 20)
     with pytest.raises(OutOfMemoryError, match="No single change makes it fit"):
