@@ -1,4 +1,5 @@
-"""What the delta-rule mixers share: cutting into chunks, borders of documents, and the scan over the chunks' states.
+"""What the mixers of linear cost share, cutting into chunks, and what those with the delta rule share: borders of documents, products of
+the compute dtype, and the scan over the chunks' states.
 
 In a chunk everything is matmuls over all chunks at once. What is sequential is one recurrence per chunk of a state S [V, K],
 
@@ -33,19 +34,23 @@ def borders(documents: jax.Array | None, C: int) -> Borders:
     if documents is None:
         one = jnp.ones((1, 1, 1, 1, 1), jnp.float32)
         return Borders(one > 0, one, one, one)
-    padded = jnp.pad(documents, ((0, 0), (0, -documents.shape[1] % C)), mode="edge")
-    number = padded.reshape(len(documents), -1, 1, C, 1).swapaxes(0, 1)
+    number = into_chunks(documents, C, edge=True)[:, :, None, :, None].swapaxes(0, 1)
     last = number[..., -1:, :]
     before = jnp.concatenate([number[:1, ..., :1, :], last[:-1]])
     wide = (each.astype(jnp.float32) for each in (number == before, number == last, before == last))
     return Borders(number == number.swapaxes(-1, -2), *wide)
 
 
+def into_chunks(x: jax.Array, C: int, edge: bool = False) -> jax.Array:
+    """[B, T, ...] -> [B, N, C, ...]; positions that fill up the last chunk are zero (or the last one again)."""
+    B, T = x.shape[:2]
+    padded = jnp.pad(x, ((0, 0), (0, -T % C), *((0, 0),) * (x.ndim - 2)), mode="edge" if edge else "constant")
+    return padded.reshape(B, -1, C, *x.shape[2:])
+
+
 def cut(x: jax.Array, C: int) -> jax.Array:
     """[B, T, H, K] -> [N, B, H, C, K]; zeros fill the last chunk."""
-    B, T, H, K = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, -T % C), (0, 0), (0, 0)))
-    return padded.reshape(B, -1, C, H, K).transpose(1, 0, 3, 2, 4)
+    return into_chunks(x, C).transpose(1, 0, 3, 2, 4)
 
 
 def join(x: jax.Array, T: int) -> jax.Array:

@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from smedjan_jax.mixers.chunks import into_chunks
+
 SPAN = 32  # chunks whose states come from one product
 
 
@@ -40,17 +42,10 @@ def scalar_decay(
     """
     B, T = key.shape[:2]
     C = min(chunk_size, T)
-    documents = None if documents is None else _chunks(documents, C, edge=True)
-    arrays = tuple(_chunks(array, C) for array in (query, key, value, log_decay))
+    documents = None if documents is None else into_chunks(documents, C, edge=True)
+    arrays = tuple(into_chunks(array, C) for array in (query, key, value, log_decay))
     out, after = _chunked(arrays, state, documents)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
-
-
-def _chunks(array: jax.Array, size: int, edge: bool = False) -> jax.Array:
-    """[B, T, ...] -> [B, n, size, ...]; positions that fill up the last chunk are zero (or the last one again)."""
-    B, T = array.shape[:2]
-    padded = jnp.pad(array, ((0, 0), (0, -T % size), *((0, 0),) * (array.ndim - 2)), mode="edge" if edge else "constant")
-    return padded.reshape(B, -1, size, *array.shape[2:])
 
 
 @jax.checkpoint
@@ -92,7 +87,7 @@ def _states(update: jax.Array, log_decay: jax.Array, owner: jax.Array | None, st
     update, log_decay = _spans(update), _spans(log_decay)
     inside = None
     if owner is not None:
-        inside = _chunks(owner[:, 1:], SPAN, edge=True)
+        inside = into_chunks(owner[:, 1:], SPAN, edge=True)
         owner = jnp.concatenate([owner[:, :1], inside[:, :, -1]], axis=1)
         inside = jnp.concatenate([owner[:, :-1, None], inside], axis=2).reshape(-1, SPAN + 1)
     ends = _span(update, log_decay, inside, None)[1]
@@ -103,7 +98,7 @@ def _states(update: jax.Array, log_decay: jax.Array, owner: jax.Array | None, st
 
 def _spans(array: jax.Array) -> jax.Array:
     """[B, n, ...] -> [B * spans, SPAN, ...], filled up with zeros."""
-    return _chunks(array, SPAN).reshape(-1, SPAN, *array.shape[2:])
+    return into_chunks(array, SPAN).reshape(-1, SPAN, *array.shape[2:])
 
 
 def _span(update: jax.Array, log_decay: jax.Array, owner: jax.Array | None, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,5 @@
-"""What the delta-rule mixers share: cutting into chunks, borders of documents, and the scan over the chunks' states.
+"""What the mixers of linear cost share, cutting into chunks, and what those with the delta rule share: borders of documents, products of
+the compute dtype, and the scan over the chunks' states.
 
 In a chunk everything is matmuls over all chunks at once. What is sequential is one recurrence per chunk of a state S [V, K],
 
@@ -32,18 +33,24 @@ def borders(documents: mx.array | None, C: int) -> Borders:
     if documents is None:
         one = mx.ones((1, 1, 1, 1, 1), mx.float32)
         return Borders(one > 0, one, one, one)
-    padded = mx.pad(documents, [(0, 0), (0, -documents.shape[1] % C)], mode="edge")
-    number = padded.reshape(len(documents), 1, -1, C, 1)
+    number = into_chunks(documents, C, edge=True)[:, None, :, :, None]
     last = number[..., -1:, :]
     before = mx.concatenate([number[:, :, :1, :1], last[:, :, :-1]], axis=2)
     wide = (each.astype(mx.float32) for each in (number == before, number == last, before == last))
     return Borders(number == number.swapaxes(-1, -2), *wide)
 
 
+def into_chunks(x: mx.array, C: int, edge: bool = False) -> mx.array:
+    """[B, T, ...] -> [B, N, C, ...]; positions that fill up the last chunk are zero (or the last one again)."""
+    B, T = x.shape[:2]
+    padded = mx.pad(x, [(0, 0), (0, -T % C)] + [(0, 0)] * (x.ndim - 2), mode="edge" if edge else "constant")
+    return padded.reshape(B, -1, C, *x.shape[2:])
+
+
 def cut(x: mx.array, C: int) -> mx.array:
     """[B, H, T, K] -> [B, H, N, C, K]; zeros fill the last chunk."""
     B, H, T, K = x.shape
-    return mx.pad(x, [(0, 0), (0, 0), (0, -T % C), (0, 0)]).reshape(B, H, -1, C, K)
+    return into_chunks(x.reshape(B * H, T, K), C).reshape(B, H, -1, C, K)
 
 
 def join(x: mx.array, T: int) -> mx.array:

@@ -17,6 +17,8 @@ Shapes: B batch, T positions, n chunks, G keys per position, Q queries and R val
 
 import mlx.core as mx
 
+from smedjan_mlx.mixers.chunks import into_chunks
+
 SPAN = 32  # chunks whose states come from one product
 
 
@@ -37,17 +39,10 @@ def scalar_decay(
     """
     B, T = key.shape[:2]
     C = min(chunk_size, T)
-    documents = None if documents is None else _chunks(documents, C, edge=True)
-    arrays = tuple(_chunks(array, C) for array in (query, key, value, log_decay))
+    documents = None if documents is None else into_chunks(documents, C, edge=True)
+    arrays = tuple(into_chunks(array, C) for array in (query, key, value, log_decay))
     out, after = mx.checkpoint(lambda arrays, state: _chunked(arrays, state, documents))(arrays, state)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
-
-
-def _chunks(array: mx.array, size: int, edge: bool = False) -> mx.array:
-    """[B, T, ...] -> [B, n, size, ...]; positions that fill up the last chunk are zero (or the last one again)."""
-    B, T = array.shape[:2]
-    padded = mx.pad(array, [(0, 0), (0, -T % size)] + [(0, 0)] * (array.ndim - 2), mode="edge" if edge else "constant")
-    return padded.reshape(B, -1, size, *array.shape[2:])
 
 
 def _chunked(arrays: tuple[mx.array, ...], state: mx.array | None, documents: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -86,7 +81,7 @@ def _states(update: mx.array, log_decay: mx.array, owner: mx.array | None, state
     update, log_decay = _spans(update), _spans(log_decay)
     inside = None
     if owner is not None:
-        inside = _chunks(owner[:, 1:], SPAN, edge=True)
+        inside = into_chunks(owner[:, 1:], SPAN, edge=True)
         owner = mx.concatenate([owner[:, :1], inside[:, :, -1]], axis=1)
         inside = mx.concatenate([owner[:, :-1, None], inside], axis=2).reshape(-1, SPAN + 1)
     ends = _span(update, log_decay, inside, None)[1]
@@ -97,7 +92,7 @@ def _states(update: mx.array, log_decay: mx.array, owner: mx.array | None, state
 
 def _spans(array: mx.array) -> mx.array:
     """[B, n, ...] -> [B * spans, SPAN, ...], filled up with zeros."""
-    return _chunks(array, SPAN).reshape(-1, SPAN, *array.shape[2:])
+    return into_chunks(array, SPAN).reshape(-1, SPAN, *array.shape[2:])
 
 
 def _span(update: mx.array, log_decay: mx.array, owner: mx.array | None, state: mx.array | None) -> tuple[mx.array, mx.array]:
