@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from smedjan_common.streams import put
+
 OFF, STARTED = "SMEDJAN_NO_OPENBLAS", "SMEDJAN_OPENBLAS_STARTED"
 PLACES = ("/usr/lib/*/openblas-pthread/libopenblas.so.0", "/usr/lib64/libopenblasp.so.0", "/usr/lib/*/openblas-openmp/libopenblas.so.0")
 CUDA_BUILDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
@@ -27,9 +29,9 @@ def preload(argv: list[str]) -> None:
     if library is None:
         os.environ[STARTED] = "none"  # said once, also to processes started from here
         advice = "Debian's package libopenblas0-pthread makes it several times faster."
-        print(f"note: MLX will be slow on this CPU, as its own BLAS is. {advice}", file=sys.stderr, flush=True)
+        put(f"note: MLX will be slow on this CPU, as its own BLAS is. {advice}", sys.stderr)
         return
-    print(f"note: MLX starts with {library} ({OFF}=1: without).", file=sys.stderr, flush=True)
+    put(f"note: MLX starts with {library} ({OFF}=1: without).", sys.stderr)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(library))
 
 

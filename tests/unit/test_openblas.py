@@ -55,6 +55,14 @@ def test_it_does_not_start_again(started, monkeypatch, change):
     assert not started
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_it_starts_again_though_nothing_can_be_said(started, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        openblas.preload([])
+    assert len(started) == 1
+
+
 def test_help_does_not_start_again(started):
     openblas.preload(["--help"])
     assert not started
