@@ -3,6 +3,7 @@
 A run that does not fit is refused with what would make it fit, the least costly first, each with its own estimate; --force goes on.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -87,7 +88,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
             f"The run needs about {size(need)} of memory{each}, and {size(there)} are there.",
             f"A step has {train.batch_size} x {train.seq_len} tokens{parts} in {train.dtype}; parameters and optimizer take"
             f" {size(state_bytes(model, train))} of it.",
-            _advice(fitting(model, train, device, there, resumed, smaller), device),
+            _advice(fitting(model, train, device, there, resumed, smaller), train, device),
         )
         _refuse(error, force, say)
     host, copy = available_memory(), state_bytes(model, train)
@@ -100,43 +101,44 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
 def fitting(model: ModelConfig, train: TrainConfig, device: Device, there: int, resumed: bool, smaller: Models) -> list[Change]:
     """Single changes that make a run fit, the least costly first, each as small as helps."""
     found = []
-    for changes in _changes(model, train, device, resumed, smaller):
-        found += next(([change] for change in changes if needed(*change[1:], device) <= there), [])
+    for changes in _ways(model, train, device, resumed, smaller):
+        first = bisect.bisect_left(changes, True, key=lambda change: needed(*change[1:], device) <= there)
+        found += changes[first : first + 1]
     return found
 
 
-def _changes(model: ModelConfig, train: TrainConfig, device: Device, resumed: bool, smaller: Models) -> Iterator[Iterator[Change]]:
+def _ways(model: ModelConfig, train: TrainConfig, device: Device, resumed: bool, smaller: Models) -> Iterator[list[Change]]:
     """Ways to need less, each from its smallest step to its largest: the first leave the result as it is."""
     yield _parts(model, train, device)
     more = GRADIENT_CHECKPOINTING[GRADIENT_CHECKPOINTING.index(train.gradient_checkpointing) + 1 :]
     recomputing = [(f"--gradient-checkpointing {name}", dataclasses.replace(train, gradient_checkpointing=name)) for name in more]
     for flags, changed in recomputing:
-        yield iter([(flags, model, changed)])
+        yield [(flags, model, changed)]
     for flags, changed in recomputing[-1:]:
-        yield ((f"{flags} {parts}", *rest) for parts, *rest in _parts(model, changed, device))
+        yield [(f"{flags} {parts}", *rest) for parts, *rest in _parts(model, changed, device)]
     if train.dtype == "float32" and device.kind == "gpu":
-        yield iter([("--dtype bfloat16", model, dataclasses.replace(train, dtype="bfloat16"))])
+        yield [("--dtype bfloat16", model, dataclasses.replace(train, dtype="bfloat16"))]
     if not resumed:
         yield _halves(model, train, device, "batch_size")
         yield _halves(model, train, device, "seq_len")
-        yield ((f"--size {name}", other, train) for name, other in smaller().items())
+        yield [(f"--size {name}", other, train) for name, other in smaller().items()]
 
 
-def _parts(model: ModelConfig, train: TrainConfig, device: Device) -> Iterator[Change]:
-    counts = [count for count in range(train.grad_accum + 1, train.batch_size + 1) if train.batch_size % count == 0]
-    for count in counts:
-        changed = dataclasses.replace(train, grad_accum=count)
-        if _spreads(model, changed, device):
-            yield f"--grad-accum {count}", model, changed
+def _parts(model: ModelConfig, train: TrainConfig, device: Device) -> list[Change]:
+    small = [count for count in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % count == 0]
+    counts = sorted({*small, *(train.batch_size // count for count in small)})
+    changed = [dataclasses.replace(train, grad_accum=count) for count in counts if count > train.grad_accum]
+    return [(f"--grad-accum {parts.grad_accum}", model, parts) for parts in changed if _spreads(model, parts, device)]
 
 
-def _halves(model: ModelConfig, train: TrainConfig, device: Device, name: str) -> Iterator[Change]:
-    value = getattr(train, name)
-    while value > 1:
-        value //= 2
-        changed = dataclasses.replace(train, **{name: value})
-        if train.batch_size % changed.grad_accum == 0 and changed.batch_size % changed.grad_accum == 0 and _spreads(model, changed, device):
-            yield f"{flag(name)} {value}", model, changed
+def _halves(model: ModelConfig, train: TrainConfig, device: Device, name: str) -> list[Change]:
+    values = [getattr(train, name) >> times for times in range(1, getattr(train, name).bit_length())]
+    changed = [dataclasses.replace(train, **{name: value}) for value in values]
+    return [
+        (f"{flag(name)} {getattr(fewer, name)}", model, fewer)
+        for fewer in changed
+        if fewer.batch_size % fewer.grad_accum == 0 and _spreads(model, fewer, device)
+    ]
 
 
 def _spreads(model: ModelConfig, train: TrainConfig, device: Device) -> bool:
@@ -147,12 +149,16 @@ def _spreads(model: ModelConfig, train: TrainConfig, device: Device) -> bool:
     return True
 
 
-def _advice(found: list[Change], device: Device) -> str:
+def _advice(found: list[Change], train: TrainConfig, device: Device) -> str:
     if not found:
         return "No single change makes it fit: combine a smaller --size, --batch-size and --seq-len, or give --force to go on as it is."
     width = max(len(flags) for flags, _, _ in found)
-    lines = [f"{flags:{width}}  about {size(needed(model, train, device))}" for flags, model, train in found]
-    return "\n         ".join(["One of these makes it fit, the first ones with the same result; --force goes on as it is:", *lines])
+    lines = []
+    for flags, model, changed in found:
+        names = ("batch_size", "seq_len", "dtype")
+        same = "--size" not in flags and all(getattr(train, name) == getattr(changed, name) for name in names)
+        lines.append(f"{flags:{width}}  about {size(needed(model, changed, device))}{', the same result' if same else ''}")
+    return "\n         ".join(["One of these makes it fit (--force goes on as it is):", *lines])
 
 
 def _refuse(error: OutOfMemoryError, force: bool, say: Say) -> None:

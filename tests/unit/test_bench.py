@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from bench import corpus, learning, memory, mixers, pictures, recall, render, rope_extension, rows
+from bench import corpus, estimates, learning, memory, mixers, pictures, recall, render, rope_extension, rows
 from smedjan_common.data.prepare import prepare
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.tokenizer import Tokenizer
@@ -208,3 +208,12 @@ def test_the_corpus_is_made_by_the_commands_of_quickstart(data, monkeypatch):
     (data / "val.bin.json").touch()
     corpus.make(data)  # everything is there, so no command runs
     assert corpus.Corpus(data).train.num_tokens > 1000
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_a_row_of_the_estimates_has_its_peak_and_how_the_process_grew(backend: str):
+    pytest.importorskip({"jax": "jax", "mlx": "mlx.core"}[backend])
+    row = estimates.measure(estimates.task(backend, "test", {"layers": 1, "fewer_rows": 4}))
+    assert row["train"]["batch_size"] * row["train"]["seq_len"] == 1024
+    assert "error" not in row
+    assert row["planned_bytes" if backend == "jax" else "peak_bytes"] > 1024 * 32 * 4

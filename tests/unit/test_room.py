@@ -54,7 +54,7 @@ def test_what_fits_is_taken(memory, device: Device):
 
 def advice(error: OutOfMemoryError) -> list[tuple[dict[str, str], str]]:
     """The flags of each line, and the memory that it names."""
-    lines = [re.split(r"  +about ", line.strip()) for line in error.fix.splitlines()[1:]]
+    lines = [re.split(r"  +about ", line.strip().removesuffix(", the same result")) for line in error.fix.splitlines()[1:]]
     return [(dict(re.findall(r"--(\S+) (\S+)", flags)), said) for flags, said in lines]
 
 
@@ -68,6 +68,8 @@ def test_each_line_of_the_advice_makes_the_run_fit_and_says_what_it_takes(memory
     with pytest.raises(OutOfMemoryError) as caught:
         check(model, TRAIN, device, smaller=lambda: smaller_models(flags, model.vocab_size))
     found = advice(caught.value)
+    same = [line for line in caught.value.fix.splitlines() if line.endswith(", the same result")]
+    assert same == [line for line in caught.value.fix.splitlines()[1:] if "--grad" in line]
     assert next(iter(found[0][0])) == "grad-accum"  # the same result at the least cost comes first
     assert {"grad-accum", "gradient-checkpointing", "batch-size", "seq-len", "size"} <= {name for line, _ in found for name in line}
     for line, said in found:
@@ -110,6 +112,13 @@ def test_devices_of_a_cpu_share_the_memory_of_the_machine():
     two = dataclasses.replace(CPU, count=2, mesh="data=2")
     state, half = state_bytes(TINY, TRAIN), dataclasses.replace(TRAIN, batch_size=4)
     assert needed(TINY, TRAIN, two) - state == 2 * (needed(TINY, half, CPU) - state)
+
+
+def test_advice_for_a_batch_of_a_billion_takes_no_walk_over_it(memory):
+    memory(needed(TINY, TRAIN, CPU))
+    with pytest.raises(OutOfMemoryError) as caught:
+        check(TINY, dataclasses.replace(TRAIN, batch_size=735_134_400))  # 1344 divisors
+    assert int(advice(caught.value)[0][0]["grad-accum"]) > 735_134_400 // 9
 
 
 def test_where_no_single_change_helps_the_error_says_so(memory):
