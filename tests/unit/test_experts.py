@@ -215,7 +215,7 @@ def test_bfloat16_keeps_the_router_in_float32_and_is_near_float32():
 def test_training_in_bfloat16_is_finite_and_moves_the_bias():
     pytest.importorskip("jax")
     config = model(router="bias", layers=1)
-    train = TrainConfig(steps=2, batch_size=2, seq_len=8, lr=1e-3, dtype="bfloat16", grad_accum=2, gradient_checkpointing="dots")
+    train = TrainConfig(steps=2, batch_size=2, seq_len=8, lr=1e-3, dtype="bfloat16")
     side, tokens = subjects.make_backend("jax", config, train), np.arange(16, dtype=np.int32).reshape(2, 8)
     state, metrics = side.train_step(side.init(initial_params(config, 0)), tokens, tokens, lr=1e-3)
     assert np.isfinite([side.read(metrics)["loss"], side.read(metrics)["grad_norm"]]).all()
