@@ -14,9 +14,9 @@ from smedjan_common.errors import ConfigError, unknown
 
 @dataclass(frozen=True)
 class Flags:
-    """Convert a model between smedjan's checkpoints and the formats of other programs; what SRC is, is found out.
+    """Convert a model between smedjan's checkpoints and the formats of other programs; the format of SRC is detected.
 
-    Nothing is overwritten without --force, what was written is read back and compared before it takes its name, and values are kept:
+    Nothing is overwritten without --force. What was written is read back and compared before it gets its name, and no value changes:
     float32 holds bfloat16 and float16 exactly.
     """
 
@@ -31,7 +31,7 @@ class Flags:
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
     """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
-    """hf: a model that is larger is written in several files of at most this size (a number with KB, MB or GB)."""
+    """hf: a larger model is written in several files of at most this size (a number with KB, MB or GB)."""
     force: Annotated[bool, FlagCreatePairsOff] = False
     """Replace DST if it exists. Only what `convert` could have written is ever replaced."""
 
@@ -87,5 +87,5 @@ def parse_size(text: str) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise ConfigError(f"--max-shard-size {text!r} is no size.", "It is a number with KB, MB or GB.", "Take 5GB, say.")
+        raise ConfigError(f"--max-shard-size {text!r} is not a size.", "It is a number with KB, MB or GB.", "Write 5GB, for example.")
     return size

@@ -92,14 +92,16 @@ FORMATS: dict[str, Format] = {
 def source_format(path: Path) -> Format:
     """The format of what stands at `path`. Raises CheckpointError when it is none that can be read."""
     if not path.exists():
-        raise CheckpointError(f"There is no {path}.", beside(path) or "Nothing has this name.", "Check the path.")
+        raise CheckpointError(f"There is no {path}.", beside(path) or "Nothing exists at that path.", "Check the path.")
     row = next((row for row in FORMATS.values() if row.detect(path)), FORMATS["hf"] if hf_import.is_damaged(path) else None)
     readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values() if known.read)
     if row is None:
-        more = "A file alone is no model: give the directory it is in." if path.is_file() else "Check the path."
-        raise CheckpointError(f"{path} is of no format that is known here.", f"Those that can be read: {readable}.", more)
+        more = "A single file is not a model: give the directory that contains it." if path.is_file() else "Check the path."
+        raise CheckpointError(f"The format of {path} is not recognised.", f"Readable formats: {readable}.", more)
     if row.read is None:
-        raise CheckpointError(f"{path} is {row.about}.", f"It is only written, not read. Read are: {readable}.", "Convert its source.")
+        raise CheckpointError(
+            f"{path} is {row.about}.", f"It can be written but not read. Readable formats: {readable}.", "Convert what it was made from."
+        )
     return row
 
 

@@ -45,7 +45,7 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     gguf = _package()
     check_llama(model.config, "GGUF")
     if model.tokenizer is None:
-        raise ConfigError("The model has no tokenizer.", "A GGUF file has one inside.", "Put tokenizer.json beside its weights.")
+        raise ConfigError("The model has no tokenizer.", "A GGUF file contains one.", "Put tokenizer.json beside its weights.")
     fields = _hyper_parameters(model.config, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
     kind = _TYPES[dtype]
     tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config) for row in rows(model.config.layers)}
@@ -57,14 +57,16 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
         _write(temporary, fields, watched(encoded, "write", show), kinds, tensors, gguf)
         _verify(temporary, target, fields, watched(encoded, "verify", show), kinds, gguf)
     odd = sum(1 for name, tensor in tensors.items() if kinds[name] == "F16" != kind and len(tensor.shape) > 1)
-    return [f"{odd} matrices have rows that are no multiple of {_BLOCK}: they are float16."] if odd else []
+    return [f"{odd} matrices have rows that are not a multiple of {_BLOCK}: they are float16."] if odd else []
 
 
 def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("The package gguf is not installed.", "It writes the file.", "Install it: pip install 'smedjan[gguf]'.") from None
+        raise ConfigError(
+            "The package gguf is not installed.", "It is needed to write the file.", "Install it: pip install 'smedjan[gguf]'."
+        ) from None
     return gguf
 
 
@@ -174,4 +176,4 @@ def _equal(found: Any, value: Any) -> bool:
 
 
 def _not_what_was_written(target: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{target} is not what was written.", f"Read back, {why}.", "Check the disk and try again.")
+    return CheckpointError(f"{target} is not what was written.", f"When read back, {why}.", "Check the disk and try again.")

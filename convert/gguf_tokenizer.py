@@ -54,15 +54,15 @@ def pre(tokenizer: Tokenizer) -> str:
     if pattern not in PRE:
         raise ConfigError(
             f"The tokenizer splits text by the pattern {pattern or repr(vocabulary.pattern)}, which llama.cpp does not have.",
-            f"It knows patterns by name; of smedjan's it has {', '.join(PRE)}.",
-            "Export to hf instead, or train with a tokenizer of such a pattern.",
+            f"llama.cpp knows patterns by name; of smedjan's it has {', '.join(PRE)}.",
+            "Export to hf instead, or train with a tokenizer that uses one of these.",
         )
     whole, merged = PRE[pattern]
     chosen = whole if whole and (vocabulary.ignore_merges or merges_give_every_token(tokenizer)) else merged
     if vocabulary.ignore_merges and chosen == merged and not merges_give_every_token(tokenizer):
         raise ConfigError(
-            f"The tokenizer takes words that are tokens whole; llama.cpp does not, with the pattern {pattern}.",
-            "The same text would get other ids.",
+            f"The tokenizer keeps a word that is a token whole; llama.cpp does not do so with the pattern {pattern}.",
+            "The same text would get different ids.",
             "Export to hf instead.",
         )
     assert chosen is not None

@@ -77,7 +77,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
         raise CheckpointError(
-            f"{where} is of a model of the type {kind!r}.", "Only Llama-like ones can be taken over.", near(str(kind), MODEL_TYPES)
+            f"{where} is of a model of the type {kind!r}.", "Only Llama-like models can be converted.", near(str(kind), MODEL_TYPES)
         )
     _refuse_what_is_other(values, where)
     dim, heads = _integer(values, "hidden_size", where), _integer(values, "num_attention_heads", where)

@@ -78,7 +78,7 @@ def open_weights(path: Path) -> dict[str, Lazy]:
     if pickles:
         raise CheckpointError(
             f"{path} has its weights in {pickles[0]}, a pickle.",
-            "A pickle can run any code when it is loaded, so it never is.",
+            "Loading a pickle can run any code, so pickles are never loaded.",
             "Use a copy of the model in safetensors.",
         )
     raise CheckpointError(f"{path} has no weights.", f"There is neither {WEIGHTS} nor {INDEX}.", "Download the model again.")
@@ -117,7 +117,7 @@ def _without_extras(stored: Mapping[str, Lazy], names: list[Row], path: Path) ->
                 raise ConfigError(f"{path} has the bias {name}.", "Layers here have none.", "Choose another model: one without biases.")
             notes = ["Its biases are all zero and were left out."]
         elif not _IGNORED.fullmatch(name):
-            raise ConfigError(f"{path} has a tensor {name!r}.", "A Llama has no such thing.", "Choose another model.")
+            raise ConfigError(f"{path} has a tensor {name!r}.", "A Llama model has no such tensor.", "Choose another model.")
     return {name: tensor for name, tensor in stored.items() if name in known}, notes
 
 
@@ -126,8 +126,8 @@ def _check_head(stored: Mapping[str, Lazy], path: Path) -> None:
     same = head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32))
     if not same:
         raise ConfigError(
-            f"{path} has a head of its own, {HEAD}.",
-            "It differs from the embedding, and here the embedding is the head (tied).",
+            f"{path} has a separate head, {HEAD}.",
+            "It differs from the embedding, and smedjan uses the embedding as the head (tied).",
             "Choose a model with tie_word_embeddings.",
         )
 

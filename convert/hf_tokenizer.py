@@ -29,7 +29,7 @@ def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dic
     used = set(document["model"]["vocab"].values()) | set(tokenizer.special_tokens.values())
     spare = {reserved(number): number for number in range(rows) if number not in used}
     if taken := spare.keys() & (tokenizer.special_tokens.keys() | document["model"]["vocab"].keys()):
-        raise CheckpointError(f"The tokenizer has a token {min(taken)}.", "That name is needed for an id without token.", "Rename it.")
+        raise CheckpointError(f"The tokenizer has a token {min(taken)}.", "That name is needed for an id without a token.", "Rename it.")
     added = sorted((tokenizer.special_tokens | spare).items(), key=lambda item: item[1])
     document["added_tokens"] = [{"id": number, "content": name} | _FLAGS for name, number in added]
     document["model"]["vocab"] |= dict(added)  # so that each keeps its id, whatever gaps there are
@@ -61,15 +61,15 @@ def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     """
     path = directory / FILE
     if not path.is_file():
-        return None, [f"There is no {FILE}: only the weights are taken over, and text needs a tokenizer of the same ids."]
+        return None, [f"There is no {FILE}: only the weights are converted, and text needs a tokenizer with the same ids."]
     try:
         tokenizer = Tokenizer.load(path)
     except OtherTokenizerError as error:
-        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} the weights alone go over."
+        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} only the weights are converted."
         raise OtherTokenizerError(error.what, error.why, fix) from None
     if tokenizer.vocab_size > rows:
         why = f"Its largest id is {tokenizer.vocab_size - 1}, and the model has {rows} embedding rows."
-        raise DataError(f"{path} has ids that the model does not.", why, "Take the tokenizer of this model.")
+        raise DataError(f"{path} has ids that the model does not have.", why, "Use the tokenizer of this model.")
     vocabulary = tokenizer.vocabulary
     kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
     if kept != vocabulary.specials:

@@ -17,10 +17,16 @@ def read_json(path: Path) -> dict[str, Any]:
             raw = file.read(_MAX_BYTES + 1)
         values = json.loads(raw.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        why = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "nested too deeply"
+            if isinstance(error, RecursionError)
+            else f"it is not JSON ({error})"
+        )
         raise CheckpointError(f"{path} cannot be read.", f"{why}.", "Download it again, or restore it from a copy.") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", f"It is a {type(values).__name__}.", "Download it again.")
+        raise CheckpointError(f"{path} does not hold a JSON object.", "It is JSON of another kind.", "Download it again.")
     return values
 
 

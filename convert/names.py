@@ -56,6 +56,6 @@ def check_llama(config: ModelConfig, target: str) -> None:
     if odd := sorted(name for name in values.keys() - EXPRESSED if values[name] != plain[name]):
         raise ConfigError(
             f"A model with {odd[0]} = {values[odd[0]]} has no {target} form.",
-            "The Llama layout has no such thing.",
+            "The Llama layout cannot express it.",
             "Keep it neutral: both backends run it.",
         )

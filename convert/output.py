@@ -15,7 +15,7 @@ def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
     """Raises CheckpointError when `target` may not be written: it is the source, holds it or lies in it, by whatever spelling; something
     stands there and there is no --force; or what stands there is not all of what a writer of `form` makes."""
     if _is_or_holds(target.resolve(), source.resolve()):
-        raise CheckpointError(f"{target} is, or holds, what is to be converted.", "It would be lost.", "Name another destination.")
+        raise CheckpointError(f"{target} is, or contains, the source.", "It would be lost.", "Name another destination.")
     if _is_or_holds(source.resolve(), target.resolve()):
         raise CheckpointError(
             f"{target} lies in what is to be converted, {source}.", "It would become a part of that.", "Name a destination beside it."
@@ -24,10 +24,10 @@ def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"{target} exists already.", "Nothing was changed.", "Choose another destination, or replace it with --force."
+            f"{target} already exists.", "Nothing was changed.", "Choose another destination, or replace it with --force."
         )
     if not form.detect(target):
-        raise CheckpointError(f"{target} is in the way and is nothing that `convert` writes here.", "", "Move it elsewhere.")
+        raise CheckpointError(f"{target} is in the way and is not something that `convert` writes.", "", "Move it elsewhere.")
     if target.is_dir() and (names := _not_of(form, target)):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(

@@ -113,4 +113,4 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _not_what_was_written(where: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{where} is not what was written.", f"Read back, {why}.", "Check the disk and try again.")
+    return CheckpointError(f"{where} is not what was written.", f"When read back, {why}.", "Check the disk and try again.")

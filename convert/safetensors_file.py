@@ -44,7 +44,7 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
         if code not in DTYPES:
             raise CheckpointError(
                 f"The tensor {name!r} in {path} has dtype {code}.",
-                "It is quantised, or no weight: only F32, BF16 and F16 can be taken over.",
+                "It is quantised, or not a weight: only F32, BF16 and F16 can be converted.",
                 "Use a copy of the model that is not quantised.",
             )
         tensors[name] = Lazy(DTYPES[code], shape, partial(_read, path, name, position, DTYPES[code], shape))
@@ -84,8 +84,8 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     if head == b"PK" or (head[:1] == b"\x80" and head[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"}):
         return CheckpointError(
             f"{path} is a pickle, not safetensors.",
-            "A pickle can run any code when it is loaded, so it never is.",
+            "Loading a pickle can run any code, so pickles are never loaded.",
             "Use a copy of the model in safetensors.",
         )
     why = str(error).removeprefix("Error while deserializing header: ")
-    return CheckpointError(f"{path} is cut short, damaged or no safetensors file.", f"Its reader says: {why}.", "Download it again.")
+    return CheckpointError(f"{path} is cut short, damaged or not a safetensors file.", f"Its reader says: {why}.", "Download it again.")

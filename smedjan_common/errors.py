@@ -98,7 +98,9 @@ def near(name: str, known: Iterable[str]) -> str:
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is none of `known`; `what` it names, mostly a flag."""
     known = list(known)
-    return ConfigError(f"{what} {name!r} is unknown.", _nearest(name, known), f"Choose one of {', '.join(known)}.")
+    return ConfigError(
+        f"{what} {name!r} is unknown.", _nearest(name, known) or "No known name is similar.", f"Choose one of {', '.join(known)}."
+    )
 
 
 def _nearest(name: str, known: list[str]) -> str:

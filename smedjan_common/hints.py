@@ -94,7 +94,7 @@ NAMES = {
     "hash": "checksum sha256 digest fingerprint",
     "quickstart": "demo example tutorial start init",
     "attention": "mha gqa mqa sdpa softmax full self-attention transformer flash grouped-query sliding-window swa local full-attention"
-    " full-attention sliding-attention",
+    " sliding-attention",
     "linear": "retnet retention gla lightning linear-attention simple-gla minimax",
     "ssm": "mamba mamba2 mamba-2 s4 s6 ssd",
     "rwkv": "rwkv7 rwkv-7 rwkv6 rwkv5 goose",

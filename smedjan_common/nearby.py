@@ -9,8 +9,8 @@ SHOWN = 3
 ALIKE = 0.65
 
 
-def beside(path: str | os.PathLike) -> str:
-    """A sentence that names paths near to `path`, which does not exist; empty when there are none.
+def beside(path: str | os.PathLike, there: bool = False) -> str:
+    """A sentence that names paths near to `path`, which does not exist; empty when there are none. there: it exists by now, just made.
 
     It looks where the path goes wrong first: `runz/mine` is near to `runs/mine`, and `mine` to `runs/mine` and `mine.txt`.
     """
@@ -18,10 +18,10 @@ def beside(path: str | os.PathLike) -> str:
     parts = path.parts
     for depth in range(len(parts)):
         here = Path(*parts[: depth + 1])
-        if os.path.lexists(here):
+        if os.path.lexists(here) and not (there and depth == len(parts) - 1):
             continue
         folder = here.parent
-        names = _names(folder)
+        names = [name for name in _names(folder) if name != here.name]
         near = [Path(folder, name, *parts[depth + 1 :]) for name in _close(here.name, names)]
         near = [found if found.exists() else Path(folder, found.parts[depth]) for found in near]
         if (moved := Path(folder, "runs", *parts[depth:])).exists():

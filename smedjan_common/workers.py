@@ -113,7 +113,9 @@ def processes(asked: int | None, size: int, enough: int = _ENOUGH_BYTES) -> int:
     if asked is None:
         return default_workers() if size >= enough else 1
     if asked < 1:
-        raise errors.ConfigError(f"--workers is {asked}.", "Someone has to do the work.", "Give at least 1, or leave it out for all cores.")
+        raise errors.ConfigError(
+            f"--workers is {asked}.", "At least one process is needed.", "Give at least 1, or leave it out for all cores."
+        )
     return asked
 
 
@@ -169,7 +171,7 @@ def _ended(process: subprocess.Popen) -> errors.WorkerError:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         why = "The system does this to the largest process when memory runs out." if -code == signal.SIGKILL else ""
         return errors.WorkerError(f"A worker process was ended by {name}.", why, _FEWER)
-    return errors.WorkerError(f"A worker process ended early, with exit code {code}.", "What it printed stands above.", _FEWER)
+    return errors.WorkerError(f"A worker process ended early, with exit code {code}.", "See what it printed above.", _FEWER)
 
 
 _FEWER = "Close other programs, or take fewer --workers; for smedjan train, in smedjan prepare."

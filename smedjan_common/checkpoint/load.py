@@ -119,7 +119,7 @@ def foreign(info: CheckpointInfo) -> CheckpointError:
     return CheckpointError(
         f"{info.path} is in the format {kind.name}, not neutral.",
         f"Only the backend {kind.backend} reads it.",
-        f"Make a neutral one of it, which every backend reads: convert {info.path} {target} --to neutral",
+        f"Convert it to a neutral one, which every backend reads: convert {info.path} {target} --to neutral",
     )
 
 
@@ -129,7 +129,7 @@ def _check_listing(info: CheckpointInfo) -> None:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a symbolic link.", "Links are not followed.")
         if not path.is_dir() and path.relative_to(info.path).as_posix() not in info.files:
-            raise CheckpointError(f"{path} is a file too many.", "checkpoint.json does not list it.")
+            raise CheckpointError(f"{path} is an extra file.", "checkpoint.json does not list it.")
 
 
 def load(path: Path, *, optimizer: bool = True, verify: bool = True) -> Checkpoint:

@@ -108,19 +108,19 @@ def read_manifest(directory: Path) -> CheckpointInfo:
     values = _load(path)
     version = values.get("format_version")
     if type(values.get("format")) is not str or values["format"] not in READERS or type(version) is not int:
-        raise CheckpointError(f"{path} is not of a checkpoint of smedjan.", f'Its "format" is {_short(values.get("format"))}.')
+        raise CheckpointError(f"{path} does not belong to a smedjan checkpoint.", f'Its "format" is {_short(values.get("format"))}.')
     readers = READERS[values["format"]]
     if version not in readers:
         why = f"This smedjan reads format {', '.join(map(str, readers))}."
         if version > max(readers):
-            raise NewerFormatError(f"{path} is of checkpoint format {version}.", why, "Install a newer smedjan.")
-        raise CheckpointError(f"{path} is of checkpoint format {version}.", why)
+            raise NewerFormatError(f"{path} has checkpoint format {version}.", why, "Install a newer smedjan.")
+        raise CheckpointError(f"{path} has checkpoint format {version}.", why)
     try:
         intact = manifest_hash(values) == values.get("sha256")
     except (ValueError, RecursionError):
         intact = False
     if not intact:
-        raise CheckpointError(f"{path} is damaged, or was edited.", 'Its content does not fit its "sha256".')
+        raise CheckpointError(f"{path} is damaged, or was edited.", 'Its content does not match its "sha256".')
     try:
         return readers[version](directory, values)
     except SmedjanError as error:
@@ -137,7 +137,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON.", f"{type(error).__name__}: {_short(str(error))}.") from None
     return values
@@ -149,7 +149,7 @@ def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
         raise CheckpointError(f"the keys {', '.join(sorted(map(repr, odd)))} are missing or unknown.", "Format 1 has a fixed set of keys.")
     for key, kinds in _KINDS.items():
         if type(values[key]) not in kinds:
-            raise CheckpointError(f'"{key}" is {_short(values[key])}.', "That is of the wrong type.")
+            raise CheckpointError(f'"{key}" is {_short(values[key])}.', "That is the wrong type.")
     if not 0 <= values["step"] <= _MAX_STEP:
         raise CheckpointError(f'"step" is {_short(values["step"])}.', "It counts the optimizer steps done.")
     tensors = {file: {n: _tensor(n, v) for n, v in _dict(entries).items()} for file, entries in values["tensors"].items()}
@@ -203,7 +203,7 @@ def check_layout(info: CheckpointInfo) -> None:
         raise CheckpointError(f"the model has {info.model.layers:,} layers.", f"{where} has only {len(weights):,} tensors.")
     if wrong := check_tree(info.model, weights):
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{where} is not of this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
+        raise CheckpointError(f"{where} does not belong to this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
     table = parameter_table(info.model)
     for name, tensor in slots.items():
         slot, _, parameter = name.partition(".")
@@ -253,7 +253,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key in hints and not _fits(hints[key], value, _MAX_STEP if key in _UNBOUNDED else _MAX_EXTENT):
-            raise CheckpointError(f"{cls.__name__}.{key} is {_short(value)}.", "That is of the wrong type or size.")
+            raise CheckpointError(f"{cls.__name__}.{key} is {_short(value)}.", "That is the wrong type or size.")
     return cls.from_dict(values)
 
 
@@ -275,7 +275,7 @@ _UNBOUNDED = {"steps", "seed", "warmup", "context_length", "seq_len", "rope_orig
 
 def _dict(values: Any) -> dict[str, Any]:
     if type(values) is not dict:
-        raise TypeError(f"{_short(values)} is no JSON object")
+        raise TypeError(f"{_short(values)} is not a JSON object")
     return values
 
 

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path, *, optimizer: bool = True, verify: bool = 
             on_skip(broken[-1])
     final = standing(path / FINAL)
     if broken and not (final / MANIFEST).exists():
-        raise CheckpointError(f"{path} holds no good checkpoint.", broken[0], "Restore one from a copy, or train anew.")
+        raise CheckpointError(f"{path} holds no good checkpoint.", broken[0], "Restore one from a copy, or start a new run.")
     return _read(final, optimizer, verify)
 
 
@@ -80,7 +80,7 @@ def _is_run(path: Path) -> bool:
 
 def _no_directory(path: Path) -> CheckpointError:
     if not path.exists():
-        return CheckpointError(f"There is no checkpoint {path}.", beside(path) or "Nothing has this name.", "Check the path.")
+        return CheckpointError(f"There is no checkpoint {path}.", beside(path) or "Nothing exists at that path.", "Check the path.")
     where = f"Give the directory: {path.parent}." if (path.parent / MANIFEST).exists() else "Use `convert` for files of other programs."
     return CheckpointError(f"{path} is a file, not a checkpoint.", f"A checkpoint is a directory with {MANIFEST}.", where)
 
@@ -107,4 +107,4 @@ def with_offer(path: Path, error: CheckpointError, verify: bool = False) -> Chec
     return CheckpointError(error.what, error.why, " ".join(part for part in (error.fix, offer) if part) or _LAST_RESORT)
 
 
-_LAST_RESORT = "There is no good checkpoint beside it: restore it from a copy, or train anew."
+_LAST_RESORT = "There is no good checkpoint beside it: restore it from a copy, or start a new run."

@@ -119,7 +119,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"the key {next(k for k, _ in pairs if k in seen or seen.add(k))!r} stands twice")
+        raise ValueError(f"the key {next(k for k, _ in pairs if k in seen or seen.add(k))!r} appears twice")
     return values
 
 
@@ -153,14 +153,14 @@ def _check_size(path: Path, file: BinaryIO, record: FileRecord, tensors: Mapping
         return
     why = f"It has {size:,} bytes, checkpoint.json says {record.bytes:,}."
     if _is_pickle(file):
-        raise CheckpointError(f"{path} is a pickle, not safetensors.", "A pickle can run any code when it is loaded, so it never is.")
+        raise CheckpointError(f"{path} is a pickle, not safetensors.", "Loading a pickle can run any code, so pickles are never loaded.")
     if size > record.bytes:
         raise CheckpointError(f"{path} is too long.", why)
     end = record.bytes - sum(tensor.nbytes for tensor in tensors.values())  # where the data starts
     for name, tensor in tensors.items():
         end += tensor.nbytes
         if end > size:
-            raise CheckpointError(f"{path} is cut short: {name} is the first tensor that is not whole.", why)
+            raise CheckpointError(f"{path} is cut short: {name} is the first tensor that is incomplete.", why)
     raise CheckpointError(f"{path} is cut short.", why)
 
 
@@ -181,7 +181,7 @@ def _check_header(path: Path, file: BinaryIO, record: FileRecord, tensors: Mappi
     position = 0
     for name, entry in entries.items():
         if name not in tensors:
-            raise CheckpointError(f"{path} has a tensor {name!r} too many.", "checkpoint.json does not list it.")
+            raise CheckpointError(f"{path} has an extra tensor {name!r}.", "checkpoint.json does not list it.")
         _check_entry(path, name, entry, tensors[name], position)
         position += tensors[name].nbytes
     if 8 + length + position != record.bytes:
@@ -196,7 +196,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, dict]:
         entries.pop("__metadata__", None)
         return dict(sorted(entries.items(), key=lambda item: (item[1]["data_offsets"][0], item[1]["data_offsets"][1])))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"The header of {path} is not one of safetensors.", f"{type(error).__name__}: {error}.") from None
+        raise CheckpointError(f"The header of {path} is not a safetensors header.", f"{type(error).__name__}: {error}.") from None
 
 
 def _check_entry(path: Path, name: str, entry: Any, tensor: TensorRecord, position: int) -> None:

@@ -176,7 +176,7 @@ def _check_target(target: Path) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     raise CheckpointError(
-        f"{target} is in the way and is no checkpoint.", "It was not written by smedjan, so it is not replaced.", "Move it elsewhere."
+        f"{target} is in the way and is not a checkpoint.", "It was not written by smedjan, so it is not replaced.", "Move it elsewhere."
     )
 
 
@@ -200,7 +200,7 @@ def cannot_write(target: Path, error: OSError, need: int) -> CheckpointError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         why = f"{error.strerror}: it takes {need / 1e6:,.1f} MB."
     what = f"The checkpoint {target.name} could not be written to {target.parent}."
-    return CheckpointError(what, f"{why} Older checkpoints are whole.", fix)
+    return CheckpointError(what, f"{why} Older checkpoints are intact.", fix)
 
 
 _NO_SPACE = "Free some space, lower --keep, or choose another disk with --checkpoint-dir."

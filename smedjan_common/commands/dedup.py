@@ -23,7 +23,7 @@ class Flags:
     exact_only: bool = False
     """Leave out exact repeats only."""
     separator: str = ""
-    """What stands between documents in text files, \\n for a newline; by default a file is one document."""
+    """What separates documents in text files, \\n for a newline; by default a file is one document."""
     report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Write counts and samples of what was dropped as JSON."""
     field: str = "text"
@@ -31,7 +31,7 @@ class Flags:
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None
-    """Processes; all cores by default."""
+    """Number of processes; all cores by default."""
     force: bool = False
     """Replace --output and --report if they exist."""
 

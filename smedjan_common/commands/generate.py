@@ -34,13 +34,13 @@ class GenerateFlags:
     checkpoint: Annotated[str, arg(metavar="PATH")]
     """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/."""
     prompt: Annotated[MaybeStr, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
-    """The text to go on from; - reads it from standard input."""
+    """The text to continue; - reads it from standard input."""
     prompt_file: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A file with the text to go on from."""
+    """A file with the text to continue."""
     max_tokens: int = 200
-    """Tokens to generate at most. The model's context length is another limit: it is said when it is met."""
+    """The most tokens to generate. The model's context length is another limit; a note says when it is reached."""
     temperature: float = 1.0
-    """Over 1 is wilder, under 1 tamer; 0: always the most probable token."""
+    """Above 1 the text is more random, below 1 less; 0: always the most probable token."""
     top_k: int = 0
     """Choose among this many most probable tokens. 0: all."""
     top_p: float = 1.0
@@ -48,11 +48,11 @@ class GenerateFlags:
     min_p: float = 0.0
     """Choose among tokens of at least this probability, relative to the most probable one. 0: all."""
     repetition_penalty: float = 1.0
-    """Make tokens that the text already has less likely, say 1.1. 1: no."""
+    """Make tokens that are already in the text less likely, for example 1.1. 1: off."""
     seed: int = 0
-    """Another seed, another text."""
+    """Fixes the random choices; another seed gives another text."""
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")] = ()
-    """End before any of these texts."""
+    """Stop before any of these texts."""
     echo: bool = True
     """Print the prompt before its continuation."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
@@ -107,7 +107,7 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
 
 def _prompt(flags: GenerateFlags) -> str:
     if flags.prompt is not None and flags.prompt_file is not None:
-        raise ConfigError("--prompt and --prompt-file are both given.", "There is one prompt.", "Give one of them.")
+        raise ConfigError("--prompt and --prompt-file are both given.", "Only one prompt is used.", "Give one of them.")
     source = flags.prompt_file or ("-" if flags.prompt == "-" else None)
     if source is None:
         return flags.prompt or ""

@@ -13,7 +13,7 @@ from smedjan_common.errors import DataError
 
 @dataclass(frozen=True)
 class Flags:
-    """Print the hash of files: of a tokenizer.json what determines its ids, of a token file its SHA-256 after checking it."""
+    """Print the hash of files: for a tokenizer.json of what determines its ids, for a token file its SHA-256, once checked."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
     """Tokenizers, token files, or any other files (SHA-256 of the content)."""
@@ -40,7 +40,7 @@ def hash_of(path: str) -> str:
 
     if Path(path).is_dir():
         fix = "Name the files in it; `smedjan info PATH --verify` compares those of a checkpoint with their hashes."
-        raise errors.DataError(f"{path!r} is a directory.", "A hash is that of a file.", fix)
+        raise errors.DataError(f"{path!r} is a directory.", "Only files have a hash.", fix)
     if manifest_path(Path(path)).is_file():
         file = TokenFile.open(path)
         file.verify()

@@ -14,7 +14,7 @@ class Flags:
     """Turn GPT-2's merges.txt, a tiktoken rank file or a tokenizer.json into a tokenizer.json with the same ids."""
 
     merges: Annotated[str, tyro.conf.arg(metavar="FILE")]
-    """merges.txt, a tiktoken rank file (base64 and rank on each line), or a tokenizer.json; told by its content."""
+    """merges.txt, a tiktoken rank file (base64 and rank on each line), or a tokenizer.json; recognised by its content."""
     vocab: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The vocab.json (encoder.json) beside merges.txt; without it ids follow the merges, as GPT-2's do."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
@@ -22,7 +22,7 @@ class Flags:
     pattern: Annotated[str | None, tyro.conf.arg(metavar="NAME|REGEX")] = None
     """How text is split, where the file does not say: gpt2 (default for merges), cl100k (default for ranks), or an expression."""
     special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Special tokens to add after the last id; <|endoftext|> by default where merges.txt comes without vocabulary."""
+    """Special tokens to add after the last id; <|endoftext|> by default where merges.txt comes without a vocabulary."""
     force: bool = False
     """Replace --output if it exists."""
 

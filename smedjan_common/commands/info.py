@@ -25,7 +25,7 @@ class InfoFlags:
     """Say what a file or folder is: a run folder, a checkpoint, a token file or a tokenizer."""
 
     path: Annotated[str, tyro.conf.Positional, arg(metavar="PATH")]
-    """What to look at."""
+    """The file or folder to look at."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compare the hashes of everything in it; of a run folder, of all its checkpoints."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -63,8 +63,8 @@ def describe(path: Path, verify: bool = False) -> Facts:
         if test(path):
             return look(path, verify)
     raise DataError(
-        f"{str(path)!r} is nothing that smedjan makes.",
-        "It is no run folder, checkpoint, token file (.bin) or tokenizer.json.",
+        f"{str(path)!r} is not something that smedjan makes.",
+        "It is not a run folder, checkpoint, token file (.bin) or tokenizer.json.",
         "Give one of those.",
     )
 
@@ -210,8 +210,8 @@ def _is_run(path: Path) -> bool:
 
 def _foreign(path: Path, verify: bool) -> Facts:
     raise DataError(
-        f"{path} has a config.json that is of no run.",
-        "That of a run has model and train; a directory of Hugging Face has one of its own.",
+        f"{path} has a config.json that does not describe a run.",
+        "That of a run has model and train; a Hugging Face directory has a different one.",
         f"Convert a model of Hugging Face first: smedjan convert {path} DST --to neutral, then smedjan info DST.",
     )
 

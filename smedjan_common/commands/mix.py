@@ -18,9 +18,9 @@ class Flags:
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The token file to write."""
     tokens: int | None = None
-    """Stop at so many tokens; by default when the first file has no document left."""
+    """Stop at this many tokens; by default when the first file runs out of documents."""
     seed: int = 0
-    """The order of the documents follows from it."""
+    """Determines the order of the documents."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The tokenizer of the files, to count the bytes of text in the mixture."""
     force: bool = False

@@ -28,14 +28,14 @@ def check_outputs(outputs: Iterable[str | None], force: bool, inputs: Iterable[s
     _refuse_inputs(standing, inputs)
     if standing and not force:
         fix = "Choose another name, or replace it with --force."
-        raise DataError(f"The output {standing[0]!r} exists already.", "Nothing was changed.", fix)
+        raise DataError(f"The output {standing[0]!r} already exists.", "Nothing was changed.", fix)
 
 
 def _check_place(path: str) -> None:
     if not path:
         raise DataError("The name of an output is empty.", "Nothing was written.", "Name a file.")
     if os.path.isdir(path):
-        raise DataError(f"The output {path!r} is a directory.", "A file is written here.", "Name a file.")
+        raise DataError(f"The output {path!r} is a directory.", "The output must be a file.", "Name a file.")
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"The output {path!r} is a device or a pipe.", "A file is written here, and takes its place.", "Name a file.")
 

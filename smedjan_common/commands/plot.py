@@ -43,7 +43,9 @@ def _plot(flags: PlotFlags) -> int:
         raise DataError("There is nothing to draw.", "No run folder was given.", "Give one or more: smedjan plot RUN.")
     output = Path(flags.output) if flags.output else Path(flags.runs[0]) / PLOT if len(flags.runs) == 1 else Path(PLOT)
     if output.suffix not in SUFFIXES:
-        raise DataError(f"{str(output)!r} is no picture that can be drawn.", "Its suffix names the kind.", f"Take {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{str(output)!r} is not a kind of picture that can be drawn.", "The suffix decides the kind.", f"Take {', '.join(SUFFIXES)}."
+        )
     is_ours = output.is_file() and is_drawn_here(output)
     check_outputs([str(output)], flags.force or is_ours, [str(Path(name) / METRICS) for name in flags.runs])
     runs = {}

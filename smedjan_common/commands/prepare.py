@@ -29,7 +29,7 @@ class Flags:
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None
-    """Processes that tokenise; all cores by default."""
+    """Number of processes that tokenise; all cores by default."""
     force: bool = False
     """Replace --output and --val-output if they exist."""
 
@@ -68,7 +68,7 @@ def _run(flags: Flags) -> int:
     if summary.skipped:
         print(f"{summary.skipped:,} documents without text (empty or null) were left out.")
     if summary.resumed:
-        print("This went on from a run that was stopped.")
+        print("This continued a run that was stopped.")
     print(f"{summary.bytes_per_token:.2f} bytes per token, {summary.seconds:.1f} s, {rate:.1f} MB/s")
     return 0
 

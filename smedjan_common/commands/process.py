@@ -20,11 +20,11 @@ class Flags:
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields and gain "source"."""
     rules: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
-    """Presets (gopher, gopher-quality, gopher-repetition, c4) and single rules; -NAME takes one away. Made for English prose."""
+    """Presets (gopher, gopher-quality, gopher-repetition, c4) and single rules; -NAME removes one. Made for English prose."""
     normalise: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
     """nfc, newlines (CRLF to LF), control (drop control characters), trailing (drop white space at line ends)."""
     separator: str = ""
-    """What stands between documents in text files, \\n for a newline; by default a file is one document."""
+    """What separates documents in text files, \\n for a newline; by default a file is one document."""
     url: str | None = None
     """Where the texts come from, for records that do not say."""
     licence: str | None = None
@@ -40,7 +40,7 @@ class Flags:
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None
-    """Processes; all cores by default."""
+    """Number of processes; all cores by default."""
     force: bool = False
     """Replace outputs that exist."""
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     if "--list-rules" in (sys.argv[1:] if argv is None else argv):  # needs no input and output
         return errors.run_command(_list_rules)
-    flags = parse(Flags, "smedjan process", argv, "smedjan process --input texts/ --rules default --output clean.jsonl")
+    flags = parse(Flags, "smedjan process", argv, "smedjan process --input texts/ --rules gopher --output clean.jsonl")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -29,14 +29,14 @@ GENERATION = "--max-tokens 120 --temperature 0.8 --top-p 0.95"
 
 @dataclass(frozen=True)
 class QuickstartFlags:
-    """Everything once, on a small corpus: the plays of Shakespeare, or Python's standard library. Ends in about two minutes."""
+    """Run everything once on a small corpus (the plays of Shakespeare, or Python's standard library), in about two minutes."""
 
     checkpoint_dir: Annotated[str, arg(metavar="DIR")] = "runs/quickstart"
-    """Where all of it goes."""
+    """Where everything is written."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
     """The framework. auto: MLX on Apple Silicon, else JAX."""
     steps: int = STEPS
-    """Optimizer steps; more make a better model."""
+    """Optimizer steps; more steps make a better model."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +143,7 @@ def _smedjan(command: list[str], capture: bool = False) -> Any:
     if not capture:
         return code
     if code:
-        raise SmedjanError(f"`smedjan {command[0]}` ended with {code}.", "", "Its message stands above.")
+        raise SmedjanError(f"`smedjan {command[0]}` ended with {code}.", "", "See its message above.")
     return output
 
 

@@ -96,7 +96,7 @@ def _check_custom(shape: list[str]) -> None:
     if missing := [f"--{name}" for name in _SHAPE if name not in shape]:
         raise ConfigError(
             f"--{shape[0]} is given without --size.",
-            "It is not said which model to change: a preset, or one of your own, which takes --dim, --layers and --heads.",
+            "It does not say which model to change: a preset, or your own, which takes --dim, --layers and --heads.",
             f"Add --size tiny, say, or {' and '.join(missing)}.",
         )
 

@@ -34,7 +34,7 @@ class Flags:
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: int | None = None
-    """Processes that count words; all cores by default."""
+    """Number of processes that count words; all cores by default."""
     report: bool = False
     """After training print bytes per token by kind of text, the longest tokens and how many are unused."""
     force: bool = False

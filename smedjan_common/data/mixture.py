@@ -29,7 +29,7 @@ def parse_shards(text: str) -> list[tuple[str, float]]:
             shards.append((path, float(weight)) if colon else (part, 1.0))
         except ValueError:
             raise DataError(
-                f"The shard {part!r} has no weight.", f"{weight!r} is no number.", "Write PATH:WEIGHT, such as a.bin:0.7."
+                f"The shard {part!r} has no weight.", f"{weight!r} is not a number.", "Write PATH:WEIGHT, such as a.bin:0.7."
             ) from None
     if not shards:
         raise DataError("There are no shards.", "", "Write PATH:WEIGHT,PATH:WEIGHT, such as a.bin:0.7,b.bin:0.3.")

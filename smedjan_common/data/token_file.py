@@ -259,7 +259,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for field, kind in _REQUIRED.items():
         value = manifest.get(field) if isinstance(manifest, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"The manifest {str(place)!r} is not whole.", f"It lacks {field!r} or has it in another type.", _REMAKE)
+            raise DataError(
+                f"The manifest {str(place)!r} is incomplete.", f"The field {field!r} is missing or has the wrong type.", _REMAKE
+            )
     if manifest["format_version"] > FORMAT_VERSION:
         why = f"It has format version {manifest['format_version']}, this smedjan reads up to {FORMAT_VERSION}."
         raise DataError(f"The token file {str(path)!r} is newer than this smedjan.", why, "Update smedjan.")

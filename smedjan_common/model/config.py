@@ -78,14 +78,14 @@ class ModelConfig(
         if self.rope_scaling != "none" and not any(MIXERS[name].rope for name in self.mixer):
             raise ConfigError(
                 f"--rope-scaling {self.rope_scaling} would do nothing.",
-                f"The model has {', '.join(dict.fromkeys(self.mixer))}; no layer turns by position.",
+                f"The model has {', '.join(dict.fromkeys(self.mixer))}; no layer uses RoPE.",
                 "Take --rope-scaling none (with --rope-factor 1 and --rope-original-len 0), or add --mixer attention.",
             )
 
     def _check_new(self) -> None:
         """Raises ConfigError for a new model that has less than was asked for or would never learn."""
         if self.init_std == 0:
-            raise ConfigError("--init-std is 0.", "It must be finite and over 0: equal weights never part.", "Take 0.02.")
+            raise ConfigError("--init-std is 0.", "It must be finite and over 0: equal weights would stay equal.", "Take 0.02.")
         for pattern, names in (("--mixer", self.mixer), ("--ffn", self.ffn)):
             if len(names) > self.layers:
                 raise ConfigError(

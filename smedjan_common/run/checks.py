@@ -50,10 +50,10 @@ def _check_names(asked: Asked) -> None:
     for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn"):
         value = asked.value(name)
         if value == "" or (isinstance(value, tuple) and "" in value):
-            why = "A variable of the shell that is not set gives that."
+            why = "An unset shell variable has this effect."
             raise ConfigError(f"{flag(name)} is empty.", why, f"Give {flag(name)} a value.")
     if asked.value("pretrained") and asked.value("resume") not in ("auto", "never"):
-        why = "The one goes on with a run, the other starts a new one."
+        why = "One continues a run, the other starts a new one."
         raise ConfigError("--resume PATH and --pretrained are both given.", why, "Give one of them.")
 
 
@@ -64,8 +64,8 @@ def _check_format(kind: str, backend: str) -> None:
     if (owner := CHECKPOINT_FORMATS[kind]) not in {None, backend}:
         raise ConfigError(
             f"--checkpoint-format {kind} is of the backend {owner}, not {backend}.",
-            "Neutral checkpoints are for all.",
-            f"Leave it out; `convert CHECKPOINT DST --to {kind}` makes one of a neutral checkpoint.",
+            "Neutral checkpoints work with every backend.",
+            f"Leave it out; `convert CHECKPOINT DST --to {kind}` makes one from a neutral checkpoint.",
         )
 
 

@@ -43,7 +43,7 @@ def _check_vocab_size(asked: Asked, begin: GoOn, flags: dict[str, Any], say: Say
         raise ConfigError(
             f"--vocab-size {size} is not that of the run, which has {has} tokens.",
             "A run goes on with the tokenizer it began with.",
-            "Leave it out, or start anew with another --checkpoint-dir.",
+            "Leave it out, or start a new run with another --checkpoint-dir.",
         )
     say(f"note: --vocab-size {size} does nothing: the tokenizer of the run has {has} tokens.")
 

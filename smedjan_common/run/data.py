@@ -66,7 +66,7 @@ def run_data(
     """
     if not flags.dataset:
         why = f"--dataset is not given, and {folder} has no run to go on with."
-        fix = beside(folder) or "Give --dataset FILE: a text, JSONL or a token file."
+        fix = beside(folder, there=True) or "Give --dataset FILE: a text, JSONL or a token file."
         raise DataError("There is nothing to train on.", why, fix)
     chosen = _chosen_tokenizer(flags, given)
     if known := chosen or own:
@@ -97,10 +97,10 @@ def check_data_flags(flags: DataFlags, given: frozenset[str]) -> None:
     if not flags.val_fraction:
         return
     if "val_fraction" in given and flags.val_dataset:
-        why = "--val-dataset is what is validated on, and nothing is held out of --dataset."
+        why = "Validation uses --val-dataset, so nothing is held out of --dataset."
         raise DataError("--val-fraction would do nothing.", why, "Give only one of the two.")
     if "val_fraction" in given and _token_files(flags.dataset, "--dataset"):
-        why = "--dataset is tokenised already; a part is held out when texts are."
+        why = "--dataset is already tokenised; a part is held out only when texts are tokenised."
         raise DataError("--val-fraction would do nothing.", why, "Leave it out, and give --val-dataset FILE.bin.")
 
 

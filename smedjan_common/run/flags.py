@@ -59,11 +59,11 @@ class RunFlags:
     checkpoint_every: int = 500
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
     checkpoint_format: Annotated[str, _one_of(*CHECKPOINT_FORMATS)] = "neutral"
-    """neutral: every backend goes on from it. orbax: JAX's own, written shard by shard; `convert` makes a neutral one of it."""
+    """neutral: every backend can continue from it. orbax: JAX's own, written shard by shard; `convert` turns it into a neutral one."""
     keep: int = 3
     """Keep this many newest checkpoints. 0: all."""
     keep_every: int = 0
-    """Keep every checkpoint whose step is a multiple of this for ever, beside those of --keep. 0: none."""
+    """Besides those of --keep, keep every checkpoint whose step is a multiple of this, forever. 0: none."""
     resume: Annotated[str, arg(metavar="auto|never|PATH")] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
     PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
@@ -72,8 +72,8 @@ class RunFlags:
     backend: Annotated[str, _one_of("auto", "jax", "mlx")] = "auto"
     """The framework. auto: MLX on Apple Silicon, else JAX."""
     mesh: Annotated[str, arg(metavar="AXIS=N,...", help_behavior_hint="(default: auto, the batch over all GPUs)")] = "auto"
-    """How the run is spread over devices (JAX): data=2 shares out the batch, fsdp=2 the train state too, tensor=2 heads, feed-forward
-    and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and may be another one when the run goes on."""
+    """How the run is spread over devices (JAX): data=2 splits the batch, fsdp=2 the train state too, tensor=2 heads, feed-forward
+    and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and a resumed run may use another one."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on where the memory or the disk is too small by estimate."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -121,7 +121,7 @@ class ModelFlags:
 
 @dataclass(frozen=True)
 class MixerFlags(option_flags("MixerFlags", row_options())):
-    """Options of single mixers and of the experts; each counts only where its mixer is in --mixer."""
+    """Options of individual mixers and of the experts; each applies only where its mixer is in --mixer."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TrainingFlags(option_flags("TrainingFlags", training_options())):
 
 @dataclass(frozen=True)
 class ReportFlags:
-    """What is told on the way."""
+    """What the run reports."""
 
     log_every: int = 10
     """A line of metrics every this many steps; the first and the last step always."""
@@ -142,14 +142,14 @@ class ReportFlags:
     sample_every: int = 0
     """Write a sample every this many steps, into the console and CHECKPOINT_DIR/samples. 0: never."""
     sample_prompt: str = ""
-    """What samples go on from."""
+    """The text that samples continue."""
     sample_tokens: int = 128
     """Length of a sample."""
 
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """Train a language model from raw text. A run that was stopped goes on when the same command is given again."""
+    """Train a language model from raw text. Give the same command again to continue a run that was stopped."""
 
     data: OmitArgPrefixes[DataFlags] = field(default_factory=DataFlags)
     run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)

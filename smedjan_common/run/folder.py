@@ -151,7 +151,7 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a run folder; None when there is none or it is not whole."""
+    """config.json of a run folder; None when there is none or it is incomplete."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

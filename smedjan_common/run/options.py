@@ -25,7 +25,7 @@ _NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:
     """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have."""
     if "rope_base" in given and not any(MIXERS[name].rope for name in model.mixer):
-        why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer turns by position."
+        why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer uses RoPE."
         raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
     rows = [*MIXERS.values(), *FFNS.values()]
     read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.own}

@@ -22,17 +22,17 @@ FIXED = tuple(name for name, option in options(TrainConfig).items() if option.fi
 
 def check_tokenizer(info: CheckpointInfo, tokenizer: "Tokenizer") -> None:
     """Raises CheckpointError for another tokenizer than that of the weights; where theirs is not known, for one of more tokens."""
-    fix = "Give the tokenizer of the weights and a dataset made with it, or train anew, without --pretrained, in another --checkpoint-dir."
+    fix = "Give the tokenizer of the weights and a dataset made with it, or train without --pretrained in another --checkpoint-dir."
     if info.tokenizer_hash and info.tokenizer_hash != tokenizer.hash:
         raise CheckpointError(
             f"{info.path} was trained with another tokenizer: {info.tokenizer_hash[:16]}… there, {tokenizer.hash[:16]}… now.",
-            "The same token would mean other text.",
+            "The same token would mean different text.",
             fix,
         )
     if not info.tokenizer_hash and tokenizer.vocab_size > info.model.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model of {info.path} {info.model.vocab_size:,}.",
-            "The others would have no row of the embedding.",
+            "The other tokens would have no embedding.",
             fix,
         )
 
@@ -48,7 +48,7 @@ def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
         raise ConfigError(
             f"{info.path} was trained with other settings: {shown}.",
             "They fix which text each step sees, so the run would not be the same.",
-            f"Leave them out (--grad-accum saves memory), or start anew from the weights: --pretrained {info.path} --checkpoint-dir NEW.",
+            f"Leave them out (--grad-accum saves memory), or start a new run: --pretrained {info.path} --checkpoint-dir NEW.",
         )
 
 
@@ -67,7 +67,7 @@ def check_same(info: CheckpointInfo, model: ModelConfig, train: TrainConfig) -> 
         raise CheckpointError(
             f"{info.path} is of another model: {_lines(other)}.",
             "A run goes on with the model it began with.",
-            "Give the flags of the checkpoint, or start anew with another --checkpoint-dir.",
+            "Give the flags of the checkpoint, or start a new run with another --checkpoint-dir.",
         )
     if info.optimizer is None and info.step > 0:
         raise CheckpointError(
@@ -77,7 +77,7 @@ def check_same(info: CheckpointInfo, model: ModelConfig, train: TrainConfig) -> 
         raise CheckpointError(
             f"{info.path} has the state of --optimizer {info.optimizer}, not {train.optimizer}.",
             "Each optimizer keeps its own arrays.",
-            f"Take --optimizer {info.optimizer}, or start anew with another --checkpoint-dir.",
+            f"Take --optimizer {info.optimizer}, or start a new run with another --checkpoint-dir.",
         )
 
 

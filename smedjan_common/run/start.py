@@ -89,7 +89,7 @@ def _newest_step(folder: Path, say: Say, damaged: Collection[Path]) -> Checkpoin
         raise CheckpointError(
             f"No checkpoint in {folder} can be used.",
             "All of them are damaged.",
-            "Give another --checkpoint-dir to start anew, or restore one from a copy.",
+            "Give another --checkpoint-dir to start a new run, or restore one from a copy.",
         )
     if start is None and (folder / FINAL).exists():
         raise CheckpointError(
@@ -107,7 +107,7 @@ def _recorded(info: CheckpointInfo, say: Say) -> dict[str, Any]:
     if (recorded := read_config(folder)) is not None:
         check_recorded(folder / CONFIG, recorded)
         return recorded
-    say(f"note: {folder / CONFIG} is missing or not readable: flags of the run are not known, those not given are defaults.")
+    say(f"note: {folder / CONFIG} is missing or not readable: the flags of the run are unknown, and those not given take their defaults.")
     return {"dataset": info.dataset if is_dataset(info.dataset) else None}
 
 
@@ -120,6 +120,6 @@ def _refuse_a_run(folder: Path) -> None:
     if entries(folder) or (folder / FINAL).exists() or read_rows(folder):
         raise CheckpointError(
             f"{folder} already has a run.",
-            "--resume never starts anew and overwrites nothing.",
+            "--resume never starts a new run and overwrites nothing.",
             "Give another --checkpoint-dir, remove this one, or take --resume auto to go on.",
         )

@@ -180,8 +180,8 @@ def _array_blocks(stream: _Stream, size: int) -> Iterator[Block]:
 def _brackets(between: bytes, path: str, number: int) -> int:
     """How many arrays begin less how many end in what stands before object `number`. Raises DataError where there is more than that."""
     if between.strip(b" \t\r\n,[]"):
-        why = f"Before object {number}, or where it should be, stands something else: {between.strip()[:20].decode('utf-8', 'replace')!r}."
-        fix = "The file is neither JSON lines nor an array of objects, or is cut short; mend it or get it again."
+        why = f"Before object {number}, or in its place, there is something else: {between.strip()[:20].decode('utf-8', 'replace')!r}."
+        fix = "The file is neither JSON lines nor an array of objects, or is cut short; correct it or get it again."
         raise DataError(f"{path!r} is not JSON with a document in each object.", why, fix)
     return between.count(b"[") - between.count(b"]")
 

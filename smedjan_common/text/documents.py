@@ -68,7 +68,11 @@ def _object(block: Block, number: int, text: str, field: str) -> dict[str, Any]:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = f"{error}." if isinstance(error, ValueError) else "It is nested too deeply."
-        each = "Each line of a .jsonl file is one JSON object; mend or remove the line." if block.kind == "jsonl" else "Mend or remove it."
+        each = (
+            "Each line of a .jsonl file is one JSON object; correct or remove the line."
+            if block.kind == "jsonl"
+            else "Correct or remove it."
+        )
         raise DataError(f"{where} is not JSON.", why, each) from None
     if isinstance(record, dict):
         if field in record and record[field] is None:

@@ -76,7 +76,7 @@ def kind_of_head(head: bytes, suffix: str, field: str) -> Kind:
 def refuse(path: Path, why_not: tuple[str, str]) -> DataError:
     """The error for an input that is no text to read."""
     what, fix = why_not
-    return DataError(f"{str(path)!r} is no text to train on.", f"It is {what}.", fix, case="field" if fix.startswith(NAME_FIELD) else "")
+    return DataError(f"{str(path)!r} is not text to train on.", f"It is {what}.", fix, case="field" if fix.startswith(NAME_FIELD) else "")
 
 
 def _is_object(line: bytes) -> bool:

@@ -17,7 +17,7 @@ _AT_ONCE = 1024
 
 def parquet(name: str, field: str) -> Iterator[list[bytes | None]]:
     """The rows of a file's column `field`. Raises DataError, OSError."""
-    with _errors(name, "The file is damaged or no Parquet; get it again."):
+    with _errors(name, "The file is damaged or not Parquet; get it again."):
         try:
             from pyarrow import parquet
         except ImportError:
@@ -60,7 +60,7 @@ def _texts(name: str, column: Any, field: str) -> list[bytes | None]:
     if pyarrow.types.is_null(kind):
         return [None] * len(column)
     if not any(test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)):
-        raise DataError(f"The column {field!r} of {name!r} is no text.", f"Its type is {kind}.", NAME_FIELD, case="field")
+        raise DataError(f"The column {field!r} of {name!r} is not text.", f"Its type is {kind}.", NAME_FIELD, case="field")
     return column.cast(kind).cast(pyarrow.large_binary()).to_pylist()
 
 

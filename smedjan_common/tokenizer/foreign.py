@@ -35,7 +35,7 @@ def read(
     if text.lstrip().startswith("{"):
         if vocab or pattern:
             raise DataError(
-                f"{where!r} is a tokenizer.json.", "It says itself what its ids and its pattern are.", "Leave out --vocab and --pattern."
+                f"{where!r} is a tokenizer.json.", "It defines its own ids and its own pattern.", "Leave out --vocab and --pattern."
             )
         return _with_specials(hf_json.parse(text, where), special_tokens)
     first = next((line for line in text.splitlines() if line.strip()), "")
@@ -53,7 +53,7 @@ def parse_ranks(text: str, where: str, expression: str) -> Vocabulary:
         if not line.strip():
             continue
         if not _is_rank_line(line):
-            raise DataError(f"Line {number} of {where!r} is no rank.", "A line is base64, a space, a number.", _FIX)
+            raise DataError(f"Line {number} of {where!r} is not a rank.", "A line is base64, a space, a number.", _FIX)
         token, rank = line.split()
         data = base64.b64decode(token)
         if data in ranks:
@@ -104,16 +104,16 @@ def _from_merges(text: str, where: str, vocab: str | os.PathLike | None, express
         place = f"Line {number} of {where!r}"
         symbols = line.split(" ")
         if len(symbols) != 2 or not all(symbols):
-            raise DataError(f"{place} is no merge.", f"It has {len([one for one in symbols if one])} symbols, a merge has two.", _FIX)
+            raise DataError(f"{place} is not a merge.", f"It has {len([one for one in symbols if one])} symbols, a merge has two.", _FIX)
         try:
             left, right = map(to_bytes, symbols)
         except KeyError as error:
-            raise DataError(f"{place} has an unknown symbol.", f"{error} is not of GPT-2's byte alphabet.", _FIX) from None
+            raise DataError(f"{place} has an unknown symbol.", f"{error} is not in GPT-2's byte alphabet.", _FIX) from None
         for part in (left, right):
             if part not in known:
                 raise DataError(f"{place} uses an unknown symbol.", f"No earlier line makes {part!r}.", "Restore the order of the lines.")
         if (left, right) in pairs:
-            raise DataError(f"{place} repeats a merge.", f"It stands in line {pairs[left, right]} already.", "Remove one of the two lines.")
+            raise DataError(f"{place} repeats a merge.", f"It is already in line {pairs[left, right]}.", "Remove one of the two lines.")
         pairs[left, right] = number
         known.add(left + right)
     if not pairs:
@@ -137,7 +137,7 @@ def _with_vocab(merges: list[tuple[bytes, bytes]], vocab: str | os.PathLike, exp
         ) from None
     if not isinstance(table, dict) or not all(isinstance(number, int) and number >= 0 for number in table.values()):
         raise DataError(
-            f"Cannot read the vocabulary {where!r}.", "It is no object of token: id.", "Give GPT-2's vocab.json (encoder.json)."
+            f"Cannot read the vocabulary {where!r}.", "It is not an object of token: id.", "Give GPT-2's vocab.json (encoder.json)."
         )
     made = {bytes([byte]) for byte in range(256)} | {left + right for left, right in merges}
     tokens, specials = {}, {}

@@ -69,10 +69,10 @@ def parse(text: str, where: str) -> Vocabulary:
     try:
         document = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(where, f"It is no tokenizer.json ({error}).") from None
+        raise _damaged(where, f"It is not a tokenizer.json ({error}).") from None
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict):
-        raise _damaged(where, "It is no tokenizer.json: it has no model.")
+        raise _damaged(where, "It is not a tokenizer.json: it has no model.")
     _check_model(model, where)
     if document.get("normalizer") is not None:
         raise _refuse(where, f"It changes the text before splitting (normalizer {_type(document['normalizer'])}).")
@@ -82,9 +82,9 @@ def parse(text: str, where: str) -> Vocabulary:
         tokens = {to_bytes(chars): number for chars, number in model["vocab"].items() if chars not in specials}
         merges = [(to_bytes(left), to_bytes(right)) for left, right in map(_pair, model["merges"])]
     except KeyError as error:
-        raise _refuse(where, f"The character {error} in a token is not of the byte-level alphabet.") from None
+        raise _refuse(where, f"The character {error} in a token is not in the byte-level alphabet.") from None
     except TypeError:
-        raise _damaged(where, "A merge has not two parts.") from None
+        raise _damaged(where, "A merge does not have two parts.") from None
     if not tokens:
         raise _damaged(where, "Its vocabulary is empty.")
     if len(set(merges)) < len(merges):
@@ -112,14 +112,14 @@ def _check_model(model: dict[str, Any], where: str) -> None:
     if not isinstance(model.get("ignore_merges") or False, bool):
         raise _damaged(where, f"Its ignore_merges is {model['ignore_merges']!r}, neither true nor false.")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise _damaged(where, "It is no tokenizer.json with a BPE model: its vocabulary or its merges are missing.")
+        raise _damaged(where, "It is not a tokenizer.json with a BPE model: its vocabulary or its merges are missing.")
 
 
 def _specials(added: Any, vocab: dict[str, Any], where: str) -> dict[str, int]:
     """name -> id of the added tokens. Flags that would make other ids of a text than smedjan does are refused by name."""
     specials: dict[str, int] = {}
     if not isinstance(added or [], list):
-        raise _damaged(where, "Its added_tokens are no list.")
+        raise _damaged(where, "Its added_tokens are not a list.")
     for entry in added or []:
         name = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(name, str) or "id" not in entry:
@@ -156,7 +156,7 @@ def _pattern(pre_tokenizer: Any, where: str) -> str:
         if isolated and isinstance(expression, str):
             _check_pattern(expression, where)
             return expression
-    raise _refuse(where, f"It splits text in a way that is not known here ({', '.join(kinds) or 'no list of steps'}).")
+    raise _refuse(where, f"It splits text in a way that is not supported here ({', '.join(kinds) or 'no list of steps'}).")
 
 
 def _check_pattern(expression: str, where: str) -> None:

@@ -13,7 +13,7 @@ _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659F
 
 
 class PairTable:
-    """`ranks(left, right)`: int32 arrays of symbols of one shape -> int32 ranks, NONE where the pair is no merge."""
+    """`ranks(left, right)`: int32 arrays of symbols of one shape -> int32 ranks, NONE where the pair is not a merge."""
 
     def __init__(self, pairs: Sequence[tuple[int, int]]):
         both = np.array(pairs, np.uint64).reshape(-1, 2)

@@ -93,7 +93,7 @@ class Splitter:
 
 def _refused(what: str, expression: str) -> DataError:
     shown = expression if len(expression) < 200 else expression[:200] + "…"
-    return DataError(what, f"It is {shown!r}.", f"Mend it or use one of {', '.join(PATTERNS)}.")
+    return DataError(what, f"It is {shown!r}.", f"Correct it or use one of {', '.join(PATTERNS)}.")
 
 
 def _odd_in(expression: str) -> str:

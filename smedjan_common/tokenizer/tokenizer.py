@@ -121,7 +121,7 @@ class Tokenizer:
         if file.is_dir():
             file = file / TOKENIZER
         if hf_json.parse(text, str(file)).hash != self.hash:
-            raise DataError(f"The tokenizer {str(file)!r} was not written.", "Read back, it is another one.", "Report this.")
+            raise DataError(f"The tokenizer {str(file)!r} was not written.", "When read back, it differs.", "Report this.")
         write_atomically(file, text.encode())
         return file
 

@@ -37,7 +37,7 @@ def train(
     if not len(counts.counts):
         raise DataError("There is nothing to learn from.", "All inputs are empty.", "Give some text.")
     if counts.dropped:
-        notice(f"{counts.dropped} distinct words met once were left out to save memory; merges may differ a little.")
+        notice(f"{counts.dropped} distinct words seen once were left out to save memory; merges may differ a little.")
     merging = (lambda done, total: progress("merge", done, total)) if progress else None
     order = BYTE_ORDERS[byte_order]
     pairs = learn_merges(counts, order, vocab_size - 256 - len(specials), min_count, merging)

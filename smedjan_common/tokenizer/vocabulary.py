@@ -49,16 +49,16 @@ class Vocabulary:
                 why = f"An id is a whole number from 0 to {MAX_IDS - 1}."
                 raise DataError(f"{where} gives the token {name!r} the id {number!r}.", why, "Restore the file, or use another tokenizer.")
             if seen.setdefault(number, name) is not name:
-                why = "An id stands for one token, or its text could not be told."
+                why = "An id stands for one token, or its text would be ambiguous."
                 raise DataError(
                     f"{where} has two tokens with the same id {number}: {seen[number]!r} and {name!r}.", why, "Restore the file."
                 )
         for name in self.specials:
             if problem := special_problem(name):
-                raise DataError(f"{where} has a special token {name!r}.", problem, "Name it otherwise: <|name|>, say.")
+                raise DataError(f"{where} has a special token {name!r}.", problem, "Give it another name, such as <|name|>.")
             if as_bytes(name) in self.tokens:
                 why = "It is an ordinary token of the same vocabulary too, and a tokenizer.json keeps one id for a name."
-                raise DataError(f"{where} has a special token {name!r}.", why, "Name it otherwise: <|name|>, say.")
+                raise DataError(f"{where} has a special token {name!r}.", why, "Give it another name, such as <|name|>.")
 
     def compile(self, where: str = "The vocabulary") -> Merges:
         """The merges over internal symbols. Raises DataError, beginning with `where`, for what `check` refuses, a byte without token and

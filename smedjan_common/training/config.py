@@ -32,7 +32,7 @@ class Basics:
         REQUIRED, "Peak learning rate.", over=0, unset=None, filled="by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it"
     )
     warmup: int = option(0, "Steps over which the learning rate rises.", least=0, unset=None, filled="5% of --steps, at most 1000")
-    lr_schedule: str = option("cosine", "Course of the learning rate after the warm-up.", choices=SCHEDULES)
+    lr_schedule: str = option("cosine", "How the learning rate falls after the warm-up.", choices=SCHEDULES)
     optimizer: str = option(
         "adamw",
         "muon orthogonalises the steps of hidden matrices and leaves the other tensors to adamw; lion keeps one moment instead of two.",
@@ -51,9 +51,7 @@ class Basics:
         "Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU.",
         unset="auto",
     )
-    deterministic: bool = option(
-        False, "The same bits every time on a GPU too, where it is slower (docs/checkpoints.md); on a CPU they always are."
-    )
+    deterministic: bool = option(False, "Reproduce every bit on a GPU too, which is slower (docs/checkpoints.md); on a CPU runs always do.")
     mask_documents: bool = option(False, "Keep documents apart: nothing is read across the end of a document inside a sequence.")
     packing: Literal["windows", "documents"] = option(
         "windows",
@@ -90,7 +88,9 @@ class TrainConfig(
             )
         if self.warmup > self.steps:
             raise ConfigError(
-                f"--warmup {self.warmup} is longer than --steps {self.steps}.", "The learning rate would never arrive.", "Lower --warmup."
+                f"--warmup {self.warmup} is longer than --steps {self.steps}.",
+                "The learning rate would never reach its peak.",
+                "Lower --warmup.",
             )
 
     def check_model(self, model: ModelConfig) -> None:
@@ -98,7 +98,7 @@ class TrainConfig(
         for name in dict.fromkeys(model.mixer):
             if self.mask_documents and not MIXERS[name].documents:
                 able = ", ".join(row.name for row in MIXERS.values() if row.documents)
-                raise ConfigError(f"--mask-documents cannot be had with {name}.", MIXERS[name].about + ".", f"These can: {able}.")
+                raise ConfigError(f"--mask-documents does not work with {name}.", MIXERS[name].about + ".", f"It works with {able}.")
 
 
 _CHOICES = {name: found.choices for name, found in options(TrainConfig).items()}

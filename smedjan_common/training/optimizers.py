@@ -109,5 +109,5 @@ def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any]) -> No
         raise CheckpointError(
             f"The optimizer state does not fit --optimizer {optimizer}: {'; '.join(wrong[:3])}{more}.",
             "Each optimizer keeps its own arrays of each parameter.",
-            "Resume with the optimizer of the checkpoint, or start anew from its weights with --pretrained.",
+            "Resume with the optimizer of the checkpoint, or start a new run from its weights with --pretrained.",
         )

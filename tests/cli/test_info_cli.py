@@ -144,7 +144,7 @@ def test_a_picture_that_smedjan_did_not_draw_is_not_replaced(made, tmp_path, cap
     picture = tmp_path / "mine.png"
     picture.write_bytes(b"another program's")
     assert plot.main([str(made / "run"), "--output", str(picture)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert picture.read_bytes() == b"another program's"
     assert plot.main([str(made / "run"), "--output", str(picture), "--force"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

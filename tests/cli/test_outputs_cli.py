@@ -47,7 +47,7 @@ def test_a_file_that_stands_is_replaced_with_force_alone(place, command, capsys)
     Path("out").write_text("mine")
     before = content(place)
     assert main(words(command, "out")) == 2
-    assert "'out' exists already" in capsys.readouterr().err
+    assert "'out' already exists" in capsys.readouterr().err
     assert content(place) == before
     Path("gone").symlink_to("nowhere")
     assert main(words(command, "gone")) == 2

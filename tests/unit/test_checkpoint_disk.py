@@ -31,7 +31,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoints_whole(tmp_path, monke
         write(tmp_path, step)
     assert str(caught.value) == (
         f"The checkpoint step-0000000{step} could not be written to {tmp_path}. No space left on device: it takes 0.0 MB. "
-        "Older checkpoints are whole. Free some space, lower --keep, or choose another disk with --checkpoint-dir."
+        "Older checkpoints are intact. Free some space, lower --keep, or choose another disk with --checkpoint-dir."
     )
     assert tree(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
@@ -112,7 +112,7 @@ with tempfile.TemporaryDirectory() as place:
 """
     new, below, prune, read = in_subprocess(code).splitlines()
     assert new == (
-        "The checkpoint step-00000004 could not be written to RUN. Permission denied. Older checkpoints are whole. "
+        "The checkpoint step-00000004 could not be written to RUN. Permission denied. Older checkpoints are intact. "
         "Make the directory writable, or choose another with --checkpoint-dir."
     )
     assert "could not be written to RUN/below. Permission denied" in below

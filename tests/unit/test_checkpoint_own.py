@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gone": (spoil(Path.unlink), r"all\.npz is missing"),
     "link": (spoil(linked_file), r"all\.npz is a symbolic link"),
     "folder a link": (linked_folder, r"arrays is a symbolic link"),
-    "one more": (spoil(lambda p: p.with_name("more").touch()), r"more is a file too many"),
+    "one more": (spoil(lambda p: p.with_name("more").touch()), r"more is an extra file"),
     "tokenizer": (lambda p: flip(p / "tokenizer.json", 3), r"tokenizer\.json is damaged"),
     "no manifest": (lambda p: (p / "checkpoint.json").unlink(), r"checkpoint\.json is missing"),
     "edited": (lambda p: (p / "checkpoint.json").write_text((p / "checkpoint.json").read_text().replace("2.5", "2.4")), "was edited"),
@@ -173,7 +173,7 @@ def test_a_failure_leaves_the_older_ones_whole_and_nothing_half(tmp_path, moment
         start(tmp_path, 2, begins)()
     if isinstance(error, OSError):
         assert "The checkpoint orbax-00000002 could not be written" in str(caught.value)
-        assert "Older checkpoints are whole. Free some space" in str(caught.value)
+        assert "Older checkpoints are intact. Free some space" in str(caught.value)
     assert tree(tmp_path) == before
 
 

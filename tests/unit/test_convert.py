@@ -114,7 +114,7 @@ def test_what_stands_there_is_kept_without_force_and_what_is_not_ours_with_force
     for form, name in (("hf", "out"), ("gguf", "out.gguf")):
         run(source, tmp_path / name, "--to", form)
         before = (tmp_path / name).stat().st_mtime_ns
-        assert "exists already" in refused(capsys, source, tmp_path / name, "--to", form)
+        assert "already exists" in refused(capsys, source, tmp_path / name, "--to", form)
         assert (tmp_path / name).stat().st_mtime_ns == before
         run(source, tmp_path / name, "--to", form, "--force")
     (tmp_path / "mine").mkdir()
@@ -203,8 +203,8 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
     (tmp_path / "nothing").mkdir()
     for args, words in (
         ((tmp_path / "gone", tmp_path / "x", "--to", "hf"), ["There is no", "Check the path"]),
-        ((tmp_path / "nothing", tmp_path / "x", "--to", "hf"), ["no format that is known", "neutral", "hf"]),
-        ((tmp_path / "m.gguf", tmp_path / "x", "--to", "hf"), ["llama.cpp", "only written"]),
+        ((tmp_path / "nothing", tmp_path / "x", "--to", "hf"), ["not recognised", "neutral", "hf"]),
+        ((tmp_path / "m.gguf", tmp_path / "x", "--to", "hf"), ["llama.cpp", "can be written but not read"]),
         ((source / "model.safetensors", tmp_path / "x", "--to", "hf"), ["give the directory"]),
         ((source, tmp_path / "x", "--to", "neutral"), ["neutral already"]),
         ((source, tmp_path / "x", "--to", "huggingface"), ["--to 'huggingface'", "neutral, orbax, hf, gguf"]),

@@ -142,7 +142,7 @@ def test_rows_that_are_no_multiple_of_32_stay_float16(tmp_path: Path, capsys: py
     _, reader = export(tmp_path, "--dtype", "q8_0", dim=48, heads=4)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.ffn_down.weight"]) == ("F16", "Q8_0")
-    assert "13 matrices have rows that are no multiple of 32" in capsys.readouterr().out
+    assert "13 matrices have rows that are not a multiple of 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def same_model(one: Path, other: Path) -> bool:
         (lambda t: t["model"].update(byte_fallback=True), "byte-level BPE does not have"),
         (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
         (lambda t: t["model"]["vocab"].pop("a"), "lacks 1 of the 256 bytes"),
-        (lambda t: t.update(added_tokens=5), "added_tokens are no list"),
+        (lambda t: t.update(added_tokens=5), "added_tokens are not a list"),
         (lambda t: t["model"]["vocab"].update(zzzz=7), "two tokens with the same id 7"),
         (lambda t: t["model"]["vocab"].update(a=10**10), "the id 10000000000"),
         (lambda t: t["model"]["vocab"].update(zzzz=-1), "the id -1"),

@@ -154,7 +154,7 @@ def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
 def test_what_is_wrong_is_refused_and_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture):
     source, orbax = step_checkpoint(tmp_path), tmp_path / "o"
     convert(source, orbax, "--to", "orbax")
-    assert "exists already" in refused(capsys, source, orbax, "--to", "orbax")
+    assert "already exists" in refused(capsys, source, orbax, "--to", "orbax")
     assert "orbax already" in refused(capsys, orbax, tmp_path / "x", "--to", "orbax")
     assert "cannot name step 12" in refused(capsys, orbax, tmp_path / "orbax-00000012", "--to", "neutral")
     assert "cannot name step 12" in refused(capsys, source, tmp_path / "orbax-00000013", "--to", "orbax")
@@ -165,7 +165,7 @@ def test_what_is_wrong_is_refused_and_nothing_is_written_over(tmp_path: Path, ca
     assert f"{victim} is damaged" in refused(capsys, orbax, tmp_path / "x", "--to", "neutral")
     (orbax / "checkpoint.json").write_text("{}")
     for form in ("neutral", "orbax"):
-        assert "checkpoint.json is not of a checkpoint" in refused(capsys, orbax, tmp_path / "x", "--to", form)
+        assert "checkpoint.json does not belong to a smedjan checkpoint" in refused(capsys, orbax, tmp_path / "x", "--to", form)
     assert not (tmp_path / "x").exists()
 
 

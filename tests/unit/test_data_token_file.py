@@ -120,7 +120,7 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="was changed"):
         TokenFile.open(path).verify()
-    for content, says in (("{", "not JSON"), ("[]", "not whole")):
+    for content, says in (("{", "not JSON"), ("[]", "is incomplete")):
         (tmp_path / "t.bin.json").write_text(content)
         with pytest.raises(DataError, match=says):
             TokenFile.open(path)

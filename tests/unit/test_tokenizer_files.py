@@ -87,14 +87,14 @@ def break_it(document: dict, path: str, value: object) -> str:
     [
         ("model.type", "Unigram", "Unigram"),
         ("normalizer", {"type": "NFC"}, "NFC"),
-        ("pre_tokenizer", None, "not known here"),
-        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "not known here"),
+        ("pre_tokenizer", None, "not supported here"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "not supported here"),
         ("model.vocab", {}, "empty"),
         ("model.vocab", {"日": 1}, "alphabet"),
         ("model.vocab", {"a": 0}, "lacks 255"),
         ("model.merges", ["a b c"], "two parts"),
         ("model.merges", [["Q", "q"]], "merge 1 "),
-        ("model", None, "no tokenizer.json"),
+        ("model", None, "not a tokenizer.json"),
     ],
 )
 def test_other_tokenizers_are_refused_with_a_reason(tokenizer, path, value, says):
@@ -102,7 +102,7 @@ def test_other_tokenizers_are_refused_with_a_reason(tokenizer, path, value, says
         Tokenizer.from_json(break_it(json.loads(tokenizer.to_json()), path, value))
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "no tokenizer.json"), (b"{", "no tokenizer.json"), (b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(("content", "says"), [(b"", "not a tokenizer.json"), (b"{", "not a tokenizer.json"), (b"\xff\xfe", "not UTF-8")])
 def test_damaged_files_are_refused(tmp_path, content, says):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
@@ -144,20 +144,20 @@ HOSTILE = {
     "surrogate": (lambda d: d["added_tokens"].append({"content": "\ud800", "id": 900}), "not Unicode text"),
     "added number": (lambda d: d["added_tokens"].append(5), "no content"),
     "added without id": (lambda d: d["added_tokens"].append({"content": "x"}), "no id"),
-    "added object": (lambda d: d.update(added_tokens={"a": 1}), "no list"),
+    "added object": (lambda d: d.update(added_tokens={"a": 1}), "not a list"),
     "spaces": (lambda d: d["added_tokens"].append({"content": "  ", "id": 900, "special": False}), "'  ' is not special"),
     "lstrip": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 900, "lstrip": True}), "'<|x|>' has lstrip"),
     "single_word": (lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 900, "single_word": True}), "has single_word"),
     "dropout": (lambda d: d["model"].update(dropout=0.1), "BPE with dropout"),
     "ignore_merges": (lambda d: d["model"].update(ignore_merges="no"), "ignore_merges is 'no'"),
     "merge twice": (lambda d: d["model"]["merges"].append(d["model"]["merges"][0]), "a merge twice"),
-    "merge of numbers": (lambda d: d["model"]["merges"].append([1, 2]), "not two parts"),
+    "merge of numbers": (lambda d: d["model"]["merges"].append([1, 2]), "does not have two parts"),
     "merges": (lambda d: d["model"].update(merges={"a": "b"}), "merges are missing"),
     "vocab": (lambda d: d["model"].update(vocab=["a"]), "vocabulary or its merges are missing"),
     "steps": (lambda d: d["pre_tokenizer"].update(pretokenizers=7), "no list of steps"),
     "a word for a step": (lambda d: d.update(pre_tokenizer="ByteLevel"), "no object but 'ByteLevel'"),
-    "split without behavior": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("behavior"), "not known here"),
-    "split without pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern=None), "not known here"),
+    "split without behavior": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("behavior"), "not supported here"),
+    "split without pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern=None), "not supported here"),
     "pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "does not compile"),
     "set in set": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"[\w&&[^a]]+|."}), r"intersection|inside"),
     "endless": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a{1000000000}"}), "1000000 copies"),
@@ -183,7 +183,7 @@ def test_a_hostile_file_is_refused_by_name_and_reason(tokenizer, tmp_path, kind)
 def test_json_that_is_no_tokenizer_is_refused_with_the_file(tokenizer, tmp_path, make):
     file = tmp_path / "tokenizer.json"
     file.write_text(make(json.loads(tokenizer.to_json())))
-    with pytest.raises(DataError, match="It is no tokenizer"):
+    with pytest.raises(DataError, match="It is not a tokenizer"):
         Tokenizer.load(file)
 
 

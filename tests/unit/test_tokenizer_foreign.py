@@ -106,9 +106,9 @@ BAD = {
     "": "no merges",
     "YQ== 0\nYQ== 1\n": "Line 2 .*repeats",
     "YQ== 0\nYg== 0\n": "same rank",
-    "YQ== 0\nx\n": "Line 2 .*no rank",
+    "YQ== 0\nx\n": "Line 2 .*not a rank",
     "YQ== 0\n": "lacks 255",
-    '{"model": 1}': "no tokenizer.json",
+    '{"model": 1}': "not a tokenizer.json",
 }
 
 
@@ -123,7 +123,7 @@ def test_mistakes_are_refused_by_line(tmp_path, content, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["merges.txt"]
 
 
-@pytest.mark.parametrize(("vocab", "says"), [("{", "not JSON"), ("[]", "no object"), ('{"a": 1}', "does not fit the merges")])
+@pytest.mark.parametrize(("vocab", "says"), [("{", "not JSON"), ("[]", "not an object"), ('{"a": 1}', "does not fit the merges")])
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, vocab, says):
     (tmp_path / "merges.txt").write_text("a b\n")
     (tmp_path / "vocab.json").write_text(vocab)

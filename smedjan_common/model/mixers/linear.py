@@ -24,7 +24,7 @@ class Options(Shape):
     """Options of `linear`."""
 
     linear_decay: Literal["none", "fixed", "scalar"] = option(
-        "scalar", "how the state fades. scalar: by a gate on the token, one per head; fixed: RetNet's rates."
+        "scalar", "how the state decays. scalar: by a gate on the token, one per head; fixed: RetNet's rates."
     )
     linear_feature_map: Literal["identity", "elu1"] = option("identity", "what is done to queries and keys.")
     linear_normalizer: Literal["rmsnorm", "denominator"] = option(
