@@ -66,7 +66,7 @@ def _run(flags: Flags) -> int:
         print(_line(summary.val_output, summary.val_tokens, summary.val_documents, summary.val_bytes) + f" (split by {summary.split})")
     rate = (summary.bytes + summary.val_bytes) / max(summary.seconds, 1e-9) / 1e6
     if summary.skipped:
-        print(f"{summary.skipped:,} documents without text (empty or null) were left out.")
+        print(f"Left out, for they have no text (empty or null): {summary.skipped:,}")
     if summary.resumed:
         print("This continued a run that was stopped.")
     print(f"{summary.bytes_per_token:.2f} bytes per token, {summary.seconds:.1f} s, {rate:.1f} MB/s")

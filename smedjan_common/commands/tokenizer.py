@@ -50,9 +50,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(flags: Flags) -> int:
     from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.reporting.progress import progress_bar
+    from smedjan_common.text.sources import find, refuse_pipes
     from smedjan_common.tokenizer import Tokenizer
 
     check_outputs([flags.output], flags.force, flags.input)
+    if flags.report:
+        refuse_pipes(find(flags.input, field=flags.field), "--report reads the text once more.")
     started = time.monotonic()
     with progress_bar() as show:
         tokenizer = Tokenizer.train(

@@ -101,8 +101,8 @@ def _below(folder: Path, field: str) -> list[Source]:
         elif kind:
             files.append(Source(path, kind.name, path.stat().st_size))
     if left_out:
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
-        notice(f"{sum(left_out.values())} entries of {str(folder)!r} were left out: {counts}.")
+        counts = ", ".join(f"{count} × {what}" for what, count in sorted(left_out.items()))
+        notice(f"left out of {str(folder)!r}: {counts}.")
     return files
 
 
@@ -115,7 +115,7 @@ def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:
     found = []
     for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        left_out["linked folders"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
+        left_out["linked folder"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
         found += [Path(place, name) for name in names if not name.startswith(".")]
     left_out += Counter()  # without zeros
     yield from sorted(found)
@@ -124,13 +124,13 @@ def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:
 def _unusable(path: Path) -> str:
     """Why a file of a directory is no text, from what it is and its first bytes; empty where nothing speaks against it."""
     if not path.exists():
-        return "dangling links"
+        return "dangling link"
     if not path.is_file():
-        return "pipes or devices"
+        return "pipe or device"
     if path.suffix.lower() in (*COMPRESSED, ".parquet"):
         return ""
     with open(path, "rb", buffering=0) as file:
         head = file.read(4096)
     if head.startswith(UTF16):
-        return "in UTF-16 (convert them to UTF-8)"
-    return "binary (with NUL bytes)" if b"\0" in head else ""
+        return "UTF-16 (convert it to UTF-8)"
+    return "binary" if b"\0" in head else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from smedjan_common.commands import prepare as prepare_command
+from smedjan_common.commands import tokenizer as tokenizer_command
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError, Notice
@@ -285,7 +286,7 @@ def test_null_is_a_document_without_text_that_is_counted(tmp_path, tokenizer, na
     tokenizer.save(tmp_path / "t.json")
     arguments = ["--input", str(tmp_path / name), "--tokenizer", str(tmp_path / "t.json"), "--output", str(tmp_path / "o.bin")]
     assert prepare_command.main(arguments) == 0
-    assert "2 documents without text (empty or null) were left out." in capsys.readouterr().out
+    assert "(empty or null): 2\n" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text('{"body": null}\n')
     with pytest.raises(DataError, match="no text in the field"):
         texts_of(tmp_path / "b.jsonl")
@@ -331,6 +332,7 @@ def test_what_needs_its_input_twice_refuses_a_pipe(tmp_path, tokenizer):
         prepare([pipe], tmp_path / "t.bin", tokenizer, val_output=tmp_path / "v.bin", val_fraction=0.05)
     with pytest.raises(DataError, match="only once"):
         dedup([str(pipe)], str(tmp_path / "d.jsonl"))
+    assert tokenizer_command.main(["--input", str(pipe), "--output", str(tmp_path / "t.json"), "--report"]) == 2
     flags = DataFlags(dataset=(str(pipe),), val_fraction=0.0, tokenizer=None, vocab_size=300)
     with pytest.raises(DataError, match="only once"):
         run_data(flags, frozenset(), tmp_path / "run", None)
@@ -380,7 +382,7 @@ def test_what_a_folder_holds_beside_text_is_left_out_and_told(tmp_path):
         found = find([folder])
     assert [source.path.name for source in found] == ["a.txt", "b.json"]
     says = str(told[0].message)
-    for part in ("8 entries", "2 in UTF-16", "1 dangling links", "1 linked folders", "1 .html", "1 .json", "1 binary", "1 pipes"):
+    for part in ("2 × UTF-16", "1 × dangling link", "1 × linked folder", "1 × .html", "1 × .json", "1 × binary", "1 × pipe"):
         assert part in says
     with pytest.raises(DataError, match=r"UTF-16.*iconv"):
         texts_of(folder / "one.txt")
@@ -408,4 +410,4 @@ def test_a_notice_is_one_plain_line_of_a_command(tmp_path, tokenizer, capsys):
     tokenizer.save(tmp_path / "t.json")
     arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tmp_path / "t.json"), "--output", str(tmp_path / "o.bin")]
     assert prepare_command.main(arguments) == 0
-    assert capsys.readouterr().err == f"note: 1 entries of {str(tmp_path / 'in')!r} were left out: 1 .csv (a table).\n"
+    assert capsys.readouterr().err == f"note: left out of {str(tmp_path / 'in')!r}: 1 × .csv (a table).\n"
