@@ -22,12 +22,14 @@ from smedjan_common.errors import ConfigError, OutOfMemoryError
 from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
+from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
 from smedjan_jax import experts, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
+from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
 from smedjan_jax.precision import exact_float32
@@ -218,6 +220,15 @@ def _linear_weights(model: ModelConfig) -> set[str]:
     shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(model).items()}
     modules = nnx.iter_modules(Model(model, shapes))  # type: ignore[arg-type]
     return {".".join(map(str, (*path, "weight"))) for path, module in modules if isinstance(module, Linear)}
+
+
+def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> JaxBackend:
+    """The backend of a run. Raises ConfigError where --attention fused cannot run, which the first step would find too."""
+    if train.attention == "fused":
+        sizes = {"attention": model.head_dim, "mla": model.head_dim + rope_dim(model)}
+        for name in sizes.keys() & set(model.mixer):
+            refuse_fused(jax.ShapeDtypeStruct((1, 1, model.heads, sizes[name]), train.dtype))
+    return JaxBackend(model, train, mesh)
 
 
 def default_dtype() -> str:

@@ -6,11 +6,11 @@ from smedjan_common.commands import backends, train
 
 
 def load(deterministic: bool = False):
-    """Import the framework: the backend's class, and the dtype that auto means on this machine."""
-    from smedjan_jax.backend import JaxBackend, configure, default_dtype
+    """Import the framework: what makes the backend, and the dtype that auto means on this machine."""
+    from smedjan_jax.backend import configure, default_dtype, training_backend
 
     configure(deterministic)
-    return JaxBackend, default_dtype()
+    return training_backend, default_dtype()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -90,15 +90,20 @@ def causal_attention(
 
 
 def _attend(implementation: str, window: int, query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
-    obstacle = cudnn.obstacle(query)
-    if implementation == "fused" and obstacle:
-        raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
-    if implementation == "plain" or obstacle:
+    if implementation == "fused":
+        refuse_fused(query)
+    if implementation == "plain" or cudnn.obstacle(query):
         seen = visible(jnp.arange(query.shape[1]), query.shape[1], window)
         if documents is not None:
             seen = seen & (documents[:, :, None] == documents[:, None, :])
         return masked_attention(query, key, value, seen)
     return cudnn.attention(query, key, value, documents, window, implementation == "reproducible")
+
+
+def refuse_fused(query: jax.Array | jax.ShapeDtypeStruct) -> None:
+    """Raises ConfigError where cuDNN's attention cannot take such queries."""
+    if obstacle := cudnn.obstacle(query):
+        raise ConfigError("--attention fused cannot run here.", obstacle, "Take --attention auto or plain.")
 
 
 def visible(at: jax.Array, length: int, window: int = 0) -> jax.Array:

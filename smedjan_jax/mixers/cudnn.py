@@ -25,7 +25,7 @@ QUERIES = 256
 KERNEL_BLOCK = 128  # queries of a block of the Triton kernel; sequences are whole blocks
 
 
-def obstacle(query: jax.Array) -> str:
+def obstacle(query: jax.Array | jax.ShapeDtypeStruct) -> str:
     """Why cuDNN's attention cannot take these queries; empty when it can."""
     if jax.default_backend() != "gpu":
         return "cuDNN attention needs an NVIDIA GPU."

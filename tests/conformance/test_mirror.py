@@ -26,6 +26,8 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "XLA_FLAGS"): "what configure() sets",
     ("jax", "backend.py", "missing_flags"): "those of them that the environment does not set",
     ("jax", "backend.py", "DETERMINISTIC"): "what configure() sets for the same bits on a GPU",
+    ("jax", "backend.py", "training_backend"): "--attention fused needs cuDNN; MLX's own kernel is on every device",
+    ("jax", "mixers/attention.py", "refuse_fused"): "the same",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     ("mlx", "backend.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }

@@ -213,6 +213,18 @@ def test_what_cannot_be_is_refused_before_texts_are_tokenised(text, tmp_path, ca
     assert not (tmp_path / "run").exists(), "nothing was tokenised"
 
 
+def test_fused_attention_without_a_gpu_is_refused_by_jax_before_texts_are_tokenised(text, tmp_path, capsys):
+    pytest.importorskip("jax")
+    from smedjan_common.commands import train
+    from smedjan_jax.train import load
+
+    for mixer in ("attention", "mla"):
+        words = [*arguments(text, tmp_path / "run", 2), "--attention", "fused", "--dtype", "float32", "--mixer", mixer]
+        assert train.run("jax", load, words) == 2
+        assert "--attention fused cannot run here" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_read_only_is_refused_before_texts_are_tokenised(text, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir(mode=0o500)
