@@ -14,9 +14,9 @@ from convert.names import check_llama
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, near
 from smedjan_common.model import rope
+from smedjan_common.model.json_fields import MAX_EXTENT, MAX_POSITION
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-_MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long
 _MISTRAL_WINDOW = 4096  # what transformers takes where config.json has no sliding_window
 _NOT_HERE = "The model cannot be expressed here."
 
@@ -85,7 +85,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     head_dim = _integer(values, "head_dim", where, dim // heads)
     if head_dim * heads != dim:
         raise _inexpressible(where, f"head_dim {head_dim} for hidden_size {dim} and {heads} heads", "Heads here share the width evenly")
-    context = _integer(values, "max_position_embeddings", where, 2048 if kind == "llama" else None, limit=1 << 40)
+    context = _integer(values, "max_position_embeddings", where, 2048 if kind == "llama" else None, limit=MAX_POSITION)
     config = ModelConfig(
         vocab_size=_integer(values, "vocab_size", where),
         dim=dim,
@@ -120,7 +120,7 @@ def _window(values: dict[str, Any], where: str, context: int) -> int:
     """Mistral's sliding window, which counts a position itself as --window does; 0 where it is as long as the context."""
     if values["model_type"] != "mistral" or values.get("sliding_window", _MISTRAL_WINDOW) is None:
         return 0
-    window = _integer(values, "sliding_window", where, _MISTRAL_WINDOW, limit=1 << 40)
+    window = _integer(values, "sliding_window", where, _MISTRAL_WINDOW, limit=MAX_POSITION)
     return window if window < context else 0
 
 
@@ -147,11 +147,11 @@ def _rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str,
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if (mscale and all_dim) or scaling.get("truncate") is False:
         raise _inexpressible(where, "YaRN with mscale_all_dim or without truncation", "YaRN here has neither")
-    length = _integer(scaling, "original_max_position_embeddings", where, context, limit=1 << 40)
+    length = _integer(scaling, "original_max_position_embeddings", where, context, limit=MAX_POSITION)
     return {"rope_base": base, "rope_scaling": "yarn", "rope_factor": factor, "rope_original_len": length}
 
 
-def _integer(values: dict[str, Any], key: str, where: str, default: int | None = None, limit: int = _MAX_EXTENT) -> int:
+def _integer(values: dict[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_EXTENT) -> int:
     value: Any = default if values.get(key) is None else values[key]
     if type(value) is not int or not 1 <= value <= limit:
         raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a positive whole number.", "Restore the file.")

@@ -6,7 +6,6 @@ The package refuses a header whose tensors overlap, leave gaps or do not end whe
 the sizes of those before it. Its own writer wants the whole model in memory; its reader maps the whole file.
 """
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.portable import Lazy
+from smedjan_common.checkpoint.tensors import TensorRecord, header_bytes, is_pickle
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.durable import sync
 
@@ -54,16 +54,9 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
     """Write and sync a new file; each tensor is made when its turn comes. Raises OSError."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers does not load the file
-    position = 0
-    for name, tensor in tensors.items():
-        entry = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
-        header[name] = entry
-        position += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned, as the format wants
+    records = {name: TensorRecord(_CODES[tensor.dtype], tensor.shape, 0) for name, tensor in tensors.items()}
     with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(records, {"format": "pt"}))  # without that transformers does not load the file
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
         file.flush()
@@ -80,8 +73,8 @@ def _read(path: Path, name: str, position: int, dtype: np.dtype, shape: tuple[in
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
     with open(path, "rb") as file:
-        head = file.read(2)
-    if head == b"PK" or (head[:1] == b"\x80" and head[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"}):
+        pickled = is_pickle(file)
+    if pickled:
         return CheckpointError(
             f"{path} is a pickle, not safetensors.",
             "Loading a pickle can run any code, so pickles are never loaded.",

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, MANIFEST, OPTIMIZER, ORBAX, TOKENIZER, WEIGHTS, CheckpointInfo, read_manifest
-from smedjan_common.checkpoint.tensors import CHUNK_BYTES, check_tensors, open_regular, read_tensors
+from smedjan_common.checkpoint.tensors import check_tensors, open_regular, read_tensors
 from smedjan_common.errors import CheckpointError
+from smedjan_common.files.hashing import rest_hash
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import CHECKPOINT_FORMATS, TrainConfig
 
@@ -168,17 +169,14 @@ def verify_info(info: CheckpointInfo) -> None:
         for name, record in info.files.items():
             if name in info.tensors:
                 check_tensors(path / name, record, info.tensors[name])
-            elif name != TOKENIZER and file_hash(path / name) != record.sha256:
+            elif name != TOKENIZER and regular_hash(path / name) != record.sha256:
                 raise CheckpointError(f"{path / name} is damaged.", "Its SHA-256 is not the one in checkpoint.json.")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file of a checkpoint, hexadecimal."""
-    digest = hashlib.sha256()
+def regular_hash(path: Path) -> str:
+    """SHA-256 of a file of a checkpoint, which is no link."""
     with open_regular(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return rest_hash(file)
 
 
 def _read_tokenizer(info: CheckpointInfo) -> str | None:

@@ -28,6 +28,7 @@ from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, 
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.json_fields import MAX_POSITION, most
 from smedjan_common.model.params import check_tree, parameter_table
 from smedjan_common.training.config import TrainConfig
 
@@ -35,8 +36,6 @@ FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
 ORBAX = "smedjan-orbax"  # JAX's own
 ARRAYS, PARAMS, SLOTS = "arrays", "params", "optimizer"  # in a backend's own checkpoint: the folder, and the two groups of tensors
 _MAX_MANIFEST_BYTES = 64 << 20
-_MAX_EXTENT = 1 << 24  # no vocabulary or width is larger; a damaged number must not make a loop long
-_MAX_STEP = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
     for key, kinds in _KINDS.items():
         if type(values[key]) not in kinds:
             raise CheckpointError(f'"{key}" is {_short(values[key])}.', "That is the wrong type.")
-    if not 0 <= values["step"] <= _MAX_STEP:
+    if not 0 <= values["step"] <= MAX_POSITION:
         raise CheckpointError(f'"step" is {_short(values["step"])}.', "It counts the optimizer steps done.")
     tensors = {file: {n: _tensor(n, v) for n, v in _dict(entries).items()} for file, entries in values["tensors"].items()}
     files = {name: _file(name, record) for name, record in values["files"].items()}
@@ -234,7 +233,7 @@ _OWN_FILE = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9._-]{{0,199}}){{1,8}}"
 
 def _file(name: str, values: Any) -> FileRecord:
     record = FileRecord(**_dict(values))
-    if type(record.bytes) is not int or not 0 <= record.bytes <= _MAX_STEP or type(record.sha256) is not str:
+    if type(record.bytes) is not int or not 0 <= record.bytes <= MAX_POSITION or type(record.sha256) is not str:
         raise CheckpointError(f'"files" describes {_short(name)} as {_short(values)}.', "It needs a size and a SHA-256.")
     return record
 
@@ -252,7 +251,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
     """A ModelConfig or TrainConfig; types and sizes are checked before its own checks run over them."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        if key in hints and not _fits(hints[key], value, _MAX_STEP if key in _UNBOUNDED else _MAX_EXTENT):
+        if key in hints and not _fits(hints[key], value, most(key)):
             raise CheckpointError(f"{cls.__name__}.{key} is {_short(value)}.", "That is the wrong type or size.")
     return cls.from_dict(values)
 
@@ -268,9 +267,6 @@ def _fits(hint: Any, value: Any, limit: int) -> bool:
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint and (hint is not int or abs(value) <= limit)
-
-
-_UNBOUNDED = {"steps", "seed", "warmup", "context_length", "seq_len", "rope_original_len"}
 
 
 def _dict(values: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, OwnFormat
-from smedjan_common.checkpoint.load import KINDS, file_hash, foreign, load_arrays, step_name, verify_info
+from smedjan_common.checkpoint.load import KINDS, foreign, load_arrays, regular_hash, step_name, verify_info
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
 from smedjan_common.checkpoint.read import with_offer
 from smedjan_common.checkpoint.tensors import FileRecord
@@ -129,6 +129,6 @@ def _synced(temporary: Path) -> dict[str, FileRecord]:
                 sync(fd)
             finally:
                 os.close(fd)
-            files[path.relative_to(temporary).as_posix()] = FileRecord(path.stat().st_size, file_hash(path))
+            files[path.relative_to(temporary).as_posix()] = FileRecord(path.stat().st_size, regular_hash(path))
         sync_directory(Path(folder))
     return files

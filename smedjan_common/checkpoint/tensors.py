@@ -66,7 +66,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Any]) -> tuple[FileRecord, di
     """
     order = sorted(arrays, key=lambda name: -_ITEM_BYTES[dtype_code(arrays[name])])  # wide dtypes first: all stay aligned
     records = {name: TensorRecord(dtype_code(arrays[name]), tuple(map(int, arrays[name].shape)), 0) for name in order}
-    header = _header(records)
+    header = header_bytes(records)
     digest = hashlib.sha256(header)
     with open(path, "xb", buffering=0) as file:
         _write_all(file, memoryview(header))
@@ -152,7 +152,7 @@ def _check_size(path: Path, file: BinaryIO, record: FileRecord, tensors: Mapping
     if size == record.bytes:
         return
     why = f"It has {size:,} bytes, checkpoint.json says {record.bytes:,}."
-    if _is_pickle(file):
+    if is_pickle(file):
         raise CheckpointError(f"{path} is a pickle, not safetensors.", "Loading a pickle can run any code, so pickles are never loaded.")
     if size > record.bytes:
         raise CheckpointError(f"{path} is too long.", why)
@@ -169,7 +169,7 @@ def _check_header(path: Path, file: BinaryIO, record: FileRecord, tensors: Mappi
     length_bytes = file.read(8)
     length = int.from_bytes(length_bytes, "little")
     if len(length_bytes) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, record.bytes - 8):
-        what = "is a pickle, not safetensors" if _is_pickle(file) else "has no safetensors header"
+        what = "is a pickle, not safetensors" if is_pickle(file) else "has no safetensors header"
         raise CheckpointError(f"{path} {what}.", f"Its first 8 bytes promise a header of {length:,} bytes.")
     raw = bytearray(length)
     _fill(path, file, memoryview(raw), "the header")
@@ -209,8 +209,10 @@ def _check_entry(path: Path, name: str, entry: Any, tensor: TensorRecord, positi
             raise CheckpointError(f"The tensor {name} in {path} has {key} {found!r}.", f"It must be {expected!r}.")
 
 
-def _header(records: Mapping[str, TensorRecord]) -> bytes:
-    entries, position = {}, 0
+def header_bytes(records: Mapping[str, TensorRecord], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a safetensors file of these tensors, in this order, begins with: the length of its header, and the header."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
     for name, tensor in records.items():
         entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
         position += tensor.nbytes
@@ -260,7 +262,8 @@ def _damaged(file: BinaryIO, order: list[str], tensors: Mapping[str, TensorRecor
     return f" in {', '.join(bad[:3])}{more}" if bad else " in its header"
 
 
-def _is_pickle(file: BinaryIO) -> bool:
+def is_pickle(file: BinaryIO) -> bool:
+    """Whether an open file begins as a pickle does, or as the zip that torch puts one in."""
     head = os.pread(file.fileno(), 2, 0)
     return head == b"PK" or (head[:1] == b"\x80" and head[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"})
 

@@ -35,7 +35,8 @@ def _run(flags: Flags) -> int:
 
 def hash_of(path: str) -> str:
     """The hash by which checkpoints and manifests know the file."""
-    from smedjan_common.data.token_file import TokenFile, file_hash, manifest_path
+    from smedjan_common.data.token_file import TokenFile, manifest_path
+    from smedjan_common.files.hashing import file_hash
     from smedjan_common.tokenizer import Tokenizer
 
     if Path(path).is_dir():

@@ -20,6 +20,7 @@ import numpy as np
 from smedjan_common import __version__
 from smedjan_common.errors import DataError, WorkerError
 from smedjan_common.files.durable import sync, sync_directory
+from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.json_bytes import json_bytes
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
 from smedjan_common.nearby import beside
@@ -240,12 +241,6 @@ class TokenFileWriter:
                 self.close()
             else:
                 self.abort()
-
-
-def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

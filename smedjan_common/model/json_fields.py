@@ -36,7 +36,7 @@ class JsonFields:
         self.validate()
 
 
-MAX_EXTENT = 1 << 24  # of a whole number: a checkpoint with a larger one is read as damaged (checkpoint.manifest)
+MAX_EXTENT = 1 << 24  # no vocabulary or width is larger: a file with a larger one is read as damaged
 
 MAX_POSITION = 1 << 62  # the same of what counts steps or positions
 
@@ -51,9 +51,13 @@ def check_extents(config: JsonFields) -> None:
 
 
 def check_extent(name: str, value: int) -> None:
-    most = MAX_POSITION if name in UNBOUNDED else MAX_EXTENT
-    if value > most:
-        raise ConfigError(f"{flag(name)} is {value}.", f"It must be at most {most}.", "Give a smaller number.")
+    if value > most(name):
+        raise ConfigError(f"{flag(name)} is {value}.", f"It must be at most {most(name)}.", "Give a smaller number.")
+
+
+def most(name: str) -> int:
+    """The largest whole number that a field may have, in a flag as in a file: a damaged one must not make a loop long."""
+    return MAX_POSITION if name in UNBOUNDED else MAX_EXTENT
 
 
 def is_of(hint: Any, value: Any) -> bool:

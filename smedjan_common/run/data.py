@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.data.mixture import Mixture
-from smedjan_common.data.token_file import TokenFile, file_hash
+from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
+from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 from smedjan_common.nearby import beside
 from smedjan_common.reporting.console import count, say, size

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from smedjan_common.checkpoint import manifest
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ffn_width, parse_pattern
-from smedjan_common.model.json_fields import MAX_EXTENT, MAX_POSITION
+from smedjan_common.model.json_fields import most
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, default_lr
@@ -155,14 +155,17 @@ def test_a_stored_model_with_a_setting_that_did_nothing_stays_readable(change: d
     assert {name: stored[name] for name in change} == json.loads(json.dumps(change))
 
 
-def test_what_is_accepted_can_be_read_from_a_checkpoint():
-    assert (MAX_EXTENT, MAX_POSITION) == (manifest._MAX_EXTENT, manifest._MAX_STEP)
+def test_flags_and_checkpoints_refuse_the_same_numbers():
     for config in (ModelConfig(**MODEL), TrainConfig(**TRAIN)):
         for field in dataclasses.fields(config):
             if field.type is int:
-                limit = manifest._MAX_STEP if field.name in manifest._UNBOUNDED else manifest._MAX_EXTENT
+                limit = most(field.name)
                 refused = refusal(dataclasses.replace(config, **{field.name: limit + 1}))
                 assert refused.what == f"--{field.name.replace('_', '-')} is {limit + 1}."
+                for value, fits in ((limit, True), (limit + 1, False)):
+                    assert manifest._fits(int, value, most(field.name)) == fits
+                with pytest.raises(CheckpointError, match=rf"{field.name} is {limit + 1}"):
+                    manifest._config(type(config), config.to_dict() | {field.name: limit + 1})
 
 
 @pytest.mark.parametrize(("config", "values"), [(ModelConfig(**MODEL), MODEL), (TrainConfig(**TRAIN), TRAIN)], ids=["model", "train"])

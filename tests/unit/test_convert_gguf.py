@@ -195,8 +195,9 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path):
 def test_from_hugging_face_straight_to_gguf(tmp_path: Path):
     source, _ = export(tmp_path)
     convert(source, tmp_path / "hf", "--to", "hf")
-    convert(tmp_path / "hf", tmp_path / "hf/model.gguf", "--to", "gguf")  # a file beside the others, of the same name as before
-    assert (tmp_path / "hf/model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "other").mkdir()
+    convert(tmp_path / "hf", tmp_path / "other/model.gguf", "--to", "gguf")  # of the same name as before
+    assert (tmp_path / "other/model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
 def test_what_is_not_there_or_other_than_written_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
