@@ -15,6 +15,7 @@ from smedjan_common.run.decided import Decided, base_of
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
 from smedjan_common.run.resume import check_fixed, check_same
 from smedjan_common.run.start import GoOn, New
+from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
 
@@ -111,8 +112,6 @@ def _asked_for(decided: Decided) -> frozenset[str]:
 def _check_vocabulary(decided: Decided) -> None:
     """A vocabulary that no tokenizer can have."""
     if isinstance(decided.begin, New) and trains_tokenizer(decided.asked.flags.data):
-        from smedjan_common.tokenizer.training import check_size
-
         check_size(decided.asked.value("vocab_size"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.data.mixture import Mixture
+from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 from smedjan_common.files.hashing import file_hash
@@ -198,8 +199,6 @@ def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
 
 
 def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokenizer | None, vocab_size: int, share: float) -> RunData:
-    from smedjan_common.data.prepare import prepare
-
     if tokenizer is None:
         say(f"Training a tokenizer of {vocab_size} tokens on {size(num_bytes)} of text.")
         tokenizer = Tokenizer.train(sources, vocab_size=vocab_size)
@@ -226,8 +225,6 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: b
     if not place.with_name(f"{VAL_TOKENS}.json").is_file():
         if dry_run:
             return None
-        from smedjan_common.data.prepare import prepare
-
         place.parent.mkdir(parents=True, exist_ok=True)
         prepare(sources, place, tokenizer)
     return TokenFile.open(place)

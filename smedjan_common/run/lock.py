@@ -6,6 +6,7 @@ finds the run of the faster.
 """
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -61,10 +62,8 @@ def _make(folder: Path) -> list[Path]:
 def _locked(folder: Path) -> int | None:
     """A descriptor that holds the lock; None where there are no locks. Raises CheckpointError when it is held, FileNotFoundError."""
     try:
-        import fcntl
-
         fd = os.open(folder, os.O_RDONLY)
-    except (ImportError, PermissionError):  # a folder that cannot be read is refused where it is read
+    except PermissionError:  # a folder that cannot be read is refused where it is read
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

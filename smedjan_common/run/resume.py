@@ -6,21 +6,19 @@ The rule for users: the same command again goes on. Flags that are given must ag
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
+from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from smedjan_common.tokenizer import Tokenizer
 
 FIXED = tuple(name for name, option in options(TrainConfig).items() if option.fixed)
 
 
-def check_tokenizer(info: CheckpointInfo, tokenizer: "Tokenizer") -> None:
+def check_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer) -> None:
     """Raises CheckpointError for another tokenizer than that of the weights; where theirs is not known, for one of more tokens."""
     fix = "Give the tokenizer of the weights and a dataset made with it, or train without --pretrained in another --checkpoint-dir."
     if info.tokenizer_hash and info.tokenizer_hash != tokenizer.hash:

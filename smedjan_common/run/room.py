@@ -115,7 +115,7 @@ def _ways(model: ModelConfig, train: TrainConfig, device: Device, resumed: bool,
     for flags, changed in recomputing:
         yield [(flags, model, changed)]
     for flags, changed in recomputing[-1:]:
-        yield [(f"{flags} {parts}", *rest) for parts, *rest in _parts(model, changed, device)]
+        yield [(f"{flags} {parts}", other, split) for parts, other, split in _parts(model, changed, device)]
     if train.dtype == "float32" and device.kind == "gpu":
         yield [("--dtype bfloat16", model, dataclasses.replace(train, dtype="bfloat16"))]
     if not resumed:

@@ -78,11 +78,7 @@ REASONS = {
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_mlx.generate", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.train", "smedjan_mlx.backend"): "a framework, likewise",
-    # to be removed when the walk of train is written anew
-    ("smedjan_common.run.*", "*"): "for now",
 }
-
-NEEDLESS_FOR_NOW = ("smedjan_common.run.", "smedjan_common.commands.train")
 
 
 def modules(package: str) -> list[str]:
@@ -171,8 +167,7 @@ def test_an_import_inside_a_function_has_a_reason_and_a_reason_an_import():
 
 
 def test_nothing_is_imported_late_that_the_file_has_imported_already():
-    found = [line for line in needless(IMPORTS) if not line.startswith(NEEDLESS_FOR_NOW)]
-    assert not found, lines(found)
+    assert not (found := needless(IMPORTS)), lines(found)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from smedjan_common.data import prepare as preparing
 from smedjan_common.errors import CheckpointError
+from smedjan_common.run import data as run_data
 from smedjan_common.run.folder import read_config
 from smedjan_common.run.lock import RunLock
 from smedjan_common.tokenizer import Tokenizer
@@ -25,13 +25,13 @@ def test_the_slower_of_two_starts_on_a_new_folder_trains_over_nothing(text, tmp_
     words = arguments(text, tmp_path / "run", 3)
     came = []
 
-    def slowly(*args, prepare=preparing.prepare, **options):
+    def slowly(*args, prepare=run_data.prepare, **options):
         if not came:
             process = start("tests.fakes.train", *words)
             came.append((process.communicate(timeout=60), process.returncode))
         return prepare(*args, **options)
 
-    monkeypatch.setattr(preparing, "prepare", slowly)
+    monkeypatch.setattr(run_data, "prepare", slowly)
     assert train_here(*words) == 0
     [((_, err), code)] = came
     assert code == 2

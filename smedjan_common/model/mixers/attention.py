@@ -62,7 +62,8 @@ def projected(config: Shape) -> int:
     return 2 * config.dim + 2 * config.kv_heads * config.head_dim
 
 
-def _activations(config: Options, course: Course) -> Activations:
+def activations(config: HeadNorm, course: Course) -> Activations:
+    """Its projections, and the scores where they are held."""
     norms = round(1.5 * (config.dim + config.kv_heads * config.head_dim)) if config.qk_norm else 0
     return MEASURED[course.platform].times(projected(config) + norms).with_(scores(course, config.heads, config.head_dim))
 
@@ -75,7 +76,7 @@ ROW = MixerSpec(
     "Attention",
     parameters,
     _flops,
-    _activations,
+    activations,
     _state,
     validate,
     rope_dims=lambda config: (config.head_dim,),

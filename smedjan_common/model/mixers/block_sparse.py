@@ -58,7 +58,7 @@ MEASURED: Measured = {  # of what is gathered for each of the blocks that a quer
 
 def _activations(config: Options, course: Course) -> Activations:
     if course.plain:
-        return attention.ROW.activations(config, course)
+        return attention.activations(config, course)
     kv = config.kv_heads * config.head_dim
     gathered = config.block_topk * (3.4 * config.dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
     return attention.MEASURED[course.platform].times(attention.projected(config)).with_(MEASURED[course.platform].times(gathered))
