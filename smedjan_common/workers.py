@@ -155,7 +155,7 @@ def _receive(process: subprocess.Popen) -> Any:
         name, sentences, case = value
         raise getattr(errors, name)(*sentences, case=case)
     if kind == "out of memory":
-        raise MemoryError(value)
+        raise errors.OutOfMemoryError("A worker process ran out of memory.", value, _FEWER)
     if kind == "failed":
         raise RuntimeError(f"A worker process failed:\n{value}")
     return value
@@ -201,7 +201,7 @@ def _serve() -> None:
         except errors.SmedjanError as error:
             reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix), error.case))
         except MemoryError as error:
-            reply = ("out of memory", str(error))
+            reply = ("out of memory", f"{error}." if str(error) else "")
         except Exception:
             reply = ("failed", traceback.format_exc())
         try:

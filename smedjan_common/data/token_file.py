@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smedjan_common import __version__
-from smedjan_common.errors import DataError, WorkerError
+from smedjan_common.errors import DataError, OutOfMemoryError, WorkerError
 from smedjan_common.files.durable import sync, sync_directory
 from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.json_bytes import json_bytes
@@ -36,7 +36,7 @@ _REQUIRED = {
     "tokenizer_hash": str,
     "sha256": str,
 }
-STOPPED = (KeyboardInterrupt, MemoryError, WorkerError)  # the work may go on another time, with fewer workers, say
+STOPPED = (KeyboardInterrupt, MemoryError, OutOfMemoryError, WorkerError)  # the work may go on another time, with fewer workers, say
 _AT_ONCE = 1 << 24  # tokens looked at together
 _REMAKE = "Make it again: smedjan prepare."
 

@@ -12,7 +12,7 @@ import pytest
 from smedjan_common.data.journal import Journal
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
-from smedjan_common.errors import WorkerError
+from smedjan_common.errors import OutOfMemoryError, WorkerError
 from smedjan_common.files.leftovers import host_name
 from smedjan_common.text.blocks import BLOCK_BYTES
 from smedjan_common.tokenizer import Tokenizer
@@ -77,7 +77,9 @@ def test_a_stopped_run_goes_on_and_gives_the_same_files(place, how):
     assert len(calls) <= -(-size // BLOCK_BYTES) - bundles  # what was done is not done again
 
 
-@pytest.mark.parametrize("error", [WorkerError("A worker process was ended by SIGKILL."), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [WorkerError("A worker process was ended by SIGKILL."), MemoryError(), OutOfMemoryError("Full."), KeyboardInterrupt()]
+)
 def test_what_lacks_memory_or_is_interrupted_goes_on(tmp_path, error):
     """With fewer workers, say, after the system has taken one."""
     tokenizer = Tokenizer.train_from_texts(["iron and fire, a hammer. " * 20], 280)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smedjan_common import workers
-from smedjan_common.errors import ConfigError, DataError, WorkerError
+from smedjan_common.errors import ConfigError, DataError, OutOfMemoryError, WorkerError
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.workers import Workers
 
@@ -65,8 +65,8 @@ def test_a_process_that_ends_while_it_waits_or_hands_in_is_told_too():
         pool.finish()
 
 
-def test_memory_that_a_process_cannot_have_is_a_memory_error():
-    with Workers(HAND, (), 2) as pool, pytest.raises(MemoryError, match="Unable to allocate"):
+def test_memory_that_a_process_cannot_have_is_out_of_memory():
+    with Workers(HAND, (), 2) as pool, pytest.raises(OutOfMemoryError, match=r"Unable to allocate.*--workers"):
         list(pool.map(["allocate"]))
 
 
