@@ -29,8 +29,10 @@ def test_tests_of_a_group_go_to_one_worker(tmp_path):
     """pytest-xdist 3.8 reads the group from the name, which pytest 9.2 does not let it change: every worker compiled every case."""
     (tmp_path / "test_grouped.py").write_text(GROUPED)
     ini = [f"--rootdir={tmp_path}", "-c", os.devnull]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1", "--dist", "loadgroup", *ini, "test_grouped.py"]
+    plugins = ["-p", "no:cacheprovider", "-p", "xdist.plugin"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "-n", "1", "--dist", "loadgroup", *ini, "test_grouped.py"]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    alone |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the others take seconds
     ended = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout
 
