@@ -23,7 +23,7 @@ from smedjan_common.reporting.console import size
 from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.settings import new_model
 from smedjan_common.training.config import GRADIENT_CHECKPOINTING, TrainConfig
-from smedjan_common.training.memory import Place, state_bytes, training_bytes
+from smedjan_common.training.memory import PROCESS_BYTES, Place, state_bytes, training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, check_mesh, parse_mesh
 
 Say = Callable[[str], object]
@@ -68,11 +68,12 @@ def room(device: Device) -> int | None:
 
 
 def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, of all devices together, with the
-    copy of the state that a checkpoint is written from while training goes on."""
+    """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, of all devices together, with what
+    the process takes besides and the copy of the state that a checkpoint is written from while training goes on."""
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""))
     step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
-    return device.count * step + state_bytes(model, train) if _on_host(device) else step
+    besides = state_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
+    return device.count * step + besides if _on_host(device) else step
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resumed: bool, smaller: Models, force: bool, say: Say) -> None:

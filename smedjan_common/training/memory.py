@@ -29,6 +29,9 @@ UPDATE = {
     "mlx": {"adamw": 6.6, "muon": 46.4, "lion": 10.1},  # on a CPU, where nothing is compiled; Newton-Schulz takes all matrices at once
 }
 
+# what a process on a CPU takes besides: XLA compiles with some 200 MiB and computes with as much again, MLX keeps buffers for later
+PROCESS_BYTES = {"jax": 400 << 20, "mlx": 100 << 20}
+
 
 class Place(NamedTuple):
     """Where a run happens, as far as memory depends on it. version: the framework's."""

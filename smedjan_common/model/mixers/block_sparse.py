@@ -49,10 +49,10 @@ def _validate(config: Options) -> None:
 
 
 MEASURED: Measured = {  # of what is gathered for each of the blocks that a query sees
-    "gpu": Activations(0.88, 0.79, 0.73, 0.33),
-    "cpu": Activations(0.73, 0.8, 0.36, 0.14),
-    "cpu-0.10": Activations(1.9, 1.9, 1.9, 0.2),
-    "mlx": Activations(0.33, 0.35, 0.2, 1.4),
+    "gpu": Activations(0.88, 0.78, 0.73, 0.34),
+    "cpu": Activations(0.73, 0.8, 0.36, 0.15),
+    "cpu-0.10": Activations(1.9, 1.9, 1.9, 0.19),
+    "mlx": Activations(0.38, 0.21, 0, 1.5),
 }
 
 
@@ -60,7 +60,8 @@ def _activations(config: Options, course: Course) -> Activations:
     if course.plain:
         return attention.activations(config, course)
     kv = config.kv_heads * config.head_dim
-    gathered = config.block_topk * (3.4 * config.dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
+    seen = min(config.block_topk, -(-course.seq_len // config.block_size))
+    gathered = seen * (3.4 * config.dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
     return attention.MEASURED[course.platform].times(attention.projected(config)).with_(MEASURED[course.platform].times(gathered))
 
 
