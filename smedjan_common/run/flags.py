@@ -33,6 +33,9 @@ def _one_of(*names: str) -> Any:
     return arg(metavar="|".join(names))
 
 
+THIS_START = {"this_start": True}  # of a flag that counts for one start of a run: config.json does not record it
+
+
 @dataclass(frozen=True)
 class DataFlags:
     """What to train on."""
@@ -54,7 +57,7 @@ class DataFlags:
 class RunFlags:
     """Where the run lives and how it starts."""
 
-    checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE", "DIR")] = None
+    checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE", "DIR")] = field(default=None, metadata=THIS_START)
     """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
     checkpoint_every: int = 500
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
@@ -64,19 +67,21 @@ class RunFlags:
     """Keep this many newest checkpoints. 0: all."""
     keep_every: int = 0
     """Besides those of --keep, keep every checkpoint whose step is a multiple of this, forever. 0: none."""
-    resume: Annotated[str, arg(metavar="auto|never|PATH")] = "auto"
+    resume: Annotated[str, arg(metavar="auto|never|PATH")] = field(default="auto", metadata=THIS_START)
     """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
     PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
     pretrained: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
     """Start a new run from the weights and the tokenizer of this checkpoint (new optimizer, step 0)."""
-    backend: Annotated[str, _one_of("auto", "jax", "mlx")] = "auto"
+    backend: Annotated[str, _one_of("auto", "jax", "mlx")] = field(default="auto", metadata=THIS_START)
     """The framework. auto: MLX on Apple Silicon, else JAX."""
-    mesh: Annotated[str, arg(metavar="AXIS=N,...", help_behavior_hint="(default: auto, the batch over all GPUs)")] = "auto"
+    mesh: Annotated[str, arg(metavar="AXIS=N,...", help_behavior_hint="(default: auto, the batch over all GPUs)")] = field(
+        default="auto", metadata=THIS_START
+    )
     """How the run is spread over devices (JAX): data=2 splits the batch, fsdp=2 the train state too, tensor=2 heads, feed-forward
     and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and a resumed run may use another one."""
-    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Go on where the memory or the disk is too small by estimate."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Say what would be done, write nothing."""
 
 

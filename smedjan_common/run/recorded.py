@@ -11,11 +11,7 @@ from smedjan_common.model.json_fields import is_of
 from smedjan_common.run.flags import GROUPS, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
-RECALLED = {
-    "data": None,
-    "report": None,
-    "run": ("checkpoint_every", "checkpoint_format", "keep", "keep_every", "pretrained"),
-}  # groups (fields) that config.json records
+RECALLED = ("data", "report", "run")  # groups of flags that config.json records, those of one start aside
 _PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained")  # recorded as they are from any directory
 
 
@@ -70,7 +66,7 @@ def to_record(flags: TrainFlags) -> dict[str, Any]:
 
 def recorded_names(group: str) -> tuple[str, ...]:
     """The flags of a group that config.json records."""
-    return RECALLED[group] or tuple(f.name for f in dataclasses.fields(GROUPS[group]))
+    return tuple(f.name for f in dataclasses.fields(GROUPS[group]) if "this_start" not in f.metadata)
 
 
 def _absolute(value: Any) -> Any:

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from smedjan_common.checkpoint import CheckpointInfo
-from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError, flag
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
 from smedjan_common.tokenizer import Tokenizer
@@ -41,8 +41,8 @@ def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
         return
     changed = [name for name in FIXED if getattr(info.train, name) != getattr(train, name)]
     if changed:
-        pairs = [(name.replace("_", "-"), getattr(info.train, name), getattr(train, name)) for name in changed]
-        shown = "; ".join(f"--{name} is {old} there, {new} now" for name, old, new in pairs)
+        pairs = [(flag(name), getattr(info.train, name), getattr(train, name)) for name in changed]
+        shown = "; ".join(f"{name} is {old} there, {new} now" for name, old, new in pairs)
         raise ConfigError(
             f"{info.path} was trained with other settings: {shown}.",
             "They fix which text each step sees, so the run would not be the same.",
