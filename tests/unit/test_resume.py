@@ -172,7 +172,7 @@ def test_a_run_that_goes_on_reads_each_checkpoint_json_and_each_tensor_file_once
     parsed, read = [], []
     monkeypatch.setattr(manifest, "_load", lambda path, parse=manifest._load: parsed.append(path) or parse(path))
     monkeypatch.setattr(tensors, "_read_into", lambda path, *rest, into=tensors._read_into: read.append(path) or into(path, *rest))
-    monkeypatch.setattr(load, "file_hash", None)
+    monkeypatch.setattr(load, "regular_hash", None)
     assert train_here("--checkpoint-dir", run, "--steps", 13, "--dry-run") == 0
     assert sorted(parsed) == [run / f"step-{step:08d}" / "checkpoint.json" for step in (4, 8, 12)]
     assert read == []
