@@ -173,7 +173,7 @@ def test_a_word_that_is_a_token_is_merged_in_llama_cpp_only_where_it_is_here():
     assert len(unreachable("cl100k", False).encode("zqx")) == 3
     assert gguf_tokenizer.pre(unreachable("cl100k", False)) == "dbrx"
     assert gguf_tokenizer.pre(unreachable("gpt2", False)) == "gpt-2"
-    with pytest.raises(ConfigError, match="takes words that are tokens whole"):
+    with pytest.raises(ConfigError, match="keeps a word that is a token whole"):
         gguf_tokenizer.pre(unreachable("gpt2", True))
 
 
@@ -220,7 +220,7 @@ def test_what_is_not_there_or_other_than_written_is_noticed(tmp_path: Path, monk
         write(path, *args)
         path.write_bytes(path.read_bytes()[:-200])
 
-    for broken, word in ((one_bit, "output_norm.weight differs"), (other_field, "llama.rope.freq_base"), (cut, "Read back")):
+    for broken, word in ((one_bit, "output_norm.weight differs"), (other_field, "llama.rope.freq_base"), (cut, "When read back")):
         monkeypatch.setattr(gguf_file, "_write", broken)
         with pytest.raises(CheckpointError, match=word):
             gguf_file.write(model, tmp_path / "x.gguf", "float32", lambda *_: None)
