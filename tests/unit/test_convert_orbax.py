@@ -139,9 +139,9 @@ def test_of_a_run_the_checkpoint_that_training_goes_on_from_is_taken(tmp_path: P
 
 
 def test_hf_takes_the_weights_of_final_as_before(tmp_path: Path, capsys: pytest.CaptureFixture):
-    step_checkpoint(tmp_path)
-    last = final(tmp_path, 12)
-    convert(tmp_path, tmp_path / "hf", "--to", "hf")
+    step_checkpoint(tmp_path / "run")
+    last = final(tmp_path / "run", 12)
+    convert(tmp_path / "run", tmp_path / "hf", "--to", "hf")
     assert f"of {last}," in capsys.readouterr().out
 
 
