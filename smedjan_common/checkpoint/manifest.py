@@ -28,7 +28,7 @@ from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, 
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.model.json_fields import MAX_POSITION, most
+from smedjan_common.model.json_fields import MAX_POSITION, is_of, most
 from smedjan_common.model.params import check_tree, parameter_table
 from smedjan_common.training.config import TrainConfig
 
@@ -251,22 +251,9 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
     """A ModelConfig or TrainConfig; types and sizes are checked before its own checks run over them."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        if key in hints and not _fits(hints[key], value, most(key)):
+        if key in hints and not is_of(hints[key], value, most(key)):
             raise CheckpointError(f"{cls.__name__}.{key} is {_short(value)}.", "That is the wrong type or size.")
     return cls.from_dict(values)
-
-
-def _fits(hint: Any, value: Any, limit: int) -> bool:
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return type(value) is list and len(value) <= 4096 and all(_fits(parts[0], part, limit) for part in value)
-    if typing.get_origin(hint) is typing.Literal:  # which names there are, the configuration checks
-        return type(value) is str
-    if parts:  # a union
-        return any(_fits(part, value, limit) for part in parts)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint and (hint is not int or abs(value) <= limit)
 
 
 def _dict(values: Any) -> dict[str, Any]:

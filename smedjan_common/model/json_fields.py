@@ -40,6 +40,8 @@ MAX_EXTENT = 1 << 24  # no vocabulary or width is larger: a file with a larger o
 
 MAX_POSITION = 1 << 62  # the same of what counts steps or positions
 
+MAX_LENGTH = 4096  # of a list, where there are limits
+
 UNBOUNDED = ("context_length", "rope_original_len", "steps", "seq_len", "warmup", "seed")  # up to MAX_POSITION
 
 
@@ -60,13 +62,15 @@ def most(name: str) -> int:
     return MAX_POSITION if name in UNBOUNDED else MAX_EXTENT
 
 
-def is_of(hint: Any, value: Any) -> bool:
-    """Whether a value of JSON is of a flag's type."""
+def is_of(hint: Any, value: Any, limit: float = math.inf) -> bool:
+    """Whether a value of JSON is of a field's type, whole numbers up to `limit`. Which names a field takes, the configuration says."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and all(is_of(parts[0], part) for part in value)
+        return type(value) is list and (limit == math.inf or len(value) <= MAX_LENGTH) and all(is_of(parts[0], v, limit) for v in value)
     if typing.get_origin(hint) is typing.Literal:
-        return value in parts
+        return type(value) in {type(part) for part in parts}
     if parts:  # a union
-        return any(is_of(part, value) for part in parts)
-    return type(value) in (int, float) and abs(value) < math.inf if hint is float else type(value) is hint
+        return any(is_of(part, value, limit) for part in parts)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is hint and (hint is not int or abs(value) <= limit)

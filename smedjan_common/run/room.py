@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from smedjan_common.backend import Device
-from smedjan_common.checkpoint import CheckpointInfo, find_checkpoints
+from smedjan_common.checkpoint import CheckpointInfo
+from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.errors import ConfigError, OutOfMemoryError, flag
 from smedjan_common.machine import available_memory
 from smedjan_common.model.config import ModelConfig
@@ -188,7 +189,7 @@ def check_disk(
     the run goes on from; the rest as the flags say."""
     total, _, free = shutil.disk_usage(existing(folder))
     one, final = state_bytes(model, train), 4 * count_params(model)
-    there = len(find_checkpoints(folder)) if folder.is_dir() else 0
+    there = len(step_directories(folder))  # by their names: the run has read them already
     count = new_checkpoints(begin, train.steps, checkpoint_every, keep, keep_every, there)
     if not total or count * one + final <= free:  # a total of 0: a file system that tells nothing
         return

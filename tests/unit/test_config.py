@@ -14,7 +14,7 @@ from smedjan_common.checkpoint import manifest
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ffn_width, parse_pattern
-from smedjan_common.model.json_fields import most
+from smedjan_common.model.json_fields import is_of, most
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, default_lr
@@ -163,7 +163,7 @@ def test_flags_and_checkpoints_refuse_the_same_numbers():
                 refused = refusal(dataclasses.replace(config, **{field.name: limit + 1}))
                 assert refused.what == f"--{field.name.replace('_', '-')} is {limit + 1}."
                 for value, fits in ((limit, True), (limit + 1, False)):
-                    assert manifest._fits(int, value, most(field.name)) == fits
+                    assert is_of(int, value, most(field.name)) == fits
                 with pytest.raises(CheckpointError, match=rf"{field.name} is {limit + 1}"):
                     manifest._config(type(config), config.to_dict() | {field.name: limit + 1})
 
