@@ -2,7 +2,7 @@
 
 A row tells everything that is not array work: parameters, cost, decode state, what is impossible, where the float64
 definition lives and how closely both backends meet it. Counting, initial values, `sizes`, the conformance suite and the
-benchmarks walk this table; a new row with its reference and its two classes is all that a new mixer takes.
+benchmarks walk this table; docs/add-a-mixer.md shows what a new row takes, file by file.
 """
 
 from typing import Any
