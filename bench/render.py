@@ -346,6 +346,18 @@ def converts() -> str | None:
     return "\n\n".join(parts) or None
 
 
+def sampling() -> str | None:
+    """Milliseconds of choosing one token on the host, by vocabulary: as it was first written, and as it is."""
+    report = newest("sampling")
+    if not report:
+        return None
+    vocabularies = list(dict.fromkeys(row["vocabulary"] for row in report["rows"]))
+    of = {(row["setting"], row["vocabulary"]): f"{row['plain_ms']:.2f} -> {row['ms']:.2f}" for row in report["rows"]}
+    body = [[name, *(of[name, size] for size in vocabularies)] for name in dict.fromkeys(row["setting"] for row in report["rows"])]
+    head = ["milliseconds a token, plain -> ours", *(f"{size:,} ids" for size in vocabularies)]
+    return f"NumPy {report['versions']['numpy']}, one CPU core (`{report['command']}`):\n\n{table(head, body)}"
+
+
 def _cell(row: Row, field: str, scale: float, shown: str) -> str:
     if field in row and row[field] / scale >= 1000:
         shown = "{:,.0f}"  # three digits would be 1.23e+03
@@ -370,6 +382,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "experts": experts,
     "memory": memory,
     "mesh": mesh,
+    "sampling": sampling,
     "stalls": stalls,
     "converts": converts,
 }
