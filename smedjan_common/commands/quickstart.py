@@ -165,8 +165,8 @@ In {folder}: step-*/ (checkpoints), final/ (the model), metrics.jsonl, loss.png,
 In {data_folder(folder)}: corpus.jsonl, tokenizer.json, train.bin, val.bin
 
 Try next:
-  smedjan generate --checkpoint {folder} --prompt "To be, or not" --temperature 0.7
+  smedjan generate {folder} --prompt "To be, or not" --temperature 0.7
   smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]["step"]}                    goes on
   smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]["step"]} --backend {other}      goes on in the other framework
-  smedjan train --dataset YOUR.txt --size small --checkpoint-dir runs/mine     your own text
+  smedjan train YOUR.txt --size small --checkpoint-dir runs/mine     your own text
   smedjan sizes"""
