@@ -292,6 +292,23 @@ def memory() -> str | None:
     return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
 
 
+def kernels() -> str | None:
+    """Training steps with kernels and with the plain forms."""
+    report = newest("kernels")
+    if not report:
+        return None
+    rows = [row for row in report["rows"] if "error" not in row]
+    speed = {(row["mixer"], row["kernels"]): row["tokens_per_second"] for row in rows}
+    attention = speed.get(("attention", "auto"))
+    body = []
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        plain, fast = speed.get((mixer, "plain"), speed.get((mixer, "auto"))), speed.get((mixer, "pallas"))
+        best = fast or plain
+        body.append([f"`{mixer}`", f"{plain:,}", f"{fast:,}" if fast else "-", f"{best / attention:.2f}" if best and attention else "-"])
+    head = [f"{report['size']}, 64 x 1024, tokens/s", "plain", "kernels", "over attention"]
+    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}, all in one run:\n\n" + table(head, body)
+
+
 def mesh() -> str | None:
     """Several GPUs beside one."""
     found = newest("mesh")
@@ -381,6 +398,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "rope": rope,
     "experts": experts,
     "memory": memory,
+    "kernels": kernels,
     "mesh": mesh,
     "sampling": sampling,
     "stalls": stalls,
