@@ -98,19 +98,19 @@ class _Run:
 
 def _ways(backend: Any, folder: Path) -> dict[str, Callable[[_Run], Callable[[], Path]]]:
     """name -> what takes the state and returns what writes it. A synchronous save does both at once."""
-    from smedjan_common.checkpoint import start_own, write_checkpoint
+    from smedjan_common.checkpoint import About, start_own, write_checkpoint
 
-    about = {"model": backend.model, "train": backend.train, "tokenizer_hash": None, "dataset": None, "framework": {"name": "jax"}}
+    about = About(model=backend.model, train=backend.train, framework={"name": "jax"})
 
     def neutral(run: _Run) -> Callable[[], Path]:
         snapshot = backend.save(run.state)
-        return lambda: write_checkpoint(folder, snapshot, tokenizer_json=None, **about)
+        return lambda: write_checkpoint(folder, snapshot, about)
 
     def orbax(run: _Run) -> Callable[[], Path]:
         params, slots = backend.own.tensors(run.state)
-        arrays = {"params": params, "optimizer_arrays": slots, "tokenizer_json": None}
+        arrays = {"params": params, "optimizer_arrays": slots}
         state = run.state
-        return start_own(folder, lambda place: backend.own.begin(state, place), kind="orbax", step=run.number, **arrays, **about)
+        return start_own(folder, lambda place: backend.own.begin(state, place), about, kind="orbax", step=run.number, **arrays)
 
     def at_once(way: Callable[[_Run], Callable[[], Path]]) -> Callable[[_Run], Callable[[], Path]]:
         def save(run: _Run) -> Callable[[], Path]:
@@ -173,7 +173,7 @@ def _write_state(size: str, vocab_size: int, place: Path) -> Any:
     """A step checkpoint of a size: one block of random numbers over and over."""
     from convert.portable import Lazy
     from smedjan_common.backend import Snapshot
-    from smedjan_common.checkpoint import write_checkpoint
+    from smedjan_common.checkpoint import About, write_checkpoint
     from smedjan_common.config import ModelConfig, TrainConfig
     from smedjan_common.model.params import parameter_table
 
@@ -185,9 +185,8 @@ def _write_state(size: str, vocab_size: int, place: Path) -> Any:
     }
     slots = {f"{slot}.{name}": value for slot in ("mu", "nu") for name, value in params.items()}
     train = TrainConfig(steps=10, batch_size=1, seq_len=64, lr=1e-4)
-    about = {"tokenizer_json": None, "tokenizer_hash": None, "dataset": None, "framework": {"name": "bench"}}
     arrays: Any = (params, slots)
-    write_checkpoint(place, Snapshot(1, *arrays), model=model, train=train, **about)
+    write_checkpoint(place, Snapshot(1, *arrays), About(model=model, train=train, framework={"name": "bench"}))
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.neutral import about, check_same, float32, found_format
+from convert.neutral import about, check_same, float32, found_format, metrics
 from convert.portable import Lazy, Portable, Show, check_equal, watched
 from smedjan_common.checkpoint import KINDS, ORBAX, newest, start_own, verify_checkpoint
 from smedjan_common.checkpoint.manifest import ARRAYS, TOKENIZER
@@ -53,13 +53,13 @@ def write(model: Portable, target: Path, show: Show) -> list[str]:
     finish = start_own(
         target.parent,
         write_arrays,
+        about(model),
         kind=KINDS[ORBAX].name,
         step=model.step,
         params=params,
         optimizer_arrays=slots,
-        tokenizer_json=model.tokenizer.to_json() if model.tokenizer else None,
+        metrics=metrics(model),
         name=target.name,
-        **about(model),
     )
     finish()
     again = read(target)

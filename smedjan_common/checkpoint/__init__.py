@@ -8,6 +8,7 @@ and what it shares with a backend's own (own.py): names, checkpoint.json, hashes
 docs/checkpoints.md describes the format. No framework but NumPy is imported here.
 """
 
+from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.background import Background
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
@@ -22,11 +23,13 @@ __all__ = [
     "FORMAT_VERSION",
     "KINDS",
     "ORBAX",
+    "About",
     "Background",
     "Checkpoint",
     "CheckpointInfo",
     "FileRecord",
     "Found",
+    "SavedTokenizer",
     "TensorRecord",
     "check_readable",
     "find_checkpoints",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, OwnFormat
+from smedjan_common.checkpoint.about import About
 from smedjan_common.checkpoint.load import KINDS, foreign, load_arrays, regular_hash, step_name, verify_info
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
 from smedjan_common.checkpoint.read import with_offer
@@ -29,26 +30,26 @@ FORMATS = {kind.name: format for format, kind in KINDS.items()}  # name on the c
 def start_own(
     directory: str | Path,
     begin: Callable[[Path], Callable[[], None]],
+    about: About,
     *,
     kind: str,
     step: int,
     params: Mapping[str, Any],
     optimizer_arrays: Mapping[str, Any],
-    tokenizer_json: str | None,
+    metrics: Mapping[str, Any] | None = None,
     name: str | None = None,
-    **about: Any,
 ) -> Callable[[], Path]:
     """Start to write `directory/name` (default `orbax-00001000`); what is returned ends it, and returns its path or raises.
 
     kind: a name of KINDS. begin(folder): the backend starts to write into this new folder, returns when the state may change, and
     what it returns waits for the rest; both raise OSError. params, optimizer_arrays: anything with dtype and shape.
-    about: as write_checkpoint has it. Raises CheckpointError when it cannot be written; older checkpoints stay whole.
+    Raises CheckpointError when it cannot be written; older checkpoints stay whole.
     """
     format = FORMATS[kind]
     target = Path(directory) / (name or step_name(step, format))
     groups = {PARAMS: params} | ({SLOTS: optimizer_arrays} if optimizer_arrays else {})
     tensors = {group: {key: tensor_record(key, array) for key, array in arrays.items()} for group, arrays in groups.items()}
-    info = describe(target, format, step, tensors, **about)
+    info = describe(target, format, step, tensors, about, metrics)
     need = prepare(info)
     stack = contextlib.ExitStack()
     try:
@@ -65,7 +66,7 @@ def start_own(
             with stack:  # takes its name, or is removed, when this block ends
                 wait()
                 info.files.update(_synced(temporary))
-                complete(temporary, info, tokenizer_json)
+                complete(temporary, info, about.tokenizer)
         except OSError as error:
             raise cannot_write(target, error, need) from error
         return target

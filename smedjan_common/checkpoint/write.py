@@ -11,6 +11,7 @@ from typing import Any
 
 import smedjan_common
 from smedjan_common.backend import Snapshot
+from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.load import KINDS, check_name, step_name
 from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
@@ -18,33 +19,18 @@ from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync
 from smedjan_common.files.names import FINAL
-from smedjan_common.model.config import ModelConfig
-from smedjan_common.training.config import TrainConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def write_checkpoint(
-    directory: str | Path,
-    snapshot: Snapshot,
-    *,
-    model: ModelConfig,
-    train: TrainConfig | None,
-    tokenizer_json: str | None,
-    tokenizer_hash: str | None,
-    dataset: Mapping[str, Any] | None,
-    framework: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-    optimizer: str | None = None,
-    extra: Mapping[str, Any] | None = None,
-    name: str | None = None,
+    directory: str | Path, snapshot: Snapshot, about: About, *, metrics: Mapping[str, Any] | None = None, name: str | None = None
 ) -> Path:
     """Write `directory/name` (default `step-00001000`) atomically, in place of one of that name; returns its path.
 
-    directory: the run's, made if it is not there. dataset: {"hash", "path", "tokens"}. framework: {"name", and versions}.
-    optimizer: its name (default: train.optimizer), kept when `snapshot.optimizer` has arrays; without arrays the checkpoint holds
-    weights only. extra: anything more that is JSON. An array is anything with dtype and shape that `np.asarray` takes: each is
-    brought to the host and written in its turn, so memory does not grow with the model.
+    directory: the run's, made if it is not there. Where `snapshot.optimizer` has no arrays, the checkpoint holds weights only. An array
+    is anything with dtype and shape that `np.asarray` takes: each is brought to the host and written in its turn, so memory does not
+    grow with the model.
 
     Raises CheckpointError when the arrays are not of this model, or nothing can be written; older checkpoints stay whole.
     """
@@ -53,46 +39,21 @@ def write_checkpoint(
         raise unfit_name(name)
     arrays = {WEIGHTS: snapshot.params} | ({OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
     tensors = {file: {key: tensor_record(key, array) for key, array in values.items()} for file, values in arrays.items()}
-    about = {"model": model, "train": train, "tokenizer_hash": tokenizer_hash, "dataset": dataset, "framework": framework}
-    info = describe(target, FORMAT, snapshot.step, tensors, **about, metrics=metrics, optimizer=optimizer, extra=extra)
+    info = describe(target, FORMAT, snapshot.step, tensors, about, metrics)
     need = prepare(info)
     try:
         with atomic_directory(target) as temporary:
             for file, values in arrays.items():
                 info.files[file], info.tensors[file] = write_tensors(temporary / file, values)
-            complete(temporary, info, tokenizer_json)
+            complete(temporary, info, about.tokenizer)
     except OSError as error:
         raise cannot_write(target, error, need) from error
     return target
 
 
-def write_final(
-    directory: str | Path,
-    snapshot: Snapshot,
-    *,
-    model: ModelConfig,
-    train: TrainConfig | None,
-    tokenizer_json: str | None,
-    tokenizer_hash: str | None,
-    dataset: Mapping[str, Any] | None,
-    framework: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> Path:
+def write_final(directory: str | Path, snapshot: Snapshot, about: About, *, metrics: Mapping[str, Any] | None = None) -> Path:
     """Write `directory/final`: weights, configuration and tokenizer, no optimizer state. As write_checkpoint otherwise."""
-    return write_checkpoint(
-        directory,
-        Snapshot(snapshot.step, snapshot.params, {}),
-        model=model,
-        train=train,
-        tokenizer_json=tokenizer_json,
-        tokenizer_hash=tokenizer_hash,
-        dataset=dataset,
-        framework=framework,
-        metrics=metrics,
-        extra=extra,
-        name=FINAL,
-    )
+    return write_checkpoint(directory, Snapshot(snapshot.step, snapshot.params, {}), about, metrics=metrics, name=FINAL)
 
 
 def describe(
@@ -100,15 +61,8 @@ def describe(
     format: str,
     step: int,
     tensors: dict[str, dict[str, TensorRecord]],
-    *,
-    model: ModelConfig,
-    train: TrainConfig | None,
-    tokenizer_hash: str | None,
-    dataset: Mapping[str, Any] | None,
-    framework: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-    optimizer: str | None = None,
-    extra: Mapping[str, Any] | None = None,
+    about: About,
+    metrics: Mapping[str, Any] | None,
 ) -> CheckpointInfo:
     """What checkpoint.json of `target` will say but for its files. Raises CheckpointError when name or tensors do not fit."""
     if not _NAME.fullmatch(target.name):
@@ -116,17 +70,18 @@ def describe(
     if not check_name(target.name, step, format):
         why = f"The number is the step, and the name says {KINDS[format].name}."
         raise CheckpointError(f"{target.name} cannot name step {step}.", why, f"Take {step_name(step, format)}, or another name.")
+    optimizer = about.optimizer or (about.train.optimizer if about.train else "unknown")
     info = CheckpointInfo(
         path=target,
         step=int(step),
-        model=model,
-        train=train,
-        optimizer=(optimizer or (train.optimizer if train else "unknown")) if len(tensors) > 1 else None,
-        tokenizer_hash=tokenizer_hash,
-        dataset=dict(dataset) if dataset is not None else None,
-        framework=dict(framework),
+        model=about.model,
+        train=about.train,
+        optimizer=optimizer if len(tensors) > 1 else None,
+        tokenizer_hash=about.tokenizer.hash if about.tokenizer else None,
+        dataset=dict(about.dataset) if about.dataset is not None else None,
+        framework=dict(about.framework),
         metrics=dict(metrics) if metrics is not None else None,
-        extra=dict(extra) if extra is not None else None,
+        extra=dict(about.extra) if about.extra is not None else None,
         smedjan_version=smedjan_common.__version__,
         files={},
         tensors=tensors,
@@ -147,10 +102,10 @@ def prepare(info: CheckpointInfo) -> int:
     return need
 
 
-def complete(temporary: Path, info: CheckpointInfo, tokenizer_json: str | None) -> None:
+def complete(temporary: Path, info: CheckpointInfo, tokenizer: SavedTokenizer | None) -> None:
     """Write what is left when the arrays stand: tokenizer.json, and checkpoint.json last. Raises OSError."""
-    if tokenizer_json is not None:
-        raw = tokenizer_json.encode()
+    if tokenizer:
+        raw = tokenizer.json.encode()
         _write_synced(temporary / TOKENIZER, raw)
         info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
     _write_synced(temporary / MANIFEST, manifest_text(info).encode())

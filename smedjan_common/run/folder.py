@@ -14,7 +14,7 @@ import numpy as np
 
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
-from smedjan_common.checkpoint import CheckpointInfo, prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, prune_checkpoints, start_own, write_checkpoint, write_final
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
@@ -63,15 +63,13 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, device: Device):
         self.config, self.path = config, config.checkpoint_dir
-        data = config.train_data
-        self._about = {
-            "model": config.model,
-            "train": config.train,
-            "tokenizer_json": config.tokenizer.to_json(),
-            "tokenizer_hash": config.tokenizer.hash,
-            "dataset": self._dataset(data),
-            "framework": {"name": device.backend, "device": device.name, **device.versions},
-        }
+        self._about = About(
+            model=config.model,
+            train=config.train,
+            tokenizer=SavedTokenizer.of(config.tokenizer),
+            dataset=self._dataset(config.train_data),
+            framework={"name": device.backend, "device": device.name, **device.versions},
+        )
 
     def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
         """Path relative to the run folder when it lies inside, so that the folder can move; else absolute. A mixture lists its files."""
@@ -96,18 +94,18 @@ class RunFolder:
             "model": self.config.model.to_dict(),
             "train": self.config.train.to_dict(),
             "flags": self.config.flags,
-            "dataset": self._about["dataset"],
+            "dataset": self._about.dataset,
             "val_dataset": self._dataset(self.config.val_data) if self.config.val_data else None,
             "tokenizer_hash": self.config.tokenizer.hash,
             "initial_values": initial,
-            "framework": self._about["framework"],
+            "framework": self._about.framework,
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
         write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 
     def save(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep."""
-        return self._pruned(write_checkpoint(self.path, snapshot, metrics=metrics, **self._about))
+        return self._pruned(write_checkpoint(self.path, snapshot, self._about, metrics=metrics))
 
     def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row) -> Callable[[], Path]:
         """Take the state for a step checkpoint in the backend's own format; what is returned does what `save` does."""
@@ -115,12 +113,12 @@ class RunFolder:
         finish = start_own(
             self.path,
             lambda folder: own.begin(state, folder),
+            self._about,
             kind=own.name,
             step=step,
             params=params,
             optimizer_arrays=slots,
             metrics=metrics,
-            **self._about,
         )
         return lambda: self._pruned(finish())
 
@@ -130,7 +128,7 @@ class RunFolder:
 
     def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write final/: weights, configuration and tokenizer."""
-        return write_final(self.path, snapshot, metrics=metrics, **self._about)
+        return write_final(self.path, snapshot, self._about, metrics=metrics)
 
     def save_sample(self, step: int, text: str) -> None:
         """Write a sample's text. It is not worth a run: what goes wrong is told, not raised. What is no character (a prompt from a command

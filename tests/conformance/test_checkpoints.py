@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import read_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import About, read_checkpoint, write_checkpoint
 from tests.conformance import checks, rows, subjects
 from tests.conformance.cases import STEPS, Case
 from tests.conformance.compare import demand, demand_equal_bits
@@ -15,16 +15,7 @@ HALF = STEPS // 2
 
 def through_a_file(directory: pathlib.Path, case: Case, snapshot: Snapshot, backend: str) -> Snapshot:
     """Write the snapshot as a checkpoint and read it back."""
-    path = write_checkpoint(
-        directory,
-        snapshot,
-        model=case.model,
-        train=case.train,
-        tokenizer_json=None,
-        tokenizer_hash=None,
-        dataset=None,
-        framework={"name": backend},
-    )
+    path = write_checkpoint(directory, snapshot, About(model=case.model, train=case.train, framework={"name": backend}))
     checkpoint = read_checkpoint(path)
     assert checkpoint.model == case.model
     assert checkpoint.train == case.train

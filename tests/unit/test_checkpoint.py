@@ -15,7 +15,9 @@ import safetensors.numpy
 
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import (
+    About,
     Checkpoint,
+    SavedTokenizer,
     find_checkpoints,
     latest_checkpoint,
     newest,
@@ -51,17 +53,16 @@ def sample_snapshot(step: int = 3, model: ModelConfig = MODEL, dtype: Any = np.f
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    """The keyword arguments of write_checkpoint."""
-    values = {
-        "model": MODEL,
-        "train": TRAIN,
-        "tokenizer_json": TOKENIZER_JSON,
-        "tokenizer_hash": "tokenizer-hash",
-        "dataset": {"hash": "dataset-hash", "path": "text.tokens", "tokens": 12345},
-        "framework": {"name": "numpy", "versions": {"numpy": "2.0"}},
-        "metrics": {"loss": 2.5},
-    }
-    return values | changes
+    """The keyword arguments of write_checkpoint. changes: of them, or of About."""
+    about = About(
+        model=MODEL,
+        train=TRAIN,
+        tokenizer=SavedTokenizer(TOKENIZER_JSON, "tokenizer-hash"),
+        dataset={"hash": "dataset-hash", "path": "text.tokens", "tokens": 12345},
+        framework={"name": "numpy", "versions": {"numpy": "2.0"}},
+    )
+    others = {name: changes.pop(name) for name in vars(about).keys() & changes.keys()}
+    return {"about": dataclasses.replace(about, **others), "metrics": {"loss": 2.5}} | changes
 
 
 def write(directory: Path, step: int = 3, **changes: Any) -> Path:
@@ -98,11 +99,11 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
     checkpoint = read_checkpoint(path)
     assert_same(checkpoint, sample_snapshot())
     assert list(checkpoint.snapshot.params) == list(parameter_table(MODEL))
-    assert (checkpoint.tokenizer_hash, checkpoint.dataset) == ("tokenizer-hash", facts()["dataset"])
+    assert (checkpoint.tokenizer_hash, checkpoint.dataset) == ("tokenizer-hash", facts()["about"].dataset)
     info = checkpoint.info
     assert (info.optimizer, info.framework, info.metrics, info.extra) == (
         "adamw",
-        facts()["framework"],
+        facts()["about"].framework,
         {"loss": 2.5},
         {"note": [1, "two"]},
     )
@@ -257,7 +258,7 @@ def test_a_tree_of_another_model_is_not_written(tmp_path):
 
 def test_figures_that_are_not_finite_or_not_json_are_written_plainly(tmp_path):
     metrics = {"loss": float("nan"), "lr": np.float32(0.5), "mfu": np.inf, "step": np.int64(4), "where": tmp_path}
-    info = read_info(write(tmp_path, metrics=metrics, train=None, tokenizer_json=None, tokenizer_hash=None, dataset=None))
+    info = read_info(write(tmp_path, metrics=metrics, train=None, tokenizer=None, dataset=None))
     assert info.metrics == {"loss": None, "lr": 0.5, "mfu": None, "step": 4, "where": str(tmp_path)}
     assert (info.train, info.tokenizer_hash, info.dataset, info.optimizer) == (None, None, None, "unknown")
     assert read_checkpoint(tmp_path).tokenizer_json is None

@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from smedjan_common.backend import Snapshot
 from smedjan_common.files import atomic_directory
-from smedjan_common.checkpoint import find_checkpoints, prune_checkpoints, write_checkpoint, write_final
+from smedjan_common.checkpoint import About, SavedTokenizer, find_checkpoints, prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.params import parameter_table
 
 MODEL = ModelConfig(vocab_size=256, dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=256)
-FACTS = dict(model=MODEL, train=None, tokenizer_json="{}", tokenizer_hash="t", dataset=None, framework={})
+ABOUT = About(model=MODEL, tokenizer=SavedTokenizer("{}", "t"), framework={})
 
 def snapshot(step):
     params = {name: np.full(spec.shape, step, np.float32) for name, spec in parameter_table(MODEL).items()}
@@ -43,10 +43,10 @@ def write_forever(run, acks):
     step = found[-1].step if found else 0
     while True:
         step += 1
-        write_checkpoint(run, snapshot(step), **FACTS)
+        write_checkpoint(run, snapshot(step), ABOUT)
         os.write(acks, b"%d\\n" % step)
-        write_checkpoint(run, snapshot(step), **FACTS)
-        write_final(run, snapshot(step), **FACTS)
+        write_checkpoint(run, snapshot(step), ABOUT)
+        write_final(run, snapshot(step), ABOUT)
         os.write(acks, b"final\\n")
         prune_checkpoints(run, 2)
 

@@ -133,7 +133,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import About, read_checkpoint, verify_checkpoint, write_checkpoint
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.params import parameter_table
 
@@ -150,8 +150,7 @@ if what == "write":
     params = {name: np.full(spec.shape, 0.5, np.float32) for name, spec in parameter_table(model).items()}
     slots = {f"{slot}.{name}": array.copy() for slot in ("mu", "nu") for name, array in params.items()}
     before = high_water()
-    facts = dict(train=None, tokenizer_json=None, tokenizer_hash=None, dataset=None, framework={})
-    write_checkpoint(run, Snapshot(1, params, slots), model=model, **facts)
+    write_checkpoint(run, Snapshot(1, params, slots), About(model=model, framework={}))
 else:
     before = high_water()
     kept = verify_checkpoint(run / "step-00000001") if what == "verify" else read_checkpoint(run)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smedjan_common.checkpoint import latest_checkpoint, read_checkpoint, read_info, start_own, verify_checkpoint
+from smedjan_common.checkpoint import About, latest_checkpoint, read_checkpoint, read_info, start_own, verify_checkpoint
 from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.commands import train
 from smedjan_common.errors import CheckpointError
@@ -28,9 +28,9 @@ CASE = CASES["attention-swiglu-gqa"]
 def save(directory: Path, backend: Any, state: Any, step: int) -> Any:
     """Start an Orbax checkpoint of the state."""
     params, slots = backend.own.tensors(state)
-    about = {"model": backend.model, "train": backend.train, "tokenizer_hash": None, "dataset": None, "framework": {"name": "jax"}}
+    about = About(model=backend.model, train=backend.train, framework={"name": "jax"})
     begin = lambda folder: backend.own.begin(state, folder)  # noqa: E731
-    return start_own(directory, begin, kind="orbax", step=step, params=params, optimizer_arrays=slots, tokenizer_json=None, **about)
+    return start_own(directory, begin, about, kind="orbax", step=step, params=params, optimizer_arrays=slots)
 
 
 def steps(backend: Any, state: Any, first: int, last: int) -> tuple[Any, list[float]]:

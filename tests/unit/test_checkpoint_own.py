@@ -58,8 +58,9 @@ def test_it_stands_when_it_is_whole_and_not_before(tmp_path):
     path = finish()
     assert path == tmp_path / "orbax-00000003"
     info = verify_checkpoint(path)
-    assert (info.format, info.step, info.optimizer, info.model, info.train) == (ORBAX, 3, "adamw", facts()["model"], facts()["train"])
-    assert info.dataset == facts()["dataset"]
+    about = facts()["about"]
+    assert (info.format, info.step, info.optimizer, info.model, info.train) == (ORBAX, 3, "adamw", about.model, about.train)
+    assert info.dataset == about.dataset
     assert set(info.files) == {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"checkpoint.json"}
     assert {name: record.shape for name, record in info.weights.items()} == {n: a.shape for n, a in sample_snapshot().params.items()}
     assert info.slots.keys() == sample_snapshot().optimizer.keys()
