@@ -15,7 +15,7 @@ from convert.formats import DTYPES as WRITTEN
 from convert.formats import FORMATS
 from smedjan_common import cli, hints
 from smedjan_common.command_line import UsageError, check, flags_of, parse
-from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, sizes, tokenizer
+from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, runs, sizes, tokenizer
 from smedjan_common.commands import hash as hash_command
 from smedjan_common.commands.backends import BACKENDS
 from smedjan_common.errors import near
@@ -41,6 +41,7 @@ FLAGS = {
     "generate": generate.GenerateFlags,
     "convert": ConvertFlags,
     "info": info.InfoFlags,
+    "runs": runs.RunsFlags,
     "plot": plot.PlotFlags,
     "quickstart": quickstart.QuickstartFlags,
 }
