@@ -5,7 +5,6 @@ A value that says that there shall be none of it (--experts 0, --no-qk-norm, --a
 Only new runs are checked: a run goes on with the command that started it.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 from smedjan_common.errors import ConfigError, flag
@@ -14,12 +13,13 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.ffns.experts import ROUTERS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.options import options
-from smedjan_common.run.flags import GROUPS, ReportFlags
+from smedjan_common.run.flags import ReportFlags
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES
 
-_NONE_OF_IT = {"attention": "auto", "kernels": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
+_ROWS = (*MIXERS.values(), *FFNS.values())
+_NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
 
 
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:
@@ -27,12 +27,10 @@ def check_options(model: ModelConfig, given: frozenset[str]) -> None:
     if "rope_base" in given and not any(MIXERS[name].rope for name in model.mixer):
         why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer uses RoPE."
         raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
-    rows = [*MIXERS.values(), *FFNS.values()]
-    read = {name for row in rows if row.name in (*model.mixer, *model.ffn) for name in row.own}
-    for name in sorted(given & {f.name for f in dataclasses.fields(GROUPS["mixers"])} - read):
+    for name in sorted(given & unread_of_model(model)):
         if not getattr(model, name):
             continue
-        owners = [row.name for row in rows if name in row.own]
+        owners = [row.name for row in _ROWS if name in row.own]
         raise ConfigError(
             f"{flag(name)} would do nothing.",
             f"The model has {', '.join(dict.fromkeys((*model.mixer, *model.ffn)))}; the option belongs to {' and '.join(owners)}.",
@@ -42,18 +40,27 @@ def check_options(model: ModelConfig, given: frozenset[str]) -> None:
 
 def check_training_options(train: TrainConfig, model: ModelConfig, given: frozenset[str]) -> None:
     """Raises ConfigError for a given option of an optimizer, schedule, router or mixer that the run does not have."""
-    rows = list(_readers(train, model))
-    owned = {name for _, names, _ in rows for name in names}
-    read = {name for _, names, chosen in rows if chosen for name in names}
-    for name in sorted(given & owned - read):
+    for name in sorted(given & unread_of_training(train, model)):
         if getattr(train, name) == _NONE_OF_IT.get(name):
             continue
-        owners = [row for row, names, _ in rows if name in names]
+        owners = [row for row, names, _ in _readers(train, model) if name in names]
         raise ConfigError(
             f"{flag(name)} would do nothing.",
             f"It is read with {' or '.join(owners)}" + (", and the run has none of these." if owners[1:] else " only."),
             f"Leave it out, or add {owners[0]}.",
         )
+
+
+def unread_of_model(model: ModelConfig) -> set[str]:
+    """The options of mixers and feed-forwards that no layer of the model has."""
+    read = {name for row in _ROWS if row.name in (*model.mixer, *model.ffn) for name in row.own}
+    return {name for row in _ROWS for name in row.own} - read
+
+
+def unread_of_training(train: TrainConfig, model: ModelConfig) -> set[str]:
+    """The options of optimizers, schedules, routers and mixers that the run does not have."""
+    rows = list(_readers(train, model))
+    return {name for _, names, _ in rows for name in names} - {name for _, names, chosen in rows if chosen for name in names}
 
 
 def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool]]:

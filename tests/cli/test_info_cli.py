@@ -75,6 +75,9 @@ def test_plain_text_output_has_every_fact(made, capsys):
     assert "run folder" in out
     assert "step-00000012" in out
     assert "dim 16" in out
+    unread = ("rwkv_head_dim", "expert_dim", "muon_steps", "balance_loss")
+    assert not [name for name in unread if f"{name} " in out], "a person is told the options that the run reads"
+    assert all(name in facts(capsys, made / "run")[where] for name, where in zip(unread, ("model",) * 2 + ("training",) * 2, strict=True))
 
 
 def test_a_damaged_checkpoint_is_refused_by_verify(made, tmp_path, capsys):
@@ -123,7 +126,7 @@ def test_a_directory_of_hugging_face_is_no_run(tmp_path, text, capsys):
     assert "smedjan convert" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["missing", "text.txt", "run/data"])
+@pytest.mark.parametrize("name", ["missing", "text.txt", "."])
 def test_what_is_nothing_of_smedjan_is_exit_2(made, name, capsys):
     assert info.main([str(made / name)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
