@@ -9,7 +9,10 @@ from collections.abc import Callable
 from smedjan_common.errors import ConfigError, near, run_command, unknown
 
 BACKENDS = ("jax", "mlx")
-_EXTRAS = {"jax": "smedjan[cpu], or smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU", "mlx": "smedjan[mlx]"}
+_INSTALL = {
+    "jax": "pip install 'smedjan[cpu]', with [cuda12] or [cuda13] for an NVIDIA GPU",
+    "mlx": "pip install 'smedjan[mlx]', with [mlx-cuda12] or [mlx-cuda13] for an NVIDIA GPU",
+}
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 
@@ -63,7 +66,7 @@ def check_installed(name: str) -> None:
     """Raises ConfigError when they cannot."""
     if not installed(name):
         missing = [package for package in _PACKAGES[name] if not importlib.util.find_spec(package)]
-        raise ConfigError(f"The backend {name} is not installed.", f"Missing: {', '.join(missing)}.", f"Install {_EXTRAS[name]}.")
+        raise ConfigError(f"The backend {name} is not installed.", f"Missing: {', '.join(missing)}.", f"Install it: {_INSTALL[name]}.")
 
 
 def check_backend(name: str, asked: str) -> None:

@@ -37,6 +37,7 @@ def _run(flags: Flags) -> int:
     from smedjan_common.commands.outputs import check_outputs, token_file_names
     from smedjan_common.data.mix import mix
     from smedjan_common.data.mixture import parse_shards
+    from smedjan_common.reporting.console import counted
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.tokenizer import Tokenizer
 
@@ -54,8 +55,8 @@ def _run(flags: Flags) -> int:
             progress=lambda done, total: show("documents", done, total),
         )
     total = sum(part.tokens for part in parts)
-    print(f"{flags.output}: {total:,} tokens, {sum(part.documents for part in parts):,} documents")
+    print(f"{flags.output}: {counted(total, 'token')}, {counted(sum(part.documents for part in parts), 'document')}")
     for part in parts:
         share, left = part.tokens / total, part.all_documents - part.documents
-        print(f"  {part.path}: {share:.1%}, {part.tokens:,} of {part.all_tokens:,} tokens, {left:,} documents left over")
+        print(f"  {part.path}: {share:.1%}, {part.tokens:,} of {part.all_tokens:,} tokens, {counted(left, 'document')} left over")
     return 0

@@ -6,14 +6,16 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
-from smedjan_common.command_line import NAMELESS, parse
+from smedjan_common.command_line import parse
+
+HELD_OUT = {"document": "whole documents", "tail": "the end of the text"}  # by how the text is split
 
 
 @dataclass(frozen=True)
 class Flags:
     """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
     """Text files (a document each), .jsonl files (a document a line), .json (an object), also .gz, .bz2, .xz, .zst; .parquet (a row),
     Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]); directories, or globs in quotes."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
@@ -63,7 +65,7 @@ def _run(flags: Flags) -> int:
         )
     print(_line(summary.output, summary.tokens, summary.documents, summary.bytes))
     if summary.val_output:
-        print(_line(summary.val_output, summary.val_tokens, summary.val_documents, summary.val_bytes) + f" (split by {summary.split})")
+        print(_line(summary.val_output, summary.val_tokens, summary.val_documents, summary.val_bytes) + f" ({HELD_OUT[summary.split]})")
     rate = (summary.bytes + summary.val_bytes) / max(summary.seconds, 1e-9) / 1e6
     if summary.skipped:
         print(f"Left out, for they have no text (empty or null): {summary.skipped:,}")
@@ -74,4 +76,6 @@ def _run(flags: Flags) -> int:
 
 
 def _line(path: str, tokens: int, documents: int, size: int) -> str:
-    return f"{path}: {tokens:,} tokens, {documents:,} documents, {size:,} bytes of text"
+    from smedjan_common.reporting.console import counted
+
+    return f"{path}: {counted(tokens, 'token')}, {counted(documents, 'document')}, {counted(size, 'byte')} of text"

@@ -5,7 +5,9 @@ It runs the commands that a user would, and shows each. What is there already is
 
 import json
 import math
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,7 +158,16 @@ def summary(folder: Path, backend: str) -> str:
     train, checks = train_rows(rows), eval_rows(rows)
     per_byte = data.num_tokens / data.num_bytes / math.log(2) if data.num_bytes else math.nan
     first, last, check = train[0]["loss"], train[-1]["loss"], checks[-1]
-    other = "mlx" if backend == "jax" else "jax"
+    other, more = "mlx" if backend == "jax" else "jax", f"smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]['step']}"
+    tries = (
+        (f'smedjan generate --checkpoint {folder} --prompt "To be, or not" --temperature 0.7', "another text"),
+        (more, "goes on"),
+        (f"{more} --backend {other}", "goes on in the other framework"),
+        ("smedjan train --dataset YOUR.txt --size small --checkpoint-dir runs/mine", "your own text"),
+        ("smedjan sizes", "the models that there are"),
+    )
+    width = max(len(command) for command, _ in tries)
+    next_commands = "\n".join([*activation(), *(f"  {command:{width}}   {what}" for command, what in tries)])
     return f"""first loss {first:.3f} ({first * per_byte:.3f} bits per byte)
 last loss  {last:.3f} ({last * per_byte:.3f} bits per byte)
 on held-out text {check["val_loss"]:.3f} ({check["val_bits_per_byte"]:.3f} bits per byte)
@@ -165,8 +176,10 @@ In {folder}: step-*/ (checkpoints), final/ (the model), metrics.jsonl, loss.png,
 In {data_folder(folder)}: corpus.jsonl, tokenizer.json, train.bin, val.bin
 
 Try next:
-  smedjan generate {folder} --prompt "To be, or not" --temperature 0.7
-  smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]["step"]}                    goes on
-  smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]["step"]} --backend {other}      goes on in the other framework
-  smedjan train YOUR.txt --size small --checkpoint-dir runs/mine     your own text
-  smedjan sizes"""
+{next_commands}"""
+
+
+def activation() -> list[str]:
+    """The command that makes the shell find `smedjan`, where it does not: `make train` runs it by its path."""
+    place = Path(sys.executable).parent
+    return [] if shutil.which("smedjan") or not (place / "activate").is_file() else [f"  source {os.path.relpath(place)}/activate"]

@@ -51,6 +51,19 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `1,024 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def flop(number: float) -> str:
+    """`13 MFLOP`, `798 GFLOP`: floating-point operations, with the prefixes of physics."""
+    for divisor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= 0.9995 * divisor:
+            return f"{number / divisor:.3g} {prefix}FLOP" if number < 999.5 * divisor else f"{number / divisor:.0f} {prefix}FLOP"
+    return f"{number:.3g} FLOP"
+
+
 def size(num_bytes: float) -> str:
     """`512 B`, `3.2 MiB`, `16.4 GiB`."""
     for divisor, suffix in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):

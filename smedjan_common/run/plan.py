@@ -7,7 +7,7 @@ from typing import Any
 from smedjan_common.backend import Device
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import active_params, train_flops_per_token
-from smedjan_common.reporting.console import count, size
+from smedjan_common.reporting.console import count, flop, size
 from smedjan_common.run.room import existing, needed, room
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.memory import state_bytes
@@ -18,12 +18,12 @@ def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, dev
     held_out = f", {count(data.val.num_tokens)} to validate on" if data.val else ", nothing to validate on"
     tokens = f"{count(data.train.num_tokens)} tokens{held_out}" if data.train else f"{size(data.text_bytes)} of text, not tokenised yet"
     devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
+    kind = f" ({device.kind})" if device.kind != device.name else ""
     mesh = f", mesh {device.mesh}" if device.count > 1 else ""
-    kernels = f", kernels {device.kernels}" if device.kernels else ""
     idle = f"; {device.count} of {device.visible} devices, --mesh data={device.visible} takes all" if device.count < device.visible else ""
     return "\n".join(
         (
-            f"device   {device.backend} on {devices} ({device.kind}), {train.dtype}{mesh}{kernels}{idle}",
+            f"device   {device.backend} on {devices}{kind}, {train.dtype}{mesh}{idle}",
             f"model    {count(model.num_params())} parameters{_active(model)}: dim {model.dim}, {model.layers} layers, {model.heads} heads"
             f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
             f"data     {tokens}",
@@ -49,7 +49,7 @@ def plan(
     lines = [heading(model, train, data, folder, device)]
     if known_steps:
         passes = f", {tokens / data.train.num_tokens:.2f} passes over the data" if data.train else ""
-        lines.append(f"tokens   {count(tokens)} in all{passes}; {count(flops)}FLOP a token, {count(flops * tokens)}FLOP in all")
+        lines.append(f"tokens   {count(tokens)} in all{passes}; {flop(flops)} a token, {flop(flops * tokens)} in all")
     else:
         lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
     known = "" if there is None else f" of {size(there)} that {'are free' if device.kind == 'cpu' else 'are there'}"

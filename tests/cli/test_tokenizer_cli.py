@@ -24,7 +24,7 @@ def test_from_text_to_token_files(tmp_path, text, capsys):
     assert "tokens, hash" in capsys.readouterr().out
     arguments = ["--input", text, "--tokenizer", tokenizer, "--output", train, "--val-output", val, "--val-fraction", "0.1"]
     assert prepare_command.main(arguments) == 0
-    assert "split by tail" in capsys.readouterr().out
+    assert "(the end of the text)" in capsys.readouterr().out
     assert json.loads((tmp_path / "train.bin.json").read_text())["tokens"] > 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert prepare_command.main(arguments) == 2

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from smedjan_common.commands.backends import installed
+from smedjan_common.commands.quickstart import activation
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from tests.fakes.runs import ROOT
 
@@ -35,3 +36,16 @@ def test_quickstart_makes_everything_and_a_second_time_is_done(tmp_path, backend
     assert "Done already" in again
     assert "smedjan tokenizer" not in again
     assert "smedjan generate" in again, "the next commands to try"
+
+
+def test_the_next_commands_begin_with_the_environment_where_the_shell_does_not_find_smedjan(tmp_path, monkeypatch):
+    place = tmp_path / ".venv" / "bin"
+    place.mkdir(parents=True)
+    (place / "activate").touch()
+    (place / "smedjan").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(place / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert activation() == ["  source .venv/bin/activate"]
+    monkeypatch.setenv("PATH", str(place))
+    assert activation() == []

@@ -105,4 +105,6 @@ def test_a_program_whose_framework_is_missing_says_what_the_command_says(backend
     of_the_command = capsys.readouterr().err
     assert importlib.import_module(f"smedjan_{backend}.{program}").main(words) == 2
     assert capsys.readouterr().err == of_the_command
-    assert of_the_command.startswith(f"error: The backend {backend} is not installed.\n       Missing: {missing}.\n       Install smedjan[")
+    assert of_the_command.startswith(
+        f"error: The backend {backend} is not installed.\n       Missing: {missing}.\n       Install it: pip install 'smedjan["
+    )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from smedjan_common.reporting.console import count, duration, size, step_line
+from smedjan_common.reporting.console import count, counted, duration, flop, size, step_line
 from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
 from smedjan_common.reporting.plot import is_drawn_here, plot, running_mean
 from smedjan_common.reporting.progress import progress_bar
@@ -79,6 +79,15 @@ def test_a_folder_without_metrics_has_no_rows(tmp_path):
 )
 def test_count(value, shown):
     assert count(value) == shown
+
+
+def test_floating_point_operations_have_the_prefixes_of_physics():
+    shown = ("512 FLOP", "13 MFLOP", "798 GFLOP", "1 TFLOP", "2.5 PFLOP", "9000 EFLOP")
+    assert tuple(flop(value) for value in (512, 13e6, 798.2e9, 999.9e9, 2.5e15, 9e21)) == shown
+
+
+def test_one_of_a_thing_and_many():
+    assert [counted(number, "document") for number in (0, 1, 2048)] == ["0 documents", "1 document", "2,048 documents"]
 
 
 @pytest.mark.parametrize(("value", "shown"), [(5, "5s"), (59.6, "1m00s"), (130, "2m10s"), (3 * 3600 + 300, "3h05m"), (187200, "2d04h")])
