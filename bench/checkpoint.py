@@ -100,7 +100,7 @@ def _ways(backend: Any, folder: Path) -> dict[str, Callable[[_Run], Callable[[],
     """name -> what takes the state and returns what writes it. A synchronous save does both at once."""
     from smedjan_common.checkpoint import About, start_own, write_checkpoint
 
-    about = About(backend.model, backend.train, framework={"name": "jax"})
+    about = About(model=backend.model, train=backend.train, framework={"name": "jax"})
 
     def neutral(run: _Run) -> Callable[[], Path]:
         snapshot = backend.save(run.state)
@@ -186,7 +186,7 @@ def _write_state(size: str, vocab_size: int, place: Path) -> Any:
     slots = {f"{slot}.{name}": value for slot in ("mu", "nu") for name, value in params.items()}
     train = TrainConfig(steps=10, batch_size=1, seq_len=64, lr=1e-4)
     arrays: Any = (params, slots)
-    write_checkpoint(place, Snapshot(1, *arrays), About(model, train, framework={"name": "bench"}))
+    write_checkpoint(place, Snapshot(1, *arrays), About(model=model, train=train, framework={"name": "bench"}))
     return model
 
 

@@ -292,6 +292,23 @@ def memory() -> str | None:
     return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
 
 
+def kernels() -> str | None:
+    """Training steps with kernels and with the plain forms."""
+    report = newest("kernels")
+    if not report:
+        return None
+    rows = [row for row in report["rows"] if "error" not in row]
+    speed = {(row["mixer"], row["kernels"]): row["tokens_per_second"] for row in rows}
+    attention = speed.get(("attention", "auto"))
+    body = []
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        plain, fast = speed.get((mixer, "plain"), speed.get((mixer, "auto"))), speed.get((mixer, "pallas"))
+        best = fast or plain
+        body.append([f"`{mixer}`", f"{plain:,}", f"{fast:,}" if fast else "-", f"{best / attention:.2f}" if best and attention else "-"])
+    head = [f"{report['size']}, 64 x 1024, tokens/s", "plain", "kernels", "over attention"]
+    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}, all in one run:\n\n" + table(head, body)
+
+
 def mesh() -> str | None:
     """Several GPUs beside one."""
     found = newest("mesh")
@@ -346,6 +363,18 @@ def converts() -> str | None:
     return "\n\n".join(parts) or None
 
 
+def sampling() -> str | None:
+    """Milliseconds of choosing one token on the host, by vocabulary: as it was first written, and as it is."""
+    report = newest("sampling")
+    if not report:
+        return None
+    vocabularies = list(dict.fromkeys(row["vocabulary"] for row in report["rows"]))
+    of = {(row["setting"], row["vocabulary"]): f"{row['plain_ms']:.2f} -> {row['ms']:.2f}" for row in report["rows"]}
+    body = [[name, *(of[name, size] for size in vocabularies)] for name in dict.fromkeys(row["setting"] for row in report["rows"])]
+    head = ["milliseconds a token, plain -> ours", *(f"{size:,} ids" for size in vocabularies)]
+    return f"NumPy {report['versions']['numpy']}, one CPU core (`{report['command']}`):\n\n{table(head, body)}"
+
+
 def _cell(row: Row, field: str, scale: float, shown: str) -> str:
     if field in row and row[field] / scale >= 1000:
         shown = "{:,.0f}"  # three digits would be 1.23e+03
@@ -369,7 +398,9 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "rope": rope,
     "experts": experts,
     "memory": memory,
+    "kernels": kernels,
     "mesh": mesh,
+    "sampling": sampling,
     "stalls": stalls,
     "converts": converts,
 }

@@ -9,7 +9,7 @@ import numpy as np
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, newest, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, newest, read_info, verify_checkpoint, write_checkpoint
 from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
@@ -73,21 +73,22 @@ def write(model: Portable, target: Path, show: Show) -> list[str]:
 
 def about(model: Portable) -> About:
     """What checkpoint.json says of the model, whatever is to hold its arrays."""
-    info = model.info
+    tokenizer, from_where = model.tokenizer and SavedTokenizer.of(model.tokenizer), {"converted_from": model.source}
+    if not (info := model.info):
+        return About(model=model.config, tokenizer=tokenizer, framework={"name": "convert"}, extra=from_where)
     return About(
-        model.config,
-        info.train if info else None,
-        tokenizer_json=model.tokenizer.to_json() if model.tokenizer else None,
-        tokenizer_hash=model.tokenizer.hash if model.tokenizer else None,
-        dataset=info.dataset if info else None,
-        framework=info.framework if info else {"name": "convert"},
-        optimizer=info.optimizer if info else None,
-        extra=((info.extra if info else None) or {}) | {"converted_from": model.source},
+        model=model.config,
+        train=info.train,
+        tokenizer=tokenizer,
+        dataset=info.dataset,
+        framework=info.framework,
+        optimizer=info.optimizer,
+        extra=(info.extra or {}) | from_where,
     )
 
 
 def metrics(model: Portable) -> dict[str, Any] | None:
-    """The figures of its last step, where they are known."""
+    """The last metrics of the run that it is from."""
     return model.info.metrics if model.info else None
 
 

@@ -35,6 +35,7 @@ class Device:
     mesh: str = "data=1"  # how a run is spread over `count` devices
     visible: int = 1  # devices that there are
     shares_memory: bool = False  # a GPU whose memory is the machine's
+    kernels: str = ""  # what --kernels comes to; empty where nothing reads it
 
 
 @dataclass(frozen=True)

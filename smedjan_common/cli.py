@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model"),
     "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is"),
+    "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers"),
     "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs"),
     "quickstart": Command("smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes"),
 }

@@ -2,6 +2,7 @@
 
 tyro's own errors are boxes that show Python's types, so what it would refuse is refused here first, in the three sentences of every
 other error. What a flag takes follows from the type of its field: bool (nothing), int, float, str, a Literal, or a tuple of them.
+The name of a flag whose field is annotated with NAMELESS may be left out: `smedjan train my.txt` is `smedjan train --dataset my.txt`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from smedjan_common.hints import instead
 
 Flags = TypeVar("Flags")
 WANTED = {int: "a whole number", float: "a number"}
+NAMELESS = "nameless"  # an annotation: words without a flag are values of this one, which are paths
 _NUMBER = re.compile(r"-(\d|\.|inf$|infinity$|nan$)", re.IGNORECASE)
 
 
@@ -41,21 +43,29 @@ class Flag:
     positional: bool = False
     negated: bool = False  # --no-NAME too
     choices: tuple[str, ...] = ()
+    nameless: bool = False  # words without a flag are its values
 
 
-def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, example: str = "") -> Flags:
+def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str) -> Flags:
     """The flags of a command line. Exits with 2 and three sentences where it is not understood, with 0 after --help.
 
-    `example` is a whole command line: the help ends with it, and an error about something that is missing shows it.
+    `examples` are whole command lines: the help shows them, and an error about something that is missing shows the first.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    return read(flags, prog, argv, *examples)[0]
+
+
+def read(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str) -> tuple[Flags, list[str]]:
+    """What `parse` gives, and the words of the command line with every flag by its name."""
+    words, known = sys.argv[1:] if argv is None else list(argv), list(flags_of(flags))
     if not {"-h", "--help"} & set(words):
         try:
-            check(list(flags_of(flags)), prog, words, example)
+            words = check(known, prog, words, *examples)
         except UsageError as error:
             sys.exit(run_command(functools.partial(_raise, error)))
-    about = typing.cast(str, flags.__doc__) + (f"\n\nFor example:\n  {example}" if example else "")
-    return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,))
+    elif nameless := _nameless(known):
+        prog += f" {nameless.metavar}" if nameless.required else f" [{nameless.metavar}]"  # in the line of usage
+    about = typing.cast(str, flags.__doc__) + ("\n\nFor example:\n" + "\n".join(f"  {line}" for line in examples) if examples else "")
+    return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,)), words
 
 
 def _raise(error: UsageError) -> NoReturn:
@@ -78,7 +88,8 @@ def flags_of(kind: type) -> Iterator[Flag]:
         required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         positional = tyro.conf.Positional in notes
         negated = takes is bool and tyro.conf.FlagCreatePairsOff not in notes
-        yield Flag(metavar if positional else flag(each.name), takes, metavar, many, required, positional, negated, choices)
+        name = metavar if positional else flag(each.name)
+        yield Flag(name, takes, metavar, many, required, positional, negated, choices, NAMELESS in notes)
 
 
 def _unwrapped(hint: Any) -> tuple[Any, tuple]:
@@ -93,15 +104,33 @@ def _unwrapped(hint: Any) -> tuple[Any, tuple]:
             return hint, notes
 
 
-def check(flags: list[Flag], prog: str, words: list[str], example: str = "") -> None:
-    """Raises UsageError for the first word that the command does not understand, and for flags that are missing."""
+def check(flags: list[Flag], prog: str, words: list[str], *examples: str) -> list[str]:
+    """The words with every flag by its name. Raises UsageError for the first that the command does not understand, and for missing ones."""
+    given, named_words, loose = _read(flags, prog, words)
+    nameless = _nameless(flags)
+    _check_loose([each for each in flags if each.positional or each is nameless], loose, prog, *examples)
+    if nameless and loose:
+        if nameless in given:
+            raise UsageError(f"{loose[0]!r} and {nameless.name} are both given.", f"A word alone is {nameless.name}.", "Give one of them.")
+        given.add(nameless)
+        words = [*named_words, nameless.name, *(f"./{word}" if word[:1] == "-" != word else word for word in loose)]
+    if missing := [each for each in flags if each.required and not each.positional and each not in given]:
+        raise _missing(missing, prog, *examples)
+    return words
+
+
+def _nameless(flags: list[Flag]) -> Flag | None:
+    return next((each for each in flags if each.nameless), None)
+
+
+def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[set[Flag], list[str], list[str]]:
+    """The flags that are given, the words that are flags and their values, and the others."""
     named = {each.name: each for each in flags if not each.positional} | {f"--no-{each.name[2:]}": each for each in flags if each.negated}
-    given, loose, rest = set(), [], list(words)
+    given, named_words, loose, rest = set(), [], [], list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            loose += rest
-            break
+            return given, named_words, loose + rest
         if not _is_flag(word):
             loose.append(word)
             continue
@@ -110,19 +139,19 @@ def check(flags: list[Flag], prog: str, words: list[str], example: str = "") -> 
         if one is None:
             raise _unknown(name, named, prog)
         given.add(one)
+        named_words.append(word)
         if one.takes is bool:
             _refuse_value(one, name, [value] if equals else rest[:1] if rest and rest[0].lower() in _TRUTH else [])
             continue
         values = [value] if equals else []
         while rest and not _is_flag(rest[0]) and (one.many or not values):
             values.append(rest.pop(0))
+            named_words.append(values[-1])
         if not values or (values == [""] and one.takes is not str):
             raise _without_value(one, rest[:1], named)
         for value in values:
             _check_value(one, value)
-    _check_loose([each for each in flags if each.positional], loose, prog, example)
-    if missing := [each for each in flags if each.required and not each.positional and each not in given]:
-        raise _missing(missing, prog, example)
+    return given, named_words, loose
 
 
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -185,19 +214,19 @@ def _as_number(one: Flag, value: str) -> str:
         return f"Write it in digits, such as {one.name} {10 if one.takes is int else 0.5}."
 
 
-def _check_loose(positional: list[Flag], loose: list[str], prog: str, example: str) -> None:
-    """Raises UsageError for words without a flag where the command takes none, or for too few of them."""
-    most = sum(1 for each in positional) if not any(each.many for each in positional) else len(loose)
+def _check_loose(takers: list[Flag], loose: list[str], prog: str, *examples: str) -> None:
+    """Raises UsageError for words without a flag where the command takes none, or for too few of them. takers: the flags they are for."""
+    most = sum(1 for each in takers) if not any(each.many for each in takers) else len(loose)
     if loose[most:]:
-        takes = " ".join(each.name for each in positional) or "only flags and their values"
+        takes = " ".join(each.metavar for each in takers) or "only flags and their values"
         fix = f"Name the flag that it belongs to; `{prog} --help` lists them."
         raise UsageError(f"{loose[most]!r} is not understood.", f"{prog} takes {takes}.", fix)
-    if missing := [each for each in positional[len(loose) :] if each.required]:
-        raise _missing(missing, prog, example)
+    if missing := [each for each in takers[len(loose) :] if each.required and each.positional]:
+        raise _missing(missing, prog, *examples)
 
 
-def _missing(missing: list[Flag], prog: str, example: str) -> UsageError:
-    names = [each.name if each.positional else f"{each.name} {each.metavar}" for each in missing]
+def _missing(missing: list[Flag], prog: str, *examples: str) -> UsageError:
+    names = [each.metavar if each.positional or each.nameless else f"{each.name} {each.metavar}" for each in missing]
     listed = ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
-    fix = f"For example: {example}" if example else f"`{prog} --help` says what each flag takes."
+    fix = f"For example: {examples[0]}" if examples else f"`{prog} --help` says what each flag takes."
     return UsageError(f"{prog} needs {listed}.", f"{'They have' if names[1:] else 'It has'} no default.", fix)

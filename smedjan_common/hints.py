@@ -90,6 +90,7 @@ NAMES = {
     "mix": "blend merge-data interleave",
     "sizes": "models list params presets parameters flops memory",
     "info": "inspect show describe stat stats status ls",
+    "runs": "ls list compare history experiments status",
     "plot": "graph curve draw loss",
     "hash": "checksum sha256 digest fingerprint",
     "quickstart": "demo example tutorial start init",

@@ -26,7 +26,7 @@ from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
-from smedjan_jax import experts, optim, sharding
+from smedjan_jax import experts, kernels, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.mixers.attention import refuse_fused
@@ -54,6 +54,7 @@ class JaxBackend:
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
+        self._kernels = kernels.summary(train.kernels, model, train.dtype, self.mesh.tensor)
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
@@ -78,7 +79,8 @@ class JaxBackend:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
         peak = peak_flops(device.device_kind)
-        return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, str(self.mesh), len(jax.devices()))
+        seen = str(self.mesh), len(jax.devices())
+        return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, *seen, kernels=self._kernels)
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         require_tree(self.model, params)
@@ -135,7 +137,8 @@ class JaxBackend:
 
     def _model(self, params: dict[str, jax.Array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
-        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size, train.deterministic)
+        options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
+        return Model(self.model, params, train.dtype, train.attention, *options)
 
     def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""

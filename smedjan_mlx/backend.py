@@ -22,7 +22,7 @@ from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.optimizers import check_state
-from smedjan_mlx import experts, optim
+from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
 from smedjan_mlx.precision import exact_float32
@@ -42,6 +42,7 @@ class MlxBackend:
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
         self.model, self.train = model, train
+        self._kernels = kernels.summary(train.kernels, model, train.dtype)
         self.own = None  # the neutral checkpoint is MLX's own
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._train_step = compiled(self._step)
@@ -56,8 +57,9 @@ class MlxBackend:
         memory = info.get("max_recommended_working_set_size", info.get("total_memory"))
         versions = {package: importlib.metadata.version(package) for package in ("mlx", "numpy")}
         if not on_gpu():
-            return Device("mlx", "cpu", name, versions=versions)
-        return Device("mlx", "gpu", name, 1, int(memory) if memory else None, peak_flops(name), versions, shares_memory=metal)
+            return Device("mlx", "cpu", name, versions=versions, kernels=self._kernels)
+        known = 1, int(memory) if memory else None, peak_flops(name), versions
+        return Device("mlx", "gpu", name, *known, shares_memory=metal, kernels=self._kernels)
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         require_tree(self.model, params)
@@ -106,7 +108,8 @@ class MlxBackend:
 
     def _model(self, params: dict[str, mx.array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
-        return Model(self.model, params, train.dtype, train.attention, gradient_checkpointing, train.chunk_size, train.deterministic)
+        options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
+        return Model(self.model, params, train.dtype, train.attention, *options)
 
     def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> tuple[mx.array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""

@@ -16,7 +16,9 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.shared import Chunked
 from smedjan_mlx.ffn import ffn_class
+from smedjan_mlx.kernels import chosen
 from smedjan_mlx.mixers import mixer_class
 from smedjan_mlx.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope
 
@@ -26,7 +28,7 @@ State = dict[str, Any]
 class Model(nn.Module):
     """A decoder-only language model.
 
-    params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain.
+    params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain. kernels: auto, pallas or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
     chunk_size: positions that mixers of linear cost take at once. deterministic: gradients have the same bits every time on a GPU too.
     """
@@ -40,6 +42,7 @@ class Model(nn.Module):
         gradient_checkpointing: str = "none",
         chunk_size: int = 64,
         deterministic: bool = False,
+        kernels: str = "auto",
     ):
         super().__init__()
         self.config = config
@@ -50,7 +53,7 @@ class Model(nn.Module):
         if deterministic and attention == "auto":
             attention = "reproducible"
         self.embed = Embedding(params, "embed")
-        self.layers = [_block(config, params, layer, attention) for layer in range(config.layers)]
+        self.layers = [_block(config, params, layer, attention, kernels, dtype) for layer in range(config.layers)]
         self.norm = RMSNorm(params, "norm", config.norm_eps)
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -90,11 +93,14 @@ class Model(nn.Module):
         return logits_BV, {"position": position + T, "layers": layers}
 
 
-def _block(config: ModelConfig, params: Params, layer: int, attention: str) -> Block:
-    at = f"layers.{layer}"
+def _block(config: ModelConfig, params: Params, layer: int, attention: str, kernels: str, dtype: str) -> Block:
+    at, row = f"layers.{layer}", MIXERS[config.mixer_of(layer)]
+    implementation = attention
+    if row.training is Chunked:
+        implementation = chosen(row.name, kernels, config, dtype)
     return Block(
         RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
-        mixer_class(config.mixer_of(layer))(config, params, f"{at}.mixer", attention),
+        mixer_class(row.name)(config, params, f"{at}.mixer", implementation),
         RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
     )

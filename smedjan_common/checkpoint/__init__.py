@@ -8,6 +8,7 @@ and what it shares with a backend's own (own.py): names, checkpoint.json, hashes
 docs/checkpoints.md describes the format. No framework but NumPy is imported here.
 """
 
+from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.background import Background
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
@@ -15,7 +16,7 @@ from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, Ch
 from smedjan_common.checkpoint.own import check_readable, read_state, read_weights, start_own
 from smedjan_common.checkpoint.read import newest, read_checkpoint, read_info
 from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
-from smedjan_common.checkpoint.write import About, write_checkpoint, write_final
+from smedjan_common.checkpoint.write import write_checkpoint, write_final
 
 __all__ = [
     "FORMAT",
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointInfo",
     "FileRecord",
     "Found",
+    "SavedTokenizer",
     "TensorRecord",
     "check_readable",
     "find_checkpoints",

@@ -32,9 +32,13 @@ class Entry(NamedTuple):
     error: CheckpointError | None = None
 
 
-def entries(directory: str | Path) -> list[Entry]:
-    """All that have the name of a step checkpoint, oldest first; checkpoint.json and sizes are checked, hashes are not. Never raises."""
-    return [_entry(step, path) for step, path in step_directories(Path(directory))]
+def entries(directory: str | Path, *, exclude: Path | None = None) -> list[Entry]:
+    """All that have the name of a step checkpoint, oldest first; checkpoint.json and sizes are checked, hashes are not. Never raises.
+
+    `exclude`, under whatever name, is not read.
+    """
+    known = exclude and exclude.resolve()
+    return [_entry(step, path) for step, path in step_directories(Path(directory)) if known is None or path.resolve() != known]
 
 
 def _entry(step: int, path: Path) -> Entry:

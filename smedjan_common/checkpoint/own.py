@@ -8,17 +8,17 @@ in a thread of its own if need be. The directory has its name when all of it is 
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, OwnFormat
+from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.load import KINDS, foreign, load_arrays, regular_hash, step_name, verify_info
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
 from smedjan_common.checkpoint.read import with_offer
 from smedjan_common.checkpoint.tensors import FileRecord
-from smedjan_common.checkpoint.write import About, cannot_write, complete, describe, prepare, tensor_record
+from smedjan_common.checkpoint.write import cannot_write, complete, describe, prepare, tensor_record
 from smedjan_common.errors import CheckpointError, DamagedError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync, sync_directory
@@ -49,28 +49,29 @@ def start_own(
     groups = {PARAMS: params} | ({SLOTS: optimizer_arrays} if optimizer_arrays else {})
     tensors = {group: {key: tensor_record(key, array) for key, array in arrays.items()} for group, arrays in groups.items()}
     info = describe(target, format, step, tensors, about, metrics)
-    need = prepare(info)
-    stack = contextlib.ExitStack()
-    try:
-        temporary = stack.enter_context(atomic_directory(target))
-        wait = begin(temporary / ARRAYS)
-    except BaseException as error:
-        stack.__exit__(*sys.exc_info())
-        if isinstance(error, OSError):
-            raise cannot_write(target, error, need) from error
-        raise
+    writing = _write_in_two(info, prepare(info), begin, about.tokenizer)
+    next(writing)
 
     def finish() -> Path:
-        try:
-            with stack:  # takes its name, or is removed, when this block ends
-                wait()
-                info.files.update(_synced(temporary))
-                complete(temporary, info, about.tokenizer_json)
-        except OSError as error:
-            raise cannot_write(target, error, need) from error
+        next(writing, None)
         return target
 
     return finish
+
+
+def _write_in_two(
+    info: CheckpointInfo, need: int, begin: Callable[[Path], Callable[[], None]], tokenizer: SavedTokenizer | None
+) -> Iterator[None]:
+    """Writes the directory, with one pause, when the state may change. An error, there or after it, removes the directory."""
+    try:
+        with atomic_directory(info.path) as temporary:
+            wait = begin(temporary / ARRAYS)
+            yield
+            wait()
+            info.files.update(_synced(temporary))
+            complete(temporary, info, tokenizer)
+    except OSError as error:
+        raise cannot_write(info.path, error, need) from error
 
 
 def read_weights(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import smedjan_common
 from smedjan_common.backend import Snapshot
+from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.load import KINDS, check_name, step_name
 from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
@@ -19,28 +19,8 @@ from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync
 from smedjan_common.files.names import FINAL
-from smedjan_common.model.config import ModelConfig
-from smedjan_common.training.config import TrainConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class About:
-    """What checkpoint.json says beside the step, the arrays and their figures.
-
-    tokenizer_json: the text of tokenizer.json, None for a checkpoint without one. dataset: {"hash", "path", "tokens"}.
-    framework: {"name", and versions}. optimizer: its name where no `train` says it. extra: anything more that is JSON.
-    """
-
-    model: ModelConfig
-    train: TrainConfig | None = None
-    tokenizer_json: str | None = None
-    tokenizer_hash: str | None = None
-    dataset: Mapping[str, Any] | None = None
-    framework: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: str | None = None
-    extra: Mapping[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -48,9 +28,9 @@ def write_checkpoint(
 ) -> Path:
     """Write `directory/name` (default `step-00001000`) atomically, in place of one of that name; returns its path.
 
-    directory: the run's, made if it is not there. Without arrays in `snapshot.optimizer` the checkpoint holds weights only, and the
-    name of the optimizer is not kept. An array is anything with dtype and shape that `np.asarray` takes: each is brought to the host
-    and written in its turn, so memory does not grow with the model.
+    directory: the run's, made if it is not there. Where `snapshot.optimizer` has no arrays, the checkpoint holds weights only. An array
+    is anything with dtype and shape that `np.asarray` takes: each is brought to the host and written in its turn, so memory does not
+    grow with the model.
 
     Raises CheckpointError when the arrays are not of this model, or nothing can be written; older checkpoints stay whole.
     """
@@ -65,7 +45,7 @@ def write_checkpoint(
         with atomic_directory(target) as temporary:
             for file, values in arrays.items():
                 info.files[file], info.tensors[file] = write_tensors(temporary / file, values)
-            complete(temporary, info, about.tokenizer_json)
+            complete(temporary, info, about.tokenizer)
     except OSError as error:
         raise cannot_write(target, error, need) from error
     return target
@@ -97,11 +77,11 @@ def describe(
         model=about.model,
         train=about.train,
         optimizer=optimizer if len(tensors) > 1 else None,
-        tokenizer_hash=about.tokenizer_hash,
-        dataset=_copied(about.dataset),
+        tokenizer_hash=about.tokenizer.hash if about.tokenizer else None,
+        dataset=dict(about.dataset) if about.dataset is not None else None,
         framework=dict(about.framework),
-        metrics=_copied(metrics),
-        extra=_copied(about.extra),
+        metrics=dict(metrics) if metrics is not None else None,
+        extra=dict(about.extra) if about.extra is not None else None,
         smedjan_version=smedjan_common.__version__,
         files={},
         tensors=tensors,
@@ -109,10 +89,6 @@ def describe(
     )
     check_layout(info)
     return info
-
-
-def _copied(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if values is None else dict(values)
 
 
 def prepare(info: CheckpointInfo) -> int:
@@ -126,10 +102,10 @@ def prepare(info: CheckpointInfo) -> int:
     return need
 
 
-def complete(temporary: Path, info: CheckpointInfo, tokenizer_json: str | None) -> None:
+def complete(temporary: Path, info: CheckpointInfo, tokenizer: SavedTokenizer | None) -> None:
     """Write what is left when the arrays stand: tokenizer.json, and checkpoint.json last. Raises OSError."""
-    if tokenizer_json is not None:
-        raw = tokenizer_json.encode()
+    if tokenizer:
+        raw = tokenizer.json.encode()
         _write_synced(temporary / TOKENIZER, raw)
         info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())
     _write_synced(temporary / MANIFEST, manifest_text(info).encode())

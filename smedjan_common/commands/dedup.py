@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
-from smedjan_common.command_line import parse
+from smedjan_common.command_line import NAMELESS, parse
 
 
 @dataclass(frozen=True)
 class Flags:
     """Leave out documents that repeat an earlier one, exactly or nearly (MinHash over runs of five words), and say which."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
     """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from smedjan_common import streams
-from smedjan_common.command_line import parse
+from smedjan_common.command_line import NAMELESS, parse
 from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.optional import MaybeStr
@@ -27,12 +27,18 @@ from tyro.conf import arg
 Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
 
 
+EXAMPLES = (
+    'smedjan generate runs/mine --prompt "Once" --max-tokens 100',
+    "smedjan generate runs/mine/final --prompt-file start.txt --temperature 0.7 --top-p 0.95 --seed 1",
+)
+
+
 @dataclass(frozen=True)
 class GenerateFlags:
     """Continue a text with a trained model. The same seed gives the same text, in JAX and in MLX (float32)."""
 
-    checkpoint: Annotated[str, arg(metavar="PATH")]
-    """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/."""
+    checkpoint: Annotated[str, arg(metavar="RUN"), NAMELESS]
+    """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/. `smedjan generate RUN` is the same."""
     prompt: Annotated[MaybeStr, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
     """The text to continue; - reads it from standard input."""
     prompt_file: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
@@ -72,7 +78,7 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     """Parse and generate with the backend `name`; returns the exit code."""
 
     def body() -> int:
-        flags = parse(GenerateFlags, "smedjan generate", argv, 'smedjan generate --checkpoint runs/mine --prompt "Once" --max-tokens 100')
+        flags = parse(GenerateFlags, "smedjan generate", argv, *EXAMPLES)
         with interrupt_ends_at_once():  # in the middle of a compilation an exception would end in a crash of the framework
             return _generate(name, load, flags)
 

@@ -1,4 +1,4 @@
-"""`smedjan info PATH`: what a checkpoint, run folder, token file or tokenizer is."""
+"""`smedjan info PATH`: what a checkpoint, run folder, folder of runs, token file or tokenizer is."""
 
 import json
 from collections.abc import Callable
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from smedjan_common.checkpoint import Found
 
 Facts = dict[str, Any]
+RUNS = "folder of runs"
 
 
 @dataclass(frozen=True)
 class InfoFlags:
-    """Say what a file or folder is: a run folder, a checkpoint, a token file or a tokenizer."""
+    """Say what a file or folder is: a run folder, a folder of runs, a checkpoint, a token file or a tokenizer."""
 
     path: Annotated[str, tyro.conf.Positional, arg(metavar="PATH")]
     """The file or folder to look at."""
@@ -43,6 +44,10 @@ def _info(flags: InfoFlags) -> int:
     facts = describe(path, flags.verify)
     if flags.json:
         print(json.dumps(facts, indent=1))
+    elif facts["kind"] == RUNS:
+        from smedjan_common.run.summary import table
+
+        print(table(facts["runs"]))
     else:
         width, unread = max(map(len, facts)) + 2, _unread(facts)
         for name, value in facts.items():
@@ -66,7 +71,7 @@ def describe(path: Path, verify: bool = False) -> Facts:
             return look(path, verify)
     raise DataError(
         f"{str(path)!r} is not something that smedjan makes.",
-        "It is not a run folder, checkpoint, token file (.bin) or tokenizer.json.",
+        "It is not a run folder, a folder of runs, a checkpoint, a token file (.bin) or a tokenizer.json.",
         "Give one of those.",
     )
 
@@ -160,6 +165,22 @@ def _checkpoints(path: Path, verify: bool) -> "tuple[list[Found], list[str]]":
     return found, broken
 
 
+def _runs(path: Path, verify: bool) -> Facts:
+    from smedjan_common.run.summary import runs_in, summary
+
+    if verify:
+        raise DataError(
+            f"{path} is a folder of runs.", "--verify is for one run or checkpoint.", f"Try smedjan info {runs_in(path)[0]} --verify."
+        )
+    return {"kind": RUNS, "path": str(path), "runs": [summary(run) for run in runs_in(path)]}
+
+
+def _holds_runs(path: Path) -> bool:
+    from smedjan_common.run.summary import runs_in
+
+    return path.is_dir() and bool(runs_in(path))
+
+
 def _token_file(path: Path, verify: bool) -> Facts:
     from smedjan_common.data.token_file import TokenFile
 
@@ -221,6 +242,7 @@ def _foreign(path: Path, verify: bool) -> Facts:
 KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
     (_is_checkpoint, lambda path, verify: _checkpoint(path if path.is_dir() else path.parent, verify)),
     (_is_run, _run),
+    (_holds_runs, _runs),
     (lambda path: (path / CONFIG).is_file(), _foreign),
     (lambda path: path.suffix == ".bin", _token_file),
     (lambda path: path.suffix == ".json" or (path / TOKENIZER).is_file(), _tokenizer),

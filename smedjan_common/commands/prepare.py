@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
-from smedjan_common.command_line import parse
+from smedjan_common.command_line import NAMELESS, parse
 
 HELD_OUT = {"document": "whole documents", "tail": "the end of the text"}  # by how the text is split
 
@@ -15,7 +15,7 @@ HELD_OUT = {"document": "whole documents", "tail": "the end of the text"}  # by 
 class Flags:
     """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
     """Text files (a document each), .jsonl files (a document a line), .json (an object), also .gz, .bz2, .xz, .zst; .parquet (a row),
     Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]); directories, or globs in quotes."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
-from smedjan_common.command_line import parse
+from smedjan_common.command_line import NAMELESS, parse
 
 
 @dataclass(frozen=True)
 class Flags:
     """Normalise text and leave out documents and lines by named rules of the field; says what each rule dropped."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
     """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields and gain "source"."""

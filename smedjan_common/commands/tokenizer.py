@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import tyro
 
 from smedjan_common import errors
-from smedjan_common.command_line import parse
+from smedjan_common.command_line import NAMELESS, parse
 
 
 @dataclass(frozen=True)
 class Flags:
     """Learn a byte-level BPE tokenizer from text and write it as a Hugging Face tokenizer.json."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")]
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
     """Text files, .jsonl and .json files (also .gz, .bz2, .xz, .zst), .parquet files, Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]),
     directories, or globs in quotes."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"

@@ -136,6 +136,6 @@ def checkpoint_dir(asked: "Asked") -> Path:
         return Path(asked.value("checkpoint_dir"))
     if not (dataset := asked.value("dataset")):
         raise ConfigError(
-            "There is nothing to train on.", "--dataset is not given.", "Give --dataset FILE, or the --checkpoint-dir of a run."
+            "There is nothing to train on.", "No text is given.", "Give one: smedjan train my.txt, or the --checkpoint-dir of a run."
         )
     return Path("runs") / f"{Path(dataset[0]).name.split('.')[0] or 'data'}-{asked.value('size')}"

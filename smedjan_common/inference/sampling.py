@@ -19,6 +19,9 @@ import numpy as np
 from smedjan_common.errors import ConfigError, NotFiniteError
 
 PENALTIES = (0.01, 100.0)  # the least and the most that `repetition_penalty` can be: no logit overflows
+_OFTEN_ENOUGH = 2048  # most probable tokens: of a trained model they have nearly all of the probability
+_BLOCK = 4  # numbers that Philox makes at once
+_SKIP = 700  # numbers that it makes in the time that one skip takes
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, posit
     if sampling.temperature == 0:
         return int(np.argmax(scores))
     scores = filtered(_divided(scores, sampling.temperature), sampling)
-    return int(np.argmax(scores + gumbel(len(scores), sampling.seed, position)))
+    kept = np.flatnonzero(scores > -np.inf)
+    drawn = gumbel(kept, sampling.seed, position)
+    drawn += scores if len(kept) == len(scores) else scores[kept]
+    return int(kept[np.argmax(drawn)])
 
 
 def filtered(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -80,23 +86,29 @@ def filtered(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def penalize(scores: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
     """Scores with the tokens of `history` made less likely, each once however often it occurs."""
-    seen = np.unique(np.asarray(history, np.int64))
+    seen = np.asarray(history, np.int64)
     seen = seen[seen < len(scores)]
+    before = scores[seen]
     result = scores.copy()
-    result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
+    result[seen] = np.where(before > 0, before / penalty, before * penalty)  # the same value however often an id is there
     return result
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Keep exactly the `k` largest."""
-    return _keep(scores, _descending(scores)[:k])
+    return _keep(scores, _largest(scores, k).min(), k)
 
 
 def top_p(scores: np.ndarray, p: float) -> np.ndarray:
     """Keep the fewest most probable tokens whose probabilities sum to at least `p`."""
-    order = _descending(scores)
-    before = np.concatenate([[0.0], np.cumsum(probabilities(scores)[order])[:-1]])
-    return _keep(scores, order[before < p])
+    total, possible = _weights(scores).sum(), scores[scores > -np.inf]
+    for size in (_OFTEN_ENOUGH, len(scores)):
+        descending = np.sort(_largest(possible, size))[::-1]  # equal scores are equally probable: their ids do not matter for the sums
+        sums = np.cumsum(np.exp(descending - descending[0]) / total)
+        if sums[-1] >= p:
+            break
+    count = 1 + int(np.searchsorted(sums[:-1], p))  # a token is kept where those before it do not reach p
+    return _keep(scores, descending[count - 1], count)
 
 
 def min_p(scores: np.ndarray, share: float) -> np.ndarray:
@@ -106,15 +118,41 @@ def min_p(scores: np.ndarray, share: float) -> np.ndarray:
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
     """softmax."""
-    weights = np.exp(scores - scores.max())
+    weights = _weights(scores)
     return weights / weights.sum()
 
 
-def gumbel(size: int, seed: int, position: int) -> np.ndarray:
-    """Standard Gumbel noise, float64 [size], of one position. Philox's raw bits are the same in every NumPy."""
-    bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(size)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
+def gumbel(ids: np.ndarray, seed: int, position: int) -> np.ndarray:
+    """Standard Gumbel noise of the tokens `ids` (ascending, at least one) at one position, float64. It depends on nothing but
+    (seed, position, id): Philox's raw bits are the same in every NumPy."""
+    bits = _bits(ids, seed, position)
+    bits >>= np.uint64(11)
+    noise = bits.astype(np.float64)
+    noise += 0.5
+    noise *= 2.0**-53  # uniform in (0, 1)
+    for _ in range(2):
+        np.negative(np.log(noise, out=noise), out=noise)
+    return noise
+
+
+def _bits(ids: np.ndarray, seed: int, position: int) -> np.ndarray:
+    """The numbers `ids` of the stream of (seed, position), uint64. A few far apart are gone to one by one, others read on the way."""
+    stream = np.random.Philox(key=np.array([seed, position], np.uint64))
+    if len(ids) * _SKIP > ids[-1]:
+        bits = stream.random_raw(int(ids[-1]) + 1)
+        return bits if len(bits) == len(ids) else bits[ids]
+    bits, at, numbers = [], 0, []
+    for number in ids.tolist():
+        block, within = divmod(number, _BLOCK)
+        if block >= at:
+            stream.advance(block - at)
+            numbers, at = stream.random_raw(_BLOCK), block + 1
+        bits.append(numbers[within])
+    return np.array(bits)
+
+
+def _weights(scores: np.ndarray) -> np.ndarray:
+    return np.exp(scores - scores.max())
 
 
 def _divided(scores: np.ndarray, temperature: float) -> np.ndarray:
@@ -124,11 +162,15 @@ def _divided(scores: np.ndarray, temperature: float) -> np.ndarray:
         return divided if np.array_equal(np.isinf(divided), np.isinf(scores)) else (scores - scores.max()) / temperature
 
 
-def _descending(scores: np.ndarray) -> np.ndarray:
-    return np.argsort(-scores, kind="stable")
+def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """The values of the `count` largest, in no order."""
+    rest = max(len(scores) - count, 0)
+    return np.partition(scores, rest)[rest:]
 
 
-def _keep(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    result = np.full_like(scores, -np.inf)
-    result[ids] = scores[ids]
-    return result
+def _keep(scores: np.ndarray, least: float, count: int) -> np.ndarray:
+    """`scores` with -inf for all but the `count` largest, of which `least` is the smallest: its ties with the smaller ids stay."""
+    kept = scores >= least
+    if (excess := int(np.count_nonzero(kept)) - count) > 0:
+        kept[np.flatnonzero(scores == least)[-excess:]] = False
+    return np.where(kept, scores, -np.inf)

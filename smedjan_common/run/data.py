@@ -21,6 +21,7 @@ from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 from smedjan_common.nearby import beside
 from smedjan_common.reporting.console import count, say, size
+from smedjan_common.run.claim import is_run
 from smedjan_common.run.flags import DataFlags
 from smedjan_common.text.sources import Source, find, refuse_pipes
 from smedjan_common.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def run_data(
     """
     if not flags.dataset:
         why = f"--dataset is not given, and {folder} has no run to go on with."
-        fix = beside(folder, there=True) or "Give --dataset FILE: a text, JSONL or a token file."
+        fix = beside(folder, there=True) or "Give a text, JSONL or a token file: smedjan train FILE."
         raise DataError("There is nothing to train on.", why, fix)
     chosen = _chosen_tokenizer(flags, given)
     if known := chosen or own:
@@ -190,6 +191,9 @@ def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: To
 
 def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
     """The files of text that the paths name. Raises DataError."""
+    if runs := [path for path in paths if is_run(Path(path))]:
+        why = "What a run writes is nothing to train on."
+        raise DataError(f"{flag} {runs[0]} is a run.", why, f"To go on with it: smedjan train --checkpoint-dir {runs[0]}")
     found = find(paths, flag)
     if rows := [str(source.path) for source in found if source.kind == "dataset"]:
         fix = f"Tokenise it first ('smedjan prepare --input {rows[0]}'), and give the token file."

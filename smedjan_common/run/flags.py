@@ -5,14 +5,13 @@ tests/fixtures/train_flags.txt lists the flags, so that drift is noticed.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from smedjan_common.command_line import parse as parse_flags
+from smedjan_common.command_line import NAMELESS, read
 from smedjan_common.errors import flag
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
@@ -40,9 +39,9 @@ THIS_START = {"this_start": True}  # of a flag that counts for one start of a ru
 class DataFlags:
     """What to train on."""
 
-    dataset: Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(required for a new run)")] = ()
+    dataset: Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(required for a new run)"), NAMELESS] = ()
     """A token file (.bin, from `smedjan prepare`), several mixed by weight (a.bin:0.7 b.bin:0.3), or text and JSONL files: those are
-    tokenised once, into CHECKPOINT_DIR/data."""
+    tokenised once, into CHECKPOINT_DIR/data. `smedjan train my.txt` is the same."""
     val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset when that is text", "FILE ...")] = ()
     """What to validate on: a token file or texts, never trained on."""
     val_fraction: float = 0.02
@@ -167,11 +166,16 @@ class TrainFlags:
 GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
 
 
+EXAMPLES = (
+    "smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400",
+    "smedjan train --checkpoint-dir runs/mine --steps 800",
+)
+
+
 def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
     """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    example = "smedjan train --dataset my.txt --checkpoint-dir runs/mine --size tiny --steps 400"
-    return parse_flags(TrainFlags, prog, argv, example), given_names(argv)
+    flags, words = read(TrainFlags, prog, argv, *EXAMPLES)
+    return flags, given_names(words)
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

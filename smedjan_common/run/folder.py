@@ -14,7 +14,7 @@ import numpy as np
 
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
-from smedjan_common.checkpoint import About, CheckpointInfo, prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, prune_checkpoints, start_own, write_checkpoint, write_final
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
@@ -63,13 +63,11 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, device: Device):
         self.config, self.path = config, config.checkpoint_dir
-        data = config.train_data
         self._about = About(
-            config.model,
-            config.train,
-            tokenizer_json=config.tokenizer.to_json(),
-            tokenizer_hash=config.tokenizer.hash,
-            dataset=self._dataset(data),
+            model=config.model,
+            train=config.train,
+            tokenizer=SavedTokenizer.of(config.tokenizer),
+            dataset=self._dataset(config.train_data),
             framework={"name": device.backend, "device": device.name, **device.versions},
         )
 

@@ -19,7 +19,7 @@ from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES
 
 _ROWS = (*MIXERS.values(), *FFNS.values())
-_NONE_OF_IT = {"attention": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
+_NONE_OF_IT = {"attention": "auto", "kernels": "auto", "balance_loss": 0.0, "router_z_loss": 0.0, "router_bias_rate": 0.0}
 
 
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:

@@ -20,10 +20,11 @@ def heading(model: ModelConfig, train: TrainConfig, data: Any, folder: Path, dev
     devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
     kind = f" ({device.kind})" if device.kind != device.name else ""
     mesh = f", mesh {device.mesh}" if device.count > 1 else ""
+    kernels = f", kernels {device.kernels}" if device.kernels else ""
     idle = f"; {device.count} of {device.visible} devices, --mesh data={device.visible} takes all" if device.count < device.visible else ""
     return "\n".join(
         (
-            f"device   {device.backend} on {devices}{kind}, {train.dtype}{mesh}{idle}",
+            f"device   {device.backend} on {devices}{kind}, {train.dtype}{mesh}{kernels}{idle}",
             f"model    {count(model.num_params())} parameters{_active(model)}: dim {model.dim}, {model.layers} layers, {model.heads} heads"
             f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
             f"data     {tokens}",

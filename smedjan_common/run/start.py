@@ -66,7 +66,7 @@ def _step_checkpoint(folder: Path, resume: str, say: Say, damaged: Collection[Pa
         return _newest_step(folder, say, damaged)
     info = read_info(resume)
     inside = info.path.resolve().parent == folder.resolve()
-    others = [entry for entry in entries(folder) if entry.path.resolve() != info.path.resolve()]
+    others = entries(folder, exclude=info.path)
     check_formats([entry for entry in others if not inside or entry.step > info.step])
     if newer := [entry for entry in others if entry.info and (entry.step > info.step or not inside)]:
         raise CheckpointError(

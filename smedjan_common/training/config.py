@@ -103,7 +103,7 @@ class TrainConfig(
 
 _CHOICES = {name: found.choices for name, found in options(TrainConfig).items()}
 GRADIENT_CHECKPOINTING, DTYPES = _CHOICES["gradient_checkpointing"], _CHOICES["dtype"]
-ATTENTION, PACKING = _CHOICES["attention"], _CHOICES["packing"]
+ATTENTION, KERNELS, PACKING = _CHOICES["attention"], _CHOICES["kernels"], _CHOICES["packing"]
 
 CHECKPOINT_FORMATS = {"neutral": None, "orbax": "jax"}  # name -> the backend that alone reads it
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
+from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.triangular import unit_lower_inverse
@@ -32,7 +33,7 @@ QK_EPS = 1e-6
 class GatedDeltaNet(nnx.Module):
     """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         def linears(*names: str) -> list[Linear]:
             return [Linear(params, f"{name}.{each}_proj") for each in names]
 
@@ -43,6 +44,7 @@ class GatedDeltaNet(nnx.Module):
         self.A_log, self.dt_bias = (nnx.data(params[f"{name}.{each}"]) for each in ("A_log", "dt_bias"))
         self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.implementation = implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
@@ -60,17 +62,29 @@ class GatedDeltaNet(nnx.Module):
         convolved, _ = causal_conv(features, self.conv.weight, None, None, context.documents)
         B, T, _ = z.shape
         state = jnp.zeros((B, self.heads, self.head_dim, self.head_dim), jnp.float32)
-        core = jax.checkpoint(gated_delta_rule, static_argnums=(3,))  # its C x C matrices would be the largest part of the memory
-        o, _ = core((*self._heads(convolved), *self._gates(a, b)), state, context.documents, min(context.chunk_size, T))
+        arrays = *self._heads(convolved), *self._gates(a, b)
+        if self.implementation == "pallas":
+            o, _ = self._kernel(arrays, state, context.documents)
+        else:
+            core = jax.checkpoint(gated_delta_rule, static_argnums=(3,))  # its C x C matrices would be the largest part of the memory
+            o, _ = core(arrays, state, context.documents, min(context.chunk_size, T))
         return self._output(o, z), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after those that made the state: `window`, what is convolved with them, and `S` [B, H, V, K]."""
         features, z, a, b = self.project(x, context)
         convolved, window = causal_conv(features, self.conv.weight, None, state["window"])
-        chunk = min(context.chunk_size, x.shape[1])
-        o, S = gated_delta_rule((*self._heads(convolved), *self._gates(a, b)), state["S"], None, chunk)
+        arrays, T = (*self._heads(convolved), *self._gates(a, b)), x.shape[1]
+        if self.implementation == "pallas" and T >= SHORTEST:
+            o, S = self._kernel(arrays, state["S"], None)
+        else:
+            o, S = gated_delta_rule(arrays, state["S"], None, min(context.chunk_size, T))
         return self._output(o, z), {"window": window, "S": S}, carried
+
+    def _kernel(self, arrays: Arrays, state: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        from smedjan_jax.kernels import delta_rule
+
+        return delta_rule.gated_delta_rule(arrays, state, documents)
 
     def _heads(self, convolved: jax.Array) -> Arrays:
         """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, T, H, K] each."""
@@ -88,7 +102,7 @@ class GatedDeltaNet(nnx.Module):
         return -jnp.exp(self.A_log) * jax.nn.softplus(a + self.dt_bias), jax.nn.sigmoid(b)
 
     def _output(self, o: jax.Array, z: jax.Array) -> jax.Array:
-        y = self.norm(o).reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
+        y = self.norm(o.astype(jnp.float32)).reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
         return self.o_proj(y.astype(z.dtype))
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
+from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
 
@@ -23,7 +24,7 @@ Arrays = tuple[jax.Array, ...]
 class LinearAttention(nnx.Module):
     """The mixer `linear`: projections, decayed sums, norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.q_proj = Linear(params, f"{name}.q_proj")
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
@@ -34,7 +35,7 @@ class LinearAttention(nnx.Module):
         if config.linear_normalizer == "rmsnorm":
             self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
         self.o_proj = Linear(params, f"{name}.o_proj")
-        self.config = config
+        self.config, self.implementation = config, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
@@ -62,10 +63,20 @@ class LinearAttention(nnx.Module):
         if self.config.linear_normalizer == "denominator":
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
         before = None if state is None else state[:, :, None]
-        o, after = scalar_decay(query, key, value, self._log_decay(projected)[..., None], context.chunk_size, before, context.documents)
+        o, after = self._core((query, key, value, self._log_decay(projected)[..., None]), context, before)
+        o = o.astype(jnp.float32)
         o = self.norm(o) if self.config.linear_normalizer == "rmsnorm" else o[..., :K] / (o[..., K:] + DENOMINATOR_EPS)
         gated = o.reshape(B, T, D) * jax.nn.silu(gate.astype(jnp.float32))
         return self.o_proj(gated.astype(gate.dtype)), after[:, :, 0]
+
+    def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Outputs, float32 or in the compute dtype, and the state after them."""
+        query, key, value, log_decay = arrays
+        if self.implementation != "pallas" or (before is not None and query.shape[1] < SHORTEST):
+            return scalar_decay(query, key, value, log_decay, context.chunk_size, before, context.documents)
+        from smedjan_jax.kernels import scalar_decay as kernel
+
+        return kernel.scalar_decay(query, key, value, log_decay, before, context.documents)
 
     def _feature(self, z: jax.Array) -> jax.Array:
         """phi, in float32: elu(z) + 1 is positive."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
+from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
@@ -37,7 +38,7 @@ LARGEST_CHUNK = 128
 class Rwkv(nnx.Module):
     """The mixer `rwkv`: token shift, projections, delta rule, group norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         def vectors(*names: str) -> list:
             return [nnx.data(params[f"{name}.{each}"]) for each in names]
 
@@ -52,7 +53,7 @@ class Rwkv(nnx.Module):
         if not self.first:
             (self.v0,), (self.v1, self.v2) = vectors("v0"), linears("v1", "v2")
         self.ln_x = GroupNorm(params, f"{name}.ln_x")
-        self.head_dim = config.rwkv_head_dim
+        self.head_dim, self.implementation = config.rwkv_head_dim, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
@@ -68,15 +69,26 @@ class Rwkv(nnx.Module):
         B, T, H, K = arrays[0].shape
         state = jnp.zeros((B, H, K, K), jnp.float32)
         chunk = min(context.chunk_size, LARGEST_CHUNK, T)
-        core = jax.checkpoint(dplr_delta_rule, static_argnums=(3,))  # its C x C matrices would be the largest part of the memory
-        o, _ = core(arrays, state, context.documents, chunk)
+        if self.implementation == "pallas":
+            o, _ = self._kernel(arrays, state, context.documents)
+        else:
+            core = jax.checkpoint(dplr_delta_rule, static_argnums=(3,))  # its C x C matrices would be the largest part of the memory
+            o, _ = core(arrays, state, context.documents, chunk)
         return self._output(o, arrays, gate), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after those that made the state: `shift`, the last one's x [B, D], and `S` [B, H, V, K]."""
         arrays, gate, carried = self._prepare(self._project(x, token_shift(x, state["shift"], None)), carried)
-        o, S = dplr_delta_rule(arrays, state["S"], None, min(context.chunk_size, LARGEST_CHUNK, x.shape[1]))
+        if self.implementation == "pallas" and x.shape[1] >= SHORTEST:
+            o, S = self._kernel(arrays, state["S"], None)
+        else:
+            o, S = dplr_delta_rule(arrays, state["S"], None, min(context.chunk_size, LARGEST_CHUNK, x.shape[1]))
         return self._output(o, arrays, gate), {"shift": x[:, -1], "S": S}, carried
+
+    def _kernel(self, arrays: Arrays, state: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        from smedjan_jax.kernels import channel_decay
+
+        return channel_decay.dplr_delta_rule(arrays, state, documents)
 
     def _project(self, x: jax.Array, previous: jax.Array) -> Arrays:
         shift = previous - x
@@ -112,7 +124,7 @@ class Rwkv(nnx.Module):
     def _output(self, o: jax.Array, arrays: Arrays, gate: jax.Array) -> jax.Array:
         r, _, k, v, _, _ = (each.astype(jnp.float32) for each in arrays)
         bonus = jnp.sum(r * k * self.r_k, axis=-1, keepdims=True) * v
-        y = self.ln_x(o) + bonus.reshape(gate.shape)
+        y = self.ln_x(o.astype(jnp.float32)) + bonus.reshape(gate.shape)
         return self.o_proj((y * gate.astype(jnp.float32)).astype(gate.dtype))
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.ssm import convolved_dim, inner_dim
+from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
@@ -25,7 +26,7 @@ Arrays = tuple[jax.Array, ...]
 class Mamba2(nnx.Module):
     """The mixer `ssm`: input projection, convolution, state space model, gate, norm, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.in_proj = Linear(params, f"{name}.in_proj")
         self.conv = Linear(params, f"{name}.conv")
         self.conv_bias = nnx.data(params[f"{name}.conv_bias"])
@@ -36,6 +37,7 @@ class Mamba2(nnx.Module):
         self.out_proj = Linear(params, f"{name}.out_proj")
         self.inner, self.convolved = inner_dim(config), convolved_dim(config)
         self.groups, self.state_dim, self.head_dim = config.ssm_groups, config.ssm_state, config.ssm_head_dim
+        self.implementation = implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: all positions at once."""
@@ -65,11 +67,20 @@ class Mamba2(nnx.Module):
         value, log_decay = x * dt.reshape(B, T, G, H // G, 1), (-jnp.exp(self.A_log) * dt).reshape(B, T, G, H // G)
         query, key = (array.astype(gate.dtype).reshape(B, T, G, *heads, N) for array, heads in ((query, (1,)), (key, ())))
         before = state["state"].reshape(B, G, H // G, N, P) if state else None
-        y, after = scalar_decay(query, key, value.astype(gate.dtype), log_decay, context.chunk_size, before, context.documents)
-        y = y[:, :, :, 0] + self.D.reshape(G, H // G, 1) * x
+        y, after = self._core((query, key, value.astype(gate.dtype), log_decay), context, before)
+        y = y[:, :, :, 0].astype(jnp.float32) + self.D.reshape(G, H // G, 1) * x
         gated = y.reshape(B, T, -1) * jax.nn.silu(gate.astype(jnp.float32))
         out = self.out_proj(self.norm(gated).astype(gate.dtype))
         return out, {"state": after.reshape(B, H, N, P), "window": window}
+
+    def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Outputs, float32 or in the compute dtype, and the state after them."""
+        query, key, value, log_decay = arrays
+        if self.implementation != "pallas" or (before is not None and query.shape[1] < SHORTEST):
+            return scalar_decay(query, key, value, log_decay, context.chunk_size, before, context.documents)
+        from smedjan_jax.kernels import scalar_decay as kernel
+
+        return kernel.scalar_decay(query, key, value, log_decay, before, context.documents)
 
 
 class GroupRMSNorm(nnx.Module):

@@ -32,7 +32,7 @@ QK_EPS = 1e-6
 class GatedDeltaNet(nn.Module):
     """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
 
         def linears(*names: str) -> list[Linear]:

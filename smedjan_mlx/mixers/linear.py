@@ -22,7 +22,7 @@ Arrays = tuple[mx.array, ...]
 class LinearAttention(nn.Module):
     """The mixer `linear`: projections, decayed sums, norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
         self.q_proj = Linear(params, f"{name}.q_proj")
         self.k_proj = Linear(params, f"{name}.k_proj")

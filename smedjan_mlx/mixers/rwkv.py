@@ -37,7 +37,7 @@ LARGEST_CHUNK = 128
 class Rwkv(nn.Module):
     """The mixer `rwkv`: token shift, projections, delta rule, group norm, gate, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
 
         def vectors(*names: str) -> list:

@@ -24,7 +24,7 @@ Arrays = tuple[mx.array, ...]
 class Mamba2(nn.Module):
     """The mixer `ssm`: input projection, convolution, state space model, gate, norm, output projection."""
 
-    def __init__(self, config: ModelConfig, params: Params, name: str, attention: str = "auto"):
+    def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
         self.in_proj = Linear(params, f"{name}.in_proj")
         self.conv = Linear(params, f"{name}.conv")

@@ -26,6 +26,12 @@ def test_the_same_seed_is_the_same_text_and_another_seed_another(run, capsys):
     assert texts[0].startswith("the cat")
 
 
+def test_the_run_needs_no_flag(run, capsys):
+    named = make(capsys, run, "--prompt", "the cat", "--max-tokens", 4)[1]
+    assert generate.run("fake", load, [str(run), "--prompt", "the cat", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == named
+
+
 def test_the_prompt_can_be_left_out_of_the_output(run, capsys):
     with_prompt = make(capsys, run, "--prompt", "the", "--max-tokens", 5, "--temperature", 0)[1]
     without = make(capsys, run, "--prompt", "the", "--max-tokens", 5, "--temperature", 0, "--no-echo")[1]

@@ -126,7 +126,7 @@ def test_a_directory_of_hugging_face_is_no_run(tmp_path, text, capsys):
     assert "smedjan convert" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["missing", "text.txt", "."])
+@pytest.mark.parametrize("name", ["missing", "text.txt", "run/data"])
 def test_what_is_nothing_of_smedjan_is_exit_2(made, name, capsys):
     assert info.main([str(made / name)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -141,7 +141,7 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        ((), "--dataset"),
+        ((), "smedjan train my.txt"),
         (("--dataset", "missing.txt"), "missing.txt"),
         (("--dataset", "missing.bin"), "missing.bin"),
         (("--dataset", "empty.txt"), "no text"),
@@ -177,6 +177,21 @@ def test_wrong_use_is_exit_2_with_what_why_and_what_to_do(text, tmp_path, monkey
     assert error.startswith("error: ")
     assert what in error
     assert "Traceback" not in error
+
+
+def test_a_text_without_a_flag_is_the_dataset(text, tmp_path):
+    words = arguments(text, tmp_path / "named", 3)
+    assert train_here(*words) == 0
+    at = words.index("--dataset")
+    assert train_here(text, *words[:at], *words[at + 2 :], "--checkpoint-dir", tmp_path / "bare") == 0
+    assert figures(tmp_path / "bare") == figures(tmp_path / "named")
+
+
+def test_a_run_as_the_dataset_is_answered_with_how_to_go_on_with_it(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_here(*arguments(text, "run", 2)) == 0
+    assert train_here("run") == 2
+    assert "To go on with it: smedjan train --checkpoint-dir run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--heads", "3"), ("--lr", "-1"), ("--warmup", "9"), ("--mixer", "attenton"), ("--keep", "-1")])

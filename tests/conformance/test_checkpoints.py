@@ -15,7 +15,7 @@ HALF = STEPS // 2
 
 def through_a_file(directory: pathlib.Path, case: Case, snapshot: Snapshot, backend: str) -> Snapshot:
     """Write the snapshot as a checkpoint and read it back."""
-    path = write_checkpoint(directory, snapshot, About(case.model, case.train, framework={"name": backend}))
+    path = write_checkpoint(directory, snapshot, About(model=case.model, train=case.train, framework={"name": backend}))
     checkpoint = read_checkpoint(path)
     assert checkpoint.model == case.model
     assert checkpoint.train == case.train

@@ -19,6 +19,10 @@ ONE_SIDED_FILES = {
     "sharding.py": "JAX shards over devices by a mesh",
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
+    **dict.fromkeys(
+        ("kernels/tiles.py", "kernels/scalar_decay.py", "kernels/delta_rule.py", "kernels/channel_decay.py"),
+        "kernels in Pallas, a part of JAX; MLX takes the plain forms",
+    ),
     "checkpoint.py": "JAX's own checkpoint is Orbax; MLX's own is the neutral one",
 }
 ONE_SIDED_NAMES = {
@@ -29,6 +33,10 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "training_backend"): "--attention fused needs cuDNN; MLX's own kernel is on every device",
     ("jax", "mixers/attention.py", "refuse_fused"): "the same",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
+    **{
+        ("jax", "kernels/__init__.py", name): "where JAX's kernels run and pay"
+        for name in ("SIZES", "FASTER", "MEASURED", "LARGEST", "LARGEST_FLOAT32", "SHORTEST")
+    },
     ("mlx", "backend.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (

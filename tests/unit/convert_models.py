@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.cli import main
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import About, read_checkpoint, write_final
+from smedjan_common.checkpoint import About, SavedTokenizer, read_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.inference.generate import Generation
 from smedjan_common.inference.sampling import Sampling
@@ -49,11 +49,8 @@ def neutral(directory: Path, config: ModelConfig | None = None, params: dict | N
     """A neutral checkpoint in `directory`/final."""
     tok = tok or tokenizer()
     config = config or model_config(tok.vocab_size)
-    return write_final(
-        directory,
-        Snapshot(7, params or parameters(config), {}),
-        About(config, tokenizer_json=tok.to_json(), tokenizer_hash=tok.hash, framework={"name": "test"}),
-    )
+    about = About(model=config, tokenizer=SavedTokenizer.of(tok), framework={"name": "test"})
+    return write_final(directory, Snapshot(7, params or parameters(config), {}), about)
 
 
 def convert(*args: Any) -> None:

@@ -17,6 +17,7 @@ from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import (
     About,
     Checkpoint,
+    SavedTokenizer,
     find_checkpoints,
     latest_checkpoint,
     newest,
@@ -51,19 +52,22 @@ def sample_snapshot(step: int = 3, model: ModelConfig = MODEL, dtype: Any = np.f
     )
 
 
-METRICS = {"loss": 2.5}
+def facts(**changes: Any) -> dict[str, Any]:
+    """The keyword arguments of write_checkpoint. changes: of them, or of About."""
+    about = About(
+        model=MODEL,
+        train=TRAIN,
+        tokenizer=SavedTokenizer(TOKENIZER_JSON, "tokenizer-hash"),
+        dataset={"hash": "dataset-hash", "path": "text.tokens", "tokens": 12345},
+        framework={"name": "numpy", "versions": {"numpy": "2.0"}},
+    )
+    others = {name: changes.pop(name) for name in vars(about).keys() & changes.keys()}
+    return {"about": dataclasses.replace(about, **others), "metrics": {"loss": 2.5}} | changes
 
 
-def about(**changes: Any) -> About:
-    """What the small checkpoints say of themselves."""
-    dataset = {"hash": "dataset-hash", "path": "text.tokens", "tokens": 12345}
-    framework = {"name": "numpy", "versions": {"numpy": "2.0"}}
-    return dataclasses.replace(About(MODEL, TRAIN, TOKENIZER_JSON, "tokenizer-hash", dataset, framework), **changes)
-
-
-def write(directory: Path, step: int = 3, *, metrics: Any = METRICS, name: str | None = None, **changes: Any) -> Path:
+def write(directory: Path, step: int = 3, **changes: Any) -> Path:
     """A small checkpoint of step `step`."""
-    return write_checkpoint(directory, sample_snapshot(step), about(**changes), metrics=metrics, name=name)
+    return write_checkpoint(directory, sample_snapshot(step), **facts(**changes))
 
 
 def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -95,11 +99,11 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
     checkpoint = read_checkpoint(path)
     assert_same(checkpoint, sample_snapshot())
     assert list(checkpoint.snapshot.params) == list(parameter_table(MODEL))
-    assert (checkpoint.tokenizer_hash, checkpoint.dataset) == ("tokenizer-hash", about().dataset)
+    assert (checkpoint.tokenizer_hash, checkpoint.dataset) == ("tokenizer-hash", facts()["about"].dataset)
     info = checkpoint.info
     assert (info.optimizer, info.framework, info.metrics, info.extra) == (
         "adamw",
-        about().framework,
+        facts()["about"].framework,
         {"loss": 2.5},
         {"note": [1, "two"]},
     )
@@ -144,14 +148,14 @@ def test_bfloat16_nan_infinity_negative_zero_and_layout_survive(tmp_path):
         weight = snapshot.params["embed.weight"]
         weight[0, :4] = [np.nan, np.inf, -np.inf, -0.0]
         snapshot.params["layers.0.ffn.gate_proj.weight"] = np.asfortranarray(snapshot.params["layers.0.ffn.gate_proj.weight"])
-        path = write_checkpoint(tmp_path, snapshot, about())
+        path = write_checkpoint(tmp_path, snapshot, **facts())
         assert_same(read_checkpoint(path), snapshot)
 
 
 def test_big_endian_and_strided_arrays_are_written_in_the_order_of_the_format(tmp_path):
     snapshot = sample_snapshot()
     odd = {name: np.repeat(array, 2, axis=0)[::2].astype(">f4") for name, array in snapshot.params.items()}
-    path = write_checkpoint(tmp_path, Snapshot(3, odd, snapshot.optimizer), about())
+    path = write_checkpoint(tmp_path, Snapshot(3, odd, snapshot.optimizer), **facts())
     assert_same(read_checkpoint(path), snapshot)
 
 
@@ -167,7 +171,7 @@ def test_arrays_come_to_the_host_only_in_their_turn(tmp_path):
             return self.array.copy()
 
     lazy = Snapshot(3, {name: OnDevice(array) for name, array in snapshot.params.items()}, {})  # type: ignore[misc]
-    path = write_checkpoint(tmp_path, lazy, about())
+    path = write_checkpoint(tmp_path, lazy, **facts())
     assert len(alive) == len(snapshot.params)
     assert_same_arrays(read_checkpoint(path).snapshot.params, snapshot.params)
 
@@ -192,7 +196,7 @@ def test_weights_can_be_read_alone(tmp_path):
 
 def test_final_has_weights_configuration_and_tokenizer_only_and_is_replaced(tmp_path):
     for step in (3, 10):
-        path = write_final(tmp_path, sample_snapshot(step), about())
+        path = write_final(tmp_path, sample_snapshot(step), **facts())
         assert path == tmp_path / "final"
         assert sorted(p.name for p in path.iterdir()) == ["checkpoint.json", "model.safetensors", "tokenizer.json"]
         checkpoint = read_checkpoint(tmp_path)
@@ -208,7 +212,7 @@ def test_a_step_that_exists_is_replaced_and_nothing_stays_behind(tmp_path, monke
     write(tmp_path)
     changed = sample_snapshot()
     changed.params["norm.weight"][:] = 7
-    write_checkpoint(tmp_path, changed, about())
+    write_checkpoint(tmp_path, changed, **facts())
     assert_same(read_checkpoint(tmp_path), changed)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -217,7 +221,7 @@ def test_what_is_no_checkpoint_is_never_replaced(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "thesis.txt").write_text("years of work")
     (tmp_path / "step-00000003").write_text("a file")
-    for save in (lambda: write_final(tmp_path, sample_snapshot(), about()), lambda: write(tmp_path)):
+    for save in (lambda: write_final(tmp_path, sample_snapshot(), **facts()), lambda: write(tmp_path)):
         with pytest.raises(CheckpointError, match="in the way"):
             save()
     assert tree(tmp_path) == {"final/thesis.txt": b"years of work", "step-00000003": b"a file"}
@@ -243,18 +247,18 @@ def test_a_tree_of_another_model_is_not_written(tmp_path):
             dataclasses.replace(
                 snapshot, params={n: a * np.float64(1) for n, a in snapshot.params.items()} | {"embed.weight": np.zeros((64, 8))}
             ),
-            about(),
+            **facts(),
         )
     with pytest.raises(CheckpointError, match=r"mu\.embed\.weight has shape"):
         write_checkpoint(
-            tmp_path / "run", dataclasses.replace(snapshot, optimizer={"mu.embed.weight": np.zeros((8, 64), np.float32)}), about()
+            tmp_path / "run", dataclasses.replace(snapshot, optimizer={"mu.embed.weight": np.zeros((8, 64), np.float32)}), **facts()
         )
     assert not (tmp_path / "run").exists()
 
 
 def test_figures_that_are_not_finite_or_not_json_are_written_plainly(tmp_path):
     metrics = {"loss": float("nan"), "lr": np.float32(0.5), "mfu": np.inf, "step": np.int64(4), "where": tmp_path}
-    info = read_info(write(tmp_path, metrics=metrics, train=None, tokenizer_json=None, tokenizer_hash=None, dataset=None))
+    info = read_info(write(tmp_path, metrics=metrics, train=None, tokenizer=None, dataset=None))
     assert info.metrics == {"loss": None, "lr": 0.5, "mfu": None, "step": 4, "where": str(tmp_path)}
     assert (info.train, info.tokenizer_hash, info.dataset, info.optimizer) == (None, None, None, "unknown")
     assert read_checkpoint(tmp_path).tokenizer_json is None
@@ -265,7 +269,7 @@ def test_the_newest_is_found_by_step_and_junk_is_ignored(tmp_path):
     assert latest_checkpoint(tmp_path / "absent") is None
     for step in (20, 3, 100_000_000):
         write(tmp_path, step)
-    write_final(tmp_path, sample_snapshot(), about())
+    write_final(tmp_path, sample_snapshot(), **facts())
     (tmp_path / "step-00000400").mkdir()
     (tmp_path / "step-00000500").write_text("a file")
     (tmp_path / "step-x").mkdir()
@@ -304,7 +308,7 @@ def test_pruning_keeps_the_newest_and_the_marked_ones(tmp_path):
     for step in (10, 20, 30, 40, 50):
         write(tmp_path, step)
     (tmp_path / "step-00000060").mkdir()
-    write_final(tmp_path, sample_snapshot(), about())
+    write_final(tmp_path, sample_snapshot(), **facts())
     assert prune_checkpoints(tmp_path, 0) == []
     assert prune_checkpoints(tmp_path, 9) == []
     assert [path.name for path in prune_checkpoints(tmp_path, 2, keep_every=20)] == ["step-00000010", "step-00000030"]
@@ -353,7 +357,7 @@ def test_the_newest_weights_are_those_of_final_unless_a_later_step_was_saved_sin
     write(run, 3)
     assert newest(run).path == run / "step-00000003"
     for last, name in ((3, "final"), (9, "final"), (2, "step-00000003")):
-        write_final(run, sample_snapshot(last), about())
+        write_final(run, sample_snapshot(last), **facts())
         assert newest(run).path == run / name
     assert newest(run / "step-00000003").step == 3
     assert newest(run / "final").step == 2
@@ -391,7 +395,7 @@ def test_a_run_goes_on_only_with_its_model_and_optimizer(tmp_path):
     with pytest.raises(CheckpointError, match="--optimizer lion, not adamw"):
         check_same(dataclasses.replace(info, optimizer="lion"), MODEL, TRAIN)
     with pytest.raises(CheckpointError, match="weights only"):
-        check_same(read_info(write_final(tmp_path, sample_snapshot(), about())), MODEL, TRAIN)
+        check_same(read_info(write_final(tmp_path, sample_snapshot(), **facts())), MODEL, TRAIN)
 
 
 def test_importing_it_imports_no_framework():

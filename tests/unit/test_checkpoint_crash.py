@@ -16,7 +16,7 @@ import pytest
 from smedjan_common.checkpoint import find_checkpoints, latest_checkpoint, read_checkpoint, verify_checkpoint
 from smedjan_common.files import atomic_directory
 from smedjan_common.files.leftovers import LOCK_NAME, replaced_names
-from tests.unit.test_checkpoint import about, assert_same, in_subprocess, sample_snapshot, tree, write, write_final
+from tests.unit.test_checkpoint import assert_same, facts, in_subprocess, sample_snapshot, tree, write, write_final
 
 KILLS = int(os.environ.get("SMEDJAN_KILLS", "20"))  # per way of replacing; a soak sets it to hundreds
 
@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from smedjan_common.backend import Snapshot
 from smedjan_common.files import atomic_directory
-from smedjan_common.checkpoint import About, find_checkpoints, prune_checkpoints, write_checkpoint, write_final
+from smedjan_common.checkpoint import About, SavedTokenizer, find_checkpoints, prune_checkpoints, write_checkpoint, write_final
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.params import parameter_table
 
 MODEL = ModelConfig(vocab_size=256, dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=256)
-ABOUT = About(MODEL, tokenizer_json="{}", tokenizer_hash="t")
+ABOUT = About(model=MODEL, tokenizer=SavedTokenizer("{}", "t"), framework={})
 
 def snapshot(step):
     params = {name: np.full(spec.shape, step, np.float32) for name, spec in parameter_table(MODEL).items()}
@@ -97,14 +97,14 @@ import os, shutil, sys
 from pathlib import Path
 from smedjan_common.files import atomic_directory
 from smedjan_common.checkpoint import find_checkpoints, prune_checkpoints, read_checkpoint, write_final
-from tests.unit.test_checkpoint import about, assert_same_arrays, sample_snapshot, write, write_checkpoint
+from tests.unit.test_checkpoint import assert_same_arrays, facts, sample_snapshot, write, write_checkpoint
 
 if sys.argv[2] == "moved-aside":
     atomic_directory._exchange = lambda one, other: False
 run, good = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "good"
 for step in (1, 2, 3):
     write(good, step)
-write_final(good, sample_snapshot(3), about())
+write_final(good, sample_snapshot(3), **facts())
 changed = sample_snapshot(3)
 changed.params["norm.weight"][:] = 7
 
@@ -120,8 +120,8 @@ def write_and_die(n):
     left = [n]
     for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
         setattr(os, name, die_before(getattr(os, name), left))
-    write_checkpoint(run, changed, about())
-    write_final(run, changed, about())
+    write_checkpoint(run, changed, **facts())
+    write_final(run, changed, **facts())
     prune_checkpoints(run, 1)
     os._exit(0)
 
@@ -268,12 +268,12 @@ def test_everything_is_on_the_disk_before_the_name_is_and_the_name_before_the_ca
 
 
 def test_final_is_whole_at_every_moment_while_it_is_replaced(tmp_path):
-    write_final(tmp_path, sample_snapshot(1), about())
+    write_final(tmp_path, sample_snapshot(1), **facts())
     done = threading.Event()
 
     def replace():
         for step in range(2, 40):
-            write_final(tmp_path, sample_snapshot(step), about())
+            write_final(tmp_path, sample_snapshot(step), **facts())
         done.set()
 
     thread = threading.Thread(target=replace)

@@ -150,7 +150,7 @@ if what == "write":
     params = {name: np.full(spec.shape, 0.5, np.float32) for name, spec in parameter_table(model).items()}
     slots = {f"{slot}.{name}": array.copy() for slot in ("mu", "nu") for name, array in params.items()}
     before = high_water()
-    write_checkpoint(run, Snapshot(1, params, slots), About(model))
+    write_checkpoint(run, Snapshot(1, params, slots), About(model=model, framework={}))
 else:
     before = high_water()
     kept = verify_checkpoint(run / "step-00000001") if what == "verify" else read_checkpoint(run)

@@ -28,7 +28,7 @@ CASE = CASES["attention-swiglu-gqa"]
 def save(directory: Path, backend: Any, state: Any, step: int) -> Any:
     """Start an Orbax checkpoint of the state."""
     params, slots = backend.own.tensors(state)
-    about = About(backend.model, backend.train, framework={"name": "jax"})
+    about = About(model=backend.model, train=backend.train, framework={"name": "jax"})
     begin = lambda folder: backend.own.begin(state, folder)  # noqa: E731
     return start_own(directory, begin, about, kind="orbax", step=step, params=params, optimizer_arrays=slots)
 

@@ -25,7 +25,7 @@ from smedjan_common.checkpoint import (
 )
 from smedjan_common.checkpoint.own import check_readable
 from smedjan_common.errors import CheckpointError
-from tests.unit.test_checkpoint import METRICS, about, flip, in_subprocess, sample_snapshot, tree, write
+from tests.unit.test_checkpoint import facts, flip, in_subprocess, sample_snapshot, tree, write
 from tests.unit.test_checkpoint_faults import sign, truncate, value
 
 
@@ -44,7 +44,7 @@ def begin(step: int, folder: Path) -> Callable[[], None]:
 def start(directory: Path, step: int = 3, begins: Callable[[int, Path], Callable[[], None]] = begin, **changes: Any) -> Callable[[], Path]:
     snapshot = sample_snapshot(step)
     arrays = {"params": snapshot.params, "optimizer_arrays": snapshot.optimizer}
-    return start_own(directory, lambda folder: begins(step, folder), about(**changes), kind="orbax", step=step, metrics=METRICS, **arrays)
+    return start_own(directory, lambda folder: begins(step, folder), kind="orbax", step=step, **arrays, **facts(**changes))
 
 
 def write_own(directory: Path, step: int = 3) -> Path:
@@ -58,8 +58,9 @@ def test_it_stands_when_it_is_whole_and_not_before(tmp_path):
     path = finish()
     assert path == tmp_path / "orbax-00000003"
     info = verify_checkpoint(path)
-    assert (info.format, info.step, info.optimizer, info.model, info.train) == (ORBAX, 3, "adamw", about().model, about().train)
-    assert info.dataset == about().dataset
+    about = facts()["about"]
+    assert (info.format, info.step, info.optimizer, info.model, info.train) == (ORBAX, 3, "adamw", about.model, about.train)
+    assert info.dataset == about.dataset
     assert set(info.files) == {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"checkpoint.json"}
     assert {name: record.shape for name, record in info.weights.items()} == {n: a.shape for n, a in sample_snapshot().params.items()}
     assert info.slots.keys() == sample_snapshot().optimizer.keys()

@@ -85,6 +85,15 @@ def test_the_program_of_one_backend_refuses_to_be_the_other(tmp_path):
     assert "--backend mlx" in done.stderr
 
 
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize(("program", "flag"), [("train", "--dataset"), ("generate", "--checkpoint")])
+def test_the_program_of_each_backend_takes_a_path_without_a_flag(backend, program, flag):
+    words = [sys.executable, "-m", f"smedjan_{backend}.{program}", "one", flag, "two"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"'one' and {flag} are both given." in done.stderr
+
+
 def test_a_reader_that_leaves_early_gets_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)  # what `| head` does, only sooner

@@ -15,7 +15,7 @@ from convert.formats import DTYPES as WRITTEN
 from convert.formats import FORMATS
 from smedjan_common import cli, hints
 from smedjan_common.command_line import UsageError, check, flags_of, parse
-from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, sizes, tokenizer
+from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, runs, sizes, tokenizer
 from smedjan_common.commands import hash as hash_command
 from smedjan_common.commands.backends import BACKENDS
 from smedjan_common.errors import near
@@ -41,6 +41,7 @@ FLAGS = {
     "generate": generate.GenerateFlags,
     "convert": ConvertFlags,
     "info": info.InfoFlags,
+    "runs": runs.RunsFlags,
     "plot": plot.PlotFlags,
     "quickstart": quickstart.QuickstartFlags,
 }
@@ -81,12 +82,15 @@ def test_every_command_refuses_in_three_sentences_without_boxes_and_types(comman
         ("train", ("--lr", "fast"), "--lr cannot be 'fast'. It must be a number."),
         ("train", ("--lr=",), "--lr has no value."),
         ("train", ("--dataset", "--steps", "3"), "--dataset has no value. It takes one or several values. Write --dataset FILE."),
-        ("train", ("corpus.txt",), "'corpus.txt' is not understood."),
+        ("train", ("a.txt", "--dataset", "b.txt"), "'a.txt' and --dataset are both given. A word alone is --dataset."),
+        ("generate", ("runs/a", "--checkpoint=runs/b"), "'runs/a' and --checkpoint are both given."),
+        ("generate", ("runs/a", "runs/b"), "'runs/b' is not understood. smedjan generate takes RUN."),
+        ("sizes", ("tiny",), "'tiny' is not understood. smedjan sizes takes only flags and their values."),
         ("train", ("--deterministic", "true"), "It is a switch and takes none. Write --deterministic or --no-deterministic."),
         ("train", ("--dry-run=yes",), "Write --dry-run or leave it out."),
         ("generate", ("--prompt", "-x"), "If it is the value, write --prompt=-x"),
         ("generate", ("--prompt", "--checkpoint", "a"), "--prompt has no value."),
-        ("generate", (), "smedjan generate needs --checkpoint PATH."),
+        ("generate", (), "smedjan generate needs RUN. It has no default."),
         ("prepare", ("--errors", "ignore"), "It must be one of strict, replace."),
         ("mix", (), "needs --shards FILE:WEIGHT,… and --output FILE."),
         ("convert", ("a",), "needs DST."),
@@ -184,6 +188,34 @@ def test_the_example_of_every_command_is_a_command_line_that_it_takes(command, c
     else:
         assert program == command
     check(list(flags_of(FLAGS[command])), command, words)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "same"),
+    [
+        ("train", ("my.txt",), ("--dataset", "my.txt")),
+        ("train", ("--steps", "3", "my.txt"), ("--dataset", "my.txt", "--steps", "3")),
+        ("train", ("a.bin:0.7", "b.bin:0.3", "--qk-norm"), ("--dataset", "a.bin:0.7", "b.bin:0.3", "--qk-norm")),
+        ("train", ("--val-dataset", "v.txt", "--", "my.txt", "-x.txt"), ("--dataset", "my.txt", "./-x.txt", "--val-dataset", "v.txt")),
+        ("generate", ("runs/a", "--prompt=-x", "--stop", "a", "b"), ("--checkpoint", "runs/a", "--prompt=-x", "--stop", "a", "b")),
+        ("generate", ("--no-echo", "-3"), ("--checkpoint", "./-3", "--no-echo")),
+        ("tokenizer", ("a.txt", "b/", "--vocab-size", "300"), ("--input", "a.txt", "b/", "--vocab-size", "300")),
+        ("prepare", ("a.txt",), ("--input", "a.txt")),
+        ("process", ("a.txt", "--output", "b.jsonl"), ("--input", "a.txt", "--output", "b.jsonl")),
+        ("dedup", ("a.txt", "--output", "b.jsonl"), ("--input", "a.txt", "--output", "b.jsonl")),
+    ],
+)
+def test_the_flag_of_what_a_command_reads_may_be_left_out(command, words, same):
+    assert parse(FLAGS[command], command, list(words)) == parse(FLAGS[command], command, list(same))
+
+
+@pytest.mark.parametrize("command", [name for name, kind in FLAGS.items() if any(each.nameless for each in flags_of(kind))])
+def test_the_usage_of_a_command_shows_what_it_takes_without_a_flag(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    [nameless] = [each for each in flags_of(FLAGS[command]) if each.nameless]
+    shown = nameless.metavar if nameless.required else f"[{nameless.metavar}]"
+    assert capsys.readouterr().out.startswith(f"usage: smedjan {command} {shown} ")
 
 
 @dataclass(frozen=True)

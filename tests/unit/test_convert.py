@@ -17,7 +17,7 @@ from convert.cli import main, parse_size
 from convert.formats import FORMATS, source_format
 from convert.portable import Lazy, cast, check_equal
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import About, read_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import About, SavedTokenizer, read_checkpoint, write_checkpoint
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from tests.unit.convert_models import NTK, YARN, model_config, neutral, parameters, tokenizer
@@ -27,10 +27,9 @@ ROOT = Path(__file__).parents[2]
 CONFIG = model_config(tokenizer().vocab_size)
 TRAIN = TrainConfig(steps=9, batch_size=2, seq_len=8, lr=1e-3)
 ABOUT = About(
-    CONFIG,
-    TRAIN,
-    tokenizer_json=tokenizer().to_json(),
-    tokenizer_hash=tokenizer().hash,
+    model=CONFIG,
+    train=TRAIN,
+    tokenizer=SavedTokenizer.of(tokenizer()),
     dataset={"hash": "one", "path": "a", "tokens": 5},
     framework={"name": "test"},
     optimizer="adamw",
@@ -91,11 +90,8 @@ def test_a_run_gives_its_newest_weights(tmp_path: Path):
     for step in (3, 9):
         params = parameters(config, seed=step)
         slots = {f"mu.{name}": value for name, value in params.items()}
-        write_checkpoint(
-            tmp_path / "run",
-            Snapshot(step, params, slots),
-            About(config, train, tokenizer().to_json(), tokenizer().hash, framework={"name": "test"}),
-        )
+        about = About(model=config, train=train, tokenizer=SavedTokenizer.of(tokenizer()), framework={"name": "test"})
+        write_checkpoint(tmp_path / "run", Snapshot(step, params, slots), about)
     assert source_format(tmp_path / "run").name == "neutral"
     assert convert.neutral.newest(tmp_path / "run").step == 9
     neutral(tmp_path / "run")  # final/ of step 7: older

@@ -14,7 +14,7 @@ import pytest
 from convert.cli import main
 from convert.formats import source_format
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import About, read_checkpoint, read_info, verify_checkpoint, write_checkpoint, write_final
+from smedjan_common.checkpoint import About, SavedTokenizer, read_checkpoint, read_info, verify_checkpoint, write_checkpoint, write_final
 from smedjan_common.config import TrainConfig
 from tests.conformance import subjects
 from tests.conformance.cases import CASES
@@ -36,10 +36,9 @@ def step_checkpoint(directory: Path, name: str | None = None) -> Path:
         directory,
         Snapshot(12, params, slots),
         About(
-            config,
-            TrainConfig(steps=20, batch_size=2, seq_len=16, lr=1e-3, seed=7),
-            tokenizer_json=tokenizer().to_json(),
-            tokenizer_hash=tokenizer().hash,
+            model=config,
+            train=TrainConfig(steps=20, batch_size=2, seq_len=16, lr=1e-3, seed=7),
+            tokenizer=SavedTokenizer.of(tokenizer()),
             dataset=DATASET,
             framework={"name": "test"},
         ),
@@ -81,7 +80,7 @@ def test_what_jax_saved_and_what_convert_wrote_are_the_same_to_jax(tmp_path: Pat
         backend = subjects.backend(name, case.model, train)
         saved = backend.save(backend.restore(Snapshot(3, case.start, slots)))
         demand_equal_bits(saved.optimizer, slots)
-        path = write_checkpoint(tmp_path / name, saved, About(case.model, train, framework={"name": name}))
+        path = write_checkpoint(tmp_path / name, saved, About(model=case.model, train=train, framework={"name": name}))
         convert(path, tmp_path / name / "orbax-00000003", "--to", "orbax")
         if name == "jax":
             restored = backend.save(backend.own.read(tmp_path / name / "orbax-00000003" / "arrays"))
@@ -111,7 +110,7 @@ def final(run: Path, step: int) -> Path:
     """final/ of another step than step_checkpoint's, weights only."""
     config = model_config(tokenizer().vocab_size)
     shutil.rmtree(run / "final", ignore_errors=True)
-    about = About(config, None, tokenizer().to_json(), tokenizer().hash, DATASET, {"name": "test"})
+    about = About(model=config, tokenizer=SavedTokenizer.of(tokenizer()), dataset=DATASET, framework={"name": "test"})
     return write_final(run, Snapshot(step, parameters(config), {}), about)
 
 

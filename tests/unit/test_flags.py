@@ -61,6 +61,11 @@ def test_parse_tells_what_was_given():
     assert flags.data.dataset == ("a.txt", "b.txt")
 
 
+def test_a_file_without_a_flag_counts_as_given():
+    assert parse(["a.txt", "--steps", "7"]) == parse(["--dataset", "a.txt", "--steps", "7"])
+    assert parse(["a.txt"])[1] == {"dataset"}
+
+
 def test_nothing_given_is_the_defaults():
     assert parse([]) == (TrainFlags(), frozenset())
 

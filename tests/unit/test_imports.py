@@ -62,6 +62,7 @@ REASONS = {
     ("smedjan_common.files.atomic_directory", "ctypes"): "takes 10 ms, and only an exchange of two directories calls it",
     ("smedjan_common.tokenizer.tokenizer", "smedjan_common.*"): "who only encodes needs neither the trainer nor a writer of files",
     ("smedjan_common.tokenizer.*", "regex"): "only text outside the array rules, and patterns of others, are split with it",
+    ("smedjan_jax.mixers.*", "smedjan_jax.kernels.*"): "Pallas takes 0.3 s to import, and only a run on a GPU has kernels",
     ("smedjan_common.reporting.plot", "matplotlib.*"): "takes a second, at the end of a run",
     ("smedjan_common.reporting.progress", "rich.*"): "takes 60 ms, and only a terminal shows it",
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",

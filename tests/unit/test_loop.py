@@ -213,11 +213,11 @@ def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run,
             saved[state["step"]] = state["params"]["embed.weight"].copy()
             return super().train_step(state, *batch)
 
-    def slowly(folder, snapshot, **about):
+    def slowly(folder, snapshot, about, **metrics):
         events.append(("begin", snapshot.step))
         while snapshot.step == 4 and ("step", 6) not in events:
             time.sleep(0.01)
-        path = write(folder, snapshot, **about)
+        path = write(folder, snapshot, about, **metrics)
         events.append(("end", snapshot.step))
         return path
 
@@ -236,10 +236,10 @@ def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run,
 def test_a_write_that_fails_ends_the_run_and_what_was_saved_before_stays(text, run, monkeypatch, capsys):
     write = smedjan_common.run.folder.write_checkpoint
 
-    def fails_at_8(folder, snapshot, **about):
+    def fails_at_8(folder, snapshot, about, **metrics):
         if snapshot.step == 8:
             raise CheckpointError("The checkpoint could not be written.", "No space left on device.", "Free some space.")
-        return write(folder, snapshot, **about)
+        return write(folder, snapshot, about, **metrics)
 
     monkeypatch.setattr("smedjan_common.run.folder.write_checkpoint", fails_at_8)
     monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.02")
@@ -252,9 +252,9 @@ def test_a_write_that_fails_ends_the_run_and_what_was_saved_before_stays(text, r
 def test_an_error_of_a_step_waits_for_the_checkpoint_being_written(text, run, monkeypatch, capsys):
     write = smedjan_common.run.folder.write_checkpoint
 
-    def slowly(*args, **about):
+    def slowly(*args, **metrics):
         time.sleep(0.5)
-        return write(*args, **about)
+        return write(*args, **metrics)
 
     monkeypatch.setattr("smedjan_common.run.folder.write_checkpoint", slowly)
     monkeypatch.setenv("SMEDJAN_FAKE", "oom_at=6")

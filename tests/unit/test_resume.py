@@ -180,6 +180,23 @@ def test_a_run_that_goes_on_reads_each_checkpoint_json_and_each_tensor_file_once
     assert read == [run / "step-00000012" / name for name in ("model.safetensors", "optimizer.safetensors")]
 
 
+@pytest.mark.parametrize("where", ["inside", "the run itself", "outside"])
+def test_a_run_that_goes_on_from_a_path_reads_each_checkpoint_json_once(run, tmp_path, monkeypatch, where):
+    from smedjan_common.checkpoint import manifest
+
+    (tmp_path / "link").symlink_to(run)
+    resume, folder = {
+        "inside": (tmp_path / "link" / "step-00000012", run),
+        "the run itself": (run, run),
+        "outside": (run / "step-00000008", tmp_path / "new"),
+    }[where]
+    parsed = []
+    monkeypatch.setattr(manifest, "_load", lambda path, parse=manifest._load: parsed.append(path.resolve()) or parse(path))
+    assert train_here("--resume", resume, "--checkpoint-dir", folder, "--steps", 13, "--dry-run") == 0
+    steps = (8,) if where == "outside" else (4, 8, 12)
+    assert sorted(parsed) == [(run / f"step-{step:08d}" / "checkpoint.json").resolve() for step in steps]
+
+
 def test_only_broken_checkpoints_are_never_written_over(run, finished, capsys):
     for folder in run.glob("step-*"):
         (folder / "model.safetensors").write_bytes(b"gone")

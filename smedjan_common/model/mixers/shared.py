@@ -36,6 +36,11 @@ class Chunked:
     """Of the training."""
 
     chunk_size: int = option(64, "Positions that mixers of linear cost take at once: a matter of speed, the result is the same.", least=1)
+    kernels: Literal["auto", "pallas", "plain"] = option(
+        "auto",
+        "Implementation (JAX). pallas, this project's kernels, fails where they cannot run; plain: matrix products; auto takes what was"
+        " measured faster, and the first line of a run says which.",
+    )
 
 
 def check_kv_heads(config: Shape, why: str) -> None:

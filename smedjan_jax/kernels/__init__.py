@@ -1,0 +1,79 @@
+"""Kernels for the mixers of linear cost, each beside its plain twin in smedjan_jax/mixers, and what --kernels comes to.
+
+"pallas" asked for by name never falls back: where it cannot run that is an error. "auto" takes a kernel only on a GPU and in a dtype in
+which it was measured faster than the twin (bench/layers.py, bench/kernels.py; figures: bench/results/layers-h100.json).
+
+The kernels are written in Pallas for its Triton backend. It needs no package, takes cards from Ampere on, and interprets on a CPU, where
+the conformance suite holds every kernel against its twin.
+"""
+
+import importlib.util
+
+import jax
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.shared import Chunked
+
+SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
+    "linear": ("head_dim",),
+    "ssm": ("ssm_state", "ssm_head_dim"),
+    "rwkv": ("rwkv_head_dim",),
+    "gated-deltanet": ("head_dim",),
+}
+FASTER = {
+    "linear": (64, 128),
+    "ssm": (64, 128),
+    "rwkv": (64, 128),
+    "gated-deltanet": (64, 128),
+}  # and the sizes in which they were measured faster
+MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
+LARGEST = 128  # features of a tile
+LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
+SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
+
+
+def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
+    """What `implementation` of --kernels comes to for a mixer: "pallas" or "plain". parts: devices along the mesh's tensor axis.
+
+    Raises ConfigError for "pallas" where it cannot run.
+    """
+    why = _obstacle(mixer, model, dtype, parts)
+    if implementation == "pallas" and why:
+        raise ConfigError("--kernels pallas cannot run here.", why, "Take --kernels auto or plain.")
+    if implementation == "auto":
+        return "pallas" if not why and _measured(mixer, model, dtype) else "plain"
+    return implementation
+
+
+def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:
+    sizes = {getattr(model, name) for name in SIZES[mixer]}
+    return sizes <= set(FASTER[mixer]) and (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+
+
+def summary(implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
+    """What the console says: "pallas", "plain", or which mixers take which; empty for a model without such mixers. Raises ConfigError."""
+    names = [name for name in dict.fromkeys(model.mixer) if MIXERS[name].training is Chunked]
+    taken = {name: chosen(name, implementation, model, dtype, parts) for name in names}
+    if len(set(taken.values())) < 2:
+        return next(iter(taken.values()), "")
+    return ", ".join(f"{choice} for {name}" for name, choice in taken.items())
+
+
+def _obstacle(mixer: str, model: ModelConfig, dtype: str, parts: int) -> str:
+    """Why the kernel of a mixer cannot run; empty when it can."""
+    if jax.default_backend() != "gpu":
+        return "The kernels need an NVIDIA GPU."
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if int("0" + capability.partition(".")[0].strip("abcdefgx")) not in range(8, 100):
+        return f"The kernels need an NVIDIA GPU from Ampere on (compute capability 8.0); this one has {capability or 'none'}."
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return f"JAX {jax.__version__} has no Triton backend of Pallas."
+    if parts > 1:
+        return "XLA cannot split a kernel over the tensor axis of --mesh."
+    limit = LARGEST_FLOAT32.get(mixer, LARGEST) if dtype == "float32" else LARGEST
+    largest = max(getattr(model, name) for name in SIZES[mixer])
+    if largest > limit:
+        return f"The kernel of {mixer} takes heads and states of at most {limit} features in {dtype}; here it would be {largest}."
+    return ""

@@ -1,0 +1,225 @@
+"""Kernels and their plain twins: outputs, states and every gradient, on a CPU in the interpreter, on a GPU as they are.
+
+SMEDJAN_TEST_DEVICE=gpu python -m pytest -m gpu tests/conformance/test_kernels.py
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.shared import Chunked
+from tests.conformance import subjects
+from tests.conformance.cases import CASES, train_config
+from tests.conformance.compare import Difference, demand, demand_equal_bits, relative_l2, tensors
+from tests.conformance.gates import FLOAT32
+
+jax = pytest.importorskip("jax", reason="jax is not installed here")
+jnp = jax.numpy
+
+WITH_KERNELS = [name for name, row in MIXERS.items() if row.training is Chunked]
+DECAYS = 0.2  # the size of log decays
+
+
+class Core(NamedTuple):
+    """A kernel and its twin, both (arrays, state, documents) -> (outputs, state), and arrays to try them on."""
+
+    kernel: Callable[..., Any]
+    twin: Callable[..., Any]
+    arrays: Callable[..., Any]
+    state: Callable[..., tuple[int, ...]]
+
+
+def core(name: str, plan: dict[str, int] | None = None) -> Core:
+    """The core of a mixer; plan: what of the kernel's own plan is another, None: nothing."""
+    from smedjan_jax.kernels import channel_decay, delta_rule, scalar_decay
+    from smedjan_jax.mixers import decay, gated_deltanet, rwkv
+
+    module = {"linear": scalar_decay, "ssm": scalar_decay, "gated-deltanet": delta_rule, "rwkv": channel_decay}[name]
+    chosen = None if plan is None else module.Plan(**plan)
+    if module is scalar_decay:
+        return Core(
+            lambda arrays, state, documents: scalar_decay.scalar_decay(*arrays, state, documents, chosen),
+            lambda arrays, state, documents: decay.scalar_decay(*arrays, 16, state, documents),
+            scalar_arrays,
+            lambda B, K, V, Q=1, R=1: (B, 2, R, K, V),
+        )
+    kernel, twin = (
+        (delta_rule.gated_delta_rule, gated_deltanet.gated_delta_rule)
+        if name == "gated-deltanet"
+        else (channel_decay.dplr_delta_rule, rwkv.dplr_delta_rule)
+    )
+    return Core(
+        lambda arrays, state, documents: kernel(arrays, state, documents, chosen),
+        lambda arrays, state, documents: twin(arrays, state, documents, 16),
+        delta_arrays if name == "gated-deltanet" else channel_arrays,
+        lambda B, K, V: (B, 2, V, K),
+    )
+
+
+def scalar_arrays(rng: np.random.Generator, B: int, T: int, K: int, V: int, Q: int = 1, R: int = 1) -> tuple[np.ndarray, ...]:
+    """query, key, value, log decay of two keys a position."""
+    query, key = rng.standard_normal((B, T, 2, Q, K)), rng.standard_normal((B, T, 2, K))
+    return query * K**-0.5, key, rng.standard_normal((B, T, 2, R, V)), -DECAYS * rng.random((B, T, 2, R))
+
+
+def delta_arrays(rng: np.random.Generator, B: int, T: int, K: int, V: int) -> tuple[np.ndarray, ...]:
+    """q, k, v, log decay, beta of two heads."""
+    q, k = (unit(rng.standard_normal((B, T, 2, K))) for _ in range(2))
+    return q, k, rng.standard_normal((B, T, 2, V)), -DECAYS * rng.random((B, T, 2)), rng.uniform(0.05, 0.95, (B, T, 2))
+
+
+def channel_arrays(rng: np.random.Generator, B: int, T: int, K: int, V: int) -> tuple[np.ndarray, ...]:
+    """r, log w, k, v, a, b of two heads, K = V."""
+    r, k, v = (rng.standard_normal((B, T, 2, K)) for _ in range(3))
+    probe = unit(rng.standard_normal((B, T, 2, K)))
+    return r, -0.6 * rng.random((B, T, 2, K)), k, v, -probe, probe * rng.random((B, T, 2, K))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def outputs_and_gradients(function: Callable[..., Any], arrays: Any, state: Any, documents: Any) -> dict[str, np.ndarray]:
+    """Outputs and last state, and the gradients of all arguments by one sum of both with fixed weights."""
+
+    def run(arrays: Any, state: Any, weights: Any) -> Any:
+        (out, last), pull = jax.vjp(lambda arrays, state: function(arrays, state, documents), arrays, state)
+        return out, last, *pull((weights[0].astype(out.dtype), weights[1]))
+
+    shapes = jax.eval_shape(lambda arrays, state: function(arrays, state, documents), arrays, state)
+    weights = tuple(jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in shapes)
+    out, last, dArrays, dState = jax.jit(run)(arrays, state, weights)
+    found = {"outputs": out, "last state": last, "gradient of the state": dState}
+    found |= {f"gradient of argument {i}": gradient for i, gradient in enumerate(dArrays)}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def compare(name: str, plan: dict[str, int] | None, shape: dict[str, int], with_documents: bool, dtype: str, gate: float) -> None:
+    """The kernel in `dtype` against the twin in float32, on the same arguments."""
+    rng, it = np.random.default_rng(0), core(name, plan)
+    host, B, T = it.arrays(rng, **shape), shape["B"], shape["T"]
+    state = jnp.asarray(rng.standard_normal(it.state(**{key: value for key, value in shape.items() if key != "T"})), jnp.float32)
+    arrays = tuple(jnp.asarray(x, jnp.float32 if i in wide(name) else dtype) for i, x in enumerate(host))
+    documents = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.1, axis=1) + 3, jnp.int32) if with_documents else None
+    got = outputs_and_gradients(it.kernel, arrays, state, documents)
+    with jax.default_matmul_precision("highest"):
+        want = outputs_and_gradients(it.twin, tuple(x.astype(jnp.float32) for x in arrays), state, documents)
+    assert all(np.abs(value).max() > 0 for value in want.values())
+    demand([Difference(what, relative_l2(got[what], value), gate) for what, value in want.items()])
+
+
+def wide(name: str) -> tuple[int, ...]:
+    """Arguments that are float32 whatever the compute dtype: decays and rates."""
+    return {"linear": (3,), "ssm": (3,), "gated-deltanet": (3, 4), "rwkv": (1,)}[name]
+
+
+SMALL = {
+    "linear-groups-documents-odd": ("linear", {"chunk": 16, "segments": 1}, {"B": 1, "T": 37, "K": 8, "V": 9, "Q": 2}, True),
+    "linear-segments": ("linear", {"chunk": 16, "segments": 2}, {"B": 1, "T": 50, "K": 8, "V": 8}, True),
+    "ssm-parts-segments": ("ssm", {"chunk": 16, "segments": 2}, {"B": 1, "T": 33, "K": 128, "V": 8, "R": 2}, True),
+    "gated-deltanet-halves-parts-odd": ("gated-deltanet", {"chunk": 32, "parts": 2}, {"B": 1, "T": 37, "K": 8, "V": 32}, True),
+    "rwkv-parts-odd": ("rwkv", {"chunk": 16, "parts": 2}, {"B": 1, "T": 37, "K": 32, "V": 32}, True),
+}
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.xdist_group(key)) for key in SMALL])
+def test_a_kernel_is_its_twin_with_every_gradient(key: str):
+    name, plan, shape, documents = SMALL[key]
+    compare(name, plan, shape, documents, "float32", FLOAT32.one_op)
+
+
+@pytest.mark.parametrize("mixer", WITH_KERNELS)
+def test_a_model_with_kernels_has_the_loss_and_gradients_of_the_plain_one(mixer: str, monkeypatch: pytest.MonkeyPatch):
+    """Through the backend as a run takes them; here nothing stands in the way of the interpreter."""
+    case = CASES[f"{mixer}-swiglu-mha"]
+    model = dataclasses.replace(case.model, layers=1)
+    params = {name: value for name, value in case.params.items() if name in subjects.tensor_names(model)}
+    plain = subjects.loss_and_gradients("jax", model, train_config(kernels="plain"), params, case.batches[0], case.documents)
+    monkeypatch.setattr(subjects.module("jax", "kernels"), "_obstacle", lambda *args: "")
+    fast = subjects.loss_and_gradients("jax", model, train_config(kernels="pallas"), params, case.batches[0], case.documents)
+    tolerance = MIXERS[mixer].tolerance.gradient
+    demand([Difference("loss", abs(fast[0] / plain[0] - 1), FLOAT32.same_arithmetic), *tensors(fast[1], plain[1], tolerance)])
+
+
+@pytest.mark.parametrize("mixer", WITH_KERNELS)
+def test_a_prompt_through_the_kernels_leaves_the_state_of_the_plain_forms(mixer: str, monkeypatch: pytest.MonkeyPatch):
+    from smedjan_jax.model import Model
+
+    case = CASES[f"{mixer}-swiglu-mha"]
+    model = dataclasses.replace(case.model, layers=1)
+    params = {name: jnp.asarray(value) for name, value in case.params.items() if name in subjects.tensor_names(model)}
+    kernels, module = subjects.module("jax", "kernels"), subjects.module("jax", f"mixers.{MIXERS[mixer].module}")
+    monkeypatch.setattr(kernels, "_obstacle", lambda *args: "")
+    monkeypatch.setattr(module, "SHORTEST", 2)
+    tokens, found = jnp.asarray(case.tokens), {}
+    for name in ("plain", "pallas"):
+        built = Model(model, params, kernels=name)
+        state = built.init_state(len(tokens), tokens.shape[1])
+        logits, state = jax.jit(lambda t, s, built=built: built.step(t, s, tokens.shape[1]))(tokens, state)
+        found[name] = {"logits": np.asarray(logits)} | {each: np.asarray(value) for each, value in state["layers"][0].items()}
+    demand(tensors(found["pallas"], found["plain"], MIXERS[mixer].tolerance.forward))
+
+
+def test_kernels_by_name_are_refused_where_they_cannot_run(backend: str):
+    model = ModelConfig.build(vocab_size=64, dim=32, layers=2, heads=4, mixer=("linear", "attention"))
+    if backend == "mlx" or jax.default_backend() != "gpu":
+        with pytest.raises(ConfigError, match="--kernels pallas cannot run"):
+            subjects.make_backend(backend, model, train_config(kernels="pallas"))
+    assert subjects.make_backend(backend, model, train_config(kernels="auto")).describe().kernels in ("plain", "pallas")
+    attention = dataclasses.replace(model, mixer=("attention",))
+    assert subjects.make_backend(backend, attention, train_config(kernels="auto")).describe().kernels == ""
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_are_lowered_for_a_gpu_by_the_installed_jax(name: str, monkeypatch: pytest.MonkeyPatch):
+    """No GPU is needed to see that this JAX still takes everything that the kernels are made of, for the usual sizes and the largest."""
+    from jax import export
+
+    it, rng = core(name), np.random.default_rng(0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for size in (64, 128):
+        shape = {"B": 1, "T": 70, "K": size, "V": 64 if name == "ssm" else size} | ({"R": 2} if name == "ssm" else {})
+        arrays = tuple(jnp.asarray(x, "float32" if i in wide(name) else "bfloat16") for i, x in enumerate(it.arrays(rng, **shape)))
+        state = jnp.zeros(it.state(**{key: value for key, value in shape.items() if key != "T"}))
+        documents = jnp.zeros((1, 70), jnp.int32)
+
+        def total(arrays: Any, state: Any, documents: Any) -> Any:
+            return jax.grad(lambda arrays: it.kernel(arrays, state, documents)[0].astype(jnp.float32).sum())(arrays)
+
+        allowed = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+        exported = export.export(jax.jit(total), platforms=["cuda"], disabled_checks=allowed)(arrays, state, documents)
+        assert "triton" in exported.mlir_module()
+
+
+LARGE = {"linear": {"Q": 2}, "ssm": {"R": 4}, "gated-deltanet": {}, "rwkv": {}}
+
+
+def on_a_gpu() -> list:
+    """Mixers, head sizes, dtypes with their gates; rwkv's tiles of 128 in float32 are too large for shared memory, and refused."""
+    gates = {"bfloat16": 2e-2, "float32": 5e-6}
+    cases = itertools.product(LARGE, (32, 64, 128), gates)
+    return [(*case, gates[case[2]]) for case in cases if case != ("rwkv", 128, "float32")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "size", "dtype", "gate"), on_a_gpu())
+def test_on_a_gpu_a_kernel_is_its_twin(name: str, size: int, dtype: str, gate: float):
+    shape = {"B": 2, "T": 1100, "K": size, "V": 64 if name == "ssm" else size}
+    compare(name, None, shape | LARGE[name], True, dtype, gate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_on_a_gpu_a_kernel_gives_the_same_bits_every_time(name: str):
+    rng, it = np.random.default_rng(0), core(name)
+    shape = {"B": 2, "T": 512, "K": 64, "V": 64} | LARGE[name]
+    arrays = tuple(jnp.asarray(x, "float32" if i in wide(name) else "bfloat16") for i, x in enumerate(it.arrays(rng, **shape)))
+    state = jnp.zeros(it.state(**{key: value for key, value in shape.items() if key != "T"}))
+    demand_equal_bits(*(outputs_and_gradients(it.kernel, arrays, state, None) for _ in range(2)))
