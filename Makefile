@@ -1,9 +1,9 @@
-# Two commands do everything, set-up included:  make train   make test
+# Two commands do everything, set-up included:  make train   make test     (make help has the others)
 # BACKEND=mlx make train takes MLX; PYTHON=python3.12 make … takes that interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test test-full test-gpu soak mutate lint bench equivalence clean
+.PHONY: train help test test-full test-gpu soak mutate lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -21,43 +21,44 @@ EXTRA := $(if $(filter mlx,$(BACKEND)),$(MLX_EXTRA),$(JAX_EXTRA))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OPENBLAS := $(if $(filter Linux-%,$(OS)),$(VENV)/.openblas)
 
-train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND)),$(OPENBLAS))
+train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND)),$(OPENBLAS)) ## everything once, in about two minutes: runs/quickstart
 	$(BIN)/smedjan quickstart --backend $(BACKEND)
 
-test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(OPENBLAS)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(OPENBLAS) ## what CI checks
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
 
-# every combination in every check: most of an hour on two cores
-test-full:
+test-full: ## every combination in every check: most of an hour on two cores
 	SMEDJAN_TEST_FULL=1 $(MAKE) test
 
-test-gpu: $(VENV)/.installed-test
+test-gpu: $(VENV)/.installed-test ## the checks of the backends on an NVIDIA GPU
 	SMEDJAN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q -m "not gpu" tests/conformance $(PYTEST_ARGS)
 	SMEDJAN_TEST_DEVICE=gpu SMEDJAN_TEST_DETERMINISTIC=0 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
-# property tests on cases of their own choice, then real runs of both backends, killed at random moments; KILLS=1000 make soak for a night
-soak: $(VENV)/.installed-test
+# property tests on cases of their own choice, then real runs of both backends
+soak: $(VENV)/.installed-test ## new cases, and runs killed at random moments; KILLS=1000 make soak for a night
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=search $(PYTEST_ARGS)
 	SMEDJAN_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -q -s tests/unit/test_checkpoint_crash.py tests/e2e/test_soak.py $(PYTEST_ARGS)
 
-# changes that no test sees: MODULE=smedjan_common/data/order.py N=10 SEED=1 make mutate
-mutate: $(VENV)/.installed-test
+mutate: $(VENV)/.installed-test ## changes that no test sees: MODULE=smedjan_common/data/order.py N=10 SEED=1 make mutate
 	$(BIN)/python -m tests.mutate --module "$(MODULE)" --number $(or $(N),20) --seed $(or $(SEED),0)
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test ## style, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-test ## speed of a training step on this machine
 	$(BIN)/python bench/train_speed.py --backend $(BACKEND) --output bench/results/train_speed-local.json
 
 # goes on where an earlier run of the same sources was stopped
-equivalence: $(VENV)/.installed-test
+equivalence: $(VENV)/.installed-test ## measure how equal the backends are, and render docs/
 	$(BIN)/python bench/conformance.py $(EQUIVALENCE_ARGS)
 	$(BIN)/python -m bench.render
 
-clean:
+clean: ## remove the environment, runs/ and what a build leaves
 	rm -rf $(VENV) runs build *.egg-info
 
 $(BIN)/python:
@@ -66,6 +67,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing smedjan with what $* needs into $(VENV): some minutes, once."
 	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)$(MLX_EXTRA)$(comma)data$(comma)dev$(comma)oracle,$*)]'
 	@touch $@
 

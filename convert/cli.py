@@ -38,7 +38,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "convert", argv, "convert runs/mine out/hf --to hf")
+    flags = parse(Flags, "convert", argv, "convert runs/mine out/hf --to hf", "convert runs/mine out/model.gguf --to gguf --dtype q8_0")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for a command that is not known."""
     streams.settle()
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview(), file=sys.stdout if argv else sys.stderr)
+        streams.put(overview(), sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] in ("-V", "--version", "version"):
         from smedjan_common import __version__
@@ -62,7 +64,7 @@ def overview() -> str:
     rows = "\n".join(f"  {name:<{width}}{command.about}" for name, command in COMMANDS.items())
     return (
         "usage: smedjan COMMAND [FLAGS]\n\nTrains language models from raw text: JAX on NVIDIA GPUs, MLX on Apple Silicon.\n\n"
-        f"{rows}\n\n`smedjan COMMAND --help` has the flags of a command."
+        f"{rows}\n\n`smedjan help COMMAND` has the flags of a command."
     )
 
 

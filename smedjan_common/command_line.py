@@ -8,11 +8,12 @@ The name of a flag whose field is annotated with NAMELESS may be left out: `smed
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
@@ -54,18 +55,36 @@ def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *example
     return read(flags, prog, argv, *examples)[0]
 
 
-def read(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str) -> tuple[Flags, list[str]]:
-    """What `parse` gives, and the words of the command line with every flag by its name."""
+def read(
+    flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str, first: Mapping[str, str] | None = None
+) -> tuple[Flags, list[str]]:
+    """What `parse` gives, and the words of the command line with every flag by its name.
+
+    first: field -> a few words, of the flags that the help shows before all others.
+    """
     words, known = sys.argv[1:] if argv is None else list(argv), list(flags_of(flags))
-    if not {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
+        about = _about(flags, examples, first or {})
+        if nameless := _nameless(known):
+            prog += f" {nameless.metavar}" if nameless.required else f" [{nameless.metavar}]"  # in the line of usage
+    else:
+        about = ""
         try:
             words = check(known, prog, words, *examples)
         except UsageError as error:
             sys.exit(run_command(functools.partial(_raise, error)))
-    elif nameless := _nameless(known):
-        prog += f" {nameless.metavar}" if nameless.required else f" [{nameless.metavar}]"  # in the line of usage
-    about = typing.cast(str, flags.__doc__) + ("\n\nFor example:\n" + "\n".join(f"  {line}" for line in examples) if examples else "")
     return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,)), words
+
+
+def _about(flags: type, examples: Sequence[str], first: Mapping[str, str]) -> str:
+    """The help above the list of flags: what the command does, examples, and the flags to begin with."""
+    parts = [inspect.cleandoc(flags.__doc__ or ""), "\n".join(("For example:", *(f"  {line}" for line in examples))) if examples else ""]
+    if first:
+        width = max(map(len, map(flag, first))) + 2
+        parts.append(
+            "\n".join(("Begin with these; every flag is below.", *(f"  {flag(name):<{width}}{words}" for name, words in first.items())))
+        )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _raise(error: UsageError) -> NoReturn:

@@ -38,7 +38,13 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "smedjan dedup", argv, "smedjan dedup --input texts/ --output clean.jsonl")
+    flags = parse(
+        Flags,
+        "smedjan dedup",
+        argv,
+        "smedjan dedup texts/ --output clean.jsonl",
+        "smedjan dedup crawl.jsonl --output clean.jsonl --threshold 0.7 --report dedup.json",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

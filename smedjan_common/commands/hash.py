@@ -21,7 +21,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code, 2 if a token file is not what its manifest says."""
-    flags = parse(Flags, "smedjan hash", argv, "smedjan hash train.bin tokenizer.json")
+    flags = parse(Flags, "smedjan hash", argv, "smedjan hash train.bin", "smedjan hash tokenizer.json my.txt")
     return errors.run_command(lambda: _run(flags))
 
 

@@ -29,7 +29,13 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "smedjan import-bpe", argv, "smedjan import-bpe --merges merges.txt --vocab vocab.json --output tokenizer.json")
+    flags = parse(
+        Flags,
+        "smedjan import-bpe",
+        argv,
+        "smedjan import-bpe --merges merges.txt --vocab vocab.json --output tokenizer.json",
+        "smedjan import-bpe --merges cl100k_base.tiktoken",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

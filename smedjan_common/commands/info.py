@@ -35,7 +35,7 @@ class InfoFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(InfoFlags, "smedjan info", argv, "smedjan info runs/mine")
+    flags = parse(InfoFlags, "smedjan info", argv, "smedjan info runs/mine", "smedjan info runs/mine/final --verify --json")
     return run_command(lambda: _info(flags))
 
 

@@ -29,7 +29,13 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "smedjan mix", argv, "smedjan mix --shards a.bin:0.7,b.bin:0.3 --output mixed.bin")
+    flags = parse(
+        Flags,
+        "smedjan mix",
+        argv,
+        "smedjan mix --shards a.bin:0.7,b.bin:0.3 --output mixed.bin",
+        "smedjan mix --shards a.bin:1,b.bin:1 --tokens 1000000 --output mixed.bin",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

@@ -30,7 +30,7 @@ class PlotFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(PlotFlags, "smedjan plot", argv, "smedjan plot runs/a runs/b --output loss.png")
+    flags = parse(PlotFlags, "smedjan plot", argv, "smedjan plot runs/mine", "smedjan plot runs/a runs/b --output loss.png")
     return run_command(lambda: _plot(flags))
 
 

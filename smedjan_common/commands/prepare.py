@@ -38,7 +38,13 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "smedjan prepare", argv, "smedjan prepare --input my.txt --tokenizer tokenizer.json --output train.bin")
+    flags = parse(
+        Flags,
+        "smedjan prepare",
+        argv,
+        "smedjan prepare my.txt --tokenizer tokenizer.json --output train.bin",
+        "smedjan prepare texts/ --output train.bin --val-output val.bin --val-fraction 0.02",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

@@ -49,7 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     if "--list-rules" in (sys.argv[1:] if argv is None else argv):  # needs no input and output
         return errors.run_command(_list_rules)
-    flags = parse(Flags, "smedjan process", argv, "smedjan process --input texts/ --rules gopher --output clean.jsonl")
+    flags = parse(
+        Flags,
+        "smedjan process",
+        argv,
+        "smedjan process texts/ --rules gopher --output clean.jsonl",
+        "smedjan process my.txt --normalise nfc,newlines --output clean.jsonl --report process.json",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

@@ -43,7 +43,9 @@ class QuickstartFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(QuickstartFlags, "smedjan quickstart", argv)
+    flags = parse(
+        QuickstartFlags, "smedjan quickstart", argv, "smedjan quickstart", "smedjan quickstart --steps 1000 --checkpoint-dir runs/longer"
+    )
     return run_command(lambda: _quickstart(flags))
 
 

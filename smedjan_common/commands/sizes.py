@@ -56,7 +56,9 @@ class SizesFlags:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    flags = parse(SizesFlags, "smedjan sizes", argv, "smedjan sizes --size custom --dim 512 --layers 8 --heads 8")
+    flags = parse(
+        SizesFlags, "smedjan sizes", argv, "smedjan sizes --vocab-size 32768", "smedjan sizes --size custom --dim 512 --layers 8 --heads 8"
+    )
     return run_command(lambda: _sizes(flags, given_names(argv)))
 
 

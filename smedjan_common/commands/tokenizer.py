@@ -43,7 +43,13 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "smedjan tokenizer", argv, "smedjan tokenizer --input my.txt --vocab-size 4096 --output tokenizer.json")
+    flags = parse(
+        Flags,
+        "smedjan tokenizer",
+        argv,
+        "smedjan tokenizer my.txt --vocab-size 4096 --output tokenizer.json",
+        "smedjan tokenizer texts/ --vocab-size 32768 --report",
+    )
     return errors.run_command(lambda: _run(flags))
 
 

@@ -170,11 +170,23 @@ EXAMPLES = (
     "smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400",
     "smedjan train --checkpoint-dir runs/mine --steps 800",
 )
+FIRST = {  # what a newcomer sets, and the few words for it in the help
+    "dataset": "FILE: your text, JSONL or token file",
+    "checkpoint_dir": "DIR: where the run lives; give it again to go on",
+    "size": "the model: tiny, small, medium, large … (`smedjan sizes`)",
+    "mixer": "attention, ssm, linear …: what its layers are",
+    "steps": "how many; by default once over the text",
+    "batch_size": "sequences of a step",
+    "seq_len": "tokens of a sequence: the context of the model",
+    "lr": "the learning rate",
+    "sample_every": "steps between texts that show how it is getting on",
+    "dry_run": "say what would be done, and what memory it takes",
+}
 
 
 def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
     """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
-    flags, words = read(TrainFlags, prog, argv, *EXAMPLES)
+    flags, words = read(TrainFlags, prog, argv, *EXAMPLES, first=FIRST)
     return flags, given_names(words)
 
 

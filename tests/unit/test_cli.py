@@ -33,6 +33,24 @@ def test_an_unknown_command_lists_near_ones(capsys):
     assert "Did you mean train?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("help", "info"), ("help", "info", "--verify")])
+def test_help_of_a_command_is_its_own_help(words, capsys):
+    shown = []
+    for line in (words, ("info", "--help")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*line])
+        shown.append((stopped.value.code, capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert shown[0][1].startswith("usage: smedjan info")
+
+
+def test_help_of_a_command_that_there_is_not_names_the_near_one(capsys):
+    assert cli.main(["help", "trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err
+    assert cli.main(["help"]) == 0
+    assert capsys.readouterr().out == cli.overview() + "\n"
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command_is_quick_and_imports_no_framework(name):
     code = f"""

@@ -18,12 +18,12 @@ from smedjan_common.command_line import UsageError, check, flags_of, parse
 from smedjan_common.commands import dedup, generate, import_bpe, info, mix, plot, prepare, process, quickstart, runs, sizes, tokenizer
 from smedjan_common.commands import hash as hash_command
 from smedjan_common.commands.backends import BACKENDS
-from smedjan_common.errors import near
+from smedjan_common.errors import flag, near
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.optional import MaybeInt
-from smedjan_common.run.flags import TrainFlags
+from smedjan_common.run.flags import FIRST, TrainFlags
 from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, PACKING
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES
@@ -174,20 +174,31 @@ def test_the_hints_name_flags_and_names_that_there_are():
 
 
 @pytest.mark.parametrize("command", FLAGS)
-def test_the_example_of_every_command_is_a_command_line_that_it_takes(command, capsys):
+def test_the_examples_of_every_command_are_command_lines_that_it_takes(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
-    shown = re.search(r"For example:\n  (.+)\n", capsys.readouterr().out)
-    if shown is None:
-        assert command == "quickstart", "it needs no flags"
-        return
-    program, *words = shlex.split(shown[1])
-    if program == "smedjan":
-        assert words.pop(0) == command
-    else:
-        assert program == command
-    check(list(flags_of(FLAGS[command])), command, words)
+    out = capsys.readouterr().out
+    examples = re.search(r"For example:\n((?:  .+\n)+)", out)
+    assert examples, out
+    lines = examples[1].splitlines()
+    assert len(lines) >= 2
+    for program, *words in map(shlex.split, lines):
+        if program == "smedjan":
+            assert words.pop(0) == command
+        else:
+            assert program == command
+        check(list(flags_of(FLAGS[command])), command, words)
+
+
+def test_help_of_train_begins_with_ten_flags_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["help", "train"])
+    begin = capsys.readouterr().out.split("Begin with these")[1].split("\n\n")[0]
+    shown = re.findall(r"^  (--[a-z-]+)", begin, re.MULTILINE)
+    assert shown == [flag(name) for name in FIRST]
+    assert len(shown) == 10
+    assert max(map(len, begin.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

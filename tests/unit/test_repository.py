@@ -1,6 +1,8 @@
 """The files of the repository that no program reads: the workflow, the licence, the guide, the Makefile on a Mac."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -45,3 +47,12 @@ def test_what_the_guide_tells_to_run_is_there():
 def test_every_command_of_the_makefile_is_phony():
     phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
     assert phony == TARGETS
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_has_a_line_for_every_command_and_bare_make_trains():
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = {line.split()[1]: line for line in out.splitlines()}
+    assert lines.keys() == TARGETS
+    assert all(len(line.split()) > 3 and len(line) < 120 for name, line in lines.items() if name != "help")
+    assert re.search(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE)[1] == "train"
