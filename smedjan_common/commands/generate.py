@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from tyro.conf import arg
+
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
 from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from smedjan_common.inference.generate import Generation
     from smedjan_common.model.config import ModelConfig
     from smedjan_common.training.config import TrainConfig
-
-from tyro.conf import arg
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
 Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]

@@ -10,11 +10,13 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from smedjan_common.command_line import parse
-from smedjan_common.errors import ConfigError, run_command
+from smedjan_common.errors import ConfigError, flag, run_command
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
-from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
-from smedjan_common.run.flags import MixerFlags, given_names
+from smedjan_common.optional import MaybeStr
+from smedjan_common.run.described import SHAPE, described_model
+from smedjan_common.run.flags import LayerFlags, MixerFlags, given_names
+from smedjan_common.run.options import check_options
 from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING, TrainConfig
 
 
@@ -26,20 +28,6 @@ class SizesFlags:
     """Tokens of the vocabulary."""
     size: Annotated[MaybeStr, arg(metavar="|".join((*PRESETS, "custom")), help_behavior_hint="(default: all presets)")] = None
     """Only this size; custom needs --dim, --layers and --heads."""
-    dim: Annotated[MaybeInt, arg(help_behavior_hint="")] = None
-    """Width of the residual stream."""
-    layers: Annotated[MaybeInt, arg(help_behavior_hint="")] = None
-    """Number of blocks."""
-    heads: Annotated[MaybeInt, arg(help_behavior_hint="")] = None
-    """Number of query heads."""
-    kv_heads: Annotated[MaybeInt, arg(help_behavior_hint="(default: --heads)")] = None
-    """Number of key/value heads."""
-    ffn_mult: Annotated[MaybeFloat, arg(help_behavior_hint="(default: 2.67)")] = None
-    """Feed-forward width over --dim."""
-    mixer: str = "attention"
-    """Sequence mixers, a pattern over the depth."""
-    ffn: Annotated[MaybeStr, arg(help_behavior_hint="(default: swiglu; experts when --experts is given)")] = None
-    """Feed-forwards, a pattern over the depth."""
     batch_size: int = 16
     """Sequences of a training step, for the memory."""
     seq_len: int = 512
@@ -50,6 +38,7 @@ class SizesFlags:
     """What is recomputed, for the memory."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
+    model: OmitArgPrefixes[LayerFlags] = field(default_factory=LayerFlags)
     mixers: OmitArgPrefixes[MixerFlags] = field(default_factory=MixerFlags)
 
 
@@ -78,16 +67,12 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> dict[str, 
 
     Raises ConfigError.
     """
-    from smedjan_common.run.described import described_model
-
     names = [flags.size] if flags.size else list(PRESETS)
-    if not flags.size and (shape := _shape(flags)):
+    if not flags.size and (shape := [name for name in SHAPE if getattr(flags.model, name) is not None]):
         _check_custom(shape)
         names = ["custom"]
-    found = {name: described_model(name, flags, flags.mixers, flags.vocab_size, flags.seq_len) for name in names}
+    found = {name: described_model(name, flags.model, flags.mixers, flags.vocab_size, flags.seq_len) for name in names}
     if given & {option.name for option in dataclasses.fields(MixerFlags)}:
-        from smedjan_common.run.options import check_options  # imported where it is needed: it takes as long as everything else here
-
         for model in found.values():
             check_options(model, given)
     return found
@@ -95,19 +80,12 @@ def models(flags: SizesFlags, given: frozenset[str] = frozenset()) -> dict[str, 
 
 def _check_custom(shape: list[str]) -> None:
     """Raises ConfigError for a model without a size whose shape is not all given."""
-    if missing := [f"--{name}" for name in _SHAPE if name not in shape]:
+    if missing := [flag(name) for name in SHAPE if name not in shape]:
         raise ConfigError(
             f"--{shape[0]} is given without --size.",
             "It does not say which model to change: a preset, or your own, which takes --dim, --layers and --heads.",
             f"Add --size tiny, say, or {' and '.join(missing)}.",
         )
-
-
-_SHAPE = ("dim", "layers", "heads")
-
-
-def _shape(flags: SizesFlags) -> list[str]:
-    return [name for name in _SHAPE if getattr(flags, name) is not None]
 
 
 def row(name: str, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:

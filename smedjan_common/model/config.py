@@ -11,10 +11,10 @@ from smedjan_common.errors import ConfigError, flag, unknown
 from smedjan_common.model.ffns import FFNS, experts
 from smedjan_common.model.json_fields import MAX_EXTENT, JsonFields, check_extent, check_extents
 from smedjan_common.model.mixers import MIXERS, attention, block_sparse, gated_deltanet, linear, mla, rwkv, ssm
-from smedjan_common.model.options import check_options
+from smedjan_common.model.options import check_options, options
 from smedjan_common.model.params import count_params
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS
-from smedjan_common.model.shape import ROPE_SCALINGS
+from smedjan_common.model.shape import ROPE_SCALINGS, Shape
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ class ModelConfig(
 
     def validate(self) -> None:
         """Raises ConfigError, with the fix, for a model that cannot be built, or whose rotary settings do nothing."""
-        for name, (least, most, reason) in _RANGES.items():
-            if not least < getattr(self, name) <= most:
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", f"It must be {reason}.", "Leave it out for the default.")
         if not 0 <= self.init_std < math.inf:
             raise ConfigError(f"--init-std is {self.init_std}.", "It must be finite and over 0.", "Take 0.02.")
+        check_options(self, options(Shape))
         self._validate_stored()
         if self.rope_original_len < 0:
             raise ConfigError(f"--rope-original-len is {self.rope_original_len}.", "It counts positions.", "Leave it out for the default.")
@@ -131,12 +129,6 @@ class ModelConfig(
 
 
 MAX_LAYERS = 1024  # of a new model; beyond, listing its tensors takes minutes (DeepNet, 2022, has 1000 layers)
-
-_RANGES = {  # over the first, up to the second: with more, periods of NTK-aware scaling overflow float32
-    "rope_base": (1, 1e24, "over 1, up to 1e24"),
-    "rope_factor": (-math.inf, 1e6, "over 1, up to 1e6"),  # what is too small is refused with the reason, below
-    "norm_eps": (0, 1, "over 0, up to 1"),
-}
 
 
 def ffn_width(dim: int, ffn_mult: float) -> int:

@@ -1,4 +1,4 @@
-"""The sizes that every model has (Shape). A row of the menus adds its own: `class Options(Shape)`."""
+"""The sizes that every model has (Shape). A row of the menus adds its own: `class Options(Shape)`. An option with a help is a flag."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,12 +20,20 @@ class Shape:
     context_length: int = option(1024, shape_free=True, inert=True)
     mixer: tuple[str, ...] = ("attention",)
     ffn: tuple[str, ...] = ("swiglu",)
-    norm_eps: float = option(1e-5, shape_free=True)
-    rope_base: float = option(10000.0, shape_free=True)
-    rope_scaling: Literal["none", "ntk", "yarn"] = option("none", shape_free=True)
-    rope_factor: float = option(1.0, shape_free=True)
-    rope_original_len: int = option(0, shape_free=True)
-    init_std: float = option(0.02, shape_free=True, inert=True)
+    norm_eps: float = option(1e-5, over=0, most=1, shape_free=True)
+    # with a larger base or factor, periods of NTK-aware scaling overflow float32
+    rope_base: float = option(10000.0, "Base of the rotary frequencies.", over=1, most=1e24, shape_free=True)
+    rope_scaling: Literal["none", "ntk", "yarn"] = option(
+        "none", "Stretch positions to extend the context of --pretrained.", shape_free=True
+    )
+    rope_factor: float = option(1.0, "How much --rope-scaling stretches.", most=1e6, shape_free=True)
+    rope_original_len: int = option(
+        0,
+        "The context that the weights were trained with.",
+        filled="that of --pretrained; else the context over the factor",
+        shape_free=True,
+    )
+    init_std: float = option(0.02, "Standard deviation of the initial weights.", shape_free=True, inert=True)
 
     @property
     def head_dim(self) -> int:

@@ -1,25 +1,16 @@
 """The new model that flags describe, those of `train` and those of `sizes`."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.config import ModelConfig, parse_pattern
-from smedjan_common.run.flags import MixerFlags
+from smedjan_common.run.flags import LayerFlags, MixerFlags
 
 SHAPE = ("dim", "layers", "heads")  # what --size custom needs
 
 
-class Described(Protocol):
-    """A group of flags that describes a model."""
-
-    @property
-    def mixer(self) -> str: ...
-    @property
-    def ffn(self) -> str | None: ...
-
-
-def described_model(size: str, model: Described, mixers: MixerFlags, vocab_size: int, seq_len: int, **more: Any) -> ModelConfig:
+def described_model(size: str, model: LayerFlags, mixers: MixerFlags, vocab_size: int, seq_len: int, **more: Any) -> ModelConfig:
     """The model of a size, single values of it replaced by flags; `more`: values of its configuration. Raises ConfigError."""
     names = (*SHAPE, "kv_heads", "ffn_mult")
     values = more | {name: value for name in names if (value := getattr(model, name)) is not None}
@@ -32,6 +23,6 @@ def described_model(size: str, model: Described, mixers: MixerFlags, vocab_size:
     return ModelConfig.build(vocab_size=vocab_size, **values)
 
 
-def feed_forward(model: Described, mixers: MixerFlags) -> tuple[str, ...]:
+def feed_forward(model: LayerFlags, mixers: MixerFlags) -> tuple[str, ...]:
     """The pattern of feed-forwards: --ffn, or what --experts says."""
     return parse_pattern(model.ffn) if model.ffn else ("experts",) if mixers.experts else ("swiglu",)

@@ -16,9 +16,8 @@ from smedjan_common.errors import flag
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
-from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
-from smedjan_common.run.option_flags import option_flags, row_options, training_options
+from smedjan_common.run.option_flags import option_flags, row_options, shape_options, training_options
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 
@@ -85,11 +84,17 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """The model."""
+class SizeFlag:
+    """A named size."""
 
     size: Annotated[str, _one_of(*PRESETS, "custom")] = "tiny"
     """A preset (see `smedjan sizes`); the flags below replace single values of it, and custom needs the first three."""
+
+
+@dataclass(frozen=True)
+class LayerFlags:
+    """Its layers."""
+
     dim: Annotated[MaybeInt, _filled("the size's", "INT")] = None
     """Width of the residual stream."""
     layers: Annotated[MaybeInt, _filled("the size's", "INT")] = None
@@ -111,16 +116,11 @@ class ModelFlags:
             help_behavior_hint="(default: swiglu; experts when --experts is given)",
         ),
     ] = None
-    rope_base: float = 10000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: Annotated[str, _one_of(*ROPE_SCALINGS)] = "none"
-    """Stretch positions to extend the context of --pretrained."""
-    rope_factor: float = 1.0
-    """How much --rope-scaling stretches."""
-    rope_original_len: Annotated[int, arg(help_behavior_hint="(default: that of --pretrained; else the context over the factor)")] = 0
-    """The context that the weights were trained with."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True)
+class ModelFlags(option_flags("ShapeFlags", shape_options()), LayerFlags, SizeFlag):  # the fields of the last class come first
+    """The model."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.ffns.experts import ROUTERS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.options import Option, options
+from smedjan_common.model.shape import Shape
 from smedjan_common.optional import MaybeFloat, MaybeInt
 from smedjan_common.training.config import Basics, TrainConfig
 from smedjan_common.training.optimizers import OPTIMIZERS
@@ -20,6 +21,11 @@ def option_flags(name: str, found: Iterable[Option]) -> Any:
     """A frozen dataclass with a flag for each option. The configuration refuses what is none of the choices, and names near ones."""
     fields = [(option.name, Annotated[_type(option), _argument(option)], option.flag_default) for option in found]
     return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def shape_options() -> list[Option]:
+    """The options of every model that are flags as they stand."""
+    return [option for option in options(Shape).values() if option.help]
 
 
 def row_options() -> list[Option]:

@@ -13,6 +13,7 @@ from smedjan_common.model.rope import original_length
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.described import described_model, feed_forward
 from smedjan_common.run.flags import TrainFlags
+from smedjan_common.run.option_flags import shape_options
 from smedjan_common.run.resume import difference
 from smedjan_common.training.config import TrainConfig, default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS
@@ -22,7 +23,7 @@ _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if opt
 
 def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
     """The model that the flags describe. Raises ConfigError."""
-    kept = {name: getattr(flags.model, name) for name in ("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std")}
+    kept = {option.name: getattr(flags.model, option.name) for option in shape_options()}
     return described_model(flags.model.size, flags.model, flags.mixers, vocab_size, flags.training.seq_len, **kept)
 
 
