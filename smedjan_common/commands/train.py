@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING
 from smedjan_common.errors import ConfigError, DamagedError, run_command
 
 if TYPE_CHECKING:
-    from smedjan_common.backend import Backend
+    from smedjan_common.backend import Backend, Device
     from smedjan_common.model.config import ModelConfig
     from smedjan_common.run.asked import Asked
+    from smedjan_common.run.data import RunData
     from smedjan_common.run.decided import Decided
     from smedjan_common.run.lock import RunLock
     from smedjan_common.run.start import Say
     from smedjan_common.training.config import TrainConfig
     from smedjan_common.training.mesh import MeshShape
 
-    Make = Callable[[ModelConfig, TrainConfig, MeshShape | None], Backend]
+    Framework = tuple[Callable[[ModelConfig, TrainConfig, MeshShape | None], Backend], str]
 
 # imports a framework, with --deterministic or without: -> (the backend's class, the dtype that auto means here)
-Load = Callable[[bool], tuple["Make", str]]
+Load = Callable[[bool], "Framework"]
 
 
 def main(argv: list[str]) -> int:
@@ -75,7 +76,6 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     from smedjan_common.run.decided import decide, run_config
     from smedjan_common.run.notes import notes
     from smedjan_common.run.plan import heading, plan
-    from smedjan_common.run.room import check_room
     from smedjan_common.run.start import find_begin
 
     folder, dry_run = checkpoint_dir(asked), asked.value("dry_run")
@@ -90,16 +90,19 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     if early.asks_of_devices:  # which may refuse it: before texts are tokenised
         make_backend, auto = framework()
         make_backend(early.model, early.computing_in(auto).train, early.mesh)
-    decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run))
+
+    def check_known(data: "RunData") -> None:  # before texts are tokenised, which may take hours
+        check(known := decide(name, asked, begin, folder, data))
+        _on_devices(known, framework(), say=lambda line: None)
+
+    decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run, check_known))
     check(decided)
-    make_backend, auto = framework()
-    decided = decided.computing_in(auto)
+    decided = decided.computing_in(framework()[1])
     for line in notes(decided):
         say(f"note: {line}")
-    backend = make_backend(decided.model, decided.train, decided.mesh)
-    device, start = backend.describe(), decided.start and decided.start.path
-    check_room(asked.flags, decided.model, decided.train, device, folder, decided.start or decided.pretrained, start, say)
+    backend, device = _on_devices(decided, framework(), say)
     if dry_run:
+        start = decided.start and decided.start.path
         say(plan(decided.model, decided.train, decided.data, folder, start, device, decided.known_steps))
         return 0
     config = run_config(decided, say)
@@ -107,7 +110,20 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     return loop.run(config, backend)
 
 
-def _imported(load: Load, deterministic: bool) -> tuple["Make", str]:
+def _on_devices(decided: "Decided", framework: "Framework", say: "Say") -> "tuple[Backend, Device]":
+    """The backend of a run, and its devices. Raises ConfigError, OutOfMemoryError for a run that is not for them."""
+    from smedjan_common.run.room import check_room
+
+    make_backend, auto = framework
+    decided = decided.computing_in(auto)
+    backend = make_backend(decided.model, decided.train, decided.mesh)
+    device, start = backend.describe(), decided.start and decided.start.path
+    info = decided.start or decided.pretrained
+    check_room(decided.asked.flags, decided.model, decided.train, device, decided.folder, info, start, say)
+    return backend, device
+
+
+def _imported(load: Load, deterministic: bool) -> "Framework":
     from smedjan_common.run.signals import interrupt_ends_at_once
 
     with interrupt_ends_at_once():

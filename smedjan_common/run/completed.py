@@ -3,6 +3,7 @@
 Flags that are given and contradict the run are refused here or in run.checks; what differs and is allowed is told (run.notes).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def _check_vocab_size(asked: Asked, begin: GoOn, flags: dict[str, Any], say: Say
     say(f"note: --vocab-size {size} does nothing: the tokenizer of the run has {has} tokens.")
 
 
-def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool) -> RunData:
-    """The data of the run, as run.data makes it; a run that goes on has its token files and its tokenizer. Raises DataError."""
+def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Callable[[RunData], None] = lambda known: None) -> RunData:
+    """The data of the run, as run.data makes it; a run that goes on has its token files and its tokenizer. Raises DataError.
+
+    before: as run_data has it.
+    """
     info = None if isinstance(begin, New) else begin.info
     own = Tokenizer.load(info.path) if info and (info.path / TOKENIZER).is_file() else None
     given = asked.given
@@ -62,7 +66,7 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool) -> RunData:
         if isinstance(begin, Pretrained):
             check_vocab_size(asked.flags.data, given, tokenizer, f"the tokenizer of {begin.info.path}")
 
-    return run_data(asked.flags.data, given, folder, own, dry_run, check)
+    return run_data(asked.flags.data, given, folder, own, dry_run, check, before)
 
 
 def _with_own_data(asked: Asked, begin: GoOn, own: Tokenizer | None) -> Asked:

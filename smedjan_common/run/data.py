@@ -62,10 +62,13 @@ def run_data(
     own: Tokenizer | None,
     dry_run: bool = False,
     check: Callable[[Tokenizer], None] = lambda tokenizer: None,
+    before: Callable[[RunData], None] = lambda known: None,
 ) -> RunData:
     """Open or make the data of a run. `own`: the tokenizer of the checkpoint that the run starts from. Raises DataError.
 
-    `check` raises for a tokenizer that the run cannot have. A dry run writes nothing: texts that are not tokenised yet are only measured.
+    `check` raises for a tokenizer that the run cannot have; `before`, each time that texts are to be tokenised, for what is known of the
+    data then (without a tokenizer, --vocab-size is the most that there will be). A dry run writes nothing: texts that are not tokenised
+    yet are only measured.
     """
     if not flags.dataset:
         why = f"--dataset is not given, and {folder} has no run to go on with."
@@ -81,7 +84,7 @@ def run_data(
         check_vocab_size(flags, given, tokenizer, f"the tokenizer of {str(files[0].path)!r}")
         val = None
     else:
-        data = _from_text(flags, folder, chosen, own, dry_run)
+        data = _from_text(flags, folder, chosen, own, dry_run, before)
         if data.train is None:
             return data
         train, val, tokenizer = data.train, data.val, data.tokenizer
@@ -89,7 +92,8 @@ def run_data(
     check(tokenizer)
     train.check_tokenizer(tokenizer.hash)
     if flags.val_dataset:
-        val = _validation(flags, folder, tokenizer, dry_run)
+        known = RunData(train, None, tokenizer)
+        val = _validation(flags, folder, tokenizer, dry_run, lambda: before(known))
     return RunData(train, val if val and val.num_tokens > 1 else None, tokenizer)
 
 
@@ -170,7 +174,9 @@ def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
     )
 
 
-def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool) -> RunData:
+def _from_text(
+    flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: Tokenizer | None, dry_run: bool, before: Callable[[RunData], None]
+) -> RunData:
     """Token files of the texts of --dataset: those made before, or new ones."""
     found = _texts(flags.dataset, "--dataset")
     sources, num_bytes = [str(source.path) for source in found], sum(source.size for source in found)
@@ -184,8 +190,10 @@ def _from_text(flags: DataFlags, folder: Path, chosen: Tokenizer | None, own: To
         if (place / TOKENIZER).is_file() and (place / f"{TRAIN_TOKENS}.json").is_file():
             val = TokenFile.open(place / VAL_TOKENS) if share and (place / VAL_TOKENS).is_file() else None
             return RunData(TokenFile.open(place / TRAIN_TOKENS), val, Tokenizer.load(place / TOKENIZER))
+    known = RunData(None, None, chosen or own, num_bytes)
     if dry_run:
-        return RunData(None, None, chosen or own, num_bytes)
+        return known
+    before(known)
     return _tokenise(sources, num_bytes, places[-1], chosen or own, flags.vocab_size, share)
 
 
@@ -216,7 +224,7 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
     return RunData(train, val, tokenizer)
 
 
-def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: bool) -> TokenFile | None:
+def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: bool, before: Callable[[], None]) -> TokenFile | None:
     """The token file of --val-dataset; None in a dry run over texts that are not tokenised yet."""
     if shards := _token_files(flags.val_dataset, "--val-dataset"):
         if len(shards) > 1:
@@ -229,6 +237,7 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: b
     if not place.with_name(f"{VAL_TOKENS}.json").is_file():
         if dry_run:
             return None
+        before()
         place.parent.mkdir(parents=True, exist_ok=True)
         prepare(sources, place, tokenizer)
     return TokenFile.open(place)

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+from smedjan_common.checkpoint import read_info
+from smedjan_common.commands import prepare, tokenizer
 from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run import room
-from tests.fakes.runs import ROOT, arguments, train_here, write_text
+from tests.fakes.runs import ROOT, SMALL, arguments, train_here, write_text
 
 FAR_TOO_LARGE = "--size max --batch-size 512 --seq-len 8192 --steps 10"
 
@@ -51,6 +53,63 @@ def test_a_real_run_is_refused_too_and_force_trains(text, tmp_path, capsys, monk
     assert train_here(*words, "--force") == 0
     assert "--force goes on" in capsys.readouterr().out
     assert read_rows(tmp_path / "run")[-1]["step"] == 4
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A folder with a token file of the text and its tokenizer of some 300 tokens."""
+    text, made = write_text(tmp_path), tmp_path / "made"
+    made.mkdir()
+    assert tokenizer.main(["--input", str(text), "--output", str(made / "tokenizer.json"), "--vocab-size", "300"]) == 0
+    words = ["--input", str(text), "--output", str(made / "train.bin"), "--tokenizer", str(made / "tokenizer.json")]
+    assert prepare.main(words) == 0
+    return made
+
+
+WAYS = {  # how a text comes to be tokenised
+    "a tokenizer is trained": lambda text, made: ["--dataset", text],
+    "a tokenizer is given": lambda text, made: ["--dataset", text, "--tokenizer", made],
+    "only to validate": lambda text, made: ["--dataset", made / "train.bin", "--val-dataset", text],
+}
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["real", "dry"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_far_too_large_model_is_refused_before_its_text_is_tokenised(text, tokens, tmp_path, capsys, monkeypatch, way: str, dry):
+    monkeypatch.setattr("smedjan_common.run.data.prepare", None)
+    monkeypatch.setattr("smedjan_common.run.data.Tokenizer.train", None)
+    capsys.readouterr()
+    words = [*WAYS[way](text, tokens), "--checkpoint-dir", tmp_path / "run", *FAR_TOO_LARGE.split(), *dry]
+    assert train_here(*words) == 3
+    told = capsys.readouterr()
+    assert "The run needs about" in told.err
+    assert "TiB" in told.err
+    assert told.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_before_a_text_is_tokenised_its_vocabulary_is_that_of_its_tokenizer_or_at_most_what_was_asked_for(
+    text, tokens, tmp_path, monkeypatch, way: str
+):
+    seen, check = [], room.check_memory
+    monkeypatch.setattr(room, "check_memory", lambda model, *rest, **more: seen.append(model.vocab_size) or check(model, *rest, **more))
+    words = [*WAYS[way](text, tokens), "--checkpoint-dir", tmp_path / "run", *SMALL.split(), "--steps", 1]
+    words[words.index("--vocab-size") : words.index("--vocab-size") + 2] = ["--vocab-size", "5000"] if "trained" in way else []
+    words = [word for word in words if word not in ("--val-fraction", "0.1")] if "validate" in way else words
+    assert train_here(*words) == 0
+    real = read_info(tmp_path / "run").model.vocab_size
+    assert seen == [5000 if "trained" in way else real, real]
+    assert real < 5000
+    seen.clear()
+    assert train_here("--checkpoint-dir", tmp_path / "run", "--steps", 2) == 0
+    assert seen == [real], "what is tokenised is not asked about twice"
+
+
+def test_with_force_what_does_not_fit_is_told_once(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(room, "available_memory", lambda: 1 << 16)
+    assert train_here(*arguments(text, tmp_path / "run", 1), "--force") == 0
+    assert capsys.readouterr().out.count("--force goes on") == 1
 
 
 def test_a_full_disk_is_noticed_before_the_first_step(text, tmp_path, capsys, monkeypatch):

@@ -122,8 +122,10 @@ def test_inputs_dot_files_and_the_data_of_a_killed_run_are_not_in_the_way(text, 
     words += ["--val-dataset", run / "more", "--tokenizer", run / "tok.json"]
 
     class Killed(bigram.BigramBackend):
-        def __init__(self, *_):
-            raise KeyboardInterrupt
+        def __init__(self, *made):
+            super().__init__(*made)
+            if len([*run.glob("data/*")]) == 2:  # both texts are tokenised
+                raise KeyboardInterrupt
 
     assert train_here(*words, backend=Killed) == 130
     assert (run / "data").is_dir()
