@@ -102,11 +102,10 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
         say(f"note: {line}")
     backend, device = _on_devices(decided, framework(), say)
     if dry_run:
-        start = decided.start and decided.start.path
-        say(plan(decided.model, decided.train, decided.data, folder, start, device, decided.known_steps))
+        say(plan(decided, device))
         return 0
     config = run_config(decided, say)
-    say(heading(decided.model, decided.train, decided.data, folder, device))
+    say(heading(decided, device))
     return loop.run(config, backend)
 
 
@@ -117,9 +116,8 @@ def _on_devices(decided: "Decided", framework: "Framework", say: "Say") -> "tupl
     make_backend, auto = framework
     decided = decided.computing_in(auto)
     backend = make_backend(decided.model, decided.train, decided.mesh)
-    device, start = backend.describe(), decided.start and decided.start.path
-    info = decided.start or decided.pretrained
-    check_room(decided.asked.flags, decided.model, decided.train, device, decided.folder, info, start, say)
+    device = backend.describe()
+    check_room(decided, device, say)
     return backend, device
 
 

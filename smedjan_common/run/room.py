@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from smedjan_common.backend import Device
-from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.errors import ConfigError, OutOfMemoryError, flag
 from smedjan_common.machine import available_memory
@@ -21,34 +20,27 @@ from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import count_params
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.reporting.console import size
+from smedjan_common.run.decided import Decided
 from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.settings import new_model
+from smedjan_common.run.start import New, Say
 from smedjan_common.training.config import GRADIENT_CHECKPOINTING, TrainConfig
 from smedjan_common.training.memory import PROCESS_BYTES, Place, state_bytes, training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, check_mesh, parse_mesh
 
-Say = Callable[[str], object]
 Models = Callable[[], Mapping[str, ModelConfig]]  # presets that are smaller than the model of the run, the largest first
 Change = tuple[str, ModelConfig, TrainConfig]  # flags, and the run with them
 
 
-def check_room(
-    flags: TrainFlags,
-    model: ModelConfig,
-    train: TrainConfig,
-    device: Device,
-    folder: Path,
-    info: CheckpointInfo | None,
-    start: Path | None,
-    say: Say,
-) -> None:
+def check_room(decided: Decided, device: Device, say: Say) -> None:
     """Raises OutOfMemoryError for a run whose steps do not fit into memory or whose checkpoints do not fit on the disk; with --force it
-    only says so. info: the checkpoint that it begins with; start: that it goes on from there."""
+    only says so."""
+    flags, model, train, start = decided.asked.flags, decided.model, decided.train, decided.start
     force = flags.run.force
-    smaller = functools.partial(smaller_models, flags, model.vocab_size) if info is None else dict
+    smaller = functools.partial(smaller_models, flags, model.vocab_size) if isinstance(decided.begin, New) else dict
     check_memory(model, train, device, resumed=start is not None, smaller=smaller, force=force, say=say)
     saving = {name: getattr(flags.run, name) for name in ("checkpoint_every", "keep", "keep_every")}
-    check_disk(folder, model, train, begin=info.step if start and info else 0, **saving, force=force, say=say)
+    check_disk(decided.folder, model, train, begin=start.step if start else 0, **saving, force=force, say=say)
 
 
 def smaller_models(flags: TrainFlags, vocab_size: int) -> dict[str, ModelConfig]:

@@ -13,8 +13,12 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import count_params, parameter_table
+from smedjan_common.run.asked import Asked
 from smedjan_common.run.data import RunData
+from smedjan_common.run.decided import Decided
+from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.plan import heading
+from smedjan_common.run.start import New
 from smedjan_common.training.memory import training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, RULES, MeshShape, check_mesh, mesh_axes, parse_mesh
 from tests.fakes.runs import ROOT, arguments, check_new, train_here, write_text
@@ -102,7 +106,9 @@ def test_memory_on_each_device_falls_with_the_axes_that_split_it(dtype):
 def test_the_heading_names_the_mesh_and_devices_that_are_not_used():
     def first_line(*mesh) -> str:
         device = Device("jax", "gpu", "H100", *mesh[:1], None, None, {}, *mesh[1:])
-        return heading(MODEL, TRAIN, RunData(None, None, None), ROOT, device).splitlines()[0]
+        asked = Asked(TrainFlags(), frozenset())
+        decided = Decided("jax", asked, New(), ROOT, None, MODEL, TRAIN, RunData(None, None, None))
+        return heading(decided, device).splitlines()[0]
 
     assert first_line(1, "data=1", 1) == "device   jax on H100 (gpu), float32"
     assert first_line(4, "data=2,fsdp=2", 4) == "device   jax on 4 x H100 (gpu), float32, mesh data=2,fsdp=2"
