@@ -1,36 +1,10 @@
-"""`smedjan <command>`: a table of commands; only the module of the one that is asked for is imported."""
+"""`smedjan <command>`: only the module of the command that is asked for is imported (commands/table.py)."""
 
 import importlib
 import sys
-from typing import NamedTuple
 
 from smedjan_common import streams
-
-
-class Command(NamedTuple):
-    """`module` has `main(argv) -> exit code`; `about` is its line in `smedjan --help`."""
-
-    module: str
-    about: str
-
-
-COMMANDS: dict[str, Command] = {
-    "tokenizer": Command("smedjan_common.commands.tokenizer", "train a tokenizer on your text"),
-    "prepare": Command("smedjan_common.commands.prepare", "tokenise text into a token file to train on"),
-    "import-bpe": Command("smedjan_common.commands.import_bpe", "make tokenizer.json from GPT-2, tiktoken or Hugging Face files"),
-    "process": Command("smedjan_common.commands.process", "clean text: separators, normalisation, quality rules, provenance"),
-    "dedup": Command("smedjan_common.commands.dedup", "leave out documents that repeat others, exactly or nearly"),
-    "mix": Command("smedjan_common.commands.mix", "mix token files by weight into one"),
-    "hash": Command("smedjan_common.commands.hash", "fingerprints of texts, tokenizers and token files"),
-    "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size"),
-    "train": Command("smedjan_common.commands.train", "train a model, or go on with a run"),
-    "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model"),
-    "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
-    "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is"),
-    "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers"),
-    "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs"),
-    "quickstart": Command("smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes"),
-}
+from smedjan_common.commands.table import COMMANDS
 
 
 def main(argv: list[str] | None = None) -> int:

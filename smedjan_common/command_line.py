@@ -210,7 +210,9 @@ def _check_value(one: Flag, value: str) -> None:
     """Raises UsageError for a value that is not of the flag's type."""
     if one.choices and value not in one.choices:
         close = difflib.get_close_matches(value, one.choices, n=1)
-        fix = instead(value, one.choices) or (f"Did you mean {close[0]}?" if close else f"Write {one.name} {one.choices[0]}, for example.")
+        fix = instead(value, one.choices) or (
+            f"Did you mean {close[0]}?" if close else f"Write {'' if one.positional else f'{one.name} '}{one.choices[0]}, for example."
+        )
         raise UsageError(f"{one.name} cannot be {value!r}.", f"It must be {_wanted(one)}.", fix)
     if one.takes in WANTED:
         try:
@@ -242,6 +244,8 @@ def _check_loose(takers: list[Flag], loose: list[str], prog: str, *examples: str
         raise UsageError(f"{loose[most]!r} is not understood.", f"{prog} takes {takes}.", fix)
     if missing := [each for each in takers[len(loose) :] if each.required and each.positional]:
         raise _missing(missing, prog, *examples)
+    for each, word in zip(takers, loose, strict=False):
+        _check_value(each, word)
 
 
 def _missing(missing: list[Flag], prog: str, *examples: str) -> UsageError:

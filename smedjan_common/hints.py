@@ -93,6 +93,7 @@ NAMES = {
     "runs": "ls list compare history experiments status",
     "plot": "graph curve draw loss",
     "hash": "checksum sha256 digest fingerprint",
+    "completion": "completions autocomplete install-completion",
     "quickstart": "demo example tutorial start init",
     "attention": "mha gqa mqa sdpa softmax full self-attention transformer flash grouped-query sliding-window swa local full-attention"
     " sliding-attention",

@@ -1,0 +1,40 @@
+"""The commands of `smedjan`, by strings: who reads the table imports none of them."""
+
+import importlib
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """`module` has `main(argv) -> exit code`; `about` is its line in `smedjan help`; `flags` is the class of its flags, in `module` or as
+    MODULE:CLASS."""
+
+    module: str
+    about: str
+    flags: str = "Flags"
+
+    def flags_class(self) -> type:
+        """The dataclass of its flags; imports its module."""
+        module, _, name = self.flags.rpartition(":")
+        return getattr(importlib.import_module(module or self.module), name)
+
+
+COMMANDS: dict[str, Command] = {
+    "tokenizer": Command("smedjan_common.commands.tokenizer", "train a tokenizer on your text"),
+    "prepare": Command("smedjan_common.commands.prepare", "tokenise text into a token file to train on"),
+    "import-bpe": Command("smedjan_common.commands.import_bpe", "make tokenizer.json from GPT-2, tiktoken or Hugging Face files"),
+    "process": Command("smedjan_common.commands.process", "clean text: separators, normalisation, quality rules, provenance"),
+    "dedup": Command("smedjan_common.commands.dedup", "leave out documents that repeat others, exactly or nearly"),
+    "mix": Command("smedjan_common.commands.mix", "mix token files by weight into one"),
+    "hash": Command("smedjan_common.commands.hash", "fingerprints of texts, tokenizers and token files"),
+    "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size", "SizesFlags"),
+    "train": Command("smedjan_common.commands.train", "train a model, or go on with a run", "smedjan_common.run.flags:TrainFlags"),
+    "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model", "GenerateFlags"),
+    "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
+    "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is", "InfoFlags"),
+    "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers", "RunsFlags"),
+    "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs", "PlotFlags"),
+    "completion": Command("smedjan_common.commands.completion", "what makes the Tab key complete commands and flags", "CompletionFlags"),
+    "quickstart": Command(
+        "smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes", "QuickstartFlags"
+    ),
+}
