@@ -71,11 +71,18 @@ def _is_run(path: Path) -> bool:
             raise with_offer(path, _no_directory(path))
         if (path / MANIFEST).exists() or step_of(path.name) is not None or path.name == FINAL:
             return False
-        if step_directories(path) or (standing(path / FINAL) / MANIFEST).exists():
+        if _holds_any(path):
             return True
         foreign = any(path.glob("*.safetensors"))
-    fix = f"Convert it first: smedjan convert {path} DST --to neutral." if foreign else "Check the path, or train first."
+        runs = sorted(str(inside) for inside in path.iterdir() if inside.is_dir() and _holds_any(inside))
+    fix = f"Give one of its runs, such as {runs[0]}." if runs else "Check the path, or train first."
+    if foreign:
+        fix = f"Convert it first: smedjan convert {path} DST --to neutral."
     raise CheckpointError(f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", fix)
+
+
+def _holds_any(directory: Path) -> bool:
+    return bool(step_directories(directory)) or (standing(directory / FINAL) / MANIFEST).exists()
 
 
 def _no_directory(path: Path) -> CheckpointError:

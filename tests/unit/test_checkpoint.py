@@ -331,7 +331,7 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path):
     path = write(tmp_path / "run")
     for wrong, words in (
         (tmp_path / "run" / "step-00000009", "There is no checkpoint .*The newest complete checkpoint beside it is .*step-00000003"),
-        (tmp_path, "holds no checkpoint"),
+        (tmp_path, f"holds no checkpoint.*Give one of its runs, such as {tmp_path / 'run'}."),
         (path / "model.safetensors", "is a file, not a checkpoint.*Give the directory"),
         (tmp_path / "a\0b", "There is no checkpoint"),
     ):
