@@ -21,13 +21,11 @@ class Flags:
     """
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """A run folder (to neutral and orbax its newest step-*/ or orbax-*/, unless final/ is newer; to hf and gguf its newest weights), a
-    step-*/, orbax-*/ or final/, or a Hugging Face directory of the Llama family."""
+    """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, or a Hugging Face directory (Llama family)."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory for neutral, orbax and hf, a file for gguf."""
     to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
-    """neutral: smedjan's own, which both backends train on and generate from. orbax: JAX's own. hf: for transformers and mlx-lm.
-    gguf: for llama.cpp."""
+    """neutral: smedjan's own, which both backends read. orbax: JAX's own. hf: for transformers and mlx-lm. gguf: for llama.cpp."""
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
     """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"

@@ -16,8 +16,7 @@ class Flags:
     """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
-    """Text files (a document each), .jsonl files (a document a line), .json (an object), also .gz, .bz2, .xz, .zst; .parquet (a row),
-    Hugging Face datasets (hf:NAME[:CONFIG[:SPLIT]]); directories, or globs in quotes."""
+    """Text, .jsonl, .json and .parquet files, compressed ones, datasets (hf:NAME[:CONFIG[:SPLIT]]), directories, or globs in quotes."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """The tokenizer.json to use."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "train.bin"

@@ -38,9 +38,16 @@ THIS_START = {"this_start": True}  # of a flag that counts for one start of a ru
 class DataFlags:
     """What to train on."""
 
-    dataset: Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(required for a new run)"), NAMELESS] = ()
-    """A token file (.bin, from `smedjan prepare`), several mixed by weight (a.bin:0.7 b.bin:0.3), or text and JSONL files: those are
-    tokenised once, into CHECKPOINT_DIR/data. `smedjan train my.txt` is the same."""
+    dataset: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="FILE ...",
+            help="A token file (.bin, from `smedjan prepare`), several mixed by weight (a.bin:0.7 b.bin:0.3), or text and JSONL files:"
+            " those are tokenised once, into CHECKPOINT_DIR/data. `smedjan train my.txt` is the same.",
+            help_behavior_hint="(required for a new run)",
+        ),
+        NAMELESS,
+    ] = ()
     val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset when that is text", "FILE ...")] = ()
     """What to validate on: a token file or texts, never trained on."""
     val_fraction: float = 0.02
@@ -65,18 +72,27 @@ class RunFlags:
     """Keep this many newest checkpoints. 0: all."""
     keep_every: int = 0
     """Besides those of --keep, keep every checkpoint whose step is a multiple of this, forever. 0: none."""
-    resume: Annotated[str, arg(metavar="auto|never|PATH")] = field(default="auto", metadata=THIS_START)
-    """auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run.
-    PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed."""
+    resume: Annotated[
+        str,
+        arg(
+            metavar="auto|never|PATH",
+            help="auto: go on from the newest complete checkpoint of the run folder, or start. never: refuse a folder that has a run."
+            " PATH: go on from this checkpoint. Flags that are not given come from the run that is resumed.",
+        ),
+    ] = field(default="auto", metadata=THIS_START)
     pretrained: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
     """Start a new run from the weights and the tokenizer of this checkpoint (new optimizer, step 0)."""
     backend: Annotated[str, _one_of("auto", "jax", "mlx")] = field(default="auto", metadata=THIS_START)
     """The framework. auto: MLX on Apple Silicon, else JAX."""
-    mesh: Annotated[str, arg(metavar="AXIS=N,...", help_behavior_hint="(default: auto, the batch over all GPUs)")] = field(
-        default="auto", metadata=THIS_START
-    )
-    """How the run is spread over devices (JAX): data=2 splits the batch, fsdp=2 the train state too, tensor=2 heads, feed-forward
-    and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and a resumed run may use another one."""
+    mesh: Annotated[
+        str,
+        arg(
+            metavar="AXIS=N,...",
+            help="How the run is spread over devices (JAX): data=2 splits the batch, fsdp=2 the train state too, tensor=2 heads,"
+            " feed-forward and vocabulary; data=2,fsdp=4 takes eight devices. It changes no result, and a resumed run may use another one.",
+            help_behavior_hint="(default: auto, the batch over all GPUs)",
+        ),
+    ] = field(default="auto", metadata=THIS_START)
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Go on where the memory or the disk is too small by estimate."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)

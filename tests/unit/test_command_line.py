@@ -1,7 +1,11 @@
 """What users read when a command line is wrong: three sentences, near names, the names of other programs; never Python's."""
 
+import ast
+import dataclasses
+import inspect
 import re
 import shlex
+import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -33,6 +37,19 @@ def refused(command: str, *words: str) -> str:
     with pytest.raises(UsageError) as error:
         check(list(flags_of(FLAGS[command])), f"smedjan {command}", list(words))
     return str(error.value)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_no_sentence_of_the_help_breaks_where_its_docstring_does(command):
+    """tyro keeps the line breaks of a docstring under a field: what takes two lines is given to arg(help=...)."""
+    groups = [hint for hint in typing.get_type_hints(FLAGS[command]).values() if dataclasses.is_dataclass(hint)]
+    kinds = {each for kind in (FLAGS[command], *groups) for each in kind.__mro__ if each.__module__.startswith(("smedjan_", "convert"))}
+    broken = []
+    for kind in kinds:
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        said = [node.value.value for node in body[1:] if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+        broken += [text for text in said if "\n" in text]
+    assert not broken
 
 
 @pytest.mark.parametrize("command", FLAGS)
