@@ -84,6 +84,20 @@ def _check_run(decided: Decided) -> None:
         )
 
 
+def _check_weights(decided: Decided) -> None:
+    """Weights to start a new run from, where there is a run that began with others: they would not be read."""
+    if not isinstance(decided.begin, GoOn) or not decided.asked.is_given("pretrained"):
+        return
+    given, flags = decided.asked.value("pretrained"), decided.begin.recorded.get("flags") or {}
+    began = flags.get("pretrained", given)
+    if began is None or (os.path.exists(began) and os.path.realpath(began) != os.path.realpath(given)):  # moved ones are in the notes
+        raise ConfigError(
+            f"--pretrained starts a new run, and {decided.folder} has one that began {f'from {began}' if began else 'without weights'}.",
+            f"That run would go on from {decided.begin.info.path.name}, and {given} would not be read.",
+            "Give another --checkpoint-dir to start from these weights, or leave --pretrained out to go on.",
+        )
+
+
 def _check_model(decided: Decided) -> None:
     """A model that cannot be trained in this way."""
     decided.train.check_model(decided.model)
@@ -149,6 +163,7 @@ def _check_writable(decided: Decided) -> None:
 
 CHECKS: tuple[Callable[[Decided], None], ...] = (
     _check_run,
+    _check_weights,
     _check_model,
     _check_options,
     _check_vocabulary,

@@ -15,7 +15,7 @@ from smedjan_common.run.options import check_options
 from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length, pretrained_model
 from smedjan_common.tokenizer import Tokenizer
-from tests.fakes.runs import arguments, train_here, write_text
+from tests.fakes.runs import arguments, train_here, tree, write_text
 from tests.unit.test_checkpoint_faults import value
 
 BASE = ModelConfig.build(vocab_size=300, dim=16, layers=1, heads=2, context_length=32)
@@ -139,3 +139,26 @@ def test_another_model_is_shown_in_plain_words(tmp_path):
     with pytest.raises(ConfigError, match="mixer: attention in the checkpoint, ssm now") as refused:
         model_of(BASE, tmp_path, "--mixer ssm")
     assert "(" not in str(refused.value)
+
+
+def test_a_run_that_began_otherwise_takes_no_weights_and_stays_as_it_is(weights, tmp_path, capsys):
+    run = shutil.copytree(weights / "run", tmp_path / "run")
+    new = ["--pretrained", weights / "run", "--checkpoint-dir", tmp_path / "new"]
+    assert train_here(*new, "--dataset", weights / "text.txt", "--batch-size", 4, "--steps", 1) == 0
+    before, told = tree(tmp_path), "--pretrained starts a new run"
+    for words in (["--pretrained", weights / "run", "--checkpoint-dir", run], ["--pretrained", run, *new[2:]]):
+        capsys.readouterr()
+        assert train_here(*words, "--dataset", weights / "text.txt", "--steps", 9) == 2
+        assert told in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    assert train_here(*new, "--steps", 1) == 0  # its own, where it was
+    (moved := tmp_path / "moved").symlink_to(weights / "run")
+    assert train_here("--pretrained", moved, *new[2:], "--steps", 1) == 0
+
+
+def test_a_run_goes_on_when_its_weights_were_moved(weights, tmp_path, capsys):
+    base, new = shutil.copytree(weights / "run", tmp_path / "base"), ["--checkpoint-dir", tmp_path / "new"]
+    assert train_here("--pretrained", base, *new, "--dataset", weights / "text.txt", "--batch-size", 4, "--steps", 1) == 0
+    base.rename(tmp_path / "moved")
+    assert train_here("--pretrained", tmp_path / "moved", *new, "--steps", 1) == 0
+    assert "note: --pretrained is not read: the run goes on from" in capsys.readouterr().out

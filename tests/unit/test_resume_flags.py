@@ -31,7 +31,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "keep": (5, TOLD),
     "keep-every": (2, TOLD),
     "resume": ("never", "already has a run"),
-    "pretrained": ("RUN", "note: --pretrained is not read: the run goes on from"),
+    "pretrained": ("RUN", "--pretrained starts a new run, and RUN has one that began without weights"),
     "backend": ("mlx", "mlx"),
     "size": ("small", MODEL),
     "dim": (32, MODEL),
