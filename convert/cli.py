@@ -36,7 +36,10 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
-    flags = parse(Flags, "convert", argv, "convert runs/mine out/hf --to hf", "convert runs/mine out/model.gguf --to gguf --dtype q8_0")
+    prog = "convert" if argv is None else "smedjan convert"
+    flags = parse(
+        Flags, prog, argv, *(f"{prog} runs/mine {words}" for words in ("out/hf --to hf", "out/model.gguf --to gguf --dtype q8_0"))
+    )
     return errors.run_command(lambda: _run(flags))
 
 

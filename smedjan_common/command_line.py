@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import re
+import shlex
 import sys
 import types
 import typing
@@ -19,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import tyro
 
+from smedjan_common import streams
 from smedjan_common.errors import SmedjanError, flag, run_command
 from smedjan_common.hints import instead
 
@@ -131,7 +133,7 @@ def check(flags: list[Flag], prog: str, words: list[str], *examples: str) -> lis
     if nameless and loose:
         if nameless in given:
             raise UsageError(f"{loose[0]!r} and {nameless.name} are both given.", f"A word alone is {nameless.name}.", "Give one of them.")
-        given.add(nameless)
+        given[nameless] = loose
         words = [*named_words, nameless.name, *(f"./{word}" if word[:1] == "-" != word else word for word in loose)]
     if missing := [each for each in flags if each.required and not each.positional and each not in given]:
         raise _missing(missing, prog, *examples)
@@ -142,10 +144,11 @@ def _nameless(flags: list[Flag]) -> Flag | None:
     return next((each for each in flags if each.nameless), None)
 
 
-def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[set[Flag], list[str], list[str]]:
-    """The flags that are given, the words that are flags and their values, and the others."""
+def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[dict[Flag, list[str]], list[str], list[str]]:
+    """The flags that are given with their values, the words that are flags and their values, and the others."""
     named = {each.name: each for each in flags if not each.positional} | {f"--no-{each.name[2:]}": each for each in flags if each.negated}
-    given, named_words, loose, rest = set(), [], [], list(words)
+    given: dict[Flag, list[str]] = {}
+    named_words, loose, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -157,10 +160,10 @@ def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[set[Flag], li
         one = named.get("--" + name[2:].replace("_", "-"))
         if one is None:
             raise _unknown(name, named, prog)
-        given.add(one)
         named_words.append(word)
         if one.takes is bool:
             _refuse_value(one, name, [value] if equals else rest[:1] if rest and rest[0].lower() in _TRUTH else [])
+            _give(given, one, [name])
             continue
         values = [value] if equals else []
         while rest and not _is_flag(rest[0]) and (one.many or not values):
@@ -170,6 +173,7 @@ def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[set[Flag], li
             raise _without_value(one, rest[:1], named)
         for value in values:
             _check_value(one, value)
+        _give(given, one, values)
     return given, named_words, loose
 
 
@@ -191,6 +195,25 @@ def _refuse_value(one: Flag, name: str, value: list[str]) -> None:
     if value:
         other = f" or --no-{one.name[2:]}" if one.negated else " or leave it out"
         raise UsageError(f"{name} is given the value {value[0]!r}.", "It is a switch and takes none.", f"Write {one.name}{other}.")
+
+
+def _give(given: dict[Flag, list[str]], one: Flag, now: list[str]) -> None:
+    """Adds a flag with its values to those that are given; of two values the last counts, and a note on standard error says so.
+
+    Raises UsageError for a flag of several values that is given again with others: whether all of them count is not to be guessed.
+    """
+    before = given.get(one, now)
+    given[one] = now
+    if before == now:
+        return
+    if one.takes is bool:
+        streams.put(f"note: {before[0]} and {now[0]} are both given: the last one counts.", sys.stderr)
+    elif one.many:
+        why = f"The values are {shlex.join(before)} the first time and {shlex.join(now)} later."
+        raise UsageError(f"{one.name} is given twice.", why, f"Write all values after one flag: {one.name} {shlex.join([*before, *now])}")
+    else:
+        what = f"{one.name} is given twice, as {shlex.join(before)} and as {shlex.join(now)}"
+        streams.put(f"note: {what}: the last one counts.", sys.stderr)
 
 
 def _without_value(one: Flag, after: list[str], named: dict[str, Flag]) -> UsageError:

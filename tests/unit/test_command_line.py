@@ -14,6 +14,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.cli import main as convert_command
 from convert.formats import DTYPES as WRITTEN
 from convert.formats import FORMATS
 from smedjan_common import cli, hints
@@ -90,6 +91,8 @@ def test_every_command_refuses_in_three_sentences_without_boxes_and_types(comman
         ("convert", ("a",), "needs DST."),
         ("convert", ("a", "b"), "needs --to neutral|orbax|hf|gguf."),
         ("info", ("a", "b"), "'b' is not understood."),
+        ("prepare", ("--input", "a", "--input", "b c"), "is given twice. The values are a the first time and 'b c' later."),
+        ("prepare", ("--input", "a", "--input", "b c"), "Write all values after one flag: --input a 'b c'"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_remedy(command, words, told):
@@ -279,3 +282,30 @@ def test_what_the_check_lets_through_tyro_takes(words):
 def test_what_the_check_lets_through_is_what_was_meant():
     flags = parse(Toy, "toy", ["here", "--files", "a", "b", "--rate", "-1e3", "--no-loud", "--maybe", "7", "--mode=b", "--plain"])
     assert flags == Toy("here", files=("a", "b"), plain=True, mode="b", group=Group(-1000.0, 7))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--count", "3", "--count=4"], "note: --count is given twice, as 3 and as 4: the last one counts.\n"),
+        (["--no-loud", "--loud", "--count", "4"], "note: --no-loud and --loud are both given: the last one counts.\n"),
+        (["--count", "4", "--plain", "--plain", "--count=4"], ""),
+        (["--files", "a", "b", "--count", "4", "--files", "a", "b"], ""),
+    ],
+)
+def test_which_of_two_values_counts_is_told(words, told, capsys):
+    assert parse(Toy, "toy", ["here", *words]) == Toy("here", 4, loud="--loud" in words, plain="--plain" in words, files=FILES[words[0]])
+    assert capsys.readouterr().err == told
+
+
+FILES = {"--files": ("a", "b"), "--count": (), "--no-loud": ()}
+
+
+def test_convert_has_the_name_by_which_it_was_called(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "a"])
+    assert "smedjan convert needs DST." in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["convert", "a"])
+    with pytest.raises(SystemExit):
+        convert_command()
+    assert capsys.readouterr().err.startswith("error: convert needs DST.")
