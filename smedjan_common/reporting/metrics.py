@@ -17,10 +17,12 @@ from smedjan_common.files.names import METRICS
 TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
 EVAL_KEYS = ("step", "val_loss", "val_bits_per_byte")
 Row = dict[str, Any]
+_MOST = 1e300  # what is drawn and counted is a float
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """The rows of a run folder; none when there is no file. A line that is not whole JSON (a killed run's last) is left out."""
+    """The rows of a run folder; none when there is no file. A line that is not whole JSON (a killed run's
+    last) or has no row's figures is left out."""
     try:
         lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -70,9 +72,16 @@ class MetricsFile:
 def _parse(line: str) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+        _line(row)  # which it must be when the run goes on: NaN is no JSON
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or (row.get("loss") is not None and row.get("tokens") is None):
+        return None
+    return row if all(_is_figure(row.get(key)) for key in {*TRAIN_KEYS, *EVAL_KEYS}) else None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < _MOST)
 
 
 def _line(row: Row) -> str:

@@ -40,7 +40,7 @@ def test_going_on_drops_later_rows_and_keeps_each_step_once(tmp_path):
     assert read_rows(tmp_path) == rows(1, 10, 20, 30)
 
 
-@pytest.mark.parametrize("torn", ['{"step": 40, "lo', "{", '{"step": 40}garbage', "\x00\x00\x00", "7", "\udcff"])
+@pytest.mark.parametrize("torn", ['{"step": 40, "lo', "{", '{"step": 40}garbage', "\x00\x00\x00", "7", "\udcff", "[" * 9999])
 def test_a_torn_last_line_is_dropped_and_the_next_row_stands_on_its_own_line(tmp_path, torn):
     write(tmp_path, 1, 10)
     with open(tmp_path / "metrics.jsonl", "a", errors="surrogateescape") as out:
@@ -50,6 +50,19 @@ def test_a_torn_last_line_is_dropped_and_the_next_row_stands_on_its_own_line(tmp
     file.write(rows(20)[0])
     file.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows(1, 10, 20)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    ['"loss": 5', '"tokens": 9, "loss": "low"', '"tokens": 9, "loss": NaN', '"val_loss": 1e999', f'"tokens": 1{"0" * 400}, "loss": 5'],
+)
+def test_a_row_that_was_edited_by_hand_is_left_out_wherever_rows_are_read(tmp_path, edited):
+    write(tmp_path, 1, 10)
+    with open(tmp_path / "metrics.jsonl", "a") as out:
+        out.write(f'{{"step": 11, {edited}}}\n')
+    assert read_rows(tmp_path) == rows(1, 10)
+    plot({"training": read_rows(tmp_path)}, tmp_path / "loss.png")
+    MetricsFile(tmp_path, 20).close()
 
 
 def test_no_figure_that_is_not_json_is_written(tmp_path):
