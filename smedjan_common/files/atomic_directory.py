@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from smedjan_common.files.atomic_file import name_target
 from smedjan_common.files.durable import sync_directory
 from smedjan_common.files.leftovers import LOCK_NAME, hidden, lock, remove, remove_leftovers, replaced_names
 
@@ -37,7 +38,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             sync_directory(target.parent)
         if replaced:
             remove(replaced)
-    except BaseException:
+    except BaseException as error:
+        name_target(error, temporary, target)
         for seconds in (0.0, 0.05, 0.2, 1.0):  # again where a thread of the writer was still making files
             time.sleep(seconds)
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Writing files so that a reader sees the old one or the whole new one, never half: temporary name beside it, sync, rename."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,15 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         yield file
 
 
+def name_target(error: BaseException, temporary: Path, target: Path) -> None:
+    """Give an error of writing the name that its reader knows: it has the hidden one, or of a full disk none."""
+    if isinstance(error, OSError) and (error.filename == str(temporary) or (error.filename is None and error.errno in _FULL)):
+        error.filename = str(target)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write a file at; it becomes `path` when the block ends, and vanishes when it raises.
@@ -39,6 +49,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             sync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        name_target(error, temporary, path)
         raise

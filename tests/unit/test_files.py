@@ -274,3 +274,19 @@ def test_an_error_while_a_file_is_written_reaches_the_caller_and_leaves_the_old_
     with pytest.raises(error), way(tmp_path / "a") as place:
         fail(place)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
+
+
+@pytest.mark.parametrize("way", [atomic_path, atomic_file, atomic_directory])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_full_disk_is_told_with_the_name_of_what_was_to_be_written(tmp_path, way, named):
+    with pytest.raises(OSError, match="No space left") as error, way(tmp_path / "a") as place:  # noqa: PT012
+        hidden = place.name if way is atomic_file else str(place)
+        raise OSError(errno.ENOSPC, "No space left", hidden) if named else OSError(errno.ENOSPC, "No space left")
+    assert error.value.filename == str(tmp_path / "a")
+
+
+def test_an_error_of_what_is_read_meanwhile_keeps_its_name(tmp_path):
+    for name in (None, "input"):
+        with pytest.raises(OSError, match="output error") as error, atomic_path(tmp_path / "a"):
+            raise OSError(errno.EIO, "Input/output error", name)
+        assert error.value.filename == name
