@@ -38,6 +38,7 @@ class RunLock:
 
         Where the system or the file system has no such locks, it says so and goes on.
         """
+        _refuse_file(folder)
         while self.writes and self._fd is None:
             self._made = [*_make(folder), *self._made]
             try:
@@ -50,6 +51,14 @@ class RunLock:
                 self._fd = fd
             else:
                 os.close(fd)
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raises CheckpointError where a file, or a link to nothing, stands at the place of the folder or of one above it."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "not a folder"
+            raise CheckpointError(f"{path} is {what}.", "A run lives in a folder of its own.", "Give another --checkpoint-dir.")
 
 
 def _make(folder: Path) -> list[Path]:

@@ -108,6 +108,18 @@ def test_a_folder_of_another_program_is_refused_and_what_is_in_the_way_named(tex
     assert tree(tmp_path / "m") == before
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_is_no_folder_is_refused_by_its_name(text, tmp_path, capsys, more):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder, told in (("file", "file is not a folder."), ("file/run", "file is not a folder."), ("link", "link is a link to nothing.")):
+        assert train_here(*arguments(text, tmp_path / folder, 2, *more)) == 2
+        error = capsys.readouterr().err
+        assert f"error: {tmp_path / told}\n" in error
+        assert "Give another --checkpoint-dir" in error
+    assert tree(tmp_path) == {"file": b"precious"}
+
+
 def test_an_input_with_the_name_of_an_output_is_in_the_way(text, tmp_path, capsys):
     write_tree(tmp_path / "m", {"metrics.jsonl": '{"text": "a"}\n'})
     assert train_here(*arguments(tmp_path / "m" / "metrics.jsonl", tmp_path / "m", 2)) == 2
