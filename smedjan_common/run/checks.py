@@ -13,6 +13,7 @@ from smedjan_common.run.asked import Asked
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
 from smedjan_common.run.decided import Decided, base_of
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
+from smedjan_common.run.recorded import COUNTS
 from smedjan_common.run.resume import check_fixed, check_same
 from smedjan_common.run.start import GoOn, New
 from smedjan_common.tokenizer.training import check_size
@@ -36,14 +37,10 @@ def check(decided: Decided) -> None:
 
 def _check_counts(asked: Asked) -> None:
     """A number of batches, tokens or checkpoints that cannot be, rather than after hours of training."""
-    for names, least in (
-        (("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
-        (("eval_batches", "sample_tokens"), 1),
-    ):
-        for name in names:
-            if asked.value(name) < least:
-                what = f"{flag(name)} is {asked.value(name)}."
-                raise ConfigError(what, f"It must be at least {least}.", "Leave it out for the default.")
+    for name, least in COUNTS.items():
+        if asked.value(name) < least:
+            what = f"{flag(name)} is {asked.value(name)}."
+            raise ConfigError(what, f"It must be at least {least}.", "Leave it out for the default.")
 
 
 def _check_names(asked: Asked) -> None:

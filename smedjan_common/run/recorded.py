@@ -12,6 +12,10 @@ from smedjan_common.run.flags import GROUPS, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 RECALLED = ("data", "report", "run")  # groups of flags that config.json records, those of one start aside
+COUNTS = {  # the least of each flag that counts batches, tokens or checkpoints
+    **dict.fromkeys(("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
+    **dict.fromkeys(("eval_batches", "sample_tokens"), 1),
+}
 _PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained")  # recorded as they are from any directory
 
 
@@ -24,6 +28,8 @@ def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
     for name, hint in _recorded_types().items():
         if flags and name in flags and not is_of(hint, flags[name]):
             raise ConfigError(f"{file} is damaged, or was edited.", f'Its "{name}" in "flags" is {flags[name]!r}.', fix)
+        if flags and flags.get(name) is not None and flags[name] < COUNTS.get(name, flags[name]):
+            raise ConfigError(f"{file} is damaged, or was edited.", f'Its "{name}" in "flags" is {flags[name]}.', fix)
     if flags and (kind := flags.get("checkpoint_format", "neutral")) not in CHECKPOINT_FORMATS:
         raise ConfigError(f"{file} has an unknown checkpoint_format.", f"It is {kind!r}; known: {', '.join(CHECKPOINT_FORMATS)}.", fix)
     for name in ("dataset", "val_dataset"):
