@@ -20,7 +20,7 @@ from convert.names import Row, rows
 from convert.portable import Lazy, Portable, cast
 from convert.safetensors_file import open_tensors
 from smedjan_common.config import ModelConfig
-from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError, reason
 from smedjan_common.model.params import parameter_table
 from smedjan_common.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def read(path: Path) -> Portable:
     try:
         config = hf_config.from_hf(values, where)
     except (TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{where} cannot be used.", f"{type(error).__name__}: {error}.", "Restore it from a good copy.") from None
+        raise CheckpointError(f"{where} cannot be used.", reason(error), "Restore it from a good copy.") from None
     stored = open_weights(path)
     dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
     if config.layers > len(stored):  # before a table of that many layers is made

@@ -9,6 +9,13 @@ from smedjan_common.commands.table import COMMANDS
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for a command that is not known."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # while Python still reads files, before run_command
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     streams.settle()
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["help"] and argv[1:]:

@@ -108,6 +108,22 @@ def _nearest(name: str, known: list[str]) -> str:
     return instead(name, known) or (f"Did you mean {' or '.join(close)}?" if close else "")
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, of an error of Python's that tells it: a sentence without Python's names."""
+    if isinstance(error, RecursionError):
+        return "It is nested too deeply."
+    if isinstance(error, UnicodeDecodeError):
+        return f"It is not UTF-8: byte {error.start}, 0x{error.object[error.start]:02x}, is not part of any character."
+    if isinstance(error, KeyError):
+        return f"It lacks {error}."
+    if isinstance(error, TypeError | AttributeError | IndexError):
+        return "A value in it is of the wrong kind."
+    if isinstance(error, ArithmeticError):
+        return "A number in it is too large."
+    text = str(error).rstrip(".")
+    return f"{text[:1].upper()}{text[1:] if len(text) <= 120 else text[1:117] + '…'}."
+
+
 def nearest_divisor(of: int, wanted: int, least: int = 1) -> int:
     """The divisor of `of` that is nearest to `wanted` and at least `least`; `of` itself where it has no other."""
     small = [n for n in range(1, math.isqrt(of) + 1) if of % n == 0]
@@ -116,8 +132,8 @@ def nearest_divisor(of: int, wanted: int, least: int = 1) -> int:
 
 
 def flag(name: str) -> str:
-    """The flag that sets a field: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
+    """The flag that sets a field: batch_size -> --batch-size, context_length -> --seq-len."""
+    return "--" + {"context_length": "seq_len"}.get(name, name).replace("_", "-")
 
 
 def run_command(function: Callable[[], int | None]) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
-from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError
+from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError, reason
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.json_fields import MAX_POSITION, is_of, most
@@ -125,7 +125,7 @@ def read_manifest(directory: Path) -> CheckpointInfo:
     except SmedjanError as error:
         raise CheckpointError(f"{path} cannot be used: {error.what}", error.why, error.fix) from None
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be used.", f"{type(error).__name__}: {_short(str(error))}.") from None
+        raise CheckpointError(f"{path} cannot be used.", reason(error)) from None
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _load(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON.", f"{type(error).__name__}: {_short(str(error))}.") from None
+        raise CheckpointError(f"{path} is not readable JSON.", reason(error)) from None
     return values
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from smedjan_common.errors import CheckpointError
+from smedjan_common.errors import CheckpointError, reason
 from smedjan_common.files.durable import sync
 
 CHUNK_BYTES = 8 << 20
@@ -196,7 +196,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, dict]:
         entries.pop("__metadata__", None)
         return dict(sorted(entries.items(), key=lambda item: (item[1]["data_offsets"][0], item[1]["data_offsets"][1])))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"The header of {path} is not a safetensors header.", f"{type(error).__name__}: {error}.") from None
+        raise CheckpointError(f"The header of {path} is not a safetensors header.", reason(error)) from None
 
 
 def _check_entry(path: Path, name: str, entry: Any, tensor: TensorRecord, position: int) -> None:

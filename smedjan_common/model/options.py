@@ -80,7 +80,7 @@ def check_options(config: Any, known: Mapping[str, Option]) -> None:
         if said.choices and value not in said.choices:
             raise unknown(flag(name), str(value), said.choices)
         if type(value) in (int, float) and not _within(said, value):
-            raise ConfigError(f"{flag(name)} is {value}.", f"It must be {_range(said)}.", "Leave it out for the default.")
+            raise ConfigError(f"{flag(name)} is {value}.", f"It must be {_range(said, value)}.", "Leave it out for the default.")
 
 
 def _within(said: Option, value: float) -> bool:
@@ -93,6 +93,7 @@ def _within(said: Option, value: float) -> bool:
     )
 
 
-def _range(said: Option) -> str:
+def _range(said: Option, value: float) -> str:
+    finite = [] if type(value) is int or math.isfinite(value) else ["finite"]
     bounds = (("at least", said.least), ("over", said.over), ("at most", said.most), ("under", said.under))
-    return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None) or "finite"
+    return ", ".join(finite + [f"{word} {bound:g}" for word, bound in bounds if bound is not None])

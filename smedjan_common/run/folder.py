@@ -145,7 +145,7 @@ class RunFolder:
         try:
             plot({"training": rows}, self.path / PLOT, self.path.name)
         except Exception as error:
-            say(f"note: {PLOT} was not drawn: {type(error).__name__}: {error}")
+            say(f"note: {PLOT} was not drawn: {error}")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

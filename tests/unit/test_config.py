@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from smedjan_common.checkpoint import manifest
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError, flag
 from smedjan_common.model.config import ffn_width, parse_pattern
 from smedjan_common.model.json_fields import is_of, most
 from smedjan_common.model.presets import PRESETS
@@ -26,7 +26,7 @@ TRAIN = {"steps": 10, "batch_size": 8, "seq_len": 32, "lr": 1e-3}
 
 # what is changed -> a word of the message's what, a word of its fix
 MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
-    *[({name: 0}, f"--{name.replace('_', '-')} is 0", "positive") for name in (*MODEL, "context_length")],
+    *[({name: 0}, f"{flag(name)} is 0", "positive") for name in (*MODEL, "context_length")],
     ({"dim": -64}, "--dim is -64", "positive"),
     ({"heads": 5, "kv_heads": 5}, "--dim 64 does not divide into --heads 5", "--heads 2 or 4"),
     ({"kv_heads": 3}, "--heads 4 does not divide into --kv-heads 3", "--kv-heads 2"),
@@ -47,7 +47,7 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ],
     *[({"init_std": value}, f"--init-std is {value}", "0.02") for value in (math.nan, math.inf, -0.02)],
     *[({"norm_eps": value}, f"--norm-eps is {value}", "default") for value in (math.nan, math.inf, -1e-5, 0.0)],
-    *[({name: 10**400}, f"--{name.replace('_', '-')} is 1000", "smaller") for name in (*MODEL, "context_length", "window", "experts")],
+    *[({name: 10**400}, f"{flag(name)} is 1000", "smaller") for name in (*MODEL, "context_length", "window", "experts")],
     ({"mixer": ()}, "--mixer is empty", "attention"),
     ({"mixer": ("attenton",)}, "--mixer 'attenton' is unknown", "attention"),
     ({"ffn": ("swigloo",)}, "'swigloo' is unknown", "swiglu"),
@@ -161,7 +161,7 @@ def test_flags_and_checkpoints_refuse_the_same_numbers():
             if field.type is int:
                 limit = most(field.name)
                 refused = refusal(dataclasses.replace(config, **{field.name: limit + 1}))
-                assert refused.what == f"--{field.name.replace('_', '-')} is {limit + 1}."
+                assert refused.what == f"{flag(field.name)} is {limit + 1}."
                 for value, fits in ((limit, True), (limit + 1, False)):
                     assert is_of(int, value, most(field.name)) == fits
                 with pytest.raises(CheckpointError, match=rf"{field.name} is {limit + 1}"):

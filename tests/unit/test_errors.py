@@ -1,14 +1,17 @@
 """What commands say and return when something is raised."""
 
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from smedjan_common.errors import OutOfMemoryError, run_command
+from smedjan_common import cli
+from smedjan_common.errors import OutOfMemoryError, reason, run_command
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,24 @@ def test_out_of_memory_is_exit_3_with_what_to_do(capsys, error, says):
     assert run_command(body) == 3
     err = capsys.readouterr().err
     assert all(part in err for part in says)
+
+
+@pytest.mark.parametrize("text", [b"[" * 99999, b"{", b"\xff", b'{"a": 1}', b"[]", b"3", b'{"b": []}', b'{"b": [1e999]}'])
+def test_why_a_file_cannot_be_read_is_told_without_names_of_python(text):
+    with pytest.raises((ValueError, RecursionError, LookupError, TypeError, ArithmeticError)) as error:
+        int(json.loads(text.decode())["b"][0])
+    why = reason(error.value)
+    assert re.fullmatch(r"[A-Z].*[^.]\.", why)
+    assert not re.search(r"Error|object|indices|subscript|codec|recursion|\bint\b.*float", why)
+
+
+def test_ctrl_c_while_python_still_reads_its_files_is_quiet(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.streams, "settle", stopped)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_an_array_too_large_for_the_machine_is_exit_3(capsys):
