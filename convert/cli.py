@@ -37,9 +37,8 @@ class Flags:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     prog = "convert" if argv is None else "smedjan convert"
-    flags = parse(
-        Flags, prog, argv, *(f"{prog} runs/mine {words}" for words in ("out/hf --to hf", "out/model.gguf --to gguf --dtype q8_0"))
-    )
+    example = f"{prog} runs/mine out"
+    flags = parse(Flags, prog, argv, f"{example}/hf --to hf", f"{example}/model.gguf --to gguf --dtype q8_0")
     return errors.run_command(lambda: _run(flags))
 
 

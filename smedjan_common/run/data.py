@@ -72,7 +72,7 @@ def run_data(
     """
     if not flags.dataset:
         why = f"--dataset is not given, and {folder} has no run to go on with."
-        fix = beside(folder, there=True) or "Give a text, JSONL or a token file: smedjan train FILE."
+        fix = f"{beside(folder, there=True)} Give a text, JSONL or a token file: smedjan train FILE.".lstrip()
         raise DataError("There is nothing to train on.", why, fix)
     chosen = _chosen_tokenizer(flags, given)
     if known := chosen or own:
