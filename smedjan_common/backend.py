@@ -37,6 +37,11 @@ class Device:
     shares_memory: bool = False  # a GPU whose memory is the machine's
     kernels: str = ""  # what --kernels comes to; empty where nothing reads it
 
+    @property
+    def on_host(self) -> bool:
+        """Whether it computes in the memory of the machine."""
+        return self.kind == "cpu" or self.shares_memory
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -89,6 +89,7 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.inference.generate import Generation
+    from smedjan_common.inference.room import check_room
     from smedjan_common.inference.sampling import Sampling
 
     check_backend(name, flags.backend)
@@ -101,7 +102,8 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     check_readable(info, name)
     ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
     make_backend, auto = load()
-    backend = make_backend(info.model, _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
+    backend = make_backend(info.model, decoding := _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
+    check_room(info, backend.describe(), decoding.dtype, len(ids), flags.max_tokens)
     length = min(len(ids) + flags.max_tokens, info.model.context_length)
     decoder = backend.decoder(read_weights(info, backend.own), length)
     generation = Generation(decoder, tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop)

@@ -56,7 +56,7 @@ def smaller_models(flags: TrainFlags, vocab_size: int) -> dict[str, ModelConfig]
 def room(device: Device) -> int | None:
     """Bytes that a run may take on each of its devices; None where that is not known. The memory of a CPU is the machine's, and so is
     that of a GPU that shares it."""
-    known = [None if device.kind == "cpu" else device.memory_bytes, available_memory() if _on_host(device) else None]
+    known = [None if device.kind == "cpu" else device.memory_bytes, available_memory() if device.on_host else None]
     return min((found for found in known if found is not None), default=None)
 
 
@@ -66,7 +66,7 @@ def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""))
     step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
     besides = state_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
-    return device.count * step + besides if _on_host(device) else step
+    return device.count * step + besides if device.on_host else step
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resumed: bool, smaller: Models, force: bool, say: Say) -> None:
@@ -76,7 +76,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
     """
     there, need = room(device), needed(model, train, device)
     if there is not None and need > there:
-        each = " on each device" if device.count > 1 and not _on_host(device) else ""
+        each = " on each device" if device.count > 1 and not device.on_host else ""
         parts = f" in {train.grad_accum} parts" if train.grad_accum > 1 else ""
         error = OutOfMemoryError(
             f"The run needs about {size(need)} of memory{each}, and {size(there)} are there.",
@@ -86,7 +86,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
         )
         _refuse(error, force, say)
     host, copy = available_memory(), state_bytes(model, train)
-    if not _on_host(device) and host is not None and copy > host:
+    if not device.on_host and host is not None and copy > host:
         what = f"A checkpoint of this run needs {size(copy)} of the machine's memory, and {size(host)} are there."
         why = "The parameters and what the optimizer keeps are brought there to be written."
         _refuse(OutOfMemoryError(what, why, "Take a smaller --size, or --force to go on as it is."), force, say)
@@ -159,10 +159,6 @@ def _refuse(error: OutOfMemoryError, force: bool, say: Say) -> None:
     if not force:
         raise error
     say(f"note: {error.what} --force goes on.")
-
-
-def _on_host(device: Device) -> bool:
-    return device.kind == "cpu" or device.shares_memory
 
 
 def check_disk(

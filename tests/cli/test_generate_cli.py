@@ -1,8 +1,15 @@
 """`generate`: prompts from everywhere, the same seed the same text, clear limits. The bigram backend keeps it quick."""
 
+import dataclasses
+
 import pytest
 
+from smedjan_common.backend import Device
+from smedjan_common.checkpoint import newest
 from smedjan_common.commands import generate
+from smedjan_common.errors import OutOfMemoryError
+from smedjan_common.inference.memory import state_bytes
+from smedjan_common.inference.room import check_room
 from tests.fakes.bigram import load
 from tests.fakes.runs import arguments, start, train_here, write_text
 
@@ -83,6 +90,51 @@ def test_wrong_use_is_exit_2(run, capsys, words, what):
     code, _, err = make(capsys, run, *words)
     assert code == 2
     assert what in err
+
+
+def weights_of(run):
+    return sum(tensor.nbytes for tensor in newest(run).weights.values())
+
+
+def test_what_does_not_fit_into_memory_is_exit_3_before_any_weight_is_read(run, capsys, monkeypatch):
+    need = 2 * weights_of(run) + state_bytes(newest(run).model, 1, 10, "float32")
+    words = "--prompt", "the", "--max-tokens", 8
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: need)
+    assert make(capsys, run, *words)[0] == 0
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: 2 * weights_of(run) - 1)
+    monkeypatch.setattr("smedjan_common.checkpoint.read_weights", None)
+    code, out, err = make(capsys, run, *words)
+    assert (code, out) == (3, "")
+    assert "KiB are there" in err
+    assert "a smaller model" in err
+
+
+def test_fewer_tokens_that_fit_are_named_and_they_do(run, capsys, monkeypatch):
+    info = newest(run)
+    info = dataclasses.replace(info, model=dataclasses.replace(info.model, context_length=1000))
+    state = lambda length: state_bytes(info.model, 1, length, "float32")  # noqa: E731
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: 2 * weights_of(run) + state(10 + 77))
+    cpu = Device("fake", "cpu", "abacus")
+    with pytest.raises(OutOfMemoryError, match="--max-tokens 77, which fits"):
+        check_room(info, cpu, "float32", 10, 500)
+    check_room(info, cpu, "float32", 10, 77)
+    with pytest.raises(OutOfMemoryError):
+        check_room(info, cpu, "float32", 10, 78)
+
+
+def test_a_gpu_holds_the_weights_once_and_the_machine_while_they_are_read(run, monkeypatch):
+    info, weights = newest(run), weights_of(run)
+    state = state_bytes(info.model, 1, 10, "float32")
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: weights)
+    gpu = Device("jax", "gpu", "NVIDIA H100", memory_bytes=weights + state)
+    check_room(info, gpu, "float32", 5, 5)
+    with pytest.raises(OutOfMemoryError, match="of the memory of NVIDIA H100"):
+        check_room(info, dataclasses.replace(gpu, memory_bytes=weights + state - 1), "float32", 5, 5)
+    with pytest.raises(OutOfMemoryError, match="of memory, and"):
+        check_room(info, dataclasses.replace(gpu, shares_memory=True), "float32", 5, 5)
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: weights - 1)
+    with pytest.raises(OutOfMemoryError, match="of memory, and"):
+        check_room(info, gpu, "float32", 5, 5)
 
 
 def test_a_path_without_a_model_is_refused(tmp_path, capsys):
