@@ -90,7 +90,8 @@ def test_a_directory_without_permission_is_an_error(tmp_path):
     code = """
 import os, sys, tempfile
 from pathlib import Path
-from tests.unit.test_checkpoint import write, prune_checkpoints, read_checkpoint
+from smedjan_common.checkpoint import prune_checkpoints, read_checkpoint
+from tests.unit.test_checkpoint import write
 from smedjan_common.errors import CheckpointError
 with tempfile.TemporaryDirectory() as place:
     run = Path(place) / "run"
