@@ -50,6 +50,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that is read only it says so even of what is not there
+            temporary.unlink(missing_ok=True)
         name_target(error, temporary, path)
         raise

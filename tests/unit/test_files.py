@@ -285,6 +285,17 @@ def test_a_full_disk_is_told_with_the_name_of_what_was_to_be_written(tmp_path, w
     assert error.value.filename == str(tmp_path / "a")
 
 
+def test_a_disk_that_is_read_only_is_told_by_the_name_of_the_output(tmp_path, monkeypatch):
+    def refuse(place, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(place))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as error, atomic_file(tmp_path / "a"):
+        pass
+    assert error.value.filename == str(tmp_path / "a")
+
+
 def test_an_error_of_what_is_read_meanwhile_keeps_its_name(tmp_path):
     for name in (None, "input"):
         with pytest.raises(OSError, match="output error") as error, atomic_path(tmp_path / "a"):

@@ -88,6 +88,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "gradient-checkpointing": ("full", TOLD),
     "dtype": ("bfloat16", TOLD),
     "attention": ("plain", TOLD),
+    "kernels": ("plain", UNREAD),
     "deterministic": ((), TOLD),
     "chunk-size": (32, UNREAD),
     "mask-documents": ((), TOLD),
