@@ -87,11 +87,8 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     if early.done:
         return _done_already(early, say)
     framework = functools.cache(lambda: _imported(load, early.train.deterministic))
-    if early.asks_of_devices:  # which may refuse it: before texts are tokenised
-        make_backend, auto = framework()
-        make_backend(early.model, early.computing_in(auto).train, early.mesh)
 
-    def check_known(data: "RunData") -> None:  # before texts are tokenised, which may take hours
+    def check_known(data: "RunData") -> None:  # by its devices too, before texts are tokenised, which may take hours
         check(known := decide(name, asked, begin, folder, data))
         _on_devices(known, framework(), say=lambda line: None)
 

@@ -63,11 +63,6 @@ class Decided:
         except CheckpointError:
             return False
 
-    @property
-    def asks_of_devices(self) -> bool:
-        """Whether a flag is given that only the framework can judge."""
-        return bool(self.mesh and self.mesh.size > 1) or self.train.attention == "fused"
-
     def computing_in(self, auto: str) -> "Decided":
         """The same with what --dtype auto means to the framework."""
         if not takes_auto(self.asked, base_of(self.begin)):
