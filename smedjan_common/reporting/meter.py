@@ -1,27 +1,54 @@
-"""The speed of training, measured between log rows; compilation, evaluation, samples and checkpoints do not count."""
+"""The speed of training, measured from where one logged step is complete to where the next one is; compilation, evaluation, samples
+and checkpoints do not count.
+
+A step is read after the next one was dispatched. Where dispatching only queues it, it is complete when it is read. MLX on a CPU computes
+while it dispatches: there a step is complete when its own dispatching ends, and by the time it is read so is the one after it, which at
+the end of a run would seem to take no time.
+"""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Span(NamedTuple):
+    """When something was begun and ended, by time.perf_counter."""
+
+    begun: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.begun
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, Span]:
+    """What the function returns, and when it was called."""
+    begun = time.perf_counter()
+    value = function(*args)
+    return value, Span(begun, time.perf_counter())
 
 
 @dataclass
 class Meter:
-    """Tokens per second of training alone: the interval since the last log row, pauses taken out."""
+    """Tokens per second of training alone: the interval since the last logged step, pauses taken out."""
 
     tokens_per_step: int
     step: int | None = None  # where the interval began; None: nothing is measured yet
     since: float = 0.0
 
-    def start(self, step: int) -> None:
-        """Begin an interval at `step`."""
-        self.step, self.since = step, time.perf_counter()
+    def start(self, step: int, at: float | None = None) -> None:
+        """Begin an interval at `step`, now or at that time."""
+        self.step, self.since = step, time.perf_counter() if at is None else at
 
-    def lap(self, step: int) -> float | None:
+    def lap(self, step: int, dispatched: Span, read: Span) -> float | None:
         """Tokens per second up to `step`, and a new interval from there."""
-        begun, seconds = self.step, time.perf_counter() - self.since
-        self.start(step)
+        computed = dispatched.seconds > read.seconds and dispatched.ended > self.since
+        complete = dispatched.ended if computed else read.ended
+        begun, seconds = self.step, complete - self.since
+        self.start(step, complete)
         return (step - begun) * self.tokens_per_step / seconds if begun is not None and step > begun and seconds > 0 else None
 
     @contextlib.contextmanager

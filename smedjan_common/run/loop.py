@@ -25,7 +25,7 @@ from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, eval_line, say, step_line
-from smedjan_common.reporting.meter import Meter
+from smedjan_common.reporting.meter import Meter, Span, timed
 from smedjan_common.reporting.metrics import MetricsFile, Row, routing
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
@@ -49,7 +49,7 @@ class _Loop:
     config: RunConfig
     backend: Backend
     stop: StopSignals
-    queue: deque[tuple[int, float, Metrics]] = field(default_factory=deque)  # (step, lr, metrics) dispatched and not read yet
+    queue: deque[tuple[int, float, Metrics, Span]] = field(default_factory=deque)  # (step, lr, metrics, when) dispatched, not read yet
     last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
     saved: int | None = None  # step of the newest checkpoint, written or being written
     kept: int | None = None  # step of the newest checkpoint that is whole
@@ -116,26 +116,26 @@ class _Loop:
         """Queue one optimizer step on the device."""
         lr = learning_rate(self.train, step - 1)
         batch = self.batches.batch(step - 1)
-        state, metrics = self.backend.train_step(state, batch.inputs, batch.targets, lr, batch.documents)
-        self.queue.append((step, lr, metrics))
+        arrays = batch.inputs, batch.targets, lr, batch.documents
+        (state, metrics), when = timed(self.backend.train_step, state, *arrays)
+        self.queue.append((step, lr, metrics, when))
         return state
 
     def drain(self, leave: int) -> None:
         """Read the oldest metrics until only `leave` steps are in flight; log and check them."""
         while len(self.queue) > leave:
-            step, lr, metrics = self.queue.popleft()
-            values = self.backend.read(metrics)
+            step, lr, metrics, dispatched = self.queue.popleft()
+            values, read = timed(self.backend.read, metrics)
             self.check_finite(step, values)
             self.last |= {"step": step, "loss": values["loss"]}
             if self.is_logged(step):
-                self.log(step, lr, values)
+                self.log(step, lr, values, self.meter.lap(step, dispatched, read))
 
     def is_logged(self, step: int) -> bool:
         every = self.config.log_every
         return step in (1, self.train.steps) or (every > 0 and step % every == 0)
 
-    def log(self, step: int, lr: float, values: dict[str, Any]) -> None:
-        speed = self.meter.lap(step)
+    def log(self, step: int, lr: float, values: dict[str, Any], speed: float | None) -> None:
         row = {
             "step": step,
             "tokens": step * self.tokens_per_step,

@@ -204,6 +204,15 @@ def test_a_dry_run_writes_nothing(text, run, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().out
 
 
+def test_no_row_is_faster_than_its_steps_where_dispatching_computes(text, run, monkeypatch):
+    """As MLX on a CPU does: a step that was complete before the one before it was read seemed to take no time."""
+    monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.1")
+    assert train_here(*arguments(text, run, 6, "--log-every", 1, "--eval-every", 3)) == 0
+    speeds = [row["tokens_per_second"] for row in train_rows(read_rows(run))[1:]]
+    assert len(speeds) == 5
+    assert max(speeds) <= 4 * 16 / 0.1
+
+
 def test_checkpoints_are_written_while_training_goes_on_one_at_a_time(text, run, monkeypatch):
     events, saved, write = [], {}, smedjan_common.run.folder.write_checkpoint
 

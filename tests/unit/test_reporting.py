@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from smedjan_common.reporting.console import count, counted, duration, flop, size, step_line
+from smedjan_common.reporting.meter import Meter, Span
 from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
 from smedjan_common.reporting.plot import is_drawn_here, plot, running_mean
 from smedjan_common.reporting.progress import progress_bar
@@ -154,3 +155,30 @@ def test_a_terminal_gets_a_bar_and_a_pipe_nothing(monkeypatch):
             show("merge", 7, 7)
         assert all(part in stream.getvalue() for part in says)
         assert bool(stream.getvalue()) == bool(says)
+
+
+# steps of a second each, when they are dispatched and read: the next one is dispatched before a step is read
+QUEUED = [(Span(0, 0), Span(0, 1)), (Span(0, 0), Span(1, 2)), (Span(1, 1), Span(2, 3)), (Span(2, 2), Span(3, 4))]
+COMPUTED = [(Span(0, 1), Span(2, 2)), (Span(1, 2), Span(3, 3)), (Span(2, 3), Span(4, 4)), (Span(3, 4), Span(4, 4))]
+
+
+@pytest.mark.parametrize("steps", [QUEUED, COMPUTED], ids=["queued", "computed while dispatching"])
+def test_the_speed_of_each_step_is_that_of_its_own_second(steps):
+    meter = Meter(64, step=10, since=0.0)
+    assert [meter.lap(step, *spans) for step, spans in enumerate(steps, 11)] == [64] * 4
+
+
+def test_several_steps_between_two_rows_share_their_time():
+    for steps in (QUEUED, COMPUTED):
+        meter = Meter(64, step=10, since=0.0)
+        assert [meter.lap(step, *steps[step - 11]) for step in (12, 14)] == [64, 64]
+
+
+def test_a_pause_and_the_first_step_have_no_speed():
+    meter = Meter(64)
+    assert meter.lap(1, Span(0, 5), Span(5, 6)) is None
+    meter.start(1, at=6.0)
+    with meter.paused():
+        pass
+    meter.since += 10  # as long as a pause of ten seconds
+    assert meter.lap(2, Span(16, 16), Span(16, 17)) == pytest.approx(64, rel=1e-3)
