@@ -60,9 +60,9 @@ def _run(flags: Flags) -> int:
             tokenizer=tokenizer,
             progress=lambda done, total: show("documents", done, total),
         )
-    total = sum(part.tokens for part in parts)
+    total, weights = sum(part.tokens for part in parts), sum(part.weight for part in parts)
     print(f"{flags.output}: {counted(total, 'token')}, {counted(sum(part.documents for part in parts), 'document')}")
     for part in parts:
-        share, left = part.tokens / total, part.all_documents - part.documents
-        print(f"  {part.path}: {share:.1%}, {part.tokens:,} of {part.all_tokens:,} tokens, {counted(left, 'document')} left over")
+        share, left = f"{part.tokens / total:.1%} ({part.weight / weights:.1%} asked for)", part.all_documents - part.documents
+        print(f"  {part.path}: {share}, {part.tokens:,} of {part.all_tokens:,} tokens, {counted(left, 'document')} left over")
     return 0

@@ -118,6 +118,16 @@ def test_shards_that_cannot_be_read_are_refused(text):
         parse_shards(text)
 
 
+def test_the_share_that_was_asked_for_stands_beside_the_one_that_files_of_one_document_give(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("long.bin", [range(90)])
+    write("short.bin", [range(10)])
+    assert mix_command.main(["--shards", "long.bin:0.25,short.bin:0.75", "--output", "m.bin"]) == 0
+    out = capsys.readouterr().out
+    assert "long.bin: 90.0% (25.0% asked for)" in out
+    assert "short.bin: 10.0% (75.0% asked for)" in out
+
+
 def test_mix_and_hash_as_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer.train_from_texts(["iron and fire " * 9], 300)
