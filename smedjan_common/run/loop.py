@@ -20,6 +20,7 @@ from smedjan_common.data.batches import batches
 from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
+from smedjan_common.files.names import METRICS
 from smedjan_common.inference.generate import Generation
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
@@ -54,6 +55,7 @@ class _Loop:
     saved: int | None = None  # step of the newest checkpoint, written or being written
     kept: int | None = None  # step of the newest checkpoint that is whole
     writes: Background = field(default_factory=Background)
+    told_validation: bool = False  # that its loss is not finite
     initial: str | None = None  # digest of the initial values, where this start drew them
 
     def __post_init__(self) -> None:
@@ -196,6 +198,9 @@ class _Loop:
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
         if row["val_loss"] is not None:
             say(eval_line(row, self.train.steps))
+        elif not self.told_validation:
+            self.told_validation = True
+            say(f"note: the validation loss of step {step} is not finite; {METRICS} has null for it. This is said once.")
 
     def sample(self, state: State, step: int) -> None:
         tokenizer = self.config.tokenizer

@@ -2,7 +2,7 @@
 
 The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
 SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step), long_at=6 and long=30 (seconds
-of that step), nan_logits=1; several with commas.
+of that step), nan_logits=1, val_nan=1; several with commas.
 """
 
 import os
@@ -59,6 +59,7 @@ class BigramBackend:
     def eval_step(self, state, inputs, targets, documents=None):
         counted = targets.ravel() >= 0
         loss, _ = bigram_loss(state["params"]["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
+        loss = np.nan if "val_nan" in self.faults else loss
         return {"loss_sum": loss * counted.sum(), "tokens": counted.sum()}
 
     def read(self, metrics):

@@ -204,6 +204,15 @@ def test_a_dry_run_writes_nothing(text, run, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().out
 
 
+def test_a_validation_loss_that_is_not_finite_is_told_once_and_null_in_the_rows(text, run, monkeypatch, capsys):
+    monkeypatch.setenv("SMEDJAN_FAKE", "val_nan=1")
+    assert train_here(*arguments(text, run, 6, "--eval-every", 2)) == 0
+    assert [(row["step"], row["val_loss"]) for row in read_rows(run) if "val_loss" in row] == [(2, None), (4, None), (6, None)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("note: the validation loss of step 2 is not finite")
+
+
 def test_no_row_is_faster_than_its_steps_where_dispatching_computes(text, run, monkeypatch):
     """As MLX on a CPU does: a step that was complete before the one before it was read seemed to take no time."""
     monkeypatch.setenv("SMEDJAN_FAKE", "seconds=0.1")
