@@ -27,6 +27,7 @@ from smedjan_common.hints import instead
 Flags = TypeVar("Flags")
 WANTED = {int: "a whole number", float: "a number"}
 NAMELESS = "nameless"  # an annotation: words without a flag are values of this one, which are paths
+_PATHS = ("FILE", "PATH", "DIR", "FOLDER", "RUN", "SRC", "DST")  # metavars
 _NUMBER = re.compile(r"-(\d|\.|inf$|infinity$|nan$)", re.IGNORECASE)
 
 
@@ -231,6 +232,9 @@ def _wanted(one: Flag) -> str:
 
 def _check_value(one: Flag, value: str) -> None:
     """Raises UsageError for a value that is not of the flag's type."""
+    if value == "" and one.metavar.split()[0] in _PATHS:  # which would be the current directory
+        name = one.name.split()[0]
+        raise UsageError(f"{name} is empty.", "An unset shell variable has this effect.", f"Give {name} a value.")
     if one.choices and value not in one.choices:
         close = difflib.get_close_matches(value, one.choices, n=1)
         fix = instead(value, one.choices) or (
@@ -267,7 +271,7 @@ def _check_loose(takers: list[Flag], loose: list[str], prog: str, *examples: str
         raise UsageError(f"{loose[most]!r} is not understood.", f"{prog} takes {takes}.", fix)
     if missing := [each for each in takers[len(loose) :] if each.required and each.positional]:
         raise _missing(missing, prog, *examples)
-    for each, word in zip(takers, loose, strict=False):
+    for each, word in zip([*takers, *takers[-1:] * len(loose)], loose, strict=False):
         _check_value(each, word)
 
 
