@@ -74,12 +74,15 @@ def _object(block: Block, number: int, text: str, field: str) -> dict[str, Any]:
             else "Correct or remove it."
         )
         raise DataError(f"{where} is not JSON.", why, each) from None
-    if isinstance(record, dict):
-        if field in record and record[field] is None:
-            return record | {field: ""}
-        if isinstance(record.get(field), str):
-            return record
-    kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-    has = f"It has {', '.join(map(repr, list(record)[:8])) or 'no fields'}." if isinstance(record, dict) else ""
-    why = has or f"It is {kinds.get(type(record), 'a number')}, not an object."
+    if not isinstance(record, dict):
+        kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
+        why = f"It is {kinds.get(type(record), 'a number')}, not an object."
+    elif field not in record:
+        why = f"It has {', '.join(map(repr, list(record)[:8])) or 'no fields'}."
+    elif record[field] is None:
+        return record | {field: ""}
+    elif isinstance(record[field], str):
+        return record
+    else:
+        why = f"It is {json.dumps(record[field])[:40]}, not text."
     raise DataError(f"{where} has no text in the field {field!r}.", why, NAME_FIELD, case="field")

@@ -13,6 +13,7 @@ from smedjan_common.text.compressed import COMPRESSED, named, open_raw
 
 NAME_FIELD = "Name the field or column that holds the text with --field."
 HEAD_BYTES = 1 << 16
+_TOKENS = ".bin"  # with its manifest beside it; a large vocabulary's may look like UTF-8
 _BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -43,6 +44,8 @@ class Kind(NamedTuple):
 def kind_of(path: Path, field: str) -> Kind:
     """How a file is read, from its name without the suffix of compression, else from its first bytes. Raises OSError, DataError."""
     suffix = suffix_of(path)
+    if suffix == _TOKENS and Path(f"{path}.json").is_file():
+        return Kind("text", ("a token file already", "Train on it: smedjan train FILE.bin; or give the text that it was made of."))
     if suffix in _REFUSED:
         return Kind("text", _REFUSED[suffix])
     if suffix in _KINDS or suffix in _PLAIN:

@@ -16,7 +16,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.tokenizer import hf_json
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS, to_bytes
 from smedjan_common.tokenizer.patterns import resolve
-from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
+from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary, shown
 
 _FIX = "Give GPT-2's merges.txt, a tokenizer.json, or a tiktoken rank file."
 
@@ -111,7 +111,9 @@ def _from_merges(text: str, where: str, vocab: str | os.PathLike | None, express
             raise DataError(f"{place} has an unknown symbol.", f"{error} is not in GPT-2's byte alphabet.", _FIX) from None
         for part in (left, right):
             if part not in known:
-                raise DataError(f"{place} uses an unknown symbol.", f"No earlier line makes {part!r}.", "Restore the order of the lines.")
+                raise DataError(
+                    f"{place} uses an unknown symbol.", f"No earlier line makes {shown(part)}.", "Restore the order of the lines."
+                )
         if (left, right) in pairs:
             raise DataError(f"{place} repeats a merge.", f"It is already in line {pairs[left, right]}.", "Remove one of the two lines.")
         pairs[left, right] = number
@@ -152,7 +154,7 @@ def _with_vocab(merges: list[tuple[bytes, bytes]], vocab: str | os.PathLike, exp
             specials[chars] = number
     missing = sorted(made - set(tokens))
     if missing:
-        why = f"{len(missing)} bytes or results of merges have no id, the first is {missing[0]!r}."
+        why = f"{len(missing)} bytes or results of merges have no id, the first is {shown(missing[0])}."
         raise DataError(f"The vocabulary {where!r} does not fit the merges.", why, "Give the two files of one tokenizer.")
     return Vocabulary(tokens, merges, expression, specials)
 

@@ -47,11 +47,13 @@ class Vocabulary:
         for name, number in (*self.tokens.items(), *self.specials.items()):
             if type(number) is not int or not 0 <= number < MAX_IDS:
                 why = f"An id is a whole number from 0 to {MAX_IDS - 1}."
-                raise DataError(f"{where} gives the token {name!r} the id {number!r}.", why, "Restore the file, or use another tokenizer.")
+                raise DataError(
+                    f"{where} gives the token {shown(name)} the id {number!r}.", why, "Restore the file, or use another tokenizer."
+                )
             if seen.setdefault(number, name) is not name:
                 why = "An id stands for one token, or its text would be ambiguous."
                 raise DataError(
-                    f"{where} has two tokens with the same id {number}: {seen[number]!r} and {name!r}.", why, "Restore the file."
+                    f"{where} has two tokens with the same id {number}: {shown(seen[number])} and {shown(name)}.", why, "Restore the file."
                 )
         for name in self.specials:
             if problem := special_problem(name):
@@ -77,7 +79,7 @@ class Vocabulary:
             made = left + right
             if made not in self.tokens or left not in symbol or right not in symbol:
                 raise DataError(
-                    f"{where} has merge {rank + 1} ({left!r} + {right!r}), of a token that does not exist at that point.",
+                    f"{where} has merge {rank + 1} ({shown(left)} + {shown(right)}), of a token that does not exist at that point.",
                     "Every part of a merge is a byte or the result of an earlier merge, and its result is in the vocabulary.",
                     "Check that merges and vocabulary belong together.",
                 )
@@ -114,3 +116,8 @@ def as_bytes(name: str) -> bytes:
         return to_bytes(name)
     except KeyError:
         return b""
+
+
+def shown(name: bytes | str) -> str:
+    """A token as errors show it, in quotes; bytes that are no ASCII as escapes."""
+    return repr(name).removeprefix("b")

@@ -298,3 +298,22 @@ def test_a_notice_is_one_plain_line_of_a_command(tmp_path, tokenizer, capsys):
     arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tmp_path / "t.json"), "--output", str(tmp_path / "o.bin")]
     assert prepare_command.main(arguments) == 0
     assert capsys.readouterr().err == f"note: left out of {str(tmp_path / 'in')!r}: 1 × .csv (a table).\n"
+
+
+def test_a_token_file_is_not_read_as_text(tmp_path):
+    """Ids of a vocabulary of 300 are often bytes that are UTF-8 without zeros."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    for name in ("train.bin", "train.bin.json"):
+        (tmp_path / "in" / name).write_text("{}" if name.endswith("json") else "\x11\x01C\x01>\x01")
+    with pytest.raises(DataError, match=r"is not text to train on\. It is a token file already\. Train on it"):
+        find([tmp_path / "in" / "train.bin"])
+    with pytest.warns(Notice, match=r"1 × \.bin"):
+        assert [source.path.name for source in find([tmp_path / "in"])] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("value", "why"), [(5, "It is 5, not text."), ([1], r"It is \[1\], not text."), (False, "It is false, not text.")])
+def test_a_field_that_is_no_text_is_called_so(tmp_path, value, why):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(DataError, match=rf"Line 1 of .* has no text in the field 'text'\. {why}"):
+        texts_of(tmp_path / "a.jsonl")

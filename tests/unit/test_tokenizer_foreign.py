@@ -101,7 +101,7 @@ BAD = {
     "#version\na\n": "Line 2 .*1 symbols",
     "a b\na b\n": "Line 2 .*repeats.*line 1",
     "a 日\n": "Line 1 .*unknown symbol",
-    "a b\nabc d\n": "Line 2 .*No earlier line makes b'abc'",
+    "a b\nabc d\n": "Line 2 .*No earlier line makes 'abc'",
     "#version: 0.2\n": "no merges",
     "": "no merges",
     "YQ== 0\nYQ== 1\n": "Line 2 .*repeats",
