@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from convert.formats import Format
-from smedjan_common.errors import CheckpointError
+from smedjan_common.errors import CheckpointError, some
 from smedjan_common.files.foreign import foreign_names
 
 _NOBODYS = (".DS_Store",)  # of names with a dot; any other, .git say, is somebody's work
@@ -29,9 +29,8 @@ def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
     if not form.detect(target):
         raise CheckpointError(f"{target} is in the way and is not something that `convert` writes.", "", "Move it elsewhere.")
     if target.is_dir() and (names := _not_of(form, target)):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
-            f"{target} is in the way: it holds {', '.join(names[:3])}{more}, which `convert` does not write.",
+            f"{target} is in the way: it holds {some(names)}, which `convert` does not write.",
             "It would be lost with the rest.",
             "Move it elsewhere.",
         )

@@ -12,7 +12,7 @@ import select
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,11 @@ def nearest_divisor(of: int, wanted: int, least: int = 1) -> int:
     small = [n for n in range(1, math.isqrt(of) + 1) if of % n == 0]
     fits = [n for n in sorted({*small, *(of // n for n in small)}) if n >= least]
     return min(fits, key=lambda n: abs(n - wanted), default=of)
+
+
+def some(names: Sequence[str], between: str = ", ") -> str:
+    """`a, b, c and 4 more`: the first three of many."""
+    return between.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def flag(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from smedjan_common.errors import CheckpointError, reason
+from smedjan_common.errors import CheckpointError, reason, some
 from smedjan_common.files.durable import sync
 
 CHUNK_BYTES = 8 << 20
@@ -258,8 +258,7 @@ def _damaged(file: BinaryIO, order: list[str], tensors: Mapping[str, TensorRecor
         while left and (chunk := file.read(min(left, CHUNK_BYTES))):
             crc, left = zlib.crc32(chunk, crc), left - len(chunk)
         bad += [name] if crc != tensors[name].crc32 else []
-    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return f" in {', '.join(bad[:3])}{more}" if bad else " in its header"
+    return f" in {some(bad)}" if bad else " in its header"
 
 
 def is_pickle(file: BinaryIO) -> bool:

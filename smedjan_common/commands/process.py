@@ -75,6 +75,7 @@ def _run(flags: Flags) -> int:
     from smedjan_common.commands.outputs import check_outputs
     from smedjan_common.files.atomic_file import write_atomically
     from smedjan_common.files.json_bytes import json_bytes
+    from smedjan_common.reporting.console import counted
     from smedjan_common.reporting.progress import progress_bar
     from smedjan_common.text.process import process
     from smedjan_common.text.records import Reading
@@ -95,9 +96,9 @@ def _run(flags: Flags) -> int:
     print(f"{flags.output}: {report.kept:,} of {report.documents:,} documents, {report.kept_bytes:,} of {report.bytes:,} bytes")
     for rule, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
         sample = report.samples[rule][0]
-        print(f"  {rule}: {count:,} documents, such as {sample['source']} ({sample['value']:g}): {sample['text'][:50]!r}")
+        print(f"  {rule}: {counted(count, 'document')}, such as {sample['source']} ({sample['value']:g}): {sample['text'][:50]!r}")
     for rule, count in report.dropped_lines.items():
-        print(f"  {rule}: {count:,} lines")
+        print(f"  {rule}: {counted(count, 'line')}")
     if flags.report:
         write_atomically(flags.report, json_bytes(dataclasses.asdict(report), indent=1) + b"\n")
     return 0

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from smedjan_common.errors import ForeignFolderError
-
-_SHOWN = 3
+from smedjan_common.errors import ForeignFolderError, some
 
 
 def foreign_names(folder: Path, ours: Callable[[Path], bool]) -> list[str]:
@@ -24,9 +22,8 @@ def refuse_foreign(folder: Path, ours: Callable[[Path], bool], kind: str, fix: s
     kind: what the folder would be, "a run of smedjan", say. fix: what to do. Raises OSError for what is no folder.
     """
     if names := foreign_names(folder, ours):
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise ForeignFolderError(
-            f"{folder} is not {kind}, and not empty: it holds {', '.join(names[:_SHOWN])}{more}.",
+            f"{folder} is not {kind}, and not empty: it holds {some(names)}.",
             "Nothing is written among the files of another program.",
             fix,
         )

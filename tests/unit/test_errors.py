@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from smedjan_common import cli
-from smedjan_common.errors import OutOfMemoryError, reason, run_command
+from smedjan_common.errors import OutOfMemoryError, reason, run_command, some
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,9 @@ def test_a_reader_that_stops_early_hears_no_complaint(tmp_path):
     shell = f"set -o pipefail; (sleep 0.3; {command}; echo $? >code) | true"
     ended = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
     assert (ended.stderr, (tmp_path / "code").read_text()) == ("", "0\n")
+
+
+def test_the_first_three_of_many_are_named():
+    assert some(["a", "b", "c"]) == "a, b, c"
+    assert some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert some([*"abcd"], "; ") == "a; b; c and 1 more"
