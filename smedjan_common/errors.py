@@ -131,9 +131,9 @@ def nearest_divisor(of: int, wanted: int, least: int = 1) -> int:
     return min(fits, key=lambda n: abs(n - wanted), default=of)
 
 
-def some(names: Sequence[str], between: str = ", ") -> str:
+def some(names: Sequence[str]) -> str:
     """`a, b, c and 4 more`: the first three of many."""
-    return between.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def flag(name: str) -> str:

@@ -17,7 +17,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from smedjan_common.errors import CheckpointError, some
+from smedjan_common.errors import CheckpointError
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.parameter import ParamSpec, norm_spec
@@ -83,7 +83,8 @@ def initial_value(spec: ParamSpec, seed: int) -> np.ndarray:
 def require_tree(config: Shape, tensors: dict[str, Any]) -> None:
     """Raises CheckpointError, with the names, for parameters that are not this model's."""
     if problems := check_tree(config, tensors):
-        raise CheckpointError("The parameters are not those of the model.", f"{some(problems, '; ')}.", "Take the model's own.")
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError("The parameters are not those of the model.", "; ".join(problems[:3]) + more + ".", "Take the model's own.")
 
 
 def check_tree(config: Shape, tensors: dict[str, Any]) -> list[str]:

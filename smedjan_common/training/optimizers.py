@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smedjan_common.errors import CheckpointError, some
+from smedjan_common.errors import CheckpointError
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
@@ -105,8 +105,9 @@ def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any]) -> No
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"The optimizer state does not fit --optimizer {optimizer}: {some(wrong, '; ')}.",
+            f"The optimizer state does not fit --optimizer {optimizer}: {'; '.join(wrong[:3])}{more}.",
             "Each optimizer keeps its own arrays of each parameter.",
             "Resume with the optimizer of the checkpoint, or start a new run from its weights with --pretrained.",
         )
