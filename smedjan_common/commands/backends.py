@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Callable
 
-from smedjan_common.errors import ConfigError, near, run_command, unknown
+from smedjan_common.errors import ConfigError, near, reason, run_command, unknown
 
 BACKENDS = ("jax", "mlx")
 _INSTALL = {
@@ -32,22 +32,29 @@ def program(name: str, argv: list[str] | None, run: Callable[[], int]) -> int:
     def call() -> int:
         if not _asks_for_help(sys.argv[1:] if argv is None else argv):
             check_installed(name)
-        return run()
+        try:
+            return run()
+        except ImportError as error:
+            if (error.name or "").startswith(("smedjan", "convert")):
+                raise
+            raise ConfigError(
+                f"The backend {name} is installed, but does not load.", reason(error), f"Install it again: {_INSTALL[name]}."
+            ) from error
 
     return run_command(call)
 
 
 def choose(argv: list[str]) -> str:
-    """The backend that a command line asks for, or the machine's."""
+    """The backend that a command line asks for (the last one, as for every flag), or the machine's."""
+    asked = "auto"
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--backend":
             value = value if equals else (argv[position + 1] if position + 1 < len(argv) else "")
             if value not in (*BACKENDS, "auto"):
                 raise unknown("--backend", value, [*BACKENDS, "auto"])
-            if value != "auto":
-                return value
-    return default_backend()
+            asked = value
+    return default_backend() if asked == "auto" else asked
 
 
 def default_backend() -> str:

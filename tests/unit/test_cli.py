@@ -78,6 +78,7 @@ def test_the_program_itself_imports_nothing_it_does_not_need():
 def test_a_backend_is_chosen_by_flag_or_machine(monkeypatch):
     assert backends.choose(["--steps", "3", "--backend", "mlx"]) == "mlx"
     assert backends.choose(["--backend=jax"]) == "jax"
+    assert backends.choose(["--backend=jax", "--steps", "3", "--backend", "mlx"]) == "mlx"
     monkeypatch.setattr(backends, "installed", lambda name: name == "mlx")
     monkeypatch.setattr(sys, "platform", "linux")
     assert backends.choose([]) == "mlx"
@@ -118,3 +119,24 @@ def test_a_reader_that_leaves_early_gets_no_traceback():
     done = subprocess.run([sys.executable, "-m", "smedjan_common.cli", "train", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("error", [ImportError("libcudart.so.12: cannot open file"), ModuleNotFoundError("No module", name="scipy")])
+def test_a_backend_that_is_installed_and_does_not_load_is_told(capsys, monkeypatch, error):
+    def run():
+        raise error
+
+    monkeypatch.setattr(backends, "installed", lambda name: True)
+    assert backends.program("jax", [], run) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: The backend jax is installed, but does not load.\n       {str(error)[0].upper()}{str(error)[1:]}.\n")
+    assert "Install it again: pip install" in told
+
+
+def test_a_fault_of_smedjan_s_own_modules_is_no_fault_of_the_backend(monkeypatch):
+    def run():
+        raise ImportError("cannot import name 'x'", name="smedjan_jax.model")
+
+    monkeypatch.setattr(backends, "installed", lambda name: True)
+    with pytest.raises(ImportError):
+        backends.program("jax", [], run)
