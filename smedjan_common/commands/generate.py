@@ -1,10 +1,10 @@
 """`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
 
 
+MAX_PROMPT_BYTES = 64 << 20  # no endless file, as /dev/zero is, fills the memory
 EXAMPLES = (
     'smedjan generate runs/mine --prompt "Once" --max-tokens 100',
     "smedjan generate runs/mine/final --prompt-file start.txt --temperature 0.7 --top-p 0.95 --seed 1",
@@ -119,7 +120,11 @@ def _prompt(flags: GenerateFlags) -> str:
     source = flags.prompt_file or ("-" if flags.prompt == "-" else None)
     if source is None:
         return flags.prompt or ""
-    raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as file:
+        raw = file.read(MAX_PROMPT_BYTES + 1)
+    if len(raw) > MAX_PROMPT_BYTES:
+        why = f"It has over {MAX_PROMPT_BYTES >> 20} MiB, more than any model takes."
+        raise DataError(f"The prompt in {source!r} is too long.", why, "Give a shorter text.")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

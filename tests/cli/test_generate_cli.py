@@ -7,7 +7,7 @@ import pytest
 from smedjan_common.backend import Device
 from smedjan_common.checkpoint import newest
 from smedjan_common.commands import generate
-from smedjan_common.errors import OutOfMemoryError
+from smedjan_common.errors import DataError, OutOfMemoryError
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.inference.room import check_room
 from tests.fakes.bigram import load
@@ -151,3 +151,11 @@ def test_weights_with_a_foreign_tokenizer_are_refused(run, tmp_path, capsys):
     code, _, err = make(capsys, tmp_path / "final")
     assert code == 2
     assert "tokenizer" in err
+
+
+def test_a_prompt_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "long").write_text("a" * 11)
+    monkeypatch.setattr(generate, "MAX_PROMPT_BYTES", 10)
+    for source in (str(tmp_path / "long"), "/dev/zero"):
+        with pytest.raises(DataError, match="is too long"):
+            generate._prompt(generate.GenerateFlags("run", prompt_file=source))
