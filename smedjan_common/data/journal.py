@@ -17,6 +17,7 @@ from typing import Any
 from smedjan_common.data.token_file import STOPPED
 from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.leftovers import Hidden, host_name, is_alive, is_dead, parse, remove_part
+from smedjan_common.files.regular import read_regular
 from smedjan_common.text.sources import Source
 
 EVERY_BYTES = 256 << 20
@@ -59,7 +60,7 @@ class Journal:
     def _read(self) -> dict[str, Any] | None:
         """The journal; None where there is none, or it is not one that this class writes."""
         try:
-            state = {"skipped": 0} | json.loads(self.path.read_text(encoding="utf-8"))
+            state = {"skipped": 0} | json.loads(read_regular(self.path).decode("utf-8"))
             whole = all(type(state[name]) is int and state[name] >= 0 for name in ("pid", "bundles", "skipped"))
             whole &= all(isinstance(state[name], str) for name in ("key", "host"))
             for writer in state["writers"]:

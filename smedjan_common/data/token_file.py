@@ -23,6 +23,7 @@ from smedjan_common.files.durable import sync, sync_directory
 from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.json_bytes import json_bytes
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
+from smedjan_common.files.regular import read_regular
 from smedjan_common.nearby import beside
 
 FORMAT_VERSION = 1
@@ -246,7 +247,7 @@ class TokenFileWriter:
 def _read_manifest(path: Path) -> dict[str, Any]:
     place = manifest_path(path)
     try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
+        manifest = json.loads(read_regular(place).decode("utf-8"))
     except FileNotFoundError:
         raise DataError(f"The token file {str(path)!r} has no manifest.", f"There is no {str(place)!r}.", _REMAKE) from None
     except ValueError as error:

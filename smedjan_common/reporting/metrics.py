@@ -13,6 +13,7 @@ from typing import Any
 
 from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.names import METRICS
+from smedjan_common.files.regular import read_regular
 
 TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
 EVAL_KEYS = ("step", "val_loss", "val_bits_per_byte")
@@ -24,7 +25,7 @@ def read_rows(folder: str | Path) -> list[Row]:
     """The rows of a run folder; none when there is no file. A line that is not whole JSON (a killed run's
     last) or has no row's figures is left out."""
     try:
-        lines = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular(Path(folder) / METRICS).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
     return [row for line in lines if (row := _parse(line)) is not None]

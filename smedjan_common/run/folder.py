@@ -19,6 +19,7 @@ from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.names import CONFIG, PLOT, SAMPLES
+from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.reporting.console import say
 from smedjan_common.reporting.metrics import Row
@@ -138,20 +139,20 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             (folder / f"step-{step:08d}.txt").write_text(text + "\n", encoding="utf-8", errors="replace")
         except OSError as error:
-            say(f"note: the sample was not written: {error}")
+            say(f"note: the sample was not written: {error.strerror or error}")
 
     def draw(self, rows: list[Row]) -> None:
         """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
         try:
             plot({"training": rows}, self.path / PLOT, self.path.name)
         except Exception as error:
-            say(f"note: {PLOT} was not drawn: {error}")
+            say(f"note: {PLOT} was not drawn: {(error.strerror if isinstance(error, OSError) else '') or error}")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a run folder; None when there is none or it is incomplete."""
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values = json.loads(read_regular(folder / CONFIG).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

@@ -251,3 +251,25 @@ def test_a_folder_that_takes_no_files_is_refused_before_texts_are_tokenised(text
     assert train_here(*arguments(text, tmp_path / "run", 2)) == 2
     assert "Permission denied" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_not_waited_for(text, tmp_path, capsys, name):
+    assert train_here(*arguments(text, tmp_path / "run", 2)) == 0
+    (tmp_path / "run" / name).unlink()
+    os.mkfifo(tmp_path / "run" / name)
+    capsys.readouterr()
+    assert train_here(*arguments(text, tmp_path / "run", 3)) == (2 if name == "metrics.jsonl" else 0)
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'run' / name}" in told.out + told.err
+
+
+def test_a_folder_in_the_place_of_a_picture_or_of_samples_is_told_and_ends_no_run(text, tmp_path, capsys):
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"versions": {"smedjan": "0"}}))
+    (tmp_path / "run" / "samples").write_text("")
+    assert train_here(*arguments(text, tmp_path / "run", 2, "--sample-every", 1)) == 0
+    out = capsys.readouterr().out
+    assert "note: loss.png was not drawn: Is a directory\n" in out
+    assert "note: the sample was not written: " in out
+    assert "Errno" not in out
