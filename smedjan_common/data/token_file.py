@@ -19,6 +19,7 @@ import numpy as np
 
 from smedjan_common import __version__
 from smedjan_common.errors import DataError, OutOfMemoryError, WorkerError
+from smedjan_common.files.atomic_file import name_target
 from smedjan_common.files.durable import sync, sync_directory
 from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.json_bytes import json_bytes
@@ -233,8 +234,10 @@ class TokenFileWriter:
     def __enter__(self) -> "TokenFileWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
+            if error:
+                name_target(error, self._temporary[self.path], self.path)
             if kind is None and self._tokens is not None:
                 self.finish()
         finally:

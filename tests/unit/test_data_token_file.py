@@ -1,5 +1,6 @@
 """The token file: what is written is read; what is damaged is refused with file and remedy; nothing half-written is left."""
 
+import errno
 import json
 
 import numpy as np
@@ -137,3 +138,10 @@ def test_without_offsets_the_file_still_opens(tmp_path):
 
 def test_an_empty_file_opens(tmp_path):
     assert write(tmp_path / "t.bin", pieces=()).num_tokens == 0
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_token_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as error, TokenFileWriter(tmp_path / "t.bin", 300, "0" * 64):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "t.bin")
+    assert list(tmp_path.iterdir()) == []
