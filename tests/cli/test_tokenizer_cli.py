@@ -45,8 +45,6 @@ def test_from_text_to_token_files(tmp_path, text, capsys):
         (tokenizer_command, ["--input", "{text}", "--pattern", "[a[b]]|."], "a set inside a set"),
         (prepare_command, ["--input", "{text}", "--tokenizer", "missing.json"], "smedjan tokenizer"),
         (prepare_command, ["--input", "{text}", "--output", "x.bin", "--val-output", "x.bin"], "same name"),
-        (tokenizer_command, ["--input", "{text}", "--output", ""], "name of an output is empty"),
-        (prepare_command, ["--input", "{text}", "--output", ""], "name of an output is empty"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_what_to_do(text, command, arguments, says, capsys, monkeypatch, tmp_path):

@@ -161,8 +161,6 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
         (("--dataset", "text.txt", "--resume", "nowhere"), "nowhere"),
         (("--dataset", "text.txt", "--pretrained", "nowhere"), "nowhere"),
         (("--dataset", "text.txt", "--tokenizer", "nowhere.json"), "nowhere.json"),
-        (("--dataset", "text.txt", "--pretrained", ""), "--pretrained is empty"),
-        (("--dataset", ""), "--dataset is empty"),
         (("--dataset", "text.txt", "--resume", "a/step-00000001", "--pretrained", "b"), "both given"),
         (("--dataset", "text.txt", "--checkpoint-dir", "text.txt/run"), "text.txt"),
         (("--dataset", "text.txt", "--backend", "mxl"), "mlx"),
