@@ -29,7 +29,7 @@ def beside(path: str | os.PathLike, there: bool = False) -> str:
         if near:
             return f"Did you mean {' or '.join(str(found) for found in near[:SHOWN])}?"
         alike = [name for name in names if Path(name).suffix == here.suffix and depth == len(parts) - 1]
-        return f"There {'are' if alike[1:] else 'is'} {_listed(folder, alike)}." if alike else ""
+        return f"Beside that path there {'are' if alike[1:] else 'is'} {_listed(folder, alike)}." if alike else ""
     return ""
 
 

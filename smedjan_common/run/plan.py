@@ -53,7 +53,7 @@ def plan(decided: Decided, device: Device) -> str:
         lines.append(f"tokens   {count(tokens)} in all{passes}; {flop(flops)} a token, {flop(flops * tokens)} in all")
     else:
         lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
-    known = "" if there is None else f" of {size(there)} that {'are free' if device.kind == 'cpu' else 'are there'}"
+    known = "" if there is None else f", {size(there)} {'free' if device.kind == 'cpu' else 'there'}"
     lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 and device.kind == 'gpu' else ''}{known}")
     lines.append(f"disk     {size(state_bytes(model, train))} a checkpoint, {size(shutil.disk_usage(existing(decided.folder)).free)} free")
     lines.append(f"starts   {f'from {decided.start.path}' if decided.start else 'at step 0'}")

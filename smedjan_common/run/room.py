@@ -181,15 +181,23 @@ def check_disk(
     count = new_checkpoints(begin, train.steps, checkpoint_every, keep, keep_every, there)
     if not total or count * one + final <= free:  # a total of 0: a file system that tells nothing
         return
+
+    def fits(keep: int, keep_every: int) -> bool:
+        return new_checkpoints(begin, train.steps, checkpoint_every, keep, keep_every, there) * one + final <= free
+
+    most = bisect.bisect_left(range(1, keep or count), True, key=lambda fewer: not fits(fewer, keep_every))  # --keep that fits; 0: none
     kept = f"--keep {keep} and the one being written" if keep else "--keep 0, which keeps all"
     kept += f", and --keep-every {keep_every}" if keep_every else ""
-    lower = [
-        text for text, helps in (("a lower --keep", keep > 1), ("a --keep of 3", not keep), ("a higher --keep-every", keep_every)) if helps
-    ]
+    ways = (
+        (f"--keep {most}", most),
+        ("a higher --keep-every", keep and keep_every and fits(keep, 0)),
+        ("another disk with --checkpoint-dir", True),
+        ("a smaller --size", not begin),  # a run that goes on keeps its model
+    )
     error = OutOfMemoryError(
         f"The checkpoints of this run need {size(count * one + final)} of disk, and {size(free)} are free.",
-        f"With {kept}, {count} new ones of {size(one)} are there at one time, beside final/ of {size(final)}.",
-        f"Free some space, or take {', '.join([*lower, 'another disk with --checkpoint-dir', 'a smaller --size'])}, or --force to go on.",
+        f"With {kept}, {count} new {'one' if count == 1 else 'ones'} of {size(one)} {'is' if count == 1 else 'are'} there at one time, beside final/ of {size(final)}.",
+        f"Free some space, or take {', '.join(text for text, helps in ways if helps)}, or --force to go on.",
     )
     _refuse(error, force, say)
 

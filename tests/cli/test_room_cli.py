@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import subprocess
 import sys
 
@@ -126,5 +127,5 @@ def test_a_dry_run_says_what_memory_and_disk_a_run_takes_of_what_there_is(text, 
     monkeypatch.setattr(room, "available_memory", lambda: 8 << 30)
     assert train_here(*arguments(text, tmp_path / "run", 4), "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "of 8.0 GiB that are free" in out
+    assert re.search(r"memory   about [\d.]+ .iB, 8\.0 GiB free\n", out)
     assert "a checkpoint" in out

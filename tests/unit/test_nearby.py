@@ -42,8 +42,8 @@ def test_the_path_that_was_meant_is_named(place, wrong, right):
 
 
 def test_where_nothing_is_spelled_alike_what_is_there_is_listed(place):
-    assert beside("runs/zzz") == "There are runs/mine, runs/other."
-    assert beside("texts/zzz.txt") == "There is texts/one.txt."
+    assert beside("runs/zzz") == "Beside that path there are runs/mine, runs/other."
+    assert beside("texts/zzz.txt") == "Beside that path there is texts/one.txt."
     for number in range(SHOWN + 2):
         (place / "texts" / f"{number}{number}{number}.jsonl").touch()
     assert beside("texts/q.jsonl").endswith("and 2 more.")

@@ -200,3 +200,29 @@ def test_a_disk_that_holds_keep_and_one_more_is_enough_and_a_smaller_one_is_refu
 def test_keeping_all_needs_room_for_all(monkeypatch, tmp_path):
     with pytest.raises(OutOfMemoryError, match="--keep 0, which keeps all, 10 new ones"):
         disk(monkeypatch, tmp_path, 9 * state_bytes(TINY, TRAIN), keep=0)
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "advised"),
+    [
+        (9, {"keep": 0}, "--keep 7"),  # seven, the one being written and final/
+        (2.5, {"keep": 0}, "--keep 1"),
+        (1.5, {"keep": 0}, None),  # not even one and the one being written
+        (4, {}, "--keep 2"),
+        (1.5, {}, None),
+        (3, {"keep": 1, "keep_every": 100}, "a higher --keep-every"),
+        (1.5, {"keep": 1, "keep_every": 100}, None),  # nor without any that stays for ever
+    ],
+)
+def test_only_what_fits_on_the_disk_is_advised(monkeypatch, tmp_path, free, options, advised):
+    with pytest.raises(OutOfMemoryError) as caught:
+        disk(monkeypatch, tmp_path, free * state_bytes(TINY, TRAIN), **options)
+    assert f"or take {f'{advised}, ' if advised else ''}another disk" in caught.value.fix
+
+
+def test_one_checkpoint_that_does_not_fit_is_one_and_a_run_that_goes_on_keeps_its_size(monkeypatch, tmp_path):
+    with pytest.raises(OutOfMemoryError, match="1 new one of .* is there at one time") as caught:
+        disk(monkeypatch, tmp_path, 1, begin=900)
+    assert "--size" not in caught.value.fix
+    with pytest.raises(OutOfMemoryError, match="--size"):
+        disk(monkeypatch, tmp_path, 1)
