@@ -187,6 +187,7 @@ def check_disk(
 
     most = bisect.bisect_left(range(1, keep or count), True, key=lambda fewer: not fits(fewer, keep_every))  # --keep that fits; 0: none
     kept = f"--keep {keep} and the one being written" if keep else "--keep 0, which keeps all"
+    ones = "1 new one" if count == 1 else f"{count} new ones"
     kept += f", and --keep-every {keep_every}" if keep_every else ""
     ways = (
         (f"--keep {most}", most),
@@ -196,7 +197,7 @@ def check_disk(
     )
     error = OutOfMemoryError(
         f"The checkpoints of this run need {size(count * one + final)} of disk, and {size(free)} are free.",
-        f"With {kept}, {count} new {'one' if count == 1 else 'ones'} of {size(one)} {'is' if count == 1 else 'are'} there at one time, beside final/ of {size(final)}.",
+        f"With {kept}, {ones} of {size(one)} {'is' if count == 1 else 'are'} there at one time, beside final/ of {size(final)}.",
         f"Free some space, or take {', '.join(text for text, helps in ways if helps)}, or --force to go on.",
     )
     _refuse(error, force, say)

@@ -221,7 +221,7 @@ def test_only_what_fits_on_the_disk_is_advised(monkeypatch, tmp_path, free, opti
 
 
 def test_one_checkpoint_that_does_not_fit_is_one_and_a_run_that_goes_on_keeps_its_size(monkeypatch, tmp_path):
-    with pytest.raises(OutOfMemoryError, match="1 new one of .* is there at one time") as caught:
+    with pytest.raises(OutOfMemoryError, match=r"1 new one of .* is there at one time") as caught:
         disk(monkeypatch, tmp_path, 1, begin=900)
     assert "--size" not in caught.value.fix
     with pytest.raises(OutOfMemoryError, match="--size"):
