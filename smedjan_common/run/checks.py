@@ -95,6 +95,16 @@ def _check_weights(decided: Decided) -> None:
         )
 
 
+def _check_initial(decided: Decided) -> None:
+    """Initial weights of another spread, where the weights are there already; a run that goes on may repeat its own."""
+    info = decided.start or decided.pretrained
+    if info is None or not decided.asked.is_given("init_std"):
+        return
+    if decided.pretrained or decided.asked.value("init_std") != info.model.init_std:
+        why = f"It is of the initial weights, and these come from {info.path}."
+        raise ConfigError("--init-std would do nothing.", why, "Leave it out.")
+
+
 def _check_model(decided: Decided) -> None:
     """A model that cannot be trained in this way."""
     decided.train.check_model(decided.model)
@@ -161,6 +171,7 @@ def _check_writable(decided: Decided) -> None:
 CHECKS: tuple[Callable[[Decided], None], ...] = (
     _check_run,
     _check_weights,
+    _check_initial,
     _check_model,
     _check_options,
     _check_vocabulary,

@@ -162,3 +162,10 @@ def test_a_run_goes_on_when_its_weights_were_moved(weights, tmp_path, capsys):
     base.rename(tmp_path / "moved")
     assert train_here("--pretrained", tmp_path / "moved", *new, "--steps", 1) == 0
     assert "note: --pretrained is not read: the run goes on from" in capsys.readouterr().out
+
+
+def test_the_spread_of_initial_weights_is_refused_where_there_are_weights(weights, tmp_path, capsys):
+    words = ["--dataset", weights / "text.txt", "--pretrained", weights / "run", "--checkpoint-dir", tmp_path / "new", "--steps", 1]
+    assert train_here(*words, "--init-std", 0.02, "--dry-run") == 2
+    assert "--init-std would do nothing" in capsys.readouterr().err
+    assert train_here(*words, "--dry-run") == 0

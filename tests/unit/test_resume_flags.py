@@ -45,7 +45,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "rope-scaling": ("linear", MODEL),
     "rope-factor": (2.0, MODEL),
     "rope-original-len": (8, MODEL),
-    "init-std": (0.5, TOLD),
+    "init-std": (0.5, UNREAD),
     "qk-norm": ((), MODEL),
     "window": (8, MODEL),
     "linear-decay": ("fixed", MODEL),
