@@ -40,7 +40,9 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
     """`total` divided into whole numbers nearest to the weights (largest remainder), int64. Raises DataError for weights that cannot be."""
     given = np.array(weights, np.float64)
     if not np.isfinite(given).all() or (given <= 0).any():
-        raise DataError(f"The weights {list(weights)} cannot be mixed.", "", "Give each file a weight above 0.")
+        wrong = next(weight for weight in weights if not 0 < weight < np.inf)
+        fix = "Give each file a weight over 0, or leave the file out."
+        raise DataError(f"A file has the weight {wrong:g}.", "Weights are shares of tokens, finite and over 0.", fix)
     exact = given / given.sum() * total
     counts = np.floor(exact).astype(np.int64)
     order = np.lexsort((np.arange(len(given)), counts - exact))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from smedjan_common.errors import DataError, notice
+from smedjan_common.errors import DataError, notice, some
 from smedjan_common.nearby import beside
 from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.text.kinds import UTF16, kind_of, refuse
@@ -35,13 +35,14 @@ def find(inputs: Iterable[str | os.PathLike], flag: str = "--input", field: str 
     """The files that `inputs` (files, directories, globs, hf:NAME[:CONFIG[:SPLIT]] for datasets) name, sorted, each once.
 
     Raises DataError, which names the `flag` of the inputs, for what is not there or is no text with `field`. A directory gives all its
-    files of text, hidden ones left out without a word and all others with a notice.
+    files of text, hidden ones left out without a word and all others with a notice; so are files that are named again.
     """
     found: dict[str, Source] = {}
+    again: dict[str, Source] = {}
     for given in inputs:
         name = os.fspath(given)
         if name.startswith(DATASET_PREFIX):
-            found[name] = Source(Path(name), "dataset", 0)
+            (again if name in found else found)[name] = Source(Path(name), "dataset", 0)
             continue
         path = Path(name)
         if path.is_dir():
@@ -55,9 +56,12 @@ def find(inputs: Iterable[str | os.PathLike], flag: str = "--input", field: str 
             why = "" if path.exists() or glob.has_magic(name) else beside(path)
             raise DataError(what, why, f"Check the path; {flag} takes files, directories and quoted globs.")
         for source in files:
-            found.setdefault(os.path.abspath(source.path), source)
+            place = os.path.abspath(source.path)
+            (again if place in found else found)[place] = source
     if not found:
         raise DataError("No input was given.", "", f"Give {flag} with one or more files, directories or globs.")
+    if again:
+        notice(f"{flag} names more than once, and it is read once: {some([str(source.path) for source in again.values()])}.")
     return sorted(found.values(), key=lambda source: str(source.path))
 
 

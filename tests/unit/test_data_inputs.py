@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,18 @@ def test_a_field_that_is_no_text_is_called_so(tmp_path, value, why):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
     with pytest.raises(DataError, match=rf"Line 1 of .* has no text in the field 'text'\. {why}"):
         texts_of(tmp_path / "a.jsonl")
+
+
+def test_what_is_named_again_is_read_once_and_told(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text("iron")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find([tmp_path])
+    with pytest.warns(Notice, match=r"--input names more than once, and it is read once: .*a\.txt\.") as told:
+        assert len(find([tmp_path / "a.txt", tmp_path / "b.txt", f"{tmp_path}/./a.txt", tmp_path / "a.txt"])) == 2
+    assert len(told) == 1
+    with pytest.warns(Notice, match="--dataset names .* and 2 more"):
+        assert len(find([tmp_path, tmp_path], "--dataset")) == 5
+    with pytest.warns(Notice, match=r"read once: hf:nothing\."):
+        find(["hf:nothing", "hf:nothing"])
