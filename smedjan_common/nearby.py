@@ -33,6 +33,11 @@ def beside(path: str | os.PathLike, there: bool = False) -> str:
     return ""
 
 
+def with_suffix(folder: Path, suffix: str) -> list[Path]:
+    """What is in a folder with that suffix, sorted; of a large folder only some of it."""
+    return [folder / name for name in _names(folder) if Path(name).suffix == suffix]
+
+
 def _names(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smedjan_common.data.mixture import Mixture
+from smedjan_common.data.mixture import BLOCK, Mixture, shares
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile
-from smedjan_common.errors import DataError
+from smedjan_common.errors import DataError, SmedjanError, notice, some
 from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
-from smedjan_common.nearby import beside
+from smedjan_common.nearby import beside, with_suffix
 from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run.claim import is_run
 from smedjan_common.run.flags import DataFlags
@@ -27,6 +27,7 @@ from smedjan_common.text.sources import Source, find, refuse_pipes
 from smedjan_common.tokenizer import Tokenizer
 
 _TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
+_MOST_JSON, _MOST_JSON_BYTES = 16, 64 << 20  # that are looked at for a tokenizer
 _FIXES = {  # case of an error -> what to do in `train`, which has other flags than the commands before it
     "field": "Tokenise it first, with --field in 'smedjan tokenizer' and 'smedjan prepare', and give the token file.",
     "bytes": "Convert the file, or tokenise it first, with --errors replace in 'smedjan tokenizer' and 'smedjan prepare'.",
@@ -77,6 +78,7 @@ def run_data(
     chosen = _chosen_tokenizer(flags, given)
     if known := chosen or own:
         check(known)  # before texts are tokenised, which may take hours
+    _check_validation(flags, known)
     if shards := _token_files(flags.dataset, "--dataset"):
         files, weights = tuple(TokenFile.open(path) for path, _ in shards), tuple(weight for _, weight in shards)
         train = files[0] if len(files) == 1 else Mixture(files, weights)
@@ -153,25 +155,48 @@ def _chosen_tokenizer(flags: DataFlags, given: frozenset[str]) -> Tokenizer | No
 
 
 def _token_files(paths: tuple[str, ...], flag: str) -> list[tuple[str, float]]:
-    """Token files with their weights, 1 where none is given; nothing when the paths are texts. Raises DataError for both at once."""
+    """Token files with their weights, 1 where none is given; nothing when the paths are texts. Raises DataError for both at once and for
+    weights that cannot be."""
     found = [match for path in paths if (match := _TOKEN_FILE.fullmatch(path))]
     if found and len(found) < len(paths):
         raise DataError(f"{flag} mixes token files with texts.", "Texts are tokenised first.", "Give only .bin files, or only texts.")
-    return [(match[1], float(match[2] or 1)) for match in found]
+    files = [(match[1], float(match[2] or 1)) for match in found]
+    if files:
+        shares([weight for _, weight in files], BLOCK)
+    if len(files) == 1 and found[0][2]:
+        notice(f"the weight of {files[0][0]} does nothing: {flag} names no other file.")
+    return files
 
 
 def _tokenizer_beside(token_file: TokenFile) -> Tokenizer:
-    """The tokenizer that the token file was made with, from where `prepare` leaves it."""
+    """The tokenizer that the token file was made with. Raises DataError where it is not beside it."""
+    if found := _find_tokenizer(token_file):
+        return found[1]
+    others = [str(other) for other in _other_json(token_file.path)]
+    why = f"No tokenizer.json beside it{f', nor another file there ({some(others)}),' if others else ''} has its hash."
+    raise DataError(f"The tokenizer of {str(token_file.path)!r} was not found.", why, "Name it with --tokenizer FILE.")
+
+
+def _find_tokenizer(token_file: TokenFile) -> tuple[Path, Tokenizer] | None:
+    """The tokenizer of the token file's hash: from where `prepare` leaves it, else under another name beside it."""
     path = token_file.path
     recorded = token_file.manifest.get("tokenizer")
     places = [path.parent / TOKENIZER, path.with_name(path.name + ".tokenizer.json"), path.with_suffix(".tokenizer.json")]
     places += [path.parent / recorded] if isinstance(recorded, str) else []
     for place in places:
         if place.is_file() and (tokenizer := Tokenizer.load(place)).hash == token_file.tokenizer_hash:
-            return tokenizer
-    raise DataError(
-        f"The tokenizer of {str(path)!r} was not found.", "No tokenizer.json beside it has its hash.", "Name it with --tokenizer FILE."
-    )
+            return place, tokenizer
+    for place in _other_json(path):
+        with contextlib.suppress(SmedjanError, OSError):  # most are no tokenizers
+            if (tokenizer := Tokenizer.load(place)).hash == token_file.tokenizer_hash:
+                return place, tokenizer
+    return None
+
+
+def _other_json(path: Path) -> list[Path]:
+    """Files beside a token file that may be its tokenizer under another name, a few; no manifests."""
+    found = [file for file in with_suffix(path.parent, ".json") if file.name != TOKENIZER and not file.name.endswith(".bin.json")]
+    return [file for file in found[:_MOST_JSON] if file.is_file() and file.stat().st_size <= _MOST_JSON_BYTES]
 
 
 def _from_text(
@@ -190,6 +215,8 @@ def _from_text(
         if (place / TOKENIZER).is_file() and (place / f"{TRAIN_TOKENS}.json").is_file():
             val = TokenFile.open(place / VAL_TOKENS) if share and (place / VAL_TOKENS).is_file() else None
             return RunData(TokenFile.open(place / TRAIN_TOKENS), val, Tokenizer.load(place / TOKENIZER))
+    if not (chosen or own):
+        _refuse_tokenised_validation(flags)
     known = RunData(None, None, chosen or own, num_bytes)
     if dry_run:
         return known
@@ -226,10 +253,7 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
 
 def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: bool, before: Callable[[], None]) -> TokenFile | None:
     """The token file of --val-dataset; None in a dry run over texts that are not tokenised yet."""
-    if shards := _token_files(flags.val_dataset, "--val-dataset"):
-        if len(shards) > 1:
-            raise DataError("--val-dataset names several token files.", "Validation reads one, from its beginning.", "Give one of them.")
-        val = TokenFile.open(shards[0][0])
+    if val := _validation_tokens(flags):
         val.check_tokenizer(tokenizer.hash)
         return val
     sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
@@ -241,6 +265,32 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: b
         place.parent.mkdir(parents=True, exist_ok=True)
         prepare(sources, place, tokenizer)
     return TokenFile.open(place)
+
+
+def _validation_tokens(flags: DataFlags) -> TokenFile | None:
+    """The token file that --val-dataset names, None where it names texts or nothing."""
+    shards = _token_files(flags.val_dataset, "--val-dataset")
+    if len(shards) > 1:
+        raise DataError("--val-dataset names several token files.", "Validation reads one, from its beginning.", "Give one of them.")
+    return TokenFile.open(shards[0][0]) if shards else None
+
+
+def _check_validation(flags: DataFlags, known: Tokenizer | None) -> None:
+    """Raises DataError for a --val-dataset that is not there or not of the run's tokenizer, before --dataset is tokenised."""
+    val = _validation_tokens(flags)
+    if val and known:
+        val.check_tokenizer(known.hash)
+    if flags.val_dataset and not val:
+        _texts(flags.val_dataset, "--val-dataset")
+
+
+def _refuse_tokenised_validation(flags: DataFlags) -> None:
+    """Raises DataError for a token file to validate on where the tokenizer is yet to be trained on the texts of --dataset."""
+    if val := _validation_tokens(flags):
+        found = _find_tokenizer(val)
+        what = f"--val-dataset {val.path} has a tokenizer already, and that of --dataset would be trained anew."
+        fix = f"Give --dataset the same: --tokenizer {found[0] if found else 'FILE'}."
+        raise DataError(what, "One run has one tokenizer.", fix)
 
 
 def _content(paths: list[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile, TokenFileWriter
-from smedjan_common.errors import DataError
+from smedjan_common.errors import DataError, Notice
 from smedjan_common.run.data import run_data
 from smedjan_common.run.flags import DataFlags
 from smedjan_common.text.blocks import blocks as read_blocks
@@ -326,3 +326,53 @@ def test_a_validation_file_without_a_target_is_none(tmp_path, tokenizer, tokens,
     tokenizer.save(tmp_path / "tokenizer.json")
     flags = DataFlags(dataset=(str(tmp_path / "t.bin"),), val_dataset=(str(tmp_path / "v.bin"),), val_fraction=0.0)
     assert (run_data(flags, frozenset(), tmp_path / "run", None).val is not None) == is_used
+
+
+@pytest.fixture
+def tokenised(tmp_path, tokenizer, monkeypatch):
+    """A folder with a text, its token file and the tokenizer under another name, in which no text may be tokenised."""
+    (tmp_path / "text.txt").write_text("iron and fire\n" * 100)
+    prepare([tmp_path / "text.txt"], tmp_path / "t.bin", tokenizer)
+    tokenizer.save(tmp_path / "mine.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("smedjan_common.run.data._tokenise", lambda *_: pytest.fail("it is tokenised first"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("val", "chosen", "said"),
+    [
+        ("t.bin", None, "--tokenizer mine.json"),
+        ("t.bin", "other.json", "tokenizer"),
+        ("gone.bin", None, "There is no token file"),
+        ("gone.bin", "mine.json", "There is no token file"),
+        ("gone.txt", None, "There is no input"),
+        ("t.bin:0", None, "has the weight 0"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_cannot_be_validated_on_is_refused_before_texts_are_tokenised(tokenised, val, chosen, said, dry_run):
+    Tokenizer.train([tokenised / "text.txt"], vocab_size=257).save(tokenised / "other.json")
+    flags = DataFlags(dataset=("text.txt",), val_dataset=(val,), tokenizer=chosen)
+    with pytest.raises(DataError, match=said):
+        run_data(flags, frozenset(), tokenised / "run", None, dry_run)
+
+
+def test_a_tokenizer_of_another_name_is_found_by_its_hash_and_others_are_named(tokenised, tokenizer):
+    flags = DataFlags(dataset=("t.bin",))
+    (tokenised / "broken.json").write_text("{")
+    assert run_data(flags, frozenset(), tokenised / "run", None).tokenizer.hash == tokenizer.hash
+    Tokenizer.train([tokenised / "text.txt"], vocab_size=257).save(tokenised / "mine.json")
+    with pytest.raises(DataError, match=r"nor another file there \(broken\.json, mine\.json\), has its hash"):
+        run_data(flags, frozenset(), tokenised / "run", None)
+    for name in ("broken.json", "mine.json"):
+        (tokenised / name).unlink()
+    with pytest.raises(DataError, match=r"No tokenizer\.json beside it has its hash"):
+        run_data(flags, frozenset(), tokenised / "run", None)
+
+
+def test_the_weight_of_a_single_token_file_is_refused_or_told_to_do_nothing(tokenised):
+    with pytest.raises(DataError, match="has the weight 0"):
+        run_data(DataFlags(dataset=("t.bin:0",)), frozenset(), tokenised / "run", None)
+    with pytest.warns(Notice, match=r"the weight of t\.bin does nothing: --dataset names no other file"):
+        run_data(DataFlags(dataset=("t.bin:0.5",)), frozenset(), tokenised / "run", None)
