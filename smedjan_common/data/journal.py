@@ -6,16 +6,17 @@ options or tokenizer is thrown away with its files; one of a process that still 
 removed on a journal's word but parts of these outputs.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from smedjan_common.data.token_file import STOPPED
-from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.files.atomic_file import name_target, write_atomically
 from smedjan_common.files.leftovers import Hidden, host_name, is_alive, is_dead, parse, remove_part
 from smedjan_common.files.regular import read_regular
 from smedjan_common.text.sources import Source
@@ -84,7 +85,8 @@ class Journal:
         if self.usable and self._waiting >= self.every_bytes:
             states = [writer.state() for writer in writers]
             state = {"key": self.key, "pid": os.getpid(), "host": host_name(), "writers": states} | counts
-            write_atomically(self.path, json.dumps(state).encode())
+            with self._by_name():
+                write_atomically(self.path, json.dumps(state).encode())
             self.saved, self._waiting = True, 0
 
     def __enter__(self) -> "Journal":
@@ -92,12 +94,23 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not (self.saved and kind and issubclass(kind, STOPPED)):
-            self.clear()
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # what failed is told, not what that left
+                self.clear()
 
     def clear(self) -> None:
         """The work is done or has failed for good."""
         if self.usable:
-            self.path.unlink(missing_ok=True)
+            with self._by_name():
+                self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _by_name(self) -> Iterator[None]:
+        """Errors of writing name the output, not the hidden journal."""
+        try:
+            yield
+        except OSError as error:
+            name_target(error, self.path, self._outputs[0])
+            raise
 
 
 def _is_part(name: Any) -> bool:

@@ -7,11 +7,12 @@
 All three appear together, whole, or not at all: they are written under temporary names and renamed, the manifest last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,8 +139,9 @@ class TokenFileWriter:
         if resume:
             self._resume(resume, finals)
             return
-        self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
-        self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
+        with self._by_name():
+            self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
+            self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
         self._lock()
 
     def _resume(self, state: Mapping[str, Any], finals: tuple[Path, Path, Path]) -> None:
@@ -229,7 +231,21 @@ class TokenFileWriter:
         """Close and remove what was written."""
         self.close()
         for temporary in self._temporary.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read only says so even of what is not there
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _by_name(self) -> Iterator[None]:
+        """Errors of writing name the token file, not the hidden ones."""
+        try:
+            yield
+        except OSError as error:
+            self._name(error)
+            raise
+
+    def _name(self, error: BaseException) -> None:
+        for temporary in self._temporary.values():
+            name_target(error, temporary, self.path)
 
     def __enter__(self) -> "TokenFileWriter":
         return self
@@ -237,9 +253,10 @@ class TokenFileWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             if error:
-                name_target(error, self._temporary[self.path], self.path)
-            if kind is None and self._tokens is not None:
-                self.finish()
+                self._name(error)
+            elif self._tokens is not None:
+                with self._by_name():
+                    self.finish()
         finally:
             if self.keep_when_stopped and kind and issubclass(kind, STOPPED):
                 self.close()

@@ -1,6 +1,7 @@
 """From inputs to token files: every document, its tokens, the split, the refusals."""
 
 import bz2
+import errno
 import gzip
 import importlib.util
 import json
@@ -376,3 +377,20 @@ def test_the_weight_of_a_single_token_file_is_refused_or_told_to_do_nothing(toke
         run_data(DataFlags(dataset=("t.bin:0",)), frozenset(), tokenised / "run", None)
     with pytest.warns(Notice, match=r"the weight of t\.bin does nothing: --dataset names no other file"):
         run_data(DataFlags(dataset=("t.bin:0.5",)), frozenset(), tokenised / "run", None)
+
+
+@pytest.mark.parametrize("hidden", [".part-t.bin-", ".part-t.bin.offsets-", ".part-t.bin.json-", ".tmp-.t.bin.journal-"])
+def test_where_nothing_can_be_written_the_output_is_named(tmp_path, tokenizer, monkeypatch, hidden):
+    (tmp_path / "a.txt").write_text("iron and fire\n" * 100)
+    open_file = open
+
+    def refuse(place, *mode, **more):
+        if not mode or (mode[0] == "xb" and Path(place).name.startswith(hidden)):
+            raise OSError(errno.EROFS, "Read-only file system", str(place))
+        return open_file(place, *mode, **more)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: refuse(path))
+    with pytest.raises(OSError, match="Read-only") as error:
+        prepare([tmp_path / "a.txt"], tmp_path / "t.bin", tokenizer, workers=1, journal_bytes=1)
+    assert error.value.filename == str(tmp_path / "t.bin")
