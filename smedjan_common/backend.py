@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
 
@@ -19,6 +20,14 @@ State = Any  # parameters, optimizer state and step, as the backend keeps them
 IGNORED = -1  # a target that does not count
 
 Metrics = dict[str, Any]  # name -> scalar or array, perhaps still being computed
+
+LESS_TO_TRAIN = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
+LESS_TO_DECODE = "Take fewer tokens: a shorter prompt, or a lower --max-tokens (--sample-tokens in training)."
+
+
+def out_of_memory(text: str, fix: str) -> OutOfMemoryError:
+    """The error of a device whose framework says `text`; `fix`: what takes less of it."""
+    return OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200].rstrip(".") + ".", fix)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from smedjan_common.backend import Device, Metrics, Snapshot, State
+from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_TRAIN, Device, Metrics, Snapshot, State, out_of_memory
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError, OutOfMemoryError
+from smedjan_common.errors import ConfigError
 from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
@@ -197,13 +197,14 @@ class JaxDecoder:
         self.reset()
 
     def reset(self) -> None:
-        self._state = jax.device_put(Model(self.model, self._params, self.dtype).init_state(1, self.max_len), self._everywhere)
+        model = Model(self.model, self._params, self.dtype)
+        self._state = _guarded(lambda: jax.device_put(model.init_state(1, self.max_len), self._everywhere), fix=LESS_TO_DECODE)
 
     def feed(self, ids: list[int]) -> np.ndarray:
         assert ids, "there is nothing to feed"
         logits = None
         for chunk in power_of_two_chunks(ids, self.largest_chunk):
-            logits, self._state = _guarded(self._compiled, self._params, np.asarray([chunk], np.int32), self._state)
+            logits, self._state = _guarded(self._compiled, self._params, np.asarray([chunk], np.int32), self._state, fix=LESS_TO_DECODE)
         return np.asarray(logits)[0, : self.model.vocab_size]
 
 
@@ -275,12 +276,11 @@ def _platform() -> str:
         ) from error
 
 
-def _guarded(function: Callable, *args: Any) -> Any:
+def _guarded(function: Callable, *args: Any, fix: str = LESS_TO_TRAIN) -> Any:
     """Call and turn XLA's out-of-memory error into ours."""
     try:
         return function(*args)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fix = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
-        raise OutOfMemoryError("The device ran out of memory.", str(error).splitlines()[0][:200].rstrip(".") + ".", fix) from error
+        raise out_of_memory(str(error), fix) from error

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from smedjan_common.backend import Device, Metrics, Snapshot, State
+from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_TRAIN, Device, Metrics, Snapshot, State, out_of_memory
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError, OutOfMemoryError
+from smedjan_common.errors import ConfigError
 from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
@@ -168,8 +168,8 @@ class MlxDecoder:
         assert ids, "there is nothing to feed"
         logits: Any = None
         for chunk in power_of_two_chunks(ids, self.largest_chunk):
-            logits, self._state = _guarded(self._compiled, self._params, mx.array([chunk], mx.int32), self._state)
-            _guarded(mx.eval, logits, self._state)
+            logits, self._state = _guarded(self._compiled, self._params, mx.array([chunk], mx.int32), self._state, fix=LESS_TO_DECODE)
+            _guarded(mx.eval, logits, self._state, fix=LESS_TO_DECODE)
         return np.array(logits)[0, : self.model.vocab_size]
 
 
@@ -198,7 +198,7 @@ def _on_device(*arrays: np.ndarray | None) -> tuple[Any, ...]:
     return tuple(None if array is None else mx.array(array) for array in arrays)
 
 
-def _guarded(function: Callable, *args: Any) -> Any:
+def _guarded(function: Callable, *args: Any, fix: str = LESS_TO_TRAIN) -> Any:
     """Call and turn MLX's out-of-memory errors into ours."""
     try:
         return function(*args)
@@ -206,5 +206,4 @@ def _guarded(function: Callable, *args: Any) -> Any:
         text = str(error)
         if not any(sign in text.lower() for sign in ("unable to allocate", "out of memory", "insufficient memory", "[malloc")):
             raise
-        fix = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
-        raise OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200].rstrip(".") + ".", fix) from error
+        raise out_of_memory(text, fix) from error

@@ -23,6 +23,7 @@ ONCE = {  # what no mixer changes, or what costs most, is checked with attention
     "test_deterministic_training_computes_the_same",
     "test_decoder_of_the_protocol_gives_the_logits_of_the_real_vocabulary",
     "test_feeding_nothing_is_refused",
+    "test_a_full_device_is_told_with_the_flags_of_what_it_does",
     "test_decoder_takes_the_parameters_of_a_state_as_they_are",
     "test_optimizer_equals_its_definition_for_20_steps",
     "test_optimizer_settings_mean_the_same_in_both_backends_and_in_the_definition",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.reference import model as reference
 from tests.conformance import checks, subjects
 from tests.conformance.cases import LENGTH, Case
@@ -42,6 +43,26 @@ def test_feeding_nothing_is_refused(backend: str, default_case: Case):
     decoder = subjects.backend(backend, default_case.model, default_case.train).decoder(default_case.params, max_len=4)
     with pytest.raises(AssertionError, match="nothing to feed"):
         decoder.feed([])
+
+
+def test_a_full_device_is_told_with_the_flags_of_what_it_does(backend: str, default_case: Case):
+    side = subjects.backend(backend, default_case.model, default_case.train)
+    decoder = side.decoder(default_case.params, max_len=4)
+
+    def full(*_):
+        if backend == "mlx":
+            raise RuntimeError("[malloc] Unable to allocate 1000 bytes.")
+        import jax
+
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1000 bytes.")
+
+    decoder._compiled = side._eval_step = full
+    with pytest.raises(OutOfMemoryError, match="1000 bytes") as caught:
+        decoder.feed([1])
+    assert "--max-tokens" in caught.value.fix
+    assert "--batch-size" not in caught.value.fix
+    with pytest.raises(OutOfMemoryError, match="--batch-size"):
+        side.eval_step({"params": {}}, default_case.tokens[:, :-1], default_case.tokens[:, 1:])
 
 
 def test_decoder_takes_the_parameters_of_a_state_as_they_are(backend: str, default_case: Case):
