@@ -29,7 +29,7 @@ def after_turning(right: Callable) -> Callable:
 
 MUTATIONS = {
     **{f"{name} off": (on(demand_forward, NORM), tensor_off(name)) for name in NORMS},
-    "norm after turning": (on(demand_forward, NORM), swap(attention, "_project", after_turning)),
+    "norm after turning": (on(demand_forward, NORM), swap(attention, "project", after_turning)),
     "window one wider": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(1))),
     "window one narrower": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(-1))),
     "gradient with a window one wider": (on(demand_gradient, WINDOW), swap(attention, "_visible", wide_by(1))),
