@@ -49,7 +49,7 @@ def test_a_mixture_trains_and_resumes_to_the_same_bits(folder):
 @pytest.mark.parametrize(
     ("dataset", "why"),
     [
-        (["a.bin:0", "b.bin:1"], "weight above 0"),
+        (["a.bin:0", "b.bin:1"], "a weight over 0"),
         (["a.bin:0.5", "b.txt"], "only .bin files, or only texts"),
         (["a.bin:0.5", "missing.bin:0.5"], "missing.bin"),
     ],
