@@ -1,7 +1,6 @@
 """`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from tyro.conf import arg
 
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
-from smedjan_common.errors import CheckpointError, ConfigError, DataError, run_command
-from smedjan_common.files.names import TOKENIZER
+from smedjan_common.errors import ConfigError, DataError, run_command
 from smedjan_common.optional import MaybeStr
 from smedjan_common.run.signals import interrupt_ends_at_once
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend
-    from smedjan_common.checkpoint import CheckpointInfo
     from smedjan_common.inference.generate import Generation
     from smedjan_common.model.config import ModelConfig
     from smedjan_common.training.config import TrainConfig
@@ -90,6 +87,7 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     from smedjan_common.checkpoint import check_readable, read_weights
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.inference.generate import Generation
+    from smedjan_common.inference.open import decoding_config, open_model
     from smedjan_common.inference.room import check_room
     from smedjan_common.inference.sampling import Sampling
 
@@ -99,11 +97,11 @@ def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
     if flags.max_tokens < 0:
         raise ConfigError(f"--max-tokens is {flags.max_tokens}.", "It must be at least 0.", "Leave it out for the default.")
     prompt = _prompt(flags)
-    info, tokenizer = _open(flags.checkpoint)
+    info, tokenizer = open_model(flags.checkpoint)
     check_readable(info, name)
     ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
     make_backend, auto = load()
-    backend = make_backend(info.model, decoding := _decoding(info, auto if flags.dtype == "auto" else flags.dtype))
+    backend = make_backend(info.model, decoding := decoding_config(info, auto if flags.dtype == "auto" else flags.dtype))
     check_room(info, backend.describe(), decoding.dtype, len(ids), flags.max_tokens)
     length = min(len(ids) + flags.max_tokens, info.model.context_length)
     decoder = backend.decoder(read_weights(info, backend.own), length)
@@ -131,22 +129,6 @@ def _prompt(flags: GenerateFlags) -> str:
         raise DataError(f"The prompt in {source!r} is not UTF-8.", f"Byte {error.start} is no text.", "Convert the file.") from None
 
 
-def _open(path: str) -> "tuple[CheckpointInfo, Any]":
-    """The checkpoint with the newest weights under `path`, and its tokenizer."""
-    from smedjan_common.checkpoint import newest
-    from smedjan_common.tokenizer import Tokenizer
-
-    info = newest(path)
-    if not (info.path / TOKENIZER).is_file():
-        raise CheckpointError(f"{info.path} has no {TOKENIZER}.", "Text cannot become tokens without it.", "Copy the tokenizer there.")
-    tokenizer = Tokenizer.load(info.path)
-    if info.tokenizer_hash and tokenizer.hash != info.tokenizer_hash:
-        raise CheckpointError(
-            f"The tokenizer.json of {info.path} is not the one it was trained with.", "Its hash differs.", "Restore it from a good copy."
-        )
-    return info, tokenizer
-
-
 def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot_id]
     if len(ids) > context_length:
@@ -156,16 +138,6 @@ def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
             "Shorten the prompt.",
         )
     return list(ids)
-
-
-def _decoding(info: "CheckpointInfo", dtype: str):
-    """A training configuration for a backend that only decodes."""
-    from smedjan_common.training.config import TrainConfig
-
-    base = info.train or TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1.0)
-    train = dataclasses.replace(base, dtype=dtype)
-    train.validate()
-    return train
 
 
 def _write(prompt: str, generation: "Generation") -> None:

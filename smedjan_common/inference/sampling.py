@@ -1,13 +1,16 @@
 """Choosing the next token, on the host in NumPy: a pure function of (logits, history, sampling, position).
 
+    logit bias b           l + b for the tokens that are named
     repetition penalty r   l / r where l > 0, l * r where l < 0, for tokens of the history        (CTRL, Keskar et al., 2019)
+    frequency penalty f    l - f n - p [n > 0], n: how often the token was generated (OpenAI); the prompt does not count
+    presence penalty p
     temperature t          l / t; 0: the largest logit (greedy)
     top-k                  the k largest
     top-p                  the fewest most probable tokens whose probabilities sum to at least p  (Holtzman et al., 2020)
     min-p                  the tokens of at least m times the probability of the most probable    (Nguyen et al., 2024)
     draw                   argmax(l - log(-log u)), u uniform from Philox keyed by (seed, position)  (Gumbel-max)
 
-The filters apply in this order, each to what the one before left. The noise of a position depends on nothing else, so both backends
+They apply in this order, each to what the one before left. The noise of a position depends on nothing else, so both backends
 write the same text at the same seed. Ties go to the smaller id.
 """
 
@@ -18,6 +21,7 @@ import numpy as np
 
 from smedjan_common.errors import ConfigError, NotFiniteError
 
+MAX_BIAS = 100.0  # of logit_bias either way: a ban, or the only choice
 PENALTIES = (0.01, 100.0)  # the least and the most that `repetition_penalty` can be: no logit overflows
 _OFTEN_ENOUGH = 2048  # most probable tokens: of a trained model they have nearly all of the probability
 _BLOCK = 4  # numbers that Philox makes at once
@@ -34,6 +38,9 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit), each id once
 
     def validate(self) -> None:
         """Raises ConfigError for a value that makes no distribution, or no number of a logit."""
@@ -44,14 +51,22 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "Take a number over 0, up to 1 (all)."),
             ("min_p", 0 <= self.min_p <= 1, "Take 0 (all) to 1."),
             ("repetition_penalty", least <= self.repetition_penalty <= most, f"Take {least:g} to {most:g}: 1 (none), or 1.1, say."),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "Take -2 to 2: 0 (none), or 0.5, say."),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "Take -2 to 2: 0 (none), or 0.5, say."),
             ("seed", 0 <= self.seed < 1 << 64, "Take a whole number from 0 to 2**64 - 1."),
         ):
             if not ok:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That is out of range.", fix)
+        for token, bias in self.logit_bias:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                what = f"The logit_bias of token {token} is {bias}."
+                raise ConfigError(what, "That is out of range.", f"Take {-MAX_BIAS:g} to {MAX_BIAS:g}.")
 
 
-def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, position: int) -> int:
+def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, position: int, prompt_length: int | None = None) -> int:
     """The next token. logits: [V], of the model's own tokens only; history: every token before; position: its place in the text.
+
+    prompt_length: how many of the history were given, not generated; None: all of them.
 
     Raises NotFiniteError for logits of which none, or not each, is a number (-inf is one: a token without a chance).
     """
@@ -62,8 +77,12 @@ def sample(logits: np.ndarray, history: Sequence[int], sampling: Sampling, posit
             "Its weights are not finite, or its computation overflows.",
             "Take an earlier checkpoint, or --dtype float32.",
         )
+    if sampling.logit_bias:
+        scores = biased(scores, sampling.logit_bias)
     if sampling.repetition_penalty != 1:
         scores = penalize(scores, history, sampling.repetition_penalty)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and prompt_length is not None:
+        scores = discouraged(scores, history[prompt_length:], sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(scores))
     scores = filtered(_divided(scores, sampling.temperature), sampling)
@@ -82,6 +101,20 @@ def filtered(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.min_p > 0:
         scores = min_p(scores, sampling.min_p)
     return scores
+
+
+def biased(scores: np.ndarray, biases: Sequence[tuple[int, float]]) -> np.ndarray:
+    """Scores with what each named token is given added."""
+    result = scores.copy()
+    for token, bias in biases:
+        result[token] += bias
+    return result
+
+
+def discouraged(scores: np.ndarray, generated: Sequence[int], presence: float, frequency: float) -> np.ndarray:
+    """Scores less `presence` for each token that was generated, and less `frequency` for each time that it was."""
+    counts = np.bincount(np.asarray(generated, np.int64), minlength=len(scores))
+    return scores - frequency * counts - presence * (counts > 0)
 
 
 def penalize(scores: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:

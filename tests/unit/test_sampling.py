@@ -117,6 +117,8 @@ WRONG = (
     ("repetition_penalty", 1e300),
     ("repetition_penalty", float("nan")),
     ("seed", -1),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", float("nan")),
 )
 
 
@@ -124,6 +126,12 @@ WRONG = (
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
         Sampling(**{name: value}).validate()
+
+
+@pytest.mark.parametrize("bias", [100.5, float("nan"), float("-inf")])
+def test_a_bias_out_of_range_is_refused(bias):
+    with pytest.raises(ConfigError, match="logit_bias of token 7"):
+        Sampling(logit_bias=((3, 1.0), (7, bias))).validate()
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -145,3 +153,18 @@ def test_logits_that_are_not_finite_are_an_error_and_no_token(logits, temperatur
 
 def test_a_token_without_a_chance_is_no_error():
     assert sample(np.array([-np.inf, 0.0]), [], Sampling(), 0) == 1
+
+
+def test_biases_and_penalties_of_what_was_generated_move_logits_as_their_formulas_say():
+    logits, history = np.array([1.0, 2.0, 3.0, 2.5]), [2, 2, 1, 2, 1, 1]  # the first two were given
+    choose = lambda prompt_length=2, **how: sample(logits, history, Sampling(temperature=0, **how), 6, prompt_length)  # noqa: E731
+    assert choose() == 2
+    assert choose(logit_bias=((2, -100.0),)) == 3, "a ban"
+    assert choose(logit_bias=((0, 2.1),)) == 0
+    assert choose(presence_penalty=0.6) == 3, "3 - 0.6 < 2.5"
+    assert choose(presence_penalty=0.4) == 2
+    assert choose(frequency_penalty=0.4) == 2, "it was generated once; the prompt does not count"
+    assert choose(0, frequency_penalty=0.4) == 3, "three times, were all of it generated"
+    assert choose(presence_penalty=-2, frequency_penalty=-2) == 1, "three times: 2 + 8"
+    assert choose(repetition_penalty=3, logit_bias=((2, 6.0),)) == 2, "(3 + 6) / 3: the bias comes first"
+    assert choose(None, presence_penalty=2) == 2, "all of it was given"
