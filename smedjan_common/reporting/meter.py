@@ -1,5 +1,5 @@
-"""The speed of training, measured from where one logged step is complete to where the next one is; compilation, evaluation, samples
-and checkpoints do not count.
+"""The mean loss between two lines, and the speed of training: measured from where one logged step is complete to where the next one is;
+compilation, evaluation, samples and checkpoints do not count.
 
 A step is read after the next one was dispatched. Where dispatching only queues it, it is complete when it is read. MLX on a CPU computes
 while it dispatches: there a step is complete when its own dispatching ends, and by the time it is read so is the one after it, which at
@@ -22,6 +22,35 @@ class Span(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.ended - self.begun
+
+
+@dataclass
+class RunningMean:
+    """The mean of a figure over the steps since the last line. It travels in checkpoints, so that a run that was stopped between two lines
+    goes on to the same bits."""
+
+    total: float = 0.0
+    steps: int = 0
+
+    @classmethod
+    def of(cls, state: Any) -> "RunningMean":
+        """What `to_json` gave; nothing yet where a checkpoint has none."""
+        fits = isinstance(state, dict) and type(state.get("total")) is float and type(state.get("steps")) is int and state["steps"] >= 0
+        return cls(state["total"], state["steps"]) if fits else cls()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"total": self.total, "steps": self.steps}
+
+    def add(self, value: float) -> float:
+        """One more step; returns the mean up to it."""
+        self.total += value
+        self.steps += 1
+        return self.total / self.steps
+
+    def clear(self) -> None:
+        """A line was written: the next mean begins."""
+        self.total, self.steps = 0.0, 0
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, Span]:

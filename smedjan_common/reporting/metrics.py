@@ -1,10 +1,12 @@
 """metrics.jsonl: one JSON object a line, flushed; what is not known is null.
 
-    {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds"}
+    {"step", "tokens", "loss", "batch_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds"}
     and of a model with experts {"balance_loss", "router_z_loss", "expert_load"}
     {"step", "val_loss", "val_bits_per_byte"}                                     evaluations, on lines of their own
 
-`step` counts optimizer steps done. A resumed run drops the rows past its checkpoint, so that every logged step stands once.
+`step` counts optimizer steps done. `loss` is the mean over the steps since the row before, `batch_loss` that of the step alone (rows of
+earlier versions lack it: their loss is that of the step). A resumed run drops the rows past its checkpoint, so that every logged step
+stands once.
 """
 
 import json
@@ -15,7 +17,7 @@ from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.names import METRICS
 from smedjan_common.files.regular import read_regular
 
-TRAIN_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
+TRAIN_KEYS = ("step", "tokens", "loss", "batch_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds")
 EVAL_KEYS = ("step", "val_loss", "val_bits_per_byte")
 Row = dict[str, Any]
 _MOST = 1e300  # what is drawn and counted is a float

@@ -3,6 +3,7 @@
 CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/ (or orbax-00001000/)   final/   loss.png   samples/   data/
 """
 
+import dataclasses
 import json
 import platform
 from collections.abc import Callable
@@ -104,17 +105,18 @@ class RunFolder:
         }
         write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 
-    def save(self, snapshot: Snapshot, metrics: Row) -> Path:
-        """Write a step checkpoint, then remove what --keep does not keep."""
-        return self._pruned(write_checkpoint(self.path, snapshot, self._about, metrics=metrics))
+    def save(self, snapshot: Snapshot, metrics: Row, extra: Row) -> Path:
+        """Write a step checkpoint, then remove what --keep does not keep. extra: what the loop needs to go on, beside the state."""
+        about = dataclasses.replace(self._about, extra=extra)
+        return self._pruned(write_checkpoint(self.path, snapshot, about, metrics=metrics))
 
-    def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row) -> Callable[[], Path]:
+    def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row, extra: Row) -> Callable[[], Path]:
         """Take the state for a step checkpoint in the backend's own format; what is returned does what `save` does."""
         params, slots = own.tensors(state)
         finish = start_own(
             self.path,
             lambda folder: own.begin(state, folder),
-            self._about,
+            dataclasses.replace(self._about, extra=extra),
             kind=own.name,
             step=step,
             params=params,

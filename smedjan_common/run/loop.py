@@ -26,7 +26,7 @@ from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, eval_line, say, step_line
-from smedjan_common.reporting.meter import Meter, Span, timed
+from smedjan_common.reporting.meter import Meter, RunningMean, Span, timed
 from smedjan_common.reporting.metrics import MetricsFile, Row, routing
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
@@ -34,6 +34,7 @@ from smedjan_common.run.signals import StopSignals
 from smedjan_common.training.schedule import learning_rate
 
 IN_FLIGHT = 4
+SINCE_LINE = "loss_since_line"  # in a checkpoint's "extra"
 
 
 def run(config: RunConfig, backend: Backend) -> int:
@@ -69,6 +70,8 @@ class _Loop:
         self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing, train.mask_documents)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
         self.meter = Meter(self.tokens_per_step)
+        start = self.config.start
+        self.mean_loss = RunningMean.of((start.extra or {}).get(SINCE_LINE) if start else None)
         peak = self.device.peak_flops
         self.peak_flops = peak * self.device.count if peak else None
         self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
@@ -129,9 +132,10 @@ class _Loop:
             step, lr, metrics, dispatched = self.queue.popleft()
             values, read = timed(self.backend.read, metrics)
             self.check_finite(step, values)
-            self.last |= {"step": step, "loss": values["loss"]}
+            self.last |= {"step": step, "loss": self.mean_loss.add(values["loss"])}
             if self.is_logged(step):
                 self.log(step, lr, values, self.meter.lap(step, dispatched, read))
+                self.mean_loss.clear()
 
     def is_logged(self, step: int) -> bool:
         every = self.config.log_every
@@ -141,7 +145,8 @@ class _Loop:
         row = {
             "step": step,
             "tokens": step * self.tokens_per_step,
-            "loss": values["loss"],
+            "loss": self.last["loss"],
+            "batch_loss": values["loss"],
             "lr": lr,
             "grad_norm": values["grad_norm"],
             "tokens_per_second": speed,
@@ -219,15 +224,15 @@ class _Loop:
     def save(self, state: State, step: int, snapshot: Snapshot | None = None) -> None:
         """Take the state for a step checkpoint, which is written from here on; redraw the plot. snapshot: the state where it is known."""
         self.written(wait=True)
-        metrics, rows = dict(self.last), list(self.metrics.rows)
+        metrics, rows, extra = dict(self.last), list(self.metrics.rows), {SINCE_LINE: self.mean_loss.to_json()}
         if step == self.saved:
             self.folder.draw(rows)
             return
         own = self.backend.own
         if own and own.name == self.config.checkpoint_format:
-            write = self.folder.start_own(own, state, step, metrics)
+            write = self.folder.start_own(own, state, step, metrics, extra)
         else:
-            write = functools.partial(self.folder.save, snapshot or self.backend.save(state), metrics)
+            write = functools.partial(self.folder.save, snapshot or self.backend.save(state), metrics, extra)
         self.saved = step
 
         def write_and_draw() -> Path:

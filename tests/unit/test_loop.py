@@ -1,7 +1,9 @@
 """The loop with the bigram backend: what is logged, when it waits, that a resumed run is the same run, what stops it."""
 
+import dataclasses
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -45,6 +47,35 @@ def test_rows_have_exactly_the_keys_of_the_design_and_first_and_last_step_are_lo
 def test_log_every_0_logs_the_first_and_the_last_step(text, run):
     assert train_here(*arguments(text, run, 12, "--log-every", 0, "--eval-every", 0)) == 0
     assert [row["step"] for row in train_rows(read_rows(run))] == [1, 12]
+
+
+def test_the_loss_of_a_row_is_the_mean_of_the_steps_since_the_row_before(text, tmp_path):
+    for name, every in (("all", 1), ("some", 4)):
+        assert train_here(*arguments(text, tmp_path / name, 10, "--log-every", every, "--eval-every", 0)) == 0
+    batches = [row["batch_loss"] for row in train_rows(read_rows(tmp_path / "all"))]
+    assert [row["loss"] for row in train_rows(read_rows(tmp_path / "all"))] == batches
+    rows = train_rows(read_rows(tmp_path / "some"))
+    assert [row["batch_loss"] for row in rows] == [batches[step - 1] for step in (1, 4, 8, 10)]
+    means = [sum(batches[begin:end]) / (end - begin) for begin, end in ((0, 1), (1, 4), (4, 8), (8, 10))]
+    assert [row["loss"] for row in rows] == means
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"loss_since_line": None}, {"loss_since_line": {"total": "9", "steps": -1}}])
+def test_a_checkpoint_without_the_running_sum_goes_on_with_a_new_one(text, run, monkeypatch, extra):
+    write = smedjan_common.run.folder.write_checkpoint
+    monkeypatch.setattr(
+        "smedjan_common.run.folder.write_checkpoint",
+        lambda folder, snapshot, about, **more: write(folder, snapshot, dataclasses.replace(about, extra=extra), **more),
+    )
+    assert train_here(*arguments(text, run, 20, "--log-every", 4, "--checkpoint-every", 6, "--eval-every", 0, "--keep", 0)) == 0
+    shutil.rmtree(run / "final")
+    for step in (20, 18, 12):
+        shutil.rmtree(run / f"step-{step:08d}")
+    whole = train_rows(read_rows(run))
+    assert train_here("--checkpoint-dir", run) == 0
+    again = train_rows(read_rows(run))
+    assert [row["batch_loss"] for row in again] == [row["batch_loss"] for row in whole]
+    assert [row["loss"] == before["loss"] for row, before in zip(again, whole, strict=True)] == [True, True, False, True, True, True]
 
 
 def test_a_figure_that_is_not_known_is_null_and_mfu_is_flops_over_peak(text, run):
