@@ -7,6 +7,7 @@ is cut to the vocabulary: llama.cpp then chooses among exactly the tokens that s
 The `gguf` package (extra `gguf`) writes, quantises and reads the file.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from convert.portable import Lazy, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.files.atomic_file import atomic_path
+from smedjan_common.model import rope
 
 _MAGIC = b"GGUF"
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # ours -> GGMLQuantizationType
@@ -49,6 +51,8 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     fields = _hyper_parameters(model.config, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
     kind = _TYPES[dtype]
     tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config) for row in rows(model.config.layers)}
+    if model.config.rope_scaling == "llama3":
+        tensors["rope_freqs.weight"] = _periods_over_plain(model.config)
     kinds = {name: _kind(kind, tensor) for name, tensor in tensors.items()}
     encoded = {name: _encoded(name, tensor, kinds[name], gguf) for name, tensor in tensors.items()}
     fields["general.file_type"] = int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
@@ -88,14 +92,22 @@ def _hyper_parameters(config: ModelConfig, name: str) -> dict[str, Any]:
         "llama.attention.value_length": config.head_dim,
         "llama.rope.dimension_count": config.head_dim,
         "llama.rope.freq_base": float(base),
-        "llama.rope.scaling.type": scaling["rope_type"] if scaling else "none",
+        "llama.rope.scaling.type": config.rope_scaling if config.rope_scaling in ("linear", "yarn") else "none",
     }
-    if scaling:  # llama.cpp works out the attention factor by our formula
+    if scaling and config.rope_scaling != "llama3":  # its frequencies are a tensor
         fields["llama.rope.scaling.factor"] = float(scaling["factor"])
+    if scaling and config.rope_scaling == "yarn":  # llama.cpp works out the attention factor by our formula
         fields["llama.rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
         fields["llama.rope.scaling.yarn_beta_fast"] = float(scaling["beta_fast"])
         fields["llama.rope.scaling.yarn_beta_slow"] = float(scaling["beta_slow"])
     return fields
+
+
+def _periods_over_plain(config: ModelConfig) -> Lazy:
+    """How many times longer each period is than unscaled, float32 [K/2]: what llama.cpp divides the frequencies by."""
+    plain = dataclasses.replace(config, rope_scaling="none", rope_factor=1.0, rope_original_len=0)
+    factors = (rope.frequencies(plain) / rope.frequencies(config)).astype(np.float32)
+    return Lazy(factors.dtype, factors.shape, lambda: factors)
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:

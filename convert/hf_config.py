@@ -64,6 +64,16 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
             "beta_fast": rope.BETA_FAST,
             "beta_slow": rope.BETA_SLOW,
         }
+    if config.rope_scaling == "linear":
+        return config.rope_base, {"rope_type": "linear", "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        return config.rope_base, {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": rope.original_length(config),
+        }
     if config.rope_scaling == "ntk":
         return rope.ntk_base(config, config.head_dim), None
     return config.rope_base, None

@@ -23,7 +23,7 @@ from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
-from smedjan_common.model.params import parameter_table, require_tree
+from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
 from smedjan_jax import experts, kernels, optim, sharding
@@ -145,7 +145,7 @@ class JaxBackend:
         inputs, targets, documents = batch
         params = self._spread.gather(params) if self._spread else params
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
+        objective, loss = cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
         share = jnp.sum(targets >= 0) / tokens
         objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
@@ -181,7 +181,7 @@ class JaxBackend:
         inputs, targets, documents = batch
         params = self._spread.gather(params) if self._spread else params
         hidden = self._model(params).hidden(inputs, documents)
-        return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": jnp.sum(targets >= 0)}
+        return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": jnp.sum(targets >= 0)}
 
 
 class JaxDecoder:

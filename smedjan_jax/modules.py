@@ -26,13 +26,15 @@ Carried = dict[str, jax.Array]  # what a layer leaves for later layers or for th
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] and used in the dtype of the activations only."""
+    """y = x W^T, and a bias where there is one; both are used in the dtype of the activations only. W is [out, in]."""
 
     def __init__(self, params: Params, name: str):
         self.weight = nnx.data(params[f"{name}.weight"])
+        self.bias = nnx.data(params.get(f"{name}.bias"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight.astype(x.dtype).T
+        y = x @ self.weight.astype(x.dtype).T
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
 def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
@@ -41,7 +43,8 @@ def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
         return [linear(x) for linear in linears]
     weight = jnp.concatenate([linear.weight for linear in linears]).astype(x.dtype)
     y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
-    return jnp.split(y, bounds, axis=-1)
+    parts = jnp.split(y, bounds, axis=-1)
+    return [part if linear.bias is None else part + linear.bias.astype(x.dtype) for linear, part in zip(linears, parts, strict=True)]
 
 
 class RMSNorm(nnx.Module):
@@ -58,7 +61,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table [V, D]; the same table is the output head."""
+    """Rows of a table [V, D]; the same table, or another, is the output head."""
 
     def __init__(self, params: Params, name: str):
         self.weight = nnx.data(params[f"{name}.weight"])

@@ -19,7 +19,7 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
-from smedjan_common.model.params import require_tree
+from smedjan_common.model.params import head_name, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.optimizers import check_state
 from smedjan_mlx import experts, kernels, optim
@@ -115,7 +115,7 @@ class MlxBackend:
         """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
         inputs, targets, documents = batch
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, loss = cross_entropy(hidden, params["embed.weight"], targets, self.train.z_loss)
+        objective, loss = cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
         share = mx.sum(targets >= 0) / tokens
         objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
@@ -147,7 +147,7 @@ class MlxBackend:
     def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
         inputs, targets, documents = batch
         hidden = self._model(params).hidden(inputs, documents)
-        return {"loss_sum": forward_loss(hidden, params["embed.weight"], targets), "tokens": mx.sum(targets >= 0)}
+        return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": mx.sum(targets >= 0)}
 
 
 class MlxDecoder:

@@ -1,6 +1,6 @@
-"""The decoder in MLX: embedding, pre-norm blocks, final norm, tied head.
+"""The decoder in MLX: embedding, pre-norm blocks, final norm, head.
 
-    x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T
+    x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T, or those of a head of its own
 
 `Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.model.params) into MLX modules. Building it moves
 no data, so a step builds it anew inside its trace and differentiates with respect to the dict.
@@ -55,10 +55,11 @@ class Model(nn.Module):
         self.embed = Embedding(params, "embed")
         self.layers = [_block(config, params, layer, attention, kernels, dtype) for layer in range(config.layers)]
         self.norm = RMSNorm(params, "norm", config.norm_eps)
+        self.head = self.embed if config.tied_head else Embedding(params, "head")
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits of the next token at every position of int tokens [B, T], float32 [B, T, V]."""
-        return self.embed.logits(self.hidden(tokens))
+        return self.head.logits(self.hidden(tokens))
 
     def hidden(self, tokens: mx.array, documents: mx.array | None = None) -> mx.array:
         """What the head reads, [B, T, D] in the compute dtype. documents: int32 [B, T], see Context; nothing crosses their borders."""
@@ -89,7 +90,7 @@ class Model(nn.Module):
         for block, layer_state in zip(self.layers, state["layers"], strict=True):
             x_BTD, layer_state, carried = block.step(x_BTD, context, layer_state, carried)
             layers.append(layer_state)
-        logits_BV = self.embed.logits(self.norm(x_BTD[:, -1:]))[:, 0]
+        logits_BV = self.head.logits(self.norm(x_BTD[:, -1:]))[:, 0]
         return logits_BV, {"position": position + T, "layers": layers}
 
 

@@ -23,21 +23,24 @@ Carried = dict[str, mx.array]  # what a layer leaves for later layers or for the
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; W is [out, in] and used in the dtype of the activations only."""
+    """y = x W^T, and a bias where there is one; both are used in the dtype of the activations only. W is [out, in]."""
 
     def __init__(self, params: Params, name: str):
         super().__init__()
         self.weight = params[f"{name}.weight"]
+        self.bias = params.get(f"{name}.bias")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T
+        y = x @ self.weight.astype(x.dtype).T
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
 def apply_together(linears: list[Linear], x: mx.array) -> list[mx.array]:
     """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
     weight = mx.concatenate([linear.weight for linear in linears]).astype(x.dtype)
     y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
-    return list(mx.split(y, bounds, axis=-1))
+    parts = mx.split(y, bounds, axis=-1)
+    return [part if linear.bias is None else part + linear.bias.astype(x.dtype) for linear, part in zip(linears, parts, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +56,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table [V, D]; the same table is the output head."""
+    """Rows of a table [V, D]; the same table, or another, is the output head."""
 
     def __init__(self, params: Params, name: str):
         super().__init__()

@@ -73,6 +73,12 @@ class ModelConfig(
                 "--rope-scaling is none.",
                 "Add --rope-scaling yarn and --rope-factor, or take --rope-original-len 0.",
             )
+        factors = {"rope_low_freq_factor": self.rope_low_freq_factor, "rope_high_freq_factor": self.rope_high_freq_factor}
+        for name, value in factors.items() if self.rope_scaling != "llama3" else ():
+            if value != options(Shape)[name].default:
+                raise ConfigError(
+                    f"{flag(name)} would do nothing.", f"--rope-scaling is {self.rope_scaling}.", "Take --rope-scaling llama3."
+                )
         if self.rope_scaling != "none" and not any(MIXERS[name].rope for name in self.mixer):
             raise ConfigError(
                 f"--rope-scaling {self.rope_scaling} would do nothing.",
@@ -98,13 +104,25 @@ class ModelConfig(
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}.", "It must be at least 1.", "Give a positive number.")
         check_extents(self)
-        if self.dim % self.heads:
+        if not self.head_size and self.dim % self.heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0 and self.dim // h % 2 == 0]
             closest = sorted(fits, key=lambda h: abs(h - self.heads))[:2]
             raise ConfigError(
                 f"--dim {self.dim} does not divide into --heads {self.heads}.",
                 "Every head gets the same number of features.",
                 f"Take --heads {' or '.join(map(str, sorted(closest)))}." if closest else "Take an even --dim.",
+            )
+        if self.head_size and (odd := [name for name in self.mixer if name in MIXERS and not MIXERS[name].head_size]):
+            raise ConfigError(
+                f"--head-size {self.head_size} does not go with {odd[0]}.",
+                "Only attention and block-sparse have heads of a size of their own.",
+                "Leave --head-size out: heads share --dim evenly.",
+            )
+        if self.rope_scaling == "llama3" and (low := self.rope_low_freq_factor) >= (high := self.rope_high_freq_factor):
+            raise ConfigError(
+                f"--rope-low-freq-factor {low:g} is not under --rope-high-freq-factor {high:g}.",
+                "Periods between the two are stretched in part.",
+                "Take 1 and 4, as Llama 3.1 does.",
             )
         if self.rope_scaling not in ROPE_SCALINGS:
             raise unknown("--rope-scaling", self.rope_scaling, ROPE_SCALINGS)

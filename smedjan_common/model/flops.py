@@ -3,7 +3,7 @@
     train FLOPs/token = 6 * active parameters + 3 * sum over layers of the mixer's own forward FLOPs/token
 
 A causal pair counts once; `full_square=True` counts the whole T x T square, as many papers do.
-The tied embedding counts once, as the output head; looking a row up costs nothing.
+The output head counts, tied or not; looking a row of the embedding up costs nothing.
 """
 
 import re
@@ -51,9 +51,10 @@ ANOTHER_CHIP = {"laptop", "mobile", "ti", "super", "d", "mig"}
 
 
 def active_params(config: ModelConfig) -> int:
-    """Parameters that one token meets: all of them unless a feed-forward routes."""
+    """Parameters that one token is multiplied with: all of them unless a feed-forward routes or the head is a matrix of its own."""
     shared = sum(spec.size for name, spec in parameter_table(config).items() if name.split(".")[2:3] != ["ffn"])  # layers.{i}.ffn.*
-    return shared + sum(FFNS[config.ffn_of(layer)].active(config) for layer in range(config.layers))
+    looked_up = 0 if config.tied_head else config.padded_vocab_size * config.dim
+    return shared - looked_up + sum(FFNS[config.ffn_of(layer)].active(config) for layer in range(config.layers))
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:

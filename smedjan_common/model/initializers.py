@@ -70,6 +70,7 @@ def _rwkv_channels(rng: np.random.Generator, shape: tuple[int, ...], scale: Scal
 INITIALIZERS: dict[str, Callable[[np.random.Generator, tuple[int, ...], Scale], np.ndarray]] = {
     "normal": _normal,
     "ones": _constant,
+    "zeros": _constant,
     "constant": _constant,
     "uniform": _uniform,
     "orthogonal": _orthogonal,

@@ -52,6 +52,11 @@ def weight(name: str, out: int, into: int, axes: tuple[str | None, str | None], 
     return ParamSpec(f"{name}.weight", (out, into), axes, "normal", std)
 
 
+def bias(name: str, out: int, axis: str | None) -> ParamSpec:
+    """The tensor `{name}.bias` [out] of a linear map: zeros, never decayed."""
+    return ParamSpec(f"{name}.bias", (out,), (axis,), "zeros", 0.0, decay=False)
+
+
 def residual_std(config: Shape) -> float:
     """Standard deviation of projections that write to the residual: init_std / sqrt(2 layers) (GPT-2, 2019)."""
     return config.init_std / (2 * config.layers) ** 0.5

@@ -1,6 +1,6 @@
 """The parameter table: the one place that knows names, shapes, initial values, decay and sharding axes.
 
-    embed.weight [V, D]                   (also the output head)          norm.weight [D]
+    embed.weight [V, D]                   (also the output head, unless the model has head.weight [V, D])      norm.weight [D]
     layers.{i}.mixer_norm.weight [D]      layers.{i}.ffn_norm.weight [D]
     layers.{i}.mixer.*                    layers.{i}.ffn.*                (rows of smedjan_common.model.mixers)
 
@@ -38,7 +38,14 @@ def parameter_table(config: Shape) -> dict[str, ParamSpec]:
         specs.append(norm_spec(f"{at}ffn_norm.weight", config.dim))
         specs += [spec._replace(name=f"{at}ffn.{spec.name}") for spec in FFNS[config.ffn_of(layer)].parameters(config, layer)]
     specs.append(norm_spec("norm.weight", config.dim))
+    if not config.tied_head:
+        specs.append(embed._replace(name=head_name(config)))
     return {spec.name: spec for spec in specs}
+
+
+def head_name(config: Shape) -> str:
+    """The tensor [V, D] that the logits are made with."""
+    return "embed.weight" if config.tied_head else "head.weight"
 
 
 def count_params(config: Shape) -> int:

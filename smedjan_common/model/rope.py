@@ -3,6 +3,9 @@
     theta_i = base^(-2i/K), i < K/2                     plain
     base' = base * s^(K/(K-2))                          NTK-aware
     theta' = theta (1 - ramp) + (theta / s) ramp        YaRN; cos and sin times m = 0.1 ln s + 1
+    theta' = theta / s                                  linear (position interpolation; Chen et al., 2023)
+    theta' = theta (1 - r) + (theta / s) r              llama3: r = 1 where a period is over L / low, 0 where it is under L / high, and
+                                                        between (high - L / period) / (high - low) (Llama 3.1, 2024)
 
 K: features that turn (a whole head; a part of it in `mla`), s: factor, L: original context. Half-split layout (Llama): feature i
 turns with feature i + K/2.
@@ -81,4 +84,15 @@ def _yarn(config: Shape, dim: int) -> np.ndarray:
     return theta * (1 - ramp) + theta / config.rope_factor * ramp
 
 
-_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn}
+def _linear(config: Shape, dim: int) -> np.ndarray:
+    return _plain(config, dim) / config.rope_factor
+
+
+def _llama3(config: Shape, dim: int) -> np.ndarray:
+    theta, low, high = _plain(config, dim), config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = original_length(config) * theta / (2 * math.pi)  # over the original context
+    ramp = np.clip((high - turns) / (high - low), 0, 1)
+    return theta * (1 - ramp) + theta / config.rope_factor * ramp
+
+
+_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn, "linear": _linear, "llama3": _llama3}

@@ -9,7 +9,7 @@ from smedjan_common.model.presets import VOCAB_MULTIPLE
 
 @dataclass(frozen=True)
 class Shape:
-    """A pre-norm decoder: embedding, `layers` blocks of (mixer, feed-forward), final norm, tied head."""
+    """A pre-norm decoder: embedding, `layers` blocks of (mixer, feed-forward), final norm, head (tied: the embedding)."""
 
     vocab_size: int
     dim: int
@@ -23,7 +23,7 @@ class Shape:
     norm_eps: float = option(1e-5, over=0, most=1, shape_free=True)
     # with a larger base or factor, periods of NTK-aware scaling overflow float32
     rope_base: float = option(10000.0, "Base of the rotary frequencies.", over=1, most=1e24, shape_free=True)
-    rope_scaling: Literal["none", "ntk", "yarn"] = option(
+    rope_scaling: Literal["none", "ntk", "yarn", "linear", "llama3"] = option(
         "none", "Stretch positions to extend the context of --pretrained.", shape_free=True
     )
     rope_factor: float = option(1.0, "How much --rope-scaling stretches.", most=1e6, shape_free=True)
@@ -33,12 +33,25 @@ class Shape:
         filled="that of --pretrained; else the context over the factor",
         shape_free=True,
     )
+    rope_low_freq_factor: float = option(
+        1.0, "llama3 scaling: periods over the original context divided by this are stretched whole.", over=0, most=1e6, shape_free=True
+    )
+    rope_high_freq_factor: float = option(
+        4.0, "llama3 scaling: periods under the original context divided by this stay.", over=0, most=1e6, shape_free=True
+    )
+    tied_head: bool = option(True, "The output head is the embedding; otherwise a matrix of its own.")
+    head_size: int = option(0, "Features of a head of attention and block-sparse.", least=0, filled="--dim over --heads")
     init_std: float = option(0.02, "Standard deviation of the initial weights.", shape_free=True, inert=True)
 
     @property
     def head_dim(self) -> int:
         """Features of one head, K."""
-        return self.dim // self.heads
+        return self.head_size or self.dim // self.heads
+
+    @property
+    def inner_dim(self) -> int:
+        """Features of all query heads together, H K: the width unless heads have a size of their own."""
+        return self.heads * self.head_dim
 
     @property
     def padded_vocab_size(self) -> int:

@@ -42,7 +42,8 @@ class MixerSpec(Generic[Options]):
     validate(config) raises ConfigError.
     training: its class of options of the training, which TrainConfig inherits.
     rope_dims(config) -> how many features of a head turn by position, for each tensor that does; None: no layer of it turns.
-    documents: can keep documents apart. linear: its cost per token does not grow with the length.
+    documents: can keep documents apart. linear: its cost per token does not grow with the length. head_size: its heads may have a size of
+    their own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class MixerSpec(Generic[Options]):
     rope_dims: Callable[[Options], tuple[int, ...]] | None = None
     documents: bool = True
     linear: bool = False
+    head_size: bool = False
 
     @property
     def rope(self) -> bool:

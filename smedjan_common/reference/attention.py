@@ -1,6 +1,7 @@
 """Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
 
-    q, k, v = x Wq^T, x Wk^T, x Wv^T;  qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions
+    q, k, v = x Wq^T, x Wk^T, x Wv^T, each with a bias where the model has one
+    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions
     p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
 Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
@@ -46,12 +47,17 @@ def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
     """Turned queries [B, T, H, K] and keys [B, T, Hk, K], and values, of positions from `start` on."""
 
     def heads(name: str, count: int) -> np.ndarray:
-        return (x_BxTxD @ params[f"{name}.weight"].T).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
+        return linear(params, name, x_BxTxD).reshape(*x_BxTxD.shape[:2], count, config.head_dim)
 
     query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
     if config.qk_norm:
         query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
     return rotate(query, config, start), rotate(key, config, start), heads("v_proj", config.kv_heads)
+
+
+def linear(params: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    """x W^T, and its bias where the model has one."""
+    return x @ params[f"{name}.weight"].T + params.get(f"{name}.bias", 0.0)
 
 
 def _attend(
@@ -69,4 +75,4 @@ def _attend(
     weight_BxHxTxS = np.exp(score_BxHxTxS - score_BxHxTxS.max(axis=-1, keepdims=True))
     weight_BxHxTxS /= weight_BxHxTxS.sum(axis=-1, keepdims=True)
     mixed_BxTxHxK = np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)
-    return mixed_BxTxHxK.reshape(*query_BxTxHxK.shape[:2], config.dim) @ params["o_proj.weight"].T
+    return linear(params, "o_proj", mixed_BxTxHxK.reshape(*query_BxTxHxK.shape[:2], config.inner_dim))

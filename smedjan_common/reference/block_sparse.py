@@ -14,7 +14,7 @@ Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.reference.attention import project
+from smedjan_common.reference.attention import linear, project
 
 Params = dict[str, np.ndarray]
 State = dict[str, np.ndarray]
@@ -75,4 +75,4 @@ def _attend(
     weight_BxHxTxS = np.exp(score_BxHxTxS - score_BxHxTxS.max(axis=-1, keepdims=True))
     weight_BxHxTxS /= weight_BxHxTxS.sum(axis=-1, keepdims=True)
     mixed_BxTxHxK = np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)
-    return mixed_BxTxHxK.reshape(batch, length, config.dim) @ params["o_proj.weight"].T
+    return linear(params, "o_proj", mixed_BxTxHxK.reshape(batch, length, config.inner_dim))

@@ -1,8 +1,8 @@
-"""The whole model: embedding, pre-norm blocks, final norm, tied head.
+"""The whole model: embedding, pre-norm blocks, final norm, head.
 
     x = embed[tokens]
     x = x + mixer(rms_norm(x)); x = x + ffn(rms_norm(x))        for every layer
-    logits = rms_norm(x) embed^T
+    logits = rms_norm(x) head^T                                  the head is the embedding, or a matrix of its own
 
 Mixers and feed-forwards come from the rows of smedjan_common.model.mixers, so a new row needs its file beside this one and nothing here.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.params import head_name
 from smedjan_common.reference import experts
 from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss
 from smedjan_common.reference.norm import rms_norm
@@ -25,7 +26,7 @@ Params = dict[str, np.ndarray]
 
 def forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> np.ndarray:
     """Logits [B, T, padded V], float64."""
-    return hidden(config, params, tokens_BxT, documents_BxT) @ as_float64(params["embed.weight"]).T
+    return hidden(config, params, tokens_BxT, documents_BxT) @ as_float64(params[head_name(config)]).T
 
 
 def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> np.ndarray:
@@ -76,7 +77,7 @@ def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarra
             x = x + mixed
             normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
             x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
-        logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) @ params["embed.weight"].T)
+        logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) @ params[head_name(config)].T)
     return np.stack(logits, axis=1)
 
 

@@ -137,8 +137,8 @@ def _combinations() -> dict[str, Case]:
     choices = [
         *plain,
         *itertools.product(patterns, [first], ["gqa"], ["none"], [""]),
-        *itertools.product(turned, [first], ["mha"], ROPE_SCALINGS[1:], [""]),
-        *itertools.product(turned[:1], [first], ["gqa"], ROPE_SCALINGS[1:], [""]),
+        *itertools.product(turned, [first], ["mha"], ["ntk", "yarn"], [""]),
+        *itertools.product(turned[:1], [first], ["gqa"], ROPE_SCALINGS[1:], [""]),  # all mixers read the same tables
         *(((name,), first, "mha", "none", variant) for name in MIXERS for variant in VARIANTS.get(name, {})),
         *((patterns[0], ffn, "mha", "none", variant) for ffn in others for variant in VARIANTS.get(ffn, {})),
     ]

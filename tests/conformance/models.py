@@ -26,7 +26,12 @@ SMALL: dict[str, Values] = {
 }
 
 VARIANTS: dict[str, dict[str, Values]] = {
-    "attention": {"qk-norm": {"qk_norm": True, "kv_heads": 2}, "window": {"window": 5}},
+    "attention": {
+        "qk-norm": {"qk_norm": True, "kv_heads": 2},
+        "window": {"window": 5},
+        # heads of a size of their own, every bias, another head: 12 is no power of two
+        "untied-biases-heads-of-12": {"tied_head": False, "qkv_bias": True, "o_bias": True, "head_size": 12, "kv_heads": 2},
+    },
     "linear": {
         "no-decay": {"linear_decay": "none"},
         "fixed-decay": {"linear_decay": "fixed"},

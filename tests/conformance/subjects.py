@@ -90,7 +90,7 @@ def _forward(name: str, model: ModelConfig, dtype: str, attention: str, chunk_si
 
     def forward(params: Params, tokens: Any, documents: Any) -> Any:
         built = model_class(model, params, dtype, attention, chunk_size=chunk_size)
-        return built.embed.logits(built.hidden(tokens, documents))
+        return built.head.logits(built.hidden(tokens, documents))
 
     return framework(name).compile(forward)
 

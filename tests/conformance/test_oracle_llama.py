@@ -36,18 +36,18 @@ TRANSFORMERS_NAMES = {
 def oracle_name(name: str) -> str:
     for ours, theirs in TRANSFORMERS_NAMES.items():
         name = name.replace(ours, theirs)
-    return f"model.{name}"
+    return "lm_head.weight" if name == "head.weight" else f"model.{name}"
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
     """Our scaling in transformers' words. It has no static NTK-aware form: that is a change of the base, worked out by hand here."""
-    if model.rope_scaling == "yarn":
-        return {
-            "rope_type": "yarn",
-            "rope_theta": model.rope_base,
-            "factor": model.rope_factor,
-            "original_max_position_embeddings": model.rope_original_len,
-        }
+    stretched = {"rope_type": model.rope_scaling, "rope_theta": model.rope_base, "factor": model.rope_factor}
+    if model.rope_scaling == "linear":
+        return stretched
+    if model.rope_scaling in ("yarn", "llama3"):
+        stretched["original_max_position_embeddings"] = model.rope_original_len
+        factors = {"low_freq_factor": model.rope_low_freq_factor, "high_freq_factor": model.rope_high_freq_factor}
+        return stretched | (factors if model.rope_scaling == "llama3" else {})
     stretch = model.rope_factor ** (model.head_dim / (model.head_dim - 2)) if model.rope_scaling == "ntk" else 1.0
     return {"rope_type": "default", "rope_theta": model.rope_base * stretch}
 
@@ -63,8 +63,9 @@ def oracle_config(model: ModelConfig) -> Any:
         max_position_embeddings=model.context_length,
         rms_norm_eps=model.norm_eps,
         rope_parameters=rope_parameters(model),
-        tie_word_embeddings=True,
-        attention_bias=False,
+        head_dim=model.head_dim,
+        tie_word_embeddings=model.tied_head,
+        attention_bias=model.qkv_bias,
         mlp_bias=False,
         hidden_act="silu",
         attn_implementation="eager",
@@ -76,7 +77,7 @@ def llama(model: ModelConfig, params: dict[str, np.ndarray], dtype: Any = None) 
     weights = {oracle_name(name): torch.tensor(value, dtype=dtype or torch.float32) for name, value in params.items()}
     missing, unexpected = oracle.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing  # tied
+    assert set(missing) <= ({"lm_head.weight"} if model.tied_head else set()), missing
     return oracle
 
 
@@ -90,8 +91,8 @@ def llama_cases() -> list[Case]:
     for heads in HEADS:
         for scaling in ROPE_SCALINGS:
             model = model_config(("attention",), "swiglu", heads, scaling)
-            cases.append(next(case for case in CASES.values() if case.model == model))
-    return cases
+            cases += [case for case in CASES.values() if case.model == model]
+    return [*cases, CASES["attention-swiglu-mha-untied-biases-heads-of-12"]]
 
 
 CASES_HERE = [pytest.param(case, id=case.id) for case in llama_cases()]
@@ -180,8 +181,8 @@ def test_rope_frequencies_equal_transformers(scaling: str, head_dim: int, base: 
         config = oracle_config(dataclasses.replace(model, rope_scaling="none", rope_factor=1.0, context_length=original))
         config.rope_parameters = {"rope_type": "dynamic", "rope_theta": base, "factor": 1.0, "original_max_position_embeddings": original}
         expected, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=int(original * factor))
-    elif scaling == "yarn":
-        expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](oracle_config(model), "cpu")
+    elif scaling != "none":
+        expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling](oracle_config(model), "cpu")
     else:
         expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(oracle_config(model)).inv_freq
         attention_factor = 1.0

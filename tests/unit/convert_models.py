@@ -21,6 +21,8 @@ TEXT = (
     "Smedjan är varm, and it's late: 3 horseshoes, 14 nails, 1592 rivets… naïve café 中文 🔥\n"
 )
 YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 32}
+LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0}
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_len": 32}
 NTK = {"rope_scaling": "ntk", "rope_factor": 4.0}
 PROMPT = "The smith "
 

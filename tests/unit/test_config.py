@@ -40,6 +40,18 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     *[({"rope_scaling": "yarn", "rope_factor": value}, f"--rope-factor is {value}", "default") for value in (math.nan, math.inf, 1e300)],
     ({"rope_scaling": "yarn", "rope_factor": -4.0}, "--rope-factor -4 does not extend", "--rope-factor 4"),
     ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": -1}, "--rope-original-len is -1", "default"),
+    ({"rope_low_freq_factor": 2.0}, "--rope-low-freq-factor would do nothing", "llama3"),
+    ({"rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_freq_factor": 4.0}, "--rope-low-freq-factor 4 is not under", "1 and 4"),
+    ({"head_size": 15}, "15 features, an odd number", "--head-size even"),
+    ({"head_size": -2}, "--head-size is -2", "default"),
+    *[
+        (
+            {"head_size": 32, "kv_heads": 4, "mixer": ("attention", mixer), "ssm_head_dim": 32},
+            f"does not go with {mixer}",
+            "--head-size out",
+        )
+        for mixer in ("mla", "linear", "ssm", "rwkv", "gated-deltanet")
+    ],
     ({"rope_original_len": 16}, "--rope-original-len 16 would do nothing", "--rope-scaling yarn"),
     *[
         ({"rope_scaling": "yarn", "rope_factor": 4.0, "kv_heads": 4, "mixer": mixer, "ssm_head_dim": 32}, "yarn would do nothing", "none")

@@ -20,7 +20,21 @@ from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model import rope
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.patterns import PATTERNS
-from tests.unit.convert_models import NTK, PROMPT, TEXT, YARN, convert, greedy, logits, model_config, neutral, parameters, tokenizer
+from tests.unit.convert_models import (
+    LINEAR,
+    LLAMA3,
+    NTK,
+    PROMPT,
+    TEXT,
+    YARN,
+    convert,
+    greedy,
+    logits,
+    model_config,
+    neutral,
+    parameters,
+    tokenizer,
+)
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
 ROOT = Path(__file__).parents[2]
@@ -290,11 +304,13 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
         ("gpt2", NTK, "float32", 1e-5),
         ("cl100k-digits1", YARN, "float32", 1e-5),
         ("cl100k", YARN | {"kv_heads": 4}, "float32", 1e-5),
+        ("cl100k", LINEAR, "float32", 1e-5),
+        ("cl100k", LLAMA3, "float32", 1e-5),
         ("cl100k", {}, "bfloat16", 3e-2),
         ("cl100k", {}, "float16", 3e-3),
         ("cl100k", {}, "q8_0", 3e-2),
     ],
-    ids=["none", "ntk", "yarn", "mha", "bfloat16", "float16", "q8_0"],
+    ids=["none", "ntk", "yarn", "mha", "linear", "llama3", "bfloat16", "float16", "q8_0"],
 )
 def test_llama_cpp_gives_the_same_ids_probabilities_and_greedy_text(
     tmp_path: Path, pattern: str, changes: dict, dtype: str, tolerance: float

@@ -44,6 +44,12 @@ def test_every_parameter_of_a_dense_model_is_active():
     assert active_params(MEDIUM) == count_params(MEDIUM)
 
 
+def test_a_head_of_its_own_costs_what_a_tied_one_does():
+    untied = dataclasses.replace(MEDIUM, tied_head=False)
+    assert count_params(untied) == count_params(MEDIUM) + 8192 * 512
+    assert train_flops_per_token(untied, 1024) == train_flops_per_token(MEDIUM, 1024)
+
+
 def test_experts_count_as_far_as_a_token_meets_them():
     model = ModelConfig.preset("medium", vocab_size=8192, ffn=("swiglu", "experts"), experts=8)
     table = parameter_table(model)

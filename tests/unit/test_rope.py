@@ -31,6 +31,22 @@ def test_ntk_keeps_the_fastest_pair_and_stretches_the_slowest_by_the_whole_facto
     assert np.all(np.diff(plain / stretched) > 0)
 
 
+def test_linear_stretches_every_period_alike():
+    assert frequencies(config(scaling="linear", factor=4.0)) == pytest.approx(frequencies(config()) / 4, rel=1e-15)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_keeps_short_periods_stretches_long_ones_and_blends_between(factor: float):
+    """Llama 3.1 and 3.2: the bounds are the original context over 4 and over 1; between them the share falls with 1 / period."""
+    model = config(128, scaling="llama3", factor=factor, base=5e5, original=8192)
+    plain, stretched = frequencies(config(128, base=5e5)), frequencies(model)
+    period = 2 * math.pi / plain
+    assert {"short", "between", "long"} == {"short" if p < 2048 else "long" if p > 8192 else "between" for p in period}
+    for before, after, length in zip(plain, stretched, period, strict=True):
+        kept = min(max((8192 / length - 1) / 3, 0), 1)
+        assert after == pytest.approx(kept * before + (1 - kept) * before / factor, rel=1e-12)
+
+
 @pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
 def test_yarn_blends_by_how_often_a_pair_turns_in_the_original_context(factor: float):
     """Pairs that turn over 32 times keep their frequency, those under once are interpolated; between them a linear ramp over the index."""

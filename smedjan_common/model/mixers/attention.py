@@ -6,7 +6,7 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.model.activations import Activations, Course, Measured, scores
 from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
-from smedjan_common.model.parameter import ParamSpec, head_norm, residual_std, weight
+from smedjan_common.model.parameter import ParamSpec, bias, head_norm, residual_std, weight
 from smedjan_common.model.shape import Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
@@ -21,18 +21,23 @@ class Options(HeadNorm):
 def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
     kv = config.kv_heads * config.head_dim
     norms = [head_norm(f"{name}_norm", config.head_dim) for name in ("q", "k")] if config.qk_norm else []
+    qkv = [bias(f"{n}_proj", *of) for n, of in (("q", (config.inner_dim, "heads")), ("k", (kv, "kv_heads")), ("v", (kv, "kv_heads")))]
     return [
-        weight("q_proj", config.dim, config.dim, ("heads", "embed"), config.init_std),
+        weight("q_proj", config.inner_dim, config.dim, ("heads", "embed"), config.init_std),
         weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
         weight("v_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
-        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+        weight("o_proj", config.dim, config.inner_dim, ("embed", "heads"), residual_std(config)),
+        *(qkv if config.qkv_bias else []),
+        *([bias("o_proj", config.dim, "embed")] if config.o_bias else []),
         *norms,
     ]
 
 
 def _flops(config: Options, seq_len: int) -> int:
     window = min(config.window or seq_len, seq_len)
-    return round(4 * config.dim * window * (1 - window / (2 * seq_len)))  # q k^T and p v, 2 dim each a pair; without a window T / 2 pairs
+    return round(
+        4 * config.inner_dim * window * (1 - window / (2 * seq_len))
+    )  # q k^T and p v, 2 H K each a pair; without a window T / 2 pairs
 
 
 def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
@@ -45,7 +50,9 @@ def validate(config: Shape) -> None:
     check_kv_heads(config, "Every key/value head serves the same number of query heads.")
     if config.head_dim % 2:
         raise ConfigError(
-            f"A head has {config.head_dim} features, an odd number.", "RoPE turns pairs of features.", "Choose --dim / --heads even."
+            f"A head has {config.head_dim} features, an odd number.",
+            "RoPE turns pairs of features.",
+            "Choose --head-size even." if config.head_size else "Choose --dim / --heads even.",
         )
 
 
@@ -59,12 +66,12 @@ MEASURED: Measured = {
 
 def projected(config: Shape) -> int:
     """Values of a token that its projections give: queries, keys, values and the output."""
-    return 2 * config.dim + 2 * config.kv_heads * config.head_dim
+    return config.inner_dim + config.dim + 2 * config.kv_heads * config.head_dim
 
 
 def activations(config: HeadNorm, course: Course) -> Activations:
     """Its projections, and the scores where they are held."""
-    norms = round(1.5 * (config.dim + config.kv_heads * config.head_dim)) if config.qk_norm else 0
+    norms = round(1.5 * (config.inner_dim + config.kv_heads * config.head_dim)) if config.qk_norm else 0
     return MEASURED[course.platform].times(projected(config) + norms).with_(scores(course, config.heads, config.head_dim))
 
 
@@ -81,4 +88,5 @@ ROW = MixerSpec(
     validate,
     rope_dims=lambda config: (config.head_dim,),
     training=Softmax,
+    head_size=True,
 )

@@ -24,7 +24,7 @@ def _flops(config: Options, seq_len: int) -> int:
     most = min(config.block_topk - 1, blocks)  # block j sees min(block_topk - 1, j) of the earlier ones; summed over j
     others = (most * (most - 1) // 2 + (blocks - most) * most) / blocks
     pairs = min(block, seq_len) / 2 + others * block
-    return round(4 * config.dim * pairs + 2 * config.kv_heads * config.head_dim * (blocks - 1) / 2)
+    return round(4 * config.inner_dim * pairs + 2 * config.kv_heads * config.head_dim * (blocks - 1) / 2)
 
 
 def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
@@ -61,7 +61,7 @@ def _activations(config: Options, course: Course) -> Activations:
         return attention.activations(config, course)
     kv = config.kv_heads * config.head_dim
     seen = min(config.block_topk, -(-course.seq_len // config.block_size))
-    gathered = seen * (3.4 * config.dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
+    gathered = seen * (3.4 * config.inner_dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
     return attention.MEASURED[course.platform].times(attention.projected(config)).with_(MEASURED[course.platform].times(gathered))
 
 
@@ -78,5 +78,6 @@ ROW = MixerSpec(
     _validate,
     rope_dims=lambda config: (config.head_dim,),
     training=Softmax,
+    head_size=True,
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them
 )

@@ -13,6 +13,8 @@ class HeadNorm(Shape):
     """Of a model."""
 
     qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
+    qkv_bias: bool = option(False, "biases of the query, key and value projections (Qwen2).")
+    o_bias: bool = option(False, "a bias of the output projection.")
 
 
 @dataclass(frozen=True)
