@@ -1,13 +1,13 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
 A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
-keyed by the names of the parameter table. Nothing but `read`, `save`, `block` and `Decoder.feed` waits for the device.
+keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits`, `block` and `Decoder.feed` waits for the device.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ Metrics = dict[str, Any]  # name -> scalar or array, perhaps still being compute
 
 LESS_TO_TRAIN = "Lower --batch-size, raise --grad-accum, or add --gradient-checkpointing full."
 LESS_TO_DECODE = "Take fewer tokens: a shorter prompt, or a lower --max-tokens (--sample-tokens in training)."
+LESS_TO_SCORE = "Take fewer tokens at once: a lower --batch-tokens, or a shorter --context."
 
 
 def out_of_memory(text: str, fix: str) -> OutOfMemoryError:
@@ -59,6 +60,20 @@ class Snapshot:
     step: int
     params: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+
+
+class Scores(NamedTuple):
+    """What a model gives to the tokens of a text, on the host: NumPy arrays of the shape of the targets.
+
+    logprobs: float32, nats. greedy: bool, whether the target is the most probable token (among equals the one of the smallest id).
+    top_ids int32, top_logprobs float32 [..., top]: the most probable tokens, falling, equals by rising id. Of an IGNORED target: 0,
+    False, 0, 0.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
 
 
 class Decoder(Protocol):
@@ -141,6 +156,21 @@ class Backend(Protocol):
 
     def save(self, state: State) -> Snapshot:
         """Wait for the state and bring it to the host."""
+        ...
+
+    def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Host or device parameters on the device: who scores or decodes more than once sends them there once."""
+        ...
+
+    def score(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
+    ) -> Scores:
+        """Log-probabilities of the targets [B, T], or of several each [B, T, K], over the model's own `vocab_size` tokens: the rows that
+        pad the head take no part. Logits are made where a target counts, in pieces. `params` as for `decoder`."""
+        ...
+
+    def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
+        """Logits of the next token at every position, float32 [B, T, vocab_size]."""
         ...
 
     def decoder(self, params: dict[str, Any], max_len: int) -> Decoder:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_TRAIN, Device, Metrics, Snapshot, State, out_of_memory
+from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_SCORE, LESS_TO_TRAIN, Device, Metrics, Scores, Snapshot, State, out_of_memory
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
@@ -33,6 +34,7 @@ from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
 from smedjan_jax.precision import exact_float32
+from smedjan_jax.scores import logits, scores
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
 
@@ -58,6 +60,9 @@ class JaxBackend:
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
+        self._hidden = jax.jit(lambda params, inputs, documents: self._model(params).hidden(inputs, documents))
+        self._scores = jax.jit(scores, static_argnames=("vocab", "top"))
+        self._logits = jax.jit(logits, static_argnames="vocab")
         if self.mesh.size == 1:
             self._spread = None
             self._train_step = jax.jit(self._step, donate_argnums=0)
@@ -114,6 +119,27 @@ class JaxBackend:
 
     def params_of(self, state: State) -> dict[str, Any]:
         return state["params"]
+
+    def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        return _guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)
+
+    def score(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
+    ) -> Scores:
+        hidden, vocab = _guarded(self._hidden, params, inputs, documents, fix=LESS_TO_SCORE), self.model.vocab_size
+
+        def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+            return jax.device_get(self._scores(hidden, params["embed.weight"], places, chosen, vocab=vocab, top=top))
+
+        return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
+
+    def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
+        hidden, vocab = _guarded(self._hidden, params, inputs, None, fix=LESS_TO_SCORE), self.model.vocab_size
+
+        def piece(places: np.ndarray) -> np.ndarray:
+            return np.asarray(self._logits(hidden, params["embed.weight"], places, vocab=vocab))
+
+        return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
     def decoder(self, params: dict[str, Any], max_len: int) -> "JaxDecoder":
         return JaxDecoder(self.model, params, self.train.dtype, max_len)

@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_TRAIN, Device, Metrics, Snapshot, State, out_of_memory
+from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_SCORE, LESS_TO_TRAIN, Device, Metrics, Scores, Snapshot, State, out_of_memory
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.generate import power_of_two_chunks
+from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import head_name, require_tree
@@ -26,6 +27,7 @@ from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
 from smedjan_mlx.precision import exact_float32
+from smedjan_mlx.scores import logits, scores
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
 
@@ -49,6 +51,7 @@ class MlxBackend:
         self._part = compiled(mx.value_and_grad(self._loss))
         self._finish = compiled(self._apply)
         self._eval_step = compiled(self._evaluate)
+        self._hidden = compiled(lambda params, inputs, documents: self._model(params).hidden(inputs, documents))
 
     def describe(self) -> Device:
         info = mx.device_info()
@@ -99,6 +102,29 @@ class MlxBackend:
 
     def params_of(self, state: State) -> dict[str, Any]:
         return state["params"]
+
+    def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}
+
+    def score(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
+    ) -> Scores:
+        params, vocab = self.place(params), self.model.vocab_size
+        hidden = _guarded(self._hidden, params, *_on_device(inputs, documents), fix=LESS_TO_SCORE)
+
+        def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+            return tuple(map(np.array, scores(hidden, params["embed.weight"], *_on_device(places, chosen), vocab, top)))
+
+        return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
+
+    def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
+        params, vocab = self.place(params), self.model.vocab_size
+        hidden = _guarded(self._hidden, params, *_on_device(inputs, None), fix=LESS_TO_SCORE)
+
+        def piece(places: np.ndarray) -> np.ndarray:
+            return np.array(logits(hidden, params["embed.weight"], mx.array(places), vocab))
+
+        return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
     def decoder(self, params: dict[str, Any], max_len: int) -> "MlxDecoder":
         return MlxDecoder(self.model, params, self.train.dtype, max_len)

@@ -39,6 +39,12 @@ ONCE = {  # what no mixer changes, or what costs most, is checked with attention
     "test_a_run_handed_over_and_back_is_the_same_run",
     "test_restoring_a_snapshot_continues_bit_for_bit",
     "test_grad_norm_is_the_norm_before_clipping",
+    "test_pieces_and_parameters_on_the_device_change_nothing",
+    "test_several_targets_of_a_position_are_scored_at_once",
+    "test_equal_logits_go_to_the_smaller_id_and_padding_rows_are_no_tokens",
+    "test_logits_equal_the_reference_over_the_models_own_tokens",
+    "test_scores_of_both_backends_are_equal",
+    "test_a_full_device_is_told_with_what_scoring_can_lower",
 }
 ONE_OF_SEVERAL = {"cut": "in chunks", "kept": "full", "position": 8, "length": 48}  # parameters of checks that other mixers take once
 VARIANTS = ("attention-swiglu-gqa", "attention-swiglu-gqa-yarn", "attention-swiglu-mha-window")

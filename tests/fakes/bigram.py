@@ -12,6 +12,7 @@ import numpy as np
 
 from smedjan_common.backend import Device, Snapshot
 from smedjan_common.errors import OutOfMemoryError
+from smedjan_common.inference.pieces import scores_in_pieces
 
 
 class BigramBackend:
@@ -73,6 +74,24 @@ class BigramBackend:
 
     def params_of(self, state):
         return state["params"]
+
+    def place(self, params):
+        return params
+
+    def score(self, params, inputs, targets, documents=None, top=0):
+        logits = self.logits(params, inputs).reshape(-1, self.model.vocab_size)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+        def piece(places, chosen):
+            its = logprobs[places]
+            ids = np.argsort(-its, axis=-1, kind="stable")[:, :top]
+            return its[range(len(its)), chosen], its.argmax(-1) == chosen, ids, np.take_along_axis(its, ids, axis=-1)
+
+        return scores_in_pieces(targets, self.model.vocab_size, top, piece)
+
+    def logits(self, params, inputs):
+        embed = params["embed.weight"] * np.float32(np.nan if "nan_logits" in self.faults else 1)
+        return (embed[inputs] @ embed.T)[..., : self.model.vocab_size]
 
     def decoder(self, params, max_len):
         embed = params["embed.weight"] * (np.nan if "nan_logits" in self.faults else 1)
