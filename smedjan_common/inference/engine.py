@@ -1,0 +1,244 @@
+"""Continuous batching: many requests share one decoder, each in a row of its own, and come and go while others go on.
+
+One `step` is: cancels -> admit the oldest into free rows -> one chunk of the prompt of the oldest that is not filled yet -> one decode
+step of all that are -> choose tokens -> give out text. A long prompt so delays the others by one chunk a step. A row's logits do not
+depend on the other rows, prompts are cut at the same places whoever else is there, and each request draws with a seed of its own: a text
+does not depend on its company.
+
+A prompt that begins as an earlier text did is not computed again. A decoder that can rewind keeps the state in the freed row and goes
+back to the common beginning; of others, states are kept after the prompt and after the answer (smedjan_common.inference.prefixes).
+
+Everything here happens in the thread that calls it; smedjan_common.inference.service is a thread around it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from smedjan_common.inference.prefixes import Prefixes, common
+from smedjan_common.inference.request import Piece, Request
+from smedjan_common.inference.stats import Stats
+from smedjan_common.inference.ticket import Scored, Ticket
+
+CHUNK = 256  # tokens of a prompt that are fed at once
+
+# (ids, k) -> of each token its log-probability given those before it (None for the first) and the k most probable there
+Score = Callable[[Sequence[int], int], Scored]
+
+
+@dataclass
+class Row:
+    """A row of the decoder. ids: what it consumed."""
+
+    number: int
+    ids: list[int] = field(default_factory=list)
+    ticket: Ticket | None = None
+    used: int = 0  # when: larger is later
+
+
+class Engine:
+    """Answers requests with one decoder and the tokenizer of its model.
+
+    reuse: begin from the state of an earlier text where that is the beginning of a prompt. keep_bytes: the most that kept states may take.
+    score: gives the log-probabilities of a prompt, for requests that echo theirs.
+    """
+
+    def __init__(
+        self, decoder: Any, tokenizer: Any, *, reuse: bool = True, keep_bytes: int = 0, chunk: int = CHUNK, score: Score | None = None
+    ):
+        self.decoder, self.tokenizer, self.stats = decoder, tokenizer, Stats()
+        self.vocab_size = tokenizer.vocab_size
+        self._reuse, self._chunk, self._score = reuse, chunk, score
+        self._rows = [Row(number) for number in range(decoder.rows)]
+        self._waiting: deque[Ticket] = deque()
+        self._prefixes = Prefixes(keep_bytes if reuse else 0)
+        self._number = 0
+
+    @property
+    def rows(self) -> int:
+        """How many requests are answered at once."""
+        return len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return sum(row.ticket is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unanswered."""
+        return bool(self._waiting) or self.running > 0
+
+    def submit(self, request: Request) -> Ticket:
+        """Take a request. Raises ConfigError for one that cannot be answered."""
+        request.validate(self.vocab_size)
+        self._number += 1
+        ticket = Ticket(request, self.tokenizer, self._number)
+        self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request with the next step; one that ended already stays as it is."""
+        ticket.cancelled = True
+
+    def step(self) -> list[tuple[Ticket, Piece]]:
+        """Go on by one step; gives what is new of each request. What the decoder raises is raised: then no request can go on."""
+        live = [row.ticket for row in self._rows if row.ticket] + list(self._waiting)
+        for ticket in live:
+            if ticket.cancelled:
+                ticket.reason = "cancelled"
+        self._release()
+        self._admit()
+        decoding = [(row, row.ticket) for row in self._rows if row.ticket and row.ticket.filled and not row.ticket.reason]
+        self._prefill()
+        self._decode(decoding)
+        pieces = [(ticket, piece) for ticket in live if (piece := self._piece(ticket))]
+        self._release()
+        return pieces
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
+        """Answer these requests side by side: (number of the request, its next piece) as they come. Closing it cancels them."""
+        numbers = {ticket: number for number, ticket in enumerate([self.submit(request) for request in requests])}
+        try:
+            while any(ticket.reason is None for ticket in numbers):
+                for ticket, piece in self.step():
+                    yield numbers[ticket], piece
+        except GeneratorExit:
+            for ticket in numbers:
+                self.cancel(ticket)
+            self.step()
+            raise
+
+    def close(self) -> None:
+        """Let go of the decoder and of everything that was kept. No request is answered any more."""
+        self._waiting.clear()
+        self._rows, self.decoder, self._prefixes = [], None, Prefixes(0)
+
+    def _piece(self, ticket: Ticket) -> Piece | None:
+        """What is new of a request, and how long it took."""
+        piece = ticket.piece()
+        now, new = time.monotonic(), ticket.generated - ticket.counted
+        if new and not ticket.counted:
+            self.stats.first_token_seconds.add(now - ticket.arrived)
+        elif new:
+            self.stats.token_seconds.add((now - ticket.last_time) / new, new)
+        if new:
+            self.stats.generation_tokens += new
+            ticket.counted, ticket.last_time = ticket.generated, now
+        if ticket.reason:
+            self.stats.finished[ticket.reason] += 1
+            self.stats.request_seconds.add(now - ticket.arrived)
+        return piece
+
+    def _release(self) -> None:
+        """Rows of requests that ended are free, and what their texts came to is kept."""
+        self._waiting = deque(ticket for ticket in self._waiting if ticket.reason is None)
+        for row in self._rows:
+            if row.ticket and row.ticket.reason:
+                if self._reuse and not self.decoder.can_rewind and row.ids and row.ticket.filled:
+                    self._prefixes.keep(row.ids, self.decoder.save(row.number))
+                self._number += 1
+                row.ticket, row.used = None, self._number
+
+    def _admit(self) -> None:
+        """The oldest requests get the free rows, each the one whose text has most in common with its prompt, or the one unused longest."""
+        while self._waiting and (free := [row for row in self._rows if row.ticket is None]):
+            ticket = self._waiting.popleft()
+            row = max(free, key=lambda row: (self._common(row, ticket), -row.used))
+            row.ticket = ticket
+            self.stats.queue_seconds.add(time.monotonic() - ticket.arrived)
+            self._guarded(ticket, self._begin, ticket)
+
+    def _begin(self, ticket: Ticket) -> None:
+        if ticket.request.echo:
+            scored = None
+            if ticket.needs_prompt_scores:
+                assert self._score is not None, "the engine was made without scores"
+                scored = self._score(ticket.request.prompt, ticket.request.logprobs or 0)
+            ticket.echo(scored)
+        if ticket.request.max_tokens == 0:
+            ticket.reason = "length"
+
+    def _prefill(self) -> None:
+        """Feed the next chunk of the oldest prompt, and those of further ones while all are no longer than a chunk."""
+        unfilled = [
+            (row.ticket.number, row.ticket, row) for row in self._rows if row.ticket and not row.ticket.reason and not row.ticket.filled
+        ]
+        room = self._chunk
+        for _, ticket, row in sorted(unfilled, key=lambda each: each[0]):
+            logits = None if ticket.begun else self._resume(row, ticket)
+            chunk = ticket.ids[ticket.fed : ticket.fed + self._chunk]  # cut where it would be cut alone
+            if len(chunk) > room:
+                return
+            room -= len(chunk)
+            if chunk:
+                logits = self.decoder.feed(chunk, row.number)
+                row.ids += chunk
+                ticket.fed += len(chunk)
+            if ticket.filled:
+                self._filled(row, ticket, logits)
+
+    def _resume(self, row: Row, ticket: Ticket) -> np.ndarray | None:
+        """Bring the row to the state of the longest beginning of the prompt that is known; its logits if that is the whole prompt."""
+        shared, kept = self._common(row, ticket), self._prefixes.longest(ticket.request.prompt)
+        if kept and kept.length > shared:
+            self.decoder.load(row.number, kept.state)
+            shared = kept.length
+        elif shared:
+            self.decoder.rewind(row.number, shared)
+        else:
+            self.decoder.reset(row.number)
+        row.ids = ticket.ids[:shared]
+        ticket.begun, ticket.fed, ticket.cached = True, shared, shared
+        self.stats.prompt_tokens += ticket.prompt_length
+        self.stats.cached_tokens += shared
+        return kept.logits if kept and kept.length == ticket.prompt_length else None
+
+    def _common(self, row: Row, ticket: Ticket) -> int:
+        """How many tokens of the prompt the row need not be fed; the last one always is, since its logits are wanted."""
+        if not self._reuse or not self.decoder.can_rewind or len(row.ids) > self.decoder.max_len:
+            return 0
+        return min(common(row.ids, ticket.ids), ticket.prompt_length - 1)
+
+    def _filled(self, row: Row, ticket: Ticket, logits: np.ndarray | None) -> None:
+        """The prompt was consumed: its state is kept where it may be of use again, and the first token is chosen."""
+        assert logits is not None
+        wanted = not self.decoder.can_rewind or any(other.request.prompt == ticket.request.prompt for other in self._to_begin())
+        if self._prefixes.limit and wanted and ticket.cached < ticket.prompt_length:
+            self._prefixes.keep(row.ids, self.decoder.save(row.number), logits)
+        self._guarded(ticket, self._draw, ticket, logits)
+
+    def _to_begin(self) -> Iterator[Ticket]:
+        yield from (row.ticket for row in self._rows if row.ticket and not row.ticket.begun)
+        yield from self._waiting
+
+    def _decode(self, rows: list[tuple[Row, Ticket]]) -> None:
+        """One step of the rows whose requests have chosen a token to go on from."""
+        if not rows:
+            return
+        tokens, active = np.zeros(self.rows, np.int32), np.zeros(self.rows, bool)
+        for row, ticket in rows:
+            tokens[row.number], active[row.number] = ticket.ids[-1], True
+        logits = self.decoder.step(tokens, active)
+        for row, ticket in rows:
+            row.ids.append(ticket.ids[-1])
+            self._guarded(ticket, self._draw, ticket, logits[row.number])
+
+    def _draw(self, ticket: Ticket, logits: np.ndarray) -> None:
+        ticket.draw(logits[: self.vocab_size])
+
+    def _guarded(self, ticket: Ticket, function: Callable, *args: Any) -> None:
+        """Do it; what it raises ends this request alone."""
+        try:
+            function(*args)
+        except Exception as error:
+            ticket.fail(error)

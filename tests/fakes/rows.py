@@ -1,0 +1,85 @@
+"""A decoder of several rows without a framework. Its logits depend on every token so far and on their order, so a state that is wrong by
+one token gives another text. It records what it was asked; faults can be asked for.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PRIME = 1_000_003
+
+
+@dataclass(frozen=True)
+class Saved:
+    states: tuple[int, ...]
+
+    @property
+    def nbytes(self):
+        return 100
+
+    @property
+    def position(self):
+        return len(self.states) - 1
+
+
+class FakeDecoder:
+    """`states[row]`: the state after each token so far. script: the ids of a text, prompt first, that it wants to write."""
+
+    def __init__(self, vocab_size, rows=1, max_len=1 << 30, rewinds=True, script=None):
+        self.vocab_size, self.rows, self.max_len, self.can_rewind, self.script = vocab_size, rows, max_len, rewinds, script
+        self.states = [[7] for _ in range(rows)]
+        self.events, self.broken = [], set()  # tokens whose logits are not finite
+
+    def position(self, row=0):
+        return len(self.states[row]) - 1
+
+    def feed(self, ids, row=0):
+        assert len(ids), "nothing was fed"
+        self.events.append(("feed", row, len(ids)))
+        for token in ids:
+            self._consume(row, token)
+        return self._logits(row, ids[-1])
+
+    def step(self, tokens, active):
+        assert tokens.shape == active.shape == (self.rows,)
+        self.events.append(("step", int(active.sum())))
+        logits = np.zeros((self.rows, self.vocab_size + 5), np.float32)
+        for row in np.flatnonzero(active):
+            self._consume(row, int(tokens[row]))
+            logits[row] = self._logits(row, int(tokens[row]))
+        return logits
+
+    def reset(self, row=None):
+        for each in range(self.rows) if row is None else [row]:
+            self.states[each] = [7]
+
+    def rewind(self, row, position):
+        assert self.can_rewind
+        assert position <= self.position(row)
+        self.events.append(("rewind", row, position))
+        del self.states[row][position + 1 :]
+
+    def save(self, row):
+        self.events.append(("save", row, self.position(row)))
+        return Saved(tuple(self.states[row]))
+
+    def load(self, row, saved):
+        self.events.append(("load", row, saved.position))
+        self.states[row] = list(saved.states)
+
+    def count(self, name):
+        return sum(event[0] == name for event in self.events)
+
+    def _consume(self, row, token):
+        self.states[row].append((self.states[row][-1] * 31 + int(token) + 1) % PRIME)
+
+    def _logits(self, row, last):
+        logits = np.full(self.vocab_size + 5, 99, np.float32)  # what pads the embedding is no token
+        if self.script is not None:
+            logits[: self.vocab_size] = 0
+            logits[self.script[min(self.position(row), len(self.script) - 1)]] = 9
+        else:
+            logits[: self.vocab_size] = np.random.default_rng(self.states[row][-1]).normal(size=self.vocab_size) * 2
+        if last in self.broken:
+            logits[: self.vocab_size] = np.nan
+        return logits
