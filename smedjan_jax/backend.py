@@ -127,17 +127,19 @@ class JaxBackend:
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
     ) -> Scores:
         hidden, vocab = _guarded(self._hidden, params, inputs, documents, fix=LESS_TO_SCORE), self.model.vocab_size
+        head = params[head_name(self.model)]
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
-            return jax.device_get(self._scores(hidden, params["embed.weight"], places, chosen, vocab=vocab, top=top))
+            return jax.device_get(self._scores(hidden, head, places, chosen, vocab=vocab, top=top))
 
         return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
         hidden, vocab = _guarded(self._hidden, params, inputs, None, fix=LESS_TO_SCORE), self.model.vocab_size
+        head = params[head_name(self.model)]
 
         def piece(places: np.ndarray) -> np.ndarray:
-            return np.asarray(self._logits(hidden, params["embed.weight"], places, vocab=vocab))
+            return np.asarray(self._logits(hidden, head, places, vocab=vocab))
 
         return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 

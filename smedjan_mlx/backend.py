@@ -110,19 +110,21 @@ class MlxBackend:
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
     ) -> Scores:
         params, vocab = self.place(params), self.model.vocab_size
+        head = params[head_name(self.model)]
         hidden = _guarded(self._hidden, params, *_on_device(inputs, documents), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
-            return tuple(map(np.array, scores(hidden, params["embed.weight"], *_on_device(places, chosen), vocab, top)))
+            return tuple(map(np.array, scores(hidden, head, mx.array(places), mx.array(chosen), vocab, top)))
 
         return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
         params, vocab = self.place(params), self.model.vocab_size
+        head = params[head_name(self.model)]
         hidden = _guarded(self._hidden, params, *_on_device(inputs, None), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray) -> np.ndarray:
-            return np.array(logits(hidden, params["embed.weight"], mx.array(places), vocab))
+            return np.array(logits(hidden, head, mx.array(places), vocab))
 
         return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 

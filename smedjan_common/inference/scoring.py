@@ -144,7 +144,7 @@ class Scorer:
     def rows(self, rows: Iterable[Row], top: int = 0) -> list[Scores]:
         """The scores of rows, each of its own length and at most `context` long."""
         rows = list(rows)
-        found: list[Scores | None] = [None] * len(rows)
+        found: dict[int, Scores] = {}
         for numbers in self._batches(rows):
             batch = [rows[number] for number in numbers]
             scores = self.backend.score(self.params, *_padded(batch, self._shape(batch)), top=top)
@@ -155,7 +155,7 @@ class Scorer:
                 part = [value[:, : choices[0]] for value in part] if choices else [value[:, 0] for value in part]
                 found[number] = Scores(*part)
                 _check(found[number])
-        return found  # type: ignore[return-value]
+        return [found[number] for number in range(len(rows))]
 
     def _batches(self, rows: list[Row]) -> Iterator[list[int]]:
         """Numbers of rows of one padded length and one number of choices; the longest first, so that what does not fit fails at once."""

@@ -10,7 +10,7 @@ from smedjan_common.inference import pieces
 from smedjan_common.reference import model as reference
 from smedjan_common.reference.loss import logsumexp
 from tests.conformance import subjects
-from tests.conformance.cases import DEFAULT_CASES, Case
+from tests.conformance.cases import CASES, DEFAULT_CASES, Case
 from tests.conformance.compare import Difference, demand, largest
 
 TOP = 5
@@ -57,6 +57,15 @@ def test_scores_equal_the_reference(backend: str, default_case: Case):
     want = expected(default_case, targets)
     assert want.greedy.any()
     demand_scores(got, want, default_case)
+
+
+def test_scores_are_those_of_a_head_of_its_own(backend: str):
+    own = next(case for case in CASES.values() if not case.model.tied_head)
+    targets = greedy_targets(own)
+    side = subjects.backend(backend, own.model, own.train)
+    demand_scores(side.score(own.params, own.tokens, targets, top=TOP), expected(own, targets), own)
+    want = reference.forward(own.model, own.params, own.tokens)[..., : own.model.vocab_size]
+    demand([Difference("logits", largest(side.logits(own.params, own.tokens), want), own.tolerance.forward)])
 
 
 def test_scores_of_documents_that_are_kept_apart_equal_the_reference(backend: str):
