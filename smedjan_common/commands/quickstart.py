@@ -24,7 +24,7 @@ from smedjan_common.files.names import DATA, FINAL, MANIFEST, QUICKSTART, TOKENI
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
 STEPS = 320  # on 2 quiet cores about 45 s with JAX, 100 s with MLX, whose exp on a CPU is slow
-TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-every 80 --eval-batches 8 --checkpoint-every 160 --log-every 20"
+TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-batches 8 --log-every 20"
 PROMPTS = {"shakespeare": "**ROMEO**  \n", "python-stdlib": "def "}
 GENERATION = "--max-tokens 120 --temperature 0.8 --top-p 0.95"
 

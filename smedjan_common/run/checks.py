@@ -38,8 +38,8 @@ def check(decided: Decided) -> None:
 def _check_counts(asked: Asked) -> None:
     """A number of batches, tokens or checkpoints that cannot be, rather than after hours of training."""
     for name, least in COUNTS.items():
-        if asked.value(name) < least:
-            what = f"{flag(name)} is {asked.value(name)}."
+        if (value := asked.value(name)) is not None and value < least:
+            what = f"{flag(name)} is {value}."
             raise ConfigError(what, f"It must be at least {least}.", "Leave it out for the default.")
 
 
@@ -155,7 +155,7 @@ def _check_documents(decided: Decided) -> None:
 def _check_sample_prompt(decided: Decided) -> None:
     """A prompt that nothing could be added to."""
     tokenizer = decided.data.tokenizer if decided.data else None
-    if tokenizer is None or not decided.asked.value("sample_every"):
+    if tokenizer is None or not decided.every("sample_every"):
         return
     if (length := len(tokenizer.encode(decided.asked.value("sample_prompt")))) >= decided.model.context_length:
         what = f"--sample-prompt has {length} tokens."

@@ -16,6 +16,7 @@ from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.presets import VOCAB_MULTIPLE
 from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run.asked import Asked
+from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData, trains_tokenizer
 from smedjan_common.run.folder import RunConfig
 from smedjan_common.run.recorded import to_record
@@ -62,6 +63,10 @@ class Decided:
             return read_info(self.folder / FINAL).step == info.step
         except CheckpointError:
             return False
+
+    def every(self, name: str) -> int:
+        """Steps between two evaluations, samples or checkpoints; 0: none on the way."""
+        return interval(name, self.asked.value(name), self.train.steps)
 
     def computing_in(self, auto: str) -> "Decided":
         """The same with what --dtype auto means to the framework."""
@@ -124,12 +129,12 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         start=decided.start,
         pretrained=decided.pretrained,
         history=read_rows(decided.start.path.parent) if decided.start else None,
-        checkpoint_every=value("checkpoint_every"),
         keep=value("keep"),
         keep_every=value("keep_every"),
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
         flags=to_record(decided.asked.flags),
-        **dataclasses.asdict(decided.asked.flags.report),
+        **{name: every for name, every in dataclasses.asdict(decided.asked.flags.report).items() if name not in CADENCES},
+        **{name: decided.every(name) for name in CADENCES},
     )
 
 

@@ -64,7 +64,7 @@ class RunFlags:
 
     checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE", "DIR")] = field(default=None, metadata=THIS_START)
     """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[MaybeInt, _filled("a tenth of the steps, 1000 at most", "INT")] = None
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""
     checkpoint_format: Annotated[str, _one_of(*CHECKPOINT_FORMATS)] = "neutral"
     """neutral: every backend can continue from it. orbax: JAX's own, written shard by shard; `convert` turns it into a neutral one."""
@@ -155,12 +155,12 @@ class ReportFlags:
 
     log_every: int = 10
     """A line of metrics every this many steps; the first and the last step always."""
-    eval_every: int = 250
+    eval_every: Annotated[MaybeInt, _filled("a tenth of the steps", "INT")] = None
     """Validation loss every this many steps and at the end. 0: never."""
     eval_batches: int = 20
     """Batches of one validation, always the same ones."""
-    sample_every: int = 0
-    """Write a sample every this many steps, into the console and CHECKPOINT_DIR/samples. 0: never."""
+    sample_every: Annotated[MaybeInt, _filled("a fifth of the steps", "INT")] = None
+    """Write a sample every this many steps and at the end, into the console and CHECKPOINT_DIR/samples. 0: never."""
     sample_prompt: str = ""
     """The text that samples continue."""
     sample_tokens: int = 128

@@ -18,7 +18,7 @@ from smedjan_common.backend import Backend, Metrics, Snapshot, State
 from smedjan_common.checkpoint import Background, latest_checkpoint, read_state, read_weights
 from smedjan_common.data.batches import batches
 from smedjan_common.data.order import eval_batches
-from smedjan_common.errors import NotFiniteError, SmedjanError
+from smedjan_common.errors import NotFiniteError, OutOfMemoryError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
 from smedjan_common.files.names import METRICS
 from smedjan_common.inference.generate import Generation
@@ -211,12 +211,13 @@ class _Loop:
         tokenizer = self.config.tokenizer
         prompt = tokenizer.encode(self.config.sample_prompt) or [tokenizer.eot_id]
         length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
-        decoder = self.backend.decoder(self.backend.params_of(state), length)
-        pieces = Generation(decoder, tokenizer, prompt, self.config.sample_tokens, length, Sampling(temperature=0.8, seed=self.train.seed))
+        sampling = Sampling(temperature=0.8, seed=self.train.seed)
         try:
+            decoder = self.backend.decoder(self.backend.params_of(state), length)
+            pieces = Generation(decoder, tokenizer, prompt, self.config.sample_tokens, length, sampling)
             text = self.config.sample_prompt + "".join(pieces)
-        except NotFiniteError as error:
-            say(f"note: no sample: {error.what}")  # whether the run itself is finite is for the next step to say
+        except (NotFiniteError, OutOfMemoryError) as error:  # whether the run itself goes on is for its next step to say
+            say(f"note: no sample: {error.what}")
             return
         self.folder.save_sample(step, text)
         say("  | " + text.replace("\n", "\n  | "))

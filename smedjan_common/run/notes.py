@@ -3,8 +3,9 @@
 import os
 
 from smedjan_common.run.asked import Asked
+from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData
-from smedjan_common.run.decided import Decided
+from smedjan_common.run.decided import Decided, base_of
 from smedjan_common.run.recorded import RECALLED, recorded_names
 from smedjan_common.run.resume import change, changes
 from smedjan_common.run.start import GoOn
@@ -24,7 +25,8 @@ def notes(decided: Decided) -> list[str]:
             if recorded[name] != os.path.abspath(asked.value(name)):
                 lines.append(f"--pretrained is not read: the run goes on from {begin.info.path}")
         else:
-            lines += change(name, recorded[name], asked.value(name))
+            had = recorded[name] if name not in CADENCES else interval(name, recorded[name], (base_of(begin) or decided.train).steps)
+            lines += change(name, had, asked.value(name))
     return lines
 
 

@@ -79,5 +79,5 @@ def check_report_options(flags: ReportFlags, given: frozenset[str]) -> None:
     """Raises ConfigError for an option of samples or validation that are never made."""
     for switch, names in (("sample_every", ("sample_prompt", "sample_tokens")), ("eval_every", ("eval_batches",))):
         for name in names:
-            if name in given and not getattr(flags, switch):
+            if name in given and getattr(flags, switch) == 0:
                 raise ConfigError(f"{flag(name)} would do nothing.", f"{flag(switch)} is 0.", f"Add {flag(switch)} 100, say.")

@@ -39,7 +39,7 @@ def check_room(decided: Decided, device: Device, say: Say) -> None:
     force = flags.run.force
     smaller = functools.partial(smaller_models, flags, model.vocab_size) if isinstance(decided.begin, New) else dict
     check_memory(model, train, device, resumed=start is not None, smaller=smaller, force=force, say=say)
-    saving = {name: getattr(flags.run, name) for name in ("checkpoint_every", "keep", "keep_every")}
+    saving = {"checkpoint_every": decided.every("checkpoint_every"), "keep": flags.run.keep, "keep_every": flags.run.keep_every}
     check_disk(decided.folder, model, train, begin=start.step if start else 0, **saving, force=force, say=say)
 
 

@@ -223,7 +223,7 @@ def test_an_imported_model_can_be_trained_on(tmp_path: Path):
     save(tmp_path / "hf", initializer_range=0.05)
     convert(tmp_path / "hf", tmp_path / "neutral", "--to", "neutral")
     (tmp_path / "text.txt").write_text(TEXT * 20)
-    flags = f"--pretrained {tmp_path}/neutral --dataset {tmp_path}/text.txt --checkpoint-dir {tmp_path}/run --eval-every 0"
+    flags = f"--pretrained {tmp_path}/neutral --dataset {tmp_path}/text.txt --checkpoint-dir {tmp_path}/run --eval-every 0 --sample-every 0"
     sizes = "--steps 12 --batch-size 4 --seq-len 32 --lr 2e-2 --log-every 1"
     command = [sys.executable, "-m", "smedjan_mlx.train", *flags.split(), *sizes.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ from smedjan_mlx.openblas import OFF
 from tests.conformance.gates import FLOAT32
 
 MODEL = "--size custom --dim 32 --layers 1 --heads 2 --batch-size 4 --seq-len 96 --log-every 1 --warmup 0 --vocab-size 270".split()
+MODEL += ["--sample-every", "0"]
 KEPT = ["--mask-documents", "--packing", "documents"]
 
 

@@ -16,6 +16,7 @@ from tests.conformance.gates import FLOAT32
 
 TEXT = "".join(f"The smith of village {i % 97} struck the iron {i % 13} times; sparks flew over anvil {i % 7}.\n" for i in range(3000))
 FLAGS = "--size custom --dim 32 --layers 2 --heads 4 --kv-heads 2 --vocab-size 300 --batch-size 4 --seq-len 32 --log-every 1".split()
+FLAGS += ["--sample-every", "0"]
 OTHER = {"jax": "mlx", "mlx": "jax"}
 
 

@@ -10,7 +10,7 @@ import pytest
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_mlx.openblas import OFF
 
-MODEL = "--size custom --dim 32 --layers 1 --heads 2 --batch-size 8 --seq-len 16 --log-every 1 --warmup 0".split()
+MODEL = "--size custom --dim 32 --layers 1 --heads 2 --batch-size 8 --seq-len 16 --log-every 1 --warmup 0 --sample-every 0".split()
 
 
 def smedjan(folder, *words, module="smedjan_common.cli"):

@@ -25,6 +25,8 @@ def commands(page: str) -> list[str]:
 
 def shortened(command: str) -> str:
     """The same with a hundredth of the steps, and fewer tokens to generate."""
+    if re.search(r"(smedjan |_)(jax\.|mlx\.)?train ", command) and "--sample" not in command:
+        command += " --sample-tokens 4"
     command = re.sub(r"--steps (\d+)", lambda m: f"--steps {int(m[1]) // 100}", command)
     return command.replace("--vocab-size 4096", "--vocab-size 400") + (
         " --max-tokens 10" if " generate " in command and "--max-tokens" not in command else ""

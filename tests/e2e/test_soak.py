@@ -30,7 +30,7 @@ ALL = int(os.environ.get("SMEDJAN_KILLS", "3"))
 KILLS = dict.fromkeys(SUBJECTS, -(-ALL // 3)) | {"no framework": ALL}
 FLAGS = (
     *"--size custom --dim 16 --layers 1 --heads 2 --ffn-mult 1 --vocab-size 300 --batch-size 4 --seq-len 16 --eval-every 0".split(),
-    *"--lr-schedule constant --warmup 3 --lr 0.003 --log-every 1 --keep 3 --keep-every 40".split(),
+    *"--lr-schedule constant --warmup 3 --lr 0.003 --log-every 1 --keep 3 --keep-every 40 --sample-every 0".split(),
 )
 OFTEN = ("--checkpoint-every", "4")
 ENDLESS = (*OFTEN, "--steps", "1000000")

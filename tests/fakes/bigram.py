@@ -2,7 +2,7 @@
 
 The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
 SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step), long_at=6 and long=30 (seconds
-of that step), nan_logits=1, val_nan=1; several with commas.
+of that step), nan_logits=1, decode_oom=1, val_nan=1; several with commas.
 """
 
 import os
@@ -94,6 +94,8 @@ class BigramBackend:
         return (embed[inputs] @ embed.T)[..., : self.model.vocab_size]
 
     def decoder(self, params, max_len):
+        if "decode_oom" in self.faults:
+            raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --max-tokens.")
         embed = params["embed.weight"] * (np.nan if "nan_logits" in self.faults else 1)
         return BigramDecoder(embed, self.model.vocab_size, max_len)
 

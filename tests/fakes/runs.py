@@ -18,6 +18,7 @@ from tests.fakes import bigram
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"the cat no. {i} sat on the mat and the dog {i * i} ran off with it; what a day!\n" for i in range(400))
 SMALL = "--size custom --dim 16 --layers 1 --heads 2 --ffn-mult 1 --vocab-size 300 --val-fraction 0.1 --batch-size 4 --seq-len 16 --lr 0.02"
+RARELY = {"--checkpoint-every": "500", "--eval-every": "250", "--sample-every": "0"}
 
 
 def write_text(folder: Path) -> Path:
@@ -38,8 +39,9 @@ def check_new(*words: str) -> None:
 
 
 def arguments(text: Path, folder: Path, steps: int, *more: object) -> list[str]:
-    """A command line."""
-    return [*SMALL.split(), "--dataset", str(text), "--checkpoint-dir", str(folder), "--steps", str(steps), *map(str, more)]
+    """A command line: of a run that is rarely saved and evaluated and never sampled, unless `more` says so."""
+    rarely = [word for name, every in RARELY.items() if name not in more for word in (name, every)]
+    return [*SMALL.split(), *rarely, "--dataset", str(text), "--checkpoint-dir", str(folder), "--steps", str(steps), *map(str, more)]
 
 
 def start(module: str, *words: object, fake: str = "", **options) -> subprocess.Popen:

@@ -239,7 +239,7 @@ def test_a_newer_format_before_the_newest_checkpoint_is_only_told(run, capsys):
         {"flags": {"dataset": 5}},
         {"flags": {"keep": "2"}},
         {"flags": {"keep": -4}},
-        {"flags": {"eval_every": None}},
+        {"flags": {"eval_batches": None}},
         {"flags": {"val_fraction": [0.1]}},
         {"flags": {"checkpoint_format": "zarr"}},
         {"dataset": 7, "flags": {}},
