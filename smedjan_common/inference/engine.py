@@ -78,11 +78,11 @@ class Engine:
         """Whether a request is unanswered."""
         return bool(self._waiting) or self.running > 0
 
-    def submit(self, request: Request) -> Ticket:
-        """Take a request. Raises ConfigError for one that cannot be answered."""
+    def submit(self, request: Request, arrived: float | None = None) -> Ticket:
+        """Take a request, which came at this time of time.monotonic (None: now). Raises ConfigError for one that cannot be answered."""
         request.validate(self.vocab_size)
         self._number += 1
-        ticket = Ticket(request, self.tokenizer, self._number)
+        ticket = Ticket(request, self.tokenizer, self._number, arrived)
         self._waiting.append(ticket)
         return ticket
 

@@ -18,7 +18,7 @@ Scored = Sequence[tuple[float | None, tuple[tuple[int, float], ...]]]  # of each
 class Ticket:
     """`ids`: the prompt and what was generated. `reason`: None until it ended. `error`: the exception that ended it, if one did."""
 
-    def __init__(self, request: Request, tokenizer: Any, number: int):
+    def __init__(self, request: Request, tokenizer: Any, number: int, arrived: float | None = None):
         self.request, self.number = request, number
         self.ids, self.prompt_length = list(request.prompt), len(request.prompt)
         self.begun = False  # whether a row was brought to the beginning of its prompt
@@ -27,7 +27,7 @@ class Ticket:
         self.reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
-        self.arrived = self.last_time = time.monotonic()
+        self.arrived = self.last_time = time.monotonic() if arrived is None else arrived
         self._tokenizer = tokenizer
         self._stream = TextStream(request.stop)
         self._hidden = frozenset() if request.special else frozenset(tokenizer.special_tokens.values())
@@ -37,6 +37,10 @@ class Ticket:
     def filled(self) -> bool:
         """Whether the whole prompt was consumed: it is decoding."""
         return self.fed == self.prompt_length
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_length, self.generated, self.cached)
 
     @property
     def steps_left(self) -> int | None:
@@ -87,7 +91,7 @@ class Ticket:
             return Piece(text, tokens) if text else None
         self._stream.finish()
         text, tokens = self._stream.take(last=True)
-        return Piece(text, tokens, self.reason, Usage(self.prompt_length, self.generated, self.cached), words(self.error))
+        return Piece(text, tokens, self.reason, self.usage, words(self.error))
 
     def _bytes(self, token: int) -> bytes:
         return b"" if token in self._hidden else self._tokenizer.decode_bytes([token])
