@@ -8,7 +8,7 @@ written if it makes no difference: when merging gives every token back from its 
 import dataclasses
 from typing import Any
 
-from convert.hf_tokenizer import end_of_text
+from convert.hf_tokenizer import chat_of, end_of_text
 from smedjan_common.errors import ConfigError
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.bytelevel import to_chars
@@ -44,6 +44,11 @@ def fields(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         out["tokenizer.ggml.merges"] = [f"{to_chars(left)} {to_chars(right)}" for left, right in vocabulary.merges]
     if end_of_text(tokenizer) is not None:
         out |= {f"tokenizer.ggml.{name}_token_id": tokenizer.eot_id for name in ("bos", "eos")}
+    chat, turn_ends = chat_of(tokenizer)
+    if chat is not None:
+        out["tokenizer.chat_template"] = chat
+    if turn_ends:
+        out["tokenizer.ggml.eot_token_id"] = turn_ends[0]
     return out
 
 

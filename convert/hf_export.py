@@ -1,20 +1,20 @@
 """Portable -> a directory that transformers' AutoModelForCausalLM and AutoTokenizer, and mlx-lm, load with no code of ours.
 
     config.json   generation_config.json   model.safetensors (or shards and an index)
-    tokenizer.json   tokenizer_config.json   special_tokens_map.json
+    tokenizer.json   tokenizer_config.json   special_tokens_map.json   chat_template.jinja (of a model that has one)
 
 Before it takes its name it is read back through hf_import and compared: tensors bit for bit, rotary frequencies, tokenizer hash.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert import hf_config, hf_import, hf_tokenizer
-from convert.json_file import write_json
+from convert.json_file import write_json, write_text
 from convert.names import rows
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import write_tensors
@@ -24,7 +24,7 @@ from smedjan_common.model import rope
 
 PARTS = (
     *(hf_import.CONFIG, "generation_config.json", hf_import.WEIGHTS, "model-*-of-*.safetensors", hf_import.INDEX),
-    *(hf_tokenizer.FILE, hf_tokenizer.CONFIG, hf_tokenizer.SPECIAL),
+    *(hf_tokenizer.FILE, hf_tokenizer.CONFIG, hf_tokenizer.SPECIAL, hf_tokenizer.CHAT),
 )
 
 
@@ -36,10 +36,13 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     config, tokenizer = model.config, model.tokenizer
     eos = tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
     values = hf_config.to_hf(config, dtype.name, eos)  # refuses before anything is written
+    chat, turn_ends = hf_tokenizer.chat_of(tokenizer) if tokenizer else (None, [])
     tensors = {row.hf: cast(row.ours, model.tensors[row.ours], dtype) for row in rows(config.layers)}
     with atomic_directory(target) as temporary:
         write_json(temporary / hf_import.CONFIG, values)
-        write_json(temporary / "generation_config.json", _generation(model, eos))
+        write_json(temporary / "generation_config.json", _generation(model, eos, turn_ends))
+        if chat is not None:
+            write_text(temporary / hf_tokenizer.CHAT, chat)
         for name, value in hf_tokenizer.files(tokenizer, config.padded_vocab_size, config.context_length).items() if tokenizer else ():
             write_json(temporary / name, value, indent=None if name == hf_tokenizer.FILE else 2)
         _write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
@@ -50,10 +53,12 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     return notes
 
 
-def _generation(model: Portable, eos: int | None) -> dict[str, Any]:
-    """generation_config.json: greedy; the embedding rows beyond the vocabulary are never chosen, as in smedjan."""
+def _generation(model: Portable, eos: int | None, turn_ends: Sequence[int]) -> dict[str, Any]:
+    """generation_config.json: greedy, to the end of a turn or of the text; the embedding rows beyond the vocabulary are never chosen, as
+    in smedjan."""
     spare = list(range(model.config.vocab_size, model.config.padded_vocab_size))
-    special = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
+    ends = list(dict.fromkeys([*([] if eos is None else [eos]), *turn_ends]))
+    special = ({} if eos is None else {"bos_token_id": eos}) | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {})
     return {"do_sample": False, **special, **({"suppress_tokens": spare} if spare else {})}
 
 
@@ -88,3 +93,5 @@ def _verify(directory: Path, model: Portable, expected: Mapping[str, Lazy]) -> N
         raise CheckpointError(f"{directory} is not what was written.", "Its config.json describes another model.", "Report this.")
     if model.tokenizer and (again.tokenizer is None or again.tokenizer.hash != model.tokenizer.hash):
         raise CheckpointError(f"{directory} is not what was written.", "Its tokenizer.json reads back differently.", "Report this.")
+    if model.tokenizer and again.tokenizer and hf_tokenizer.chat_of(again.tokenizer) != hf_tokenizer.chat_of(model.tokenizer):
+        raise CheckpointError(f"{directory} is not what was written.", "Its chat template reads back differently.", "Report this.")

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.json_file import read_json
-from smedjan_common.errors import CheckpointError, DataError
+from smedjan_common.errors import CheckpointError, DataError, TemplateError
+from smedjan_common.files.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.chat import template_of
 from smedjan_common.tokenizer.hf_json import OtherTokenizerError
 
-FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+FILE, CONFIG, SPECIAL, CHAT = TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -24,7 +26,7 @@ def reserved(number: int) -> str:
 
 
 def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dict[str, Any]]:
-    """File name -> JSON value. rows: those of the embedding."""
+    """File name -> JSON value, but for the chat template (`chat_of`). rows: those of the embedding."""
     document = json.loads(tokenizer.to_json())
     used = set(document["model"]["vocab"].values()) | set(tokenizer.special_tokens.values())
     spare = {reserved(number): number for number in range(rows) if number not in used}
@@ -35,6 +37,7 @@ def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dic
     document["model"]["vocab"] |= dict(added)  # so that each keeps its id, whatever gaps there are
     eos = end_of_text(tokenizer)
     special = {} if eos is None else {"bos_token": eos, "eos_token": eos}  # a document begins after the one before it
+    special |= dict(tokenizer.chat.specials) if tokenizer.chat else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
@@ -52,6 +55,17 @@ def end_of_text(tokenizer: Tokenizer) -> str | None:
     except DataError:
         return None
     return next(name for name, known in tokenizer.special_tokens.items() if known == number)
+
+
+def chat_of(tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
+    """(the chat template in Jinja, None where there is none; the ids that end a turn beside the end of text)."""
+    try:
+        template = template_of(None, tokenizer)
+    except TemplateError:  # it is kept as it is, and who chats is told
+        return tokenizer.chat and tokenizer.chat.template, []
+    source = template.source() if template else None
+    ends = [tokenizer.special_tokens[name] for name in template.end_names()] if template else []
+    return source.template if source else None, ends
 
 
 def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
@@ -73,7 +87,8 @@ def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     vocabulary = tokenizer.vocabulary
     kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
     if kept != vocabulary.specials:
-        tokenizer = Tokenizer(dataclasses.replace(vocabulary, specials=kept))
+        chat, tokenizer = tokenizer.chat, Tokenizer(dataclasses.replace(vocabulary, specials=kept))
+        tokenizer.chat = chat
     return tokenizer, _notes(read_json(path), tokenizer)
 
 

@@ -32,7 +32,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write and sync a new file. Raises OSError."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a new file of text as it is. Raises OSError."""
+    with open(path, "x", encoding="utf-8", newline="") as file:
+        file.write(text)
         file.flush()
         sync(file.fileno())

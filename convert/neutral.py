@@ -108,7 +108,7 @@ def _verify(target: Path, model: Portable, expected: Mapping[str, Lazy]) -> None
 
 def check_same(target: Path, again: Portable, model: Portable) -> None:
     """Raises CheckpointError when configuration, step, tokenizer or training are not what was to be written."""
-    facts = [(side.config, side.step, side.tokenizer and side.tokenizer.hash) for side in (again, model)]
+    facts = [(side.config, side.step, side.tokenizer and (side.tokenizer.hash, side.tokenizer.chat)) for side in (again, model)]
     kept = [(side.info.train, side.info.dataset, side.info.optimizer) if side.info else None for side in (again, model)]
     if facts[0] != facts[1] or (model.info and kept[0] != kept[1]):
         raise CheckpointError(f"{target} is not what was written.", "Its configuration or tokenizer differs.", "Report this.")

@@ -51,6 +51,10 @@ class DataError(SmedjanError):
     """An input text, token file or tokenizer that cannot be read or does not fit."""
 
 
+class TemplateError(SmedjanError):
+    """A chat template that cannot be used, or messages that it does not take."""
+
+
 class CheckpointError(SmedjanError):
     """A checkpoint that is cut short, corrupted, of another model or of a newer format."""
 

@@ -6,19 +6,21 @@ from typing import Any, NamedTuple
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.chat_files import ChatSource
 from smedjan_common.training.config import TrainConfig
 
 
 class SavedTokenizer(NamedTuple):
-    """The text of tokenizer.json, and the tokenizer's hash."""
+    """The text of tokenizer.json, the tokenizer's hash, and the chat template beside it."""
 
     json: str
     hash: str
+    chat: ChatSource | None = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SavedTokenizer":
         """A tokenizer as checkpoints hold it."""
-        return cls(tokenizer.to_json(), tokenizer.hash)
+        return cls(tokenizer.to_json(), tokenizer.hash, tokenizer.chat)
 
 
 @dataclass(frozen=True, kw_only=True)

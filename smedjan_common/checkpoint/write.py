@@ -81,7 +81,7 @@ def describe(
         dataset=dict(about.dataset) if about.dataset is not None else None,
         framework=dict(about.framework),
         metrics=dict(metrics) if metrics is not None else None,
-        extra=dict(about.extra) if about.extra is not None else None,
+        extra=_extra(about),
         smedjan_version=smedjan_common.__version__,
         files={},
         tensors=tensors,
@@ -89,6 +89,12 @@ def describe(
     )
     check_layout(info)
     return info
+
+
+def _extra(about: About) -> dict[str, Any] | None:
+    """What is more, and the hash of the chat template: a file that users may change, so it is not listed with the others."""
+    chat = {"chat_template_sha256": about.tokenizer.chat.sha256} if about.tokenizer and about.tokenizer.chat else {}
+    return {**(about.extra or {}), **chat} if chat or about.extra is not None else None
 
 
 def prepare(info: CheckpointInfo) -> int:
@@ -103,7 +109,9 @@ def prepare(info: CheckpointInfo) -> int:
 
 
 def complete(temporary: Path, info: CheckpointInfo, tokenizer: SavedTokenizer | None) -> None:
-    """Write what is left when the arrays stand: tokenizer.json, and checkpoint.json last. Raises OSError."""
+    """Write what is left when the arrays stand: tokenizer.json, its chat template, and checkpoint.json last. Raises OSError."""
+    for name, content in tokenizer.chat.files().items() if tokenizer and tokenizer.chat else ():
+        _write_synced(temporary / name, content)
     if tokenizer:
         raw = tokenizer.json.encode()
         _write_synced(temporary / TOKENIZER, raw)

@@ -66,7 +66,10 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
         if isinstance(begin, Pretrained):
             check_vocab_size(asked.flags.data, given, tokenizer, f"the tokenizer of {begin.info.path}")
 
-    return run_data(asked.flags.data, given, folder, own, dry_run, check, before)
+    data = run_data(asked.flags.data, given, folder, own, dry_run, check, before)
+    if own and data.tokenizer and data.tokenizer.chat is None:
+        data.tokenizer.chat = own.chat  # the tokenizer of a token file is often a copy without it
+    return data
 
 
 def _with_own_data(asked: Asked, begin: GoOn, own: Tokenizer | None) -> Asked:

@@ -17,8 +17,9 @@ from smedjan_common.errors import DataError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.nearby import beside
 from smedjan_common.text.cuts import mend_surrogates
-from smedjan_common.tokenizer import hf_json
+from smedjan_common.tokenizer import chat_files, hf_json
 from smedjan_common.tokenizer.batch import encode_in_processes, encode_many
+from smedjan_common.tokenizer.chat_files import ChatSource
 from smedjan_common.tokenizer.encoder import Encoder
 from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter
 from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
@@ -34,6 +35,7 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.pattern = vocabulary.pattern
         self.special_tokens = dict(vocabulary.specials)
+        self.chat: ChatSource | None = None  # the chat template beside its file
         self._merges = vocabulary.compile(where)
         self._bytes = vocabulary.bytes_of()
 
@@ -99,7 +101,9 @@ class Tokenizer:
         if not file.is_file():
             fix = "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
             raise DataError(f"There is no tokenizer {str(path)!r}.", beside(file), fix)
-        return cls.from_json(hf_json.read_text(file), str(file))
+        tokenizer = cls.from_json(hf_json.read_text(file), str(file))
+        tokenizer.chat = chat_files.beside(file)
+        return tokenizer
 
     @classmethod
     def from_json(cls, text: str, where: str = TOKENIZER) -> "Tokenizer":
@@ -138,12 +142,16 @@ class Tokenizer:
     @property
     def eot_id(self) -> int:
         """The id between documents, <|endoftext|>. Raises DataError where the tokenizer has none."""
-        for name in _END_NAMES:
-            if name in self.special_tokens:
-                return self.special_tokens[name]
+        if (name := self.eot_name) is not None:
+            return self.special_tokens[name]
         raise DataError(
             "The tokenizer has no end-of-text token.", f"None of {', '.join(_END_NAMES)} is in it.", "Train one with <|endoftext|>."
         )
+
+    @property
+    def eot_name(self) -> str | None:
+        """The name of the token between documents; None where the tokenizer has none."""
+        return next((name for name in _END_NAMES if name in self.special_tokens), None)
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for specials; turns loss per token into bits per byte."""

@@ -61,6 +61,8 @@ REASONS = {
     ("smedjan_common.model.params", "concurrent.futures"): "used with NumPy only, and takes 5 ms",
     ("smedjan_common.files.atomic_directory", "ctypes"): "takes 10 ms, and only an exchange of two directories calls it",
     ("smedjan_common.tokenizer.tokenizer", "smedjan_common.*"): "who only encodes needs neither the trainer nor a writer of files",
+    ("smedjan_common.tokenizer.chat", "smedjan_common.tokenizer.chat_jinja"): "built-in templates need no Jinja",
+    ("smedjan_common.tokenizer.chat_jinja", "smedjan_common.tokenizer.chat_sandbox"): f"{PACKAGE}, jinja2",
     ("smedjan_common.tokenizer.*", "regex"): "only text outside the array rules, and patterns of others, are split with it",
     ("smedjan_jax.mixers.*", "smedjan_jax.kernels.*"): "Pallas takes 0.3 s to import, and only a run on a GPU has kernels",
     ("smedjan_common.reporting.plot", "matplotlib.*"): "takes a second, at the end of a run",
