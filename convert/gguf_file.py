@@ -1,8 +1,9 @@
-"""Portable -> a GGUF file that llama.cpp runs: architecture `llama`, hyper-parameters, tokenizer and weights in one file.
+"""Portable -> a GGUF file that llama.cpp runs: hyper-parameters, tokenizer and weights in one file.
 
-llama.cpp turns neighbours (2j, 2j+1) of a head where smedjan, like transformers, turns j with j + K/2, so the rows of q_proj and
-k_proj are reordered: row j + h K/2 of a head goes to 2j + h, h = 0, 1. The head is tied by leaving `output.weight` out. The embedding
-is cut to the vocabulary: llama.cpp then chooses among exactly the tokens that smedjan chooses among. Vectors stay float32.
+In the architecture `llama` (families.py) llama.cpp turns neighbours (2j, 2j+1) of a head where smedjan, like transformers, turns j with
+j + K/2, so there the rows of q_proj and k_proj are reordered: row j + h K/2 of a head goes to 2j + h, h = 0, 1. A tied head is an
+`output.weight` that is left out. The embedding is cut to the vocabulary: llama.cpp then chooses among exactly the tokens that smedjan
+chooses among. Vectors stay float32.
 
 The `gguf` package (extra `gguf`) writes, quantises and reads the file.
 """
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from convert import gguf_tokenizer
+from convert.families import FAMILIES, family_of
 from convert.hf_config import rope_to_hf
-from convert.names import check_llama, rows
+from convert.names import rows
 from convert.portable import Lazy, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
@@ -45,12 +47,18 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     CheckpointError when what was written reads back differently; OSError.
     """
     gguf = _package()
-    check_llama(model.config, "GGUF")
+    family = FAMILIES[family_of(model.config, "GGUF")]
+    if not family.gguf:
+        raise ConfigError(
+            "A model with a sliding window in all layers has no GGUF form.",
+            "llama.cpp would not apply it.",
+            "Keep it neutral: both backends run it.",
+        )
     if model.tokenizer is None:
         raise ConfigError("The model has no tokenizer.", "A GGUF file contains one.", "Put tokenizer.json beside its weights.")
-    fields = _hyper_parameters(model.config, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
+    fields = _hyper_parameters(model.config, family.gguf, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
     kind = _TYPES[dtype]
-    tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config) for row in rows(model.config.layers)}
+    tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config, family.interleaved) for row in rows(model.config)}
     if model.config.rope_scaling == "llama3":
         tensors["rope_freqs.weight"] = _periods_over_plain(model.config)
     kinds = {name: _kind(kind, tensor) for name, tensor in tensors.items()}
@@ -58,7 +66,7 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     fields["general.file_type"] = int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
     fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     with atomic_path(target) as temporary:
-        _write(temporary, fields, watched(encoded, "write", show), kinds, tensors, gguf)
+        _write(temporary, family.gguf, fields, watched(encoded, "write", show), kinds, tensors, gguf)
         _verify(temporary, target, fields, watched(encoded, "verify", show), kinds, gguf)
     odd = sum(1 for name, tensor in tensors.items() if kinds[name] == "F16" != kind and len(tensor.shape) > 1)
     return [f"{odd} matrices have rows that are not a multiple of {_BLOCK}: they are float16."] if odd else []
@@ -74,7 +82,7 @@ def _package() -> Any:
     return gguf
 
 
-def _hyper_parameters(config: ModelConfig, name: str) -> dict[str, Any]:
+def _hyper_parameters(config: ModelConfig, architecture: str, name: str) -> dict[str, Any]:
     """GGUF keys of the architecture. int: uint32, float: float32."""
     base, scaling = rope_to_hf(config)
     fields: dict[str, Any] = {
@@ -100,7 +108,7 @@ def _hyper_parameters(config: ModelConfig, name: str) -> dict[str, Any]:
         fields["llama.rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
         fields["llama.rope.scaling.yarn_beta_fast"] = float(scaling["beta_fast"])
         fields["llama.rope.scaling.yarn_beta_slow"] = float(scaling["beta_slow"])
-    return fields
+    return {key.replace("llama.", f"{architecture}.", 1): value for key, value in fields.items()}
 
 
 def _periods_over_plain(config: ModelConfig) -> Lazy:
@@ -111,17 +119,17 @@ def _periods_over_plain(config: ModelConfig) -> Lazy:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [H K, D] of a q or k projection in llama.cpp's order: j + h K/2 of each head goes to 2j + h."""
+    """Rows [H K, D] or biases [H K] of a q or k projection in llama.cpp's order: j + h K/2 of each head goes to 2j + h."""
     half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _laid_out(name: str, tensor: Lazy, config: ModelConfig) -> Lazy:
-    """A tensor of ours as float32 in llama.cpp's layout."""
+def _laid_out(name: str, tensor: Lazy, config: ModelConfig, turned: bool) -> Lazy:
+    """A tensor of ours as float32 in llama.cpp's layout. turned: it turns neighbours of a head in this architecture."""
     tensor = cast(name, tensor, np.dtype(np.float32))
-    if name == "embed.weight":
+    if name in ("embed.weight", "head.weight"):
         return tensor.then(lambda array: array[: config.vocab_size], shape=(config.vocab_size, config.dim))
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2]) if turned else None
     return tensor.then(lambda array: interleaved(array, heads)) if heads else tensor
 
 
@@ -146,9 +154,15 @@ def _encoded(name: str, tensor: Lazy, kind: str, gguf: Any) -> Lazy:
 
 
 def _write(
-    path: Path, fields: Mapping[str, Any], encoded: Mapping[str, Lazy], kinds: Mapping[str, str], tensors: Mapping[str, Lazy], gguf: Any
+    path: Path,
+    architecture: str,
+    fields: Mapping[str, Any],
+    encoded: Mapping[str, Lazy],
+    kinds: Mapping[str, str],
+    tensors: Mapping[str, Lazy],
+    gguf: Any,
 ) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in fields.items():
         adders[type(value)](key, value)

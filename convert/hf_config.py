@@ -1,8 +1,9 @@
-"""config.json of a Llama-family model <-> ModelConfig.
+"""config.json of a model of families.py <-> ModelConfig.
 
 Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`rope_theta`, `rope_scaling`) read the same model:
     none   rope_type default
     ntk    rope_type default with the base that NTK-aware scaling comes to, base * s^(K/(K-2)): nobody has a static NTK-aware form
+    linear, llama3   by their names
     yarn   rope_type yarn with factor, original_max_position_embeddings, beta_fast 32, beta_slow 1. The attention factor is left to
            the formula that all readers share, 0.1 ln s + 1; llama.cpp before 2026 would apply one that is written down twice.
 """
@@ -10,24 +11,22 @@ Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`
 import math
 from typing import Any
 
-from convert.names import check_llama
+from convert.families import FAMILIES, family_of
 from smedjan_common.config import ModelConfig
-from smedjan_common.errors import CheckpointError, ConfigError, near
+from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model import rope
 from smedjan_common.model.json_fields import MAX_EXTENT, MAX_POSITION
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-_MISTRAL_WINDOW = 4096  # what transformers takes where config.json has no sliding_window
 _NOT_HERE = "The model cannot be expressed here."
 
 
 def to_hf(config: ModelConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
-    """config.json for LlamaForCausalLM. dtype: NumPy's name of the weights'. Raises ConfigError for what a Llama cannot be."""
-    check_llama(config, "Hugging Face Llama")
+    """config.json of the architecture that has the model. dtype: NumPy's name of the weights'. Raises ConfigError where none does."""
+    kind = family_of(config, "Hugging Face")
     base, scaling = rope_to_hf(config)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
         "vocab_size": config.padded_vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_dim,
@@ -41,9 +40,10 @@ def to_hf(config: ModelConfig, dtype: str, eos_id: int | None) -> dict[str, Any]
         "rope_theta": base,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": base, **(scaling or {"rope_type": "default"})},
-        "tie_word_embeddings": True,
-        "attention_bias": False,
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": config.o_bias,
         "mlp_bias": False,
+        **({"sliding_window": config.window or None} if kind == "mistral" else {}),
         "attention_dropout": 0.0,
         "initializer_range": min(config.init_std, 1.0),  # transformers refuses more
         "use_cache": True,
@@ -79,34 +79,38 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
     return config.rope_base, None
 
 
-def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
-    """The ModelConfig of a config.json; `vocab_size` is the rows of its embedding. `where` names the file in errors.
+def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfig:
+    """The ModelConfig of a config.json; `vocab_size` is the rows of its embedding, `tied` what its tensors say of the head. `where` names
+    the file in errors.
 
     Raises CheckpointError for a value that is missing or no number, ConfigError for a model that cannot be expressed.
     """
-    kind = values.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{where} is of a model of the type {kind!r}.", "Only Llama-like models can be converted.", near(str(kind), MODEL_TYPES)
-        )
+    kind = str(values.get("model_type"))
+    if kind not in FAMILIES:
+        what = f"{where} is of a model of the type {values.get('model_type')!r}."
+        raise CheckpointError(what, f"These are read: {', '.join(FAMILIES)}.", "Choose a model of one of them.")
+    values = {**FAMILIES[kind].defaults, **values}
     _refuse_what_is_other(values, where)
     dim, heads = _integer(values, "hidden_size", where), _integer(values, "num_attention_heads", where)
-    kv_heads = _integer(values, "num_key_value_heads", where, heads if kind == "llama" else None)
-    head_dim = _integer(values, "head_dim", where, dim // heads)
-    if head_dim * heads != dim:
-        raise _inexpressible(where, f"head_dim {head_dim} for hidden_size {dim} and {heads} heads", "Heads here share the width evenly")
-    context = _integer(values, "max_position_embeddings", where, 2048 if kind == "llama" else None, limit=MAX_POSITION)
+    head_dim = _integer(values, "head_dim", where, max(1, dim // heads))
+    layers, context = _integer(values, "num_hidden_layers", where), _integer(values, "max_position_embeddings", where, limit=MAX_POSITION)
+    bias = kind == "qwen2" or values.get("attention_bias") is True
     config = ModelConfig(
         vocab_size=_integer(values, "vocab_size", where),
         dim=dim,
-        layers=_integer(values, "num_hidden_layers", where),
+        layers=layers,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=_integer(values, "num_key_value_heads", where, heads),
         ffn_dim=_integer(values, "intermediate_size", where),
         context_length=context,
         norm_eps=_number(values, "rms_norm_eps", where, 1e-6),
         init_std=_number(values, "initializer_range", where, 0.02),
-        window=_window(values, where, context),
+        window=_window(values, where, kind, layers, context),
+        tied_head=tied,
+        head_size=0 if head_dim * heads == dim else head_dim,
+        qk_norm=kind == "qwen3",
+        qkv_bias=bias,
+        o_bias=bias and kind != "qwen2",
         **_rope_from_hf(values, where, context),
     )
     config.validate()
@@ -116,21 +120,30 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
 def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:
     """Raises ConfigError for the first setting that changes what the model computes and that smedjan does not have."""
     if values.get("quantization_config") is not None:
-        raise _inexpressible(where, "quantised weights", "Training starts from whole ones")
+        raise _inexpressible(where, "quantised weights", "Training starts from whole ones", "the model in bfloat16 or float32")
     if values.get("hidden_act", "silu") not in {"silu", "swish"}:
         raise _inexpressible(where, f"the activation {values['hidden_act']!r}", "The feed-forward here is SwiGLU, with SiLU")
-    window = values.get("sliding_window") if values["model_type"] == "qwen2" and values.get("use_sliding_window") else None
-    if window is not None and window < values.get("max_position_embeddings", 0):
-        raise _inexpressible(where, f"a sliding window of {window} positions in some layers", "Attention here has one window in all layers")
-    if odd := sorted(set(values.get("layer_types") or ()) - {"full_attention"}):
-        raise _inexpressible(where, f"layers of the type {odd[0]!r}", "Attention here has one window in all layers, --window")
+    if values.get("rope_traditional") is True:
+        raise _inexpressible(where, "rope_traditional", "RoPE here turns halves of a head, and programs disagree about that key")
 
 
-def _window(values: dict[str, Any], where: str, context: int) -> int:
-    """Mistral's sliding window, which counts a position itself as --window does; 0 where it is as long as the context."""
-    if values["model_type"] != "mistral" or values.get("sliding_window", _MISTRAL_WINDOW) is None:
+def _window(values: dict[str, Any], where: str, kind: str, layers: int, context: int) -> int:
+    """The sliding window, which counts a position itself as --window does; 0 where it is as long as the context, or none is used."""
+    kinds = values.get("layer_types")
+    if kinds is None:
+        from_layer = values.get("max_window_layers", layers) if values.get("use_sliding_window") else 0 if kind == "mistral" else layers
+        windowed = layers - min(from_layer, layers) if values.get("sliding_window") is not None else 0
+    elif odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise _inexpressible(where, f"layers of the type {odd[0]!r}", "Layers here are those of --mixer")
+    else:
+        windowed = kinds.count("sliding_attention")
+    if not windowed:
         return 0
-    window = _integer(values, "sliding_window", where, _MISTRAL_WINDOW, limit=MAX_POSITION)
+    window = _integer(values, "sliding_window", where, limit=MAX_POSITION)
+    if window < context and windowed < layers:
+        raise _inexpressible(
+            where, f"a sliding window of {window} positions in {windowed} of {layers} layers", "All layers have one --window"
+        )
     return window if window < context else 0
 
 
@@ -147,9 +160,30 @@ def _rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str,
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return {"rope_base": base}
-    if kind != "yarn":
-        raise _inexpressible(where, f"RoPE of the type {kind!r}", "RoPE here is default or yarn")
-    factor = _number(scaling, "factor", where)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise _inexpressible(where, f"RoPE of the type {kind!r}", "RoPE here is default, linear, llama3 or yarn")
+    found: dict[str, Any] = {"rope_base": base, "rope_scaling": kind, "rope_factor": _number(scaling, "factor", where)}
+    if kind == "linear":
+        return found
+    found["rope_original_len"] = _original_length(values, scaling, where, context)
+    if kind == "llama3":
+        low, high = _number(scaling, "low_freq_factor", where), _number(scaling, "high_freq_factor", where)
+        return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    _refuse_other_yarn(scaling, found["rope_factor"], where)
+    return found
+
+
+def _original_length(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> int:
+    """The context before it was extended, which may stand beside the scaling or in it."""
+    key = "original_max_position_embeddings"
+    lengths = {_integer(place, key, where, limit=MAX_POSITION) for place in (values, scaling) if place.get(key) is not None}
+    if len(lengths) > 1:
+        both = " and ".join(map(str, sorted(lengths)))
+        raise CheckpointError(f"{where} gives {key} twice, as {both}.", "Programs differ in which one they take.", "Correct the file.")
+    return lengths.pop() if lengths else context
+
+
+def _refuse_other_yarn(scaling: dict[str, Any], factor: float, where: str) -> None:
     expected = {"beta_fast": rope.BETA_FAST, "beta_slow": rope.BETA_SLOW, "attention_factor": 0.1 * math.log(max(factor, 1.0)) + 1}
     for name, plain in expected.items():
         if not math.isclose(_number(scaling, name, where, plain) or plain, plain, rel_tol=1e-6):
@@ -157,8 +191,6 @@ def _rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str,
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if (mscale and all_dim) or scaling.get("truncate") is False:
         raise _inexpressible(where, "YaRN with mscale_all_dim or without truncation", "YaRN here has neither")
-    length = _integer(scaling, "original_max_position_embeddings", where, context, limit=MAX_POSITION)
-    return {"rope_base": base, "rope_scaling": "yarn", "rope_factor": factor, "rope_original_len": length}
 
 
 def _integer(values: dict[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_EXTENT) -> int:
@@ -175,8 +207,8 @@ def _number(values: dict[str, Any], key: str, where: str, default: float | None 
     return float(value)
 
 
-def _inexpressible(where: str, what: str, why: str) -> ConfigError:
-    return ConfigError(f"{where} asks for {what}. {_NOT_HERE}", f"{why}.", "Choose another model: llama, mistral or qwen2 without it.")
+def _inexpressible(where: str, what: str, why: str, fix: str = "a model that is the same without it") -> ConfigError:
+    return ConfigError(f"{where} asks for {what}. {_NOT_HERE}", f"{why}.", f"Only this is missing: choose {fix}.")
 
 
 def _short(value: Any) -> str:

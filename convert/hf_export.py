@@ -37,7 +37,7 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     eos = tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
     values = hf_config.to_hf(config, dtype.name, eos)  # refuses before anything is written
     chat, turn_ends = hf_tokenizer.chat_of(tokenizer) if tokenizer else (None, [])
-    tensors = {row.hf: cast(row.ours, model.tensors[row.ours], dtype) for row in rows(config.layers)}
+    tensors = {row.hf: cast(row.ours, model.tensors[row.ours], dtype) for row in rows(config)}
     with atomic_directory(target) as temporary:
         write_json(temporary / hf_import.CONFIG, values)
         write_json(temporary / "generation_config.json", _generation(model, eos, turn_ends))
@@ -50,6 +50,8 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
+    if config.window:
+        notes.append("mlx-lm ignores sliding_window: beyond it its logits are those of another model. transformers reads it.")
     return notes
 
 

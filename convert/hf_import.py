@@ -1,30 +1,32 @@
-"""A Hugging Face directory of the Llama family -> Portable.
+"""A Hugging Face directory of a family of families.py -> Portable.
 
     config.json   model.safetensors, or model.safetensors.index.json and its shards   tokenizer.json
 
 Nothing in it is believed: names, shapes and dtypes are checked against the model of config.json before a tensor is read, pickles are
 never opened, and what smedjan's model cannot express is refused by name. Weights become float32, which holds F32, BF16 and F16 exactly.
-The head here is the embedding: an lm_head.weight is dropped where it equals the embedding, and refused where it does not.
+A head that equals the embedding is the embedding (tied), whatever config.json says; one that it asks for and no file has is refused.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert import hf_config, hf_tokenizer
 from convert.json_file import read_json
-from convert.names import Row, rows
+from convert.names import HEAD_ROW, MODEL_ROWS, Row, rows
 from convert.portable import Lazy, Portable, cast
 from convert.safetensors_file import open_tensors
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
-from smedjan_common.model.params import parameter_table
+from smedjan_common.model.params import head_name, parameter_table
 from smedjan_common.tokenizer import Tokenizer
 
-CONFIG, WEIGHTS, INDEX, HEAD = "config.json", "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBED = HEAD_ROW.hf, MODEL_ROWS[0].hf
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files keep a table that follows from config.json
 
 
@@ -51,21 +53,26 @@ def read(path: Path) -> Portable:
     """
     values, where = read_json(path / CONFIG), str(path / CONFIG)
     try:
-        config = hf_config.from_hf(values, where)
+        hf_config.from_hf(values, where)  # what it says by itself is refused before a tensor is looked at
+        stored = open_weights(path)
+        tied, notes = _tied(values, stored, path)
+        config = hf_config.from_hf(values, where, tied)
     except (TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{where} cannot be used.", reason(error), "Restore it from a good copy.") from None
-    stored = open_weights(path)
     dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
     if config.layers > len(stored):  # before a table of that many layers is made
         raise CheckpointError(f"{where} promises {config.layers} layers.", f"There are only {len(stored)} tensors.", "Download it again.")
-    names = rows(config.layers)
-    stored, notes = _without_extras(stored, names, path)
+    names = rows(config)
+    stored, left_out = _without_extras(stored, names, path)
     _check_shapes(stored, config, names, path)
     tokenizer, more = hf_tokenizer.read(path, config.vocab_size)
-    tensors = {row.ours: cast(row.ours, stored[row.hf], np.dtype(np.float32)) for row in names}
-    tensors["embed.weight"], config = _padded(tensors["embed.weight"], config, tokenizer)
+    tensors = {row.ours: _finite(row.hf, cast(row.ours, stored[row.hf], np.dtype(np.float32)), path) for row in names}
+    config = _with_vocabulary(config, tokenizer)
+    tensors |= {name: _padded(tensors[name], config) for name in {"embed.weight", head_name(config)}}
+    if values.get("auto_map"):
+        notes.append(f"It names code of its own (auto_map), which was not read: it is taken for a plain {values['model_type']}.")
     source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
-    return Portable(config, tensors, tokenizer, 0, source, (*notes, *more))
+    return Portable(config, tensors, tokenizer, 0, source, (*notes, *left_out, *more))
 
 
 def open_weights(path: Path) -> dict[str, Lazy]:
@@ -111,43 +118,66 @@ def _without_extras(stored: Mapping[str, Lazy], names: list[Row], path: Path) ->
         raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}.", f"The model of {CONFIG} has it.", "Download it again.")
     for name in stored.keys() - known:
         if name == HEAD:
-            _check_head(stored, path)
-        elif name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in known:
+            continue  # it equals the embedding
+        if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in known:
             if np.any(stored[name].read()):
-                raise ConfigError(f"{path} has the bias {name}.", "Layers here have none.", "Choose another model: one without biases.")
+                raise ConfigError(
+                    f"{path} has the bias {name}.", f"The model of {CONFIG} has none there.", "Choose another model: one without it."
+                )
             notes = ["Its biases are all zero and were left out."]
         elif not _IGNORED.fullmatch(name):
-            raise ConfigError(f"{path} has a tensor {name!r}.", "A Llama model has no such tensor.", "Choose another model.")
+            raise ConfigError(f"{path} has a tensor {name!r}.", f"The model of {CONFIG} has no such tensor.", "Choose another model.")
     return {name: tensor for name, tensor in stored.items() if name in known}, notes
 
 
-def _check_head(stored: Mapping[str, Lazy], path: Path) -> None:
-    head, embed = stored[HEAD], stored[rows(0)[0].hf]
-    same = head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32))
-    if not same:
-        raise ConfigError(
-            f"{path} has a separate head, {HEAD}.",
-            "It differs from the embedding, and smedjan uses the embedding as the head (tied).",
-            "Choose a model with tie_word_embeddings.",
+def _tied(values: Mapping[str, Any], stored: Mapping[str, Lazy], path: Path) -> tuple[bool, list[str]]:
+    """Whether the head is the embedding, and what to tell of it. Raises CheckpointError for a head that should be there and is not."""
+    said = values.get("tie_word_embeddings")
+    if HEAD in stored and EMBED in stored:
+        head, embed = stored[HEAD], stored[EMBED]
+        return head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32)), []
+    if said is False:
+        raise CheckpointError(
+            f"{path} lacks the tensor {HEAD}.",
+            f"{CONFIG} says that the head is not the embedding (tie_word_embeddings).",
+            "Download it again.",
         )
+    return True, [] if said else [f"It has no {HEAD}, and {CONFIG} does not say why: the embedding is taken for the head."]
+
+
+def _finite(name: str, tensor: Lazy, path: Path) -> Lazy:
+    """The tensor; reading raises CheckpointError where a value is not finite."""
+
+    def check(array: np.ndarray) -> np.ndarray:
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"The tensor {name} in {path} has values that are not finite.", "The model is damaged.", "Download it again."
+            )
+        return array
+
+    return tensor.then(check)
 
 
 def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, names: list[Row], path: Path) -> None:
     table = parameter_table(config)
     for row in names:
-        shape = (config.vocab_size, config.dim) if row.ours == "embed.weight" else table[row.ours].shape
+        shape = (config.vocab_size, config.dim) if row.ours in ("embed.weight", "head.weight") else table[row.ours].shape
         if stored[row.hf].shape != shape:
             raise CheckpointError(
                 f"The tensor {row.hf} in {path} has shape {stored[row.hf].shape}.", f"{CONFIG} asks for {shape}.", "Download it again."
             )
 
 
-def _padded(embed: Lazy, config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[Lazy, ModelConfig]:
-    """The embedding with zero rows up to a multiple of 64, and the model with the tokenizer's vocabulary where that pads to the same."""
-    count, padded = config.vocab_size, config.padded_vocab_size
-    if tokenizer is not None:
-        smaller = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-        config = smaller if smaller.padded_vocab_size == padded else config
-    if padded == count:
-        return embed, config
-    return embed.then(lambda array: np.pad(array, ((0, padded - count), (0, 0))), shape=(padded, config.dim)), config
+def _with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The model with the tokenizer's vocabulary, where that pads to the same number of rows."""
+    if tokenizer is None:
+        return config
+    smaller = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    return smaller if smaller.padded_vocab_size == config.padded_vocab_size else config
+
+
+def _padded(table: Lazy, config: ModelConfig) -> Lazy:
+    """Rows of the vocabulary with zero rows up to a multiple of 64."""
+    missing = config.padded_vocab_size - table.shape[0]
+    shape = (config.padded_vocab_size, config.dim)
+    return table.then(lambda array: np.pad(array, ((0, missing), (0, 0))), shape=shape) if missing else table

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 from smedjan_common.config import ModelConfig
-from smedjan_common.errors import ConfigError
 
 
 class Row(NamedTuple):
-    """The name in smedjan, in transformers' Llama, in llama.cpp."""
+    """The name in smedjan, in transformers, in llama.cpp."""
 
     ours: str
     hf: str
@@ -30,32 +29,23 @@ LAYER_ROWS = (
     Row("layers.{i}.ffn.down_proj.weight", "model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
 )
 
-# What of a ModelConfig the Llama layout can say; a field that is added later is refused until it is thought about here.
-EXPRESSED = {
-    *("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "context_length", "mixer", "ffn", "norm_eps"),
-    *("rope_base", "rope_scaling", "rope_factor", "rope_original_len", "init_std"),
+# tensors that only some models have, by what of a ModelConfig says so
+OPTIONAL_ROWS: dict[str, tuple[Row, ...]] = {
+    "qkv_bias": tuple(
+        Row(f"layers.{{i}}.mixer.{n}_proj.bias", f"model.layers.{{i}}.self_attn.{n}_proj.bias", f"blk.{{i}}.attn_{n}.bias") for n in "qkv"
+    ),
+    "o_bias": (Row("layers.{i}.mixer.o_proj.bias", "model.layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias"),),
+    "qk_norm": tuple(
+        Row(f"layers.{{i}}.mixer.{n}_norm.weight", f"model.layers.{{i}}.self_attn.{n}_norm.weight", f"blk.{{i}}.attn_{n}_norm.weight")
+        for n in "qk"
+    ),
 }
+HEAD_ROW = Row("head.weight", "lm_head.weight", "output.weight")
 
 
-def rows(layers: int) -> list[Row]:
+def rows(config: ModelConfig) -> list[Row]:
     """Every tensor of a model, in the order of the forward pass."""
     embed, norm = MODEL_ROWS
-    return [embed, *(Row(*(name.format(i=i) for name in row)) for i in range(layers) for row in LAYER_ROWS), norm]
-
-
-def check_llama(config: ModelConfig, target: str) -> None:
-    """Raises ConfigError, by name, for what a Llama cannot be: other mixers, other feed-forwards, options added since."""
-    for what, names, known in (("mixer", config.mixer, "attention"), ("feed-forward", config.ffn, "swiglu")):
-        if odd := sorted(set(names) - {known}):
-            raise ConfigError(
-                f"A model with the {what} {odd[0]} has no {target} form.",
-                f"The Llama layout, which other programs run, has {known} only.",
-                "Keep it neutral: both backends run it.",
-            )
-    values, plain = config.to_dict(), ModelConfig(64, 2, 1, 1, 1, 1).to_dict()
-    if odd := sorted(name for name in values.keys() - EXPRESSED if values[name] != plain[name]):
-        raise ConfigError(
-            f"A model with {odd[0]} = {values[odd[0]]} has no {target} form.",
-            "The Llama layout cannot express it.",
-            "Keep it neutral: both backends run it.",
-        )
+    optional = [row for name, more in OPTIONAL_ROWS.items() if getattr(config, name) for row in more]
+    layers = [Row(*(name.format(i=i) for name in row)) for i in range(config.layers) for row in (*LAYER_ROWS, *optional)]
+    return [embed, *layers, norm, *([] if config.tied_head else [HEAD_ROW])]

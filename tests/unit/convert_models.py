@@ -42,8 +42,10 @@ def parameters(config: ModelConfig, seed: int = 1) -> dict[str, np.ndarray]:
     params = initial_params(config, seed)
     params["embed.weight"][config.vocab_size :] = 0
     for name in params:
-        if name.endswith("norm.weight"):  # not all ones, so that a norm in the wrong place is seen
+        if params[name].ndim == 1:  # norms not all ones, biases not zero, so that one in the wrong place is seen
             params[name] += np.linspace(-0.2, 0.2, len(params[name]), dtype=np.float32)
+    if "head.weight" in params:
+        params["head.weight"][config.vocab_size :] = 0
     return params
 
 

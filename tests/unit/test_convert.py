@@ -123,27 +123,35 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"window": 64}, "window = 64"),
-        ({"qk_norm": True}, "qk_norm"),
+        ({"window": 64, "qk_norm": True}, "window = 64"),
+        ({"o_bias": True}, "o_bias"),
+        ({"qk_norm": True, "qkv_bias": True}, "qk_norm = True"),
         ({"ffn": ("experts",), "experts": 4}, "experts"),
         *(({"mixer": ("attention", m)}, m) for m in ("mla", "block-sparse", "ssm")),
     ],
 )
-def test_a_model_that_no_llama_can_be_is_refused_by_name_and_nothing_is_written(tmp_path: Path, capsys, change: dict, name: str):
+def test_a_model_that_no_layout_has_is_refused_by_name_and_nothing_is_written(tmp_path: Path, capsys, change: dict, name: str):
     source = neutral(tmp_path / "run", model_config(tokenizer().vocab_size, **change))
     for form in ("hf", "gguf"):
         assert name in refused(capsys, source, tmp_path / "out", "--to", form)
         assert os.listdir(tmp_path) == ["run"]
 
 
-def test_a_field_that_the_llama_layout_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
-    """A new option of ModelConfig must not be lost in silence."""
-    from convert import names
+def test_a_window_has_no_form_for_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture):
+    source = neutral(tmp_path / "run", model_config(tokenizer().vocab_size, window=64))
+    assert "sliding window" in refused(capsys, source, tmp_path / "out", "--to", "gguf")
+    run(source, tmp_path / "hf", "--to", "hf")
+    assert "mlx-lm ignores sliding_window" in capsys.readouterr().out
 
-    monkeypatch.setattr(names, "EXPRESSED", names.EXPRESSED - {"rope_factor"})
-    names.check_llama(model_config(300), "hf")
+
+def test_a_field_that_no_layout_knows_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """A new option of ModelConfig must not be lost in silence."""
+    from convert import families
+
+    monkeypatch.setattr(families, "EXPRESSED", families.EXPRESSED - {"rope_factor"})
+    assert families.family_of(model_config(300), "hf") == "llama"
     with pytest.raises(ConfigError, match="rope_factor"):
-        names.check_llama(model_config(300, **YARN), "hf")
+        families.family_of(model_config(300, **YARN), "hf")
 
 
 @pytest.mark.parametrize("what", ["train", "dataset", "optimizer", "config", "step", "tokenizer"])

@@ -227,8 +227,8 @@ def test_what_is_not_there_or_other_than_written_is_noticed(tmp_path: Path, monk
         raw[-40] ^= 1
         path.write_bytes(raw)
 
-    def other_field(path: Path, fields: dict, *args: Any) -> None:
-        write(path, fields | {"llama.rope.freq_base": 5e5}, *args)
+    def other_field(path: Path, name: str, fields: dict, *args: Any) -> None:
+        write(path, name, fields | {"llama.rope.freq_base": 5e5}, *args)
 
     def cut(path: Path, *args: Any) -> None:
         write(path, *args)
@@ -306,11 +306,14 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
         ("cl100k", YARN | {"kv_heads": 4}, "float32", 1e-5),
         ("cl100k", LINEAR, "float32", 1e-5),
         ("cl100k", LLAMA3, "float32", 1e-5),
+        ("cl100k", {"tied_head": False, "qkv_bias": True, "o_bias": True, "head_size": 16}, "float32", 1e-5),
+        ("cl100k", {"tied_head": False, "qkv_bias": True}, "float32", 1e-5),
+        ("cl100k", {"qk_norm": True, "head_size": 16}, "float32", 1e-5),
         ("cl100k", {}, "bfloat16", 3e-2),
         ("cl100k", {}, "float16", 3e-3),
         ("cl100k", {}, "q8_0", 3e-2),
     ],
-    ids=["none", "ntk", "yarn", "mha", "linear", "llama3", "bfloat16", "float16", "q8_0"],
+    ids=["none", "ntk", "yarn", "mha", "linear", "llama3", "untied-biases", "qwen2", "qwen3", "bfloat16", "float16", "q8_0"],
 )
 def test_llama_cpp_gives_the_same_ids_probabilities_and_greedy_text(
     tmp_path: Path, pattern: str, changes: dict, dtype: str, tolerance: float

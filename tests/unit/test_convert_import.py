@@ -80,13 +80,16 @@ SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_p
 INEXPRESSIBLE = {
     "activation": ({"hidden_act": "gelu"}, "the activation 'gelu'"),
     "type": ({"model_type": "gpt2"}, "of the type 'gpt2'"),
-    "near type": ({"model_type": "qwen3"}, "Did you mean qwen2"),
-    "window of qwen2": ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
-    "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
-    "head_dim": ({"head_dim": 16}, "head_dim 16"),
+    "near type": ({"model_type": "qwen"}, "These are read: llama, qwen2"),
+    "window of qwen2": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "window of 16 positions in 1 of 2",
+    ),
+    "layers": ({"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
+    "window of some layers": ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}, "9 positions in 1 of 2"),
+    "traditional rope": ({"rope_traditional": True}, "rope_traditional"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
-    "llama3 rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE of the type 'llama3'"),
-    "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of the type 'linear'"),
+    "longrope": ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "RoPE of the type 'longrope'"),
     "dynamic rope": ({"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of the type 'dynamic'"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial rotary"),
     "yarn beta": ({"rope_parameters": SCALED | {"beta_fast": 16}}, "YaRN with beta_fast 16"),
@@ -113,14 +116,44 @@ def test_a_bias_is_refused_by_name_and_left_out_where_it_is_zero(hf: Path, capsy
     assert "biases are all zero" in capsys.readouterr().out
 
 
-def test_a_head_of_its_own_is_refused_by_name(hf: Path):
+def test_a_head_is_tied_where_it_equals_the_embedding_and_one_that_is_missing_is_refused(hf: Path, capsys: pytest.CaptureFixture):
     embed = hf_import.open_weights(hf)["model.embed_tokens.weight"].read()
+    change(hf, "config.json", tie_word_embeddings=False)
+    assert "lacks the tensor lm_head.weight" in refusal(hf)
+    one_file(hf, **{"lm_head.weight": embed})
+    assert hf_import.read(hf).config.tied_head
     one_file(hf, **{"lm_head.weight": embed[:-1]})
     assert "lm_head.weight" in refusal(hf)
-    one_file(hf, **{"lm_head.weight": np.where(np.arange(320)[:, None] == 5, 0, embed)})
-    assert "tie_word_embeddings" in refusal(hf)
-    one_file(hf, **{"lm_head.weight": embed})
+    other = np.where(np.arange(320)[:, None] == 5, 0, embed)
+    one_file(hf, **{"lm_head.weight": other})
+    for said in (False, True, None):  # the tensors are the truth
+        change(hf, "config.json", tie_word_embeddings=said)
+        model = hf_import.read(hf)
+        assert not model.config.tied_head
+        assert np.array_equal(model.tensors["head.weight"].read(), other)
+    one_file(hf, lambda arrays: arrays.pop("lm_head.weight"))
     convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert "the embedding is taken for the head" in capsys.readouterr().out
+
+
+def test_the_length_before_yarn_may_stand_beside_it_and_two_lengths_are_refused(hf: Path):
+    """At the top of config.json, as transformers 5 takes it; in the scaling; in both."""
+    scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    for keys in ({"rope_parameters": scaling, "rope_scaling": None}, {"rope_parameters": None, "rope_scaling": scaling}):
+        change(hf, "config.json", original_max_position_embeddings=32, **keys)
+        assert hf_import.read(hf).config.rope_original_len == 32
+    change(hf, "config.json", rope_scaling=scaling | {"original_max_position_embeddings": 64})
+    assert "twice, as 32 and 64" in refusal(hf)
+
+
+def test_weights_that_are_no_numbers_are_refused_and_own_code_is_told(hf: Path, capsys: pytest.CaptureFixture):
+    change(hf, "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    convert(hf, hf.parent / "neutral", "--to", "neutral")
+    assert "auto_map" in capsys.readouterr().out
+    shutil.rmtree(hf.parent / "neutral")
+    name = "model.layers.1.mlp.up_proj.weight"
+    one_file(hf, lambda arrays: arrays[name].__setitem__((0, 0), np.nan))
+    assert f"{name} in {hf} has values that are not finite" in refusal(hf)
 
 
 @pytest.mark.parametrize("name", ["score.weight", "model.layers.0.mlp.experts.0.w1.weight", "../../x", "model.layers.2.mlp.up_proj.weight"])
@@ -284,7 +317,8 @@ def test_other_shapes_types_and_missing_tensors_are_named(hf: Path, tmp_path: Pa
         ({"rope_scaling": [1], "rope_parameters": None}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "--rope-factor 0.5"),
-        ({"num_attention_heads": 3}, "head_dim"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 9}, "odd number"),
+        ({"num_attention_heads": 3}, "--kv-heads 2"),
         ({"num_attention_heads": 32, "head_dim": 1, "num_key_value_heads": 16}, "odd number"),
         ({"layer_types": 7}, "config.json cannot be used"),
         ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window 'x'"),
