@@ -70,7 +70,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer. text: whole characters only, never part of a stop text; tokens: those whose text it completes.
+    """What is new of an answer. text: whole characters only, never part of a stop text; tokens: those whose text it completes. The
+    token that ended a text, if one did, is the last one and has no bytes.
 
     The last piece of a request, and no other, has a finish_reason (one of FINISH_REASONS) and the usage. error: what went wrong, in words.
     """

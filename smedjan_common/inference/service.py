@@ -38,6 +38,11 @@ class Handle:
         self._service, self._deliver = service, deliver
         self.arrived = time.monotonic()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has no row yet."""
+        return not self.done and (self.ticket is None or not self.ticket.begun)
+
     def cancel(self) -> None:
         self.cancelled = True
         self._service.wake()

@@ -72,6 +72,7 @@ class Ticket:
         self.generated += 1
         if token in self._stop_ids:
             self.reason = "stop"
+            self._stream.push(TokenInfo(token, b"", logprob, top))
             return
         self.ids.append(token)
         self._stream.push(TokenInfo(token, self._bytes(token), logprob, top))
