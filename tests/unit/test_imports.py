@@ -40,6 +40,7 @@ FLOORS = (
     ("reference", "data", "config"),  # config: a face of two configurations
     ("checkpoint", "reporting"),
     ("inference",),
+    ("serving",),
     ("run",),
     ("commands",),
     ("smedjan_jax", "smedjan_mlx"),

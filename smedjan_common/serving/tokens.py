@@ -1,0 +1,68 @@
+"""/tokenize, /detokenize and /tokenizer_info, in the shapes of vLLM (which lm-evaluation-harness reads) and of llama.cpp."""
+
+from typing import Any
+
+from smedjan_common.errors import SmedjanError
+from smedjan_common.serving.api_error import refused
+from smedjan_common.serving.fields import Fields, kind
+from smedjan_common.serving.messages import read_messages
+from smedjan_common.serving.served import Served
+from smedjan_common.text.cuts import mend_surrogates
+
+
+def tokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
+    """{prompt | content | text} or {messages} -> {tokens, count, max_model_len}.
+
+    Control tokens in a text are text, as in prompts, unless parse_special is true; a text that is nothing but the name of one is that one.
+    """
+    fields = Fields(values)
+    ids = _ids(fields, served)
+    found = {"tokens": ids, "count": len(ids), "max_model_len": served.context_length}
+    if fields.flag("return_token_strs"):
+        found["token_strs"] = [served.control.get(each) or served.tokenizer.decode([each]) for each in ids]
+    return found
+
+
+def _ids(fields: Fields, served: Served) -> list[int]:
+    tokenizer = served.tokenizer
+    if fields.get("messages") is not None:
+        if served.template is None:
+            fields.refuse("messages", "needs a chat template, and this model has none", "no_chat_template")
+        try:
+            return list(served.template.encode(tokenizer, read_messages(fields.get("messages"))))
+        except SmedjanError as error:
+            raise refused("messages", str(error)) from None
+    name = next((name for name in ("prompt", "content", "text") if fields.get(name) is not None), "prompt")
+    text = fields.get(name)
+    if not isinstance(text, str):
+        fields.refuse(name, f"must be a string, and is {kind(text)}")
+    if text in tokenizer.special_tokens:
+        return [tokenizer.special_tokens[text]]
+    return tokenizer.encode(mend_surrogates(text), "all" if fields.flag("parse_special") else ())
+
+
+def detokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
+    """{tokens} -> {prompt, content}, the same text twice; control tokens by their names."""
+    fields = Fields(values)
+    if fields.get("tokens") is None:
+        fields.refuse("tokens", "must be an array of token ids, and is null")
+    text = served.tokenizer.decode(fields.ids("tokens", served.vocab_size))
+    return {"prompt": text, "content": text}
+
+
+def tokenizer_info(served: Served) -> dict[str, Any]:
+    """What a client must know to count tokens as the server does."""
+    names = {number: name for name, number in served.tokenizer.special_tokens.items()}
+    eot = names.get(served.tokenizer.eot_id)
+    return {
+        "tokenizer_class": "smedjan",
+        "vocab_size": served.vocab_size,
+        "model_max_length": served.context_length,
+        "bos_token": None,
+        "eos_token": eot,
+        "eos_token_id": served.tokenizer.eot_id,
+        "pad_token": None,
+        "add_bos_token": False,
+        "special_tokens": served.tokenizer.special_tokens,
+        "hash": served.tokenizer.hash,
+    }
