@@ -24,6 +24,29 @@ def settle() -> None:
             stream.reconfigure(errors=errors)
 
 
+def is_live(stream: Any) -> bool:
+    """Whether a display can be drawn again and again on this stream: a terminal that can move its cursor, and no log of a CI."""
+    return _is_terminal(stream) and not _is_set("CI")
+
+
+def has_colours(stream: Any) -> bool:
+    """Whether what is printed there may be coloured. NO_COLOR says no, FORCE_COLOR yes, even into a pipe; else a terminal has them."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return _is_set("FORCE_COLOR") or _is_terminal(stream)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty()) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    except (AttributeError, ValueError):  # a closed stream
+        return False
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
+
+
 def put(text: str, stream: Any) -> OSError | None:
     """Print a line to a standard stream at once. Where that cannot be, returns why, and the stream leads nowhere from then on."""
     try:

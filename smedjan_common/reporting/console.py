@@ -10,13 +10,21 @@ from smedjan_common.reporting.metrics import Row
 def say(text: str) -> None:
     """Print a line at once, also into a pipe. A pipe that nobody reads any more (`| head`), a terminal that was closed or a full disk
     costs the output, not the run."""
-    if error := streams.put(text, sys.stdout):
+    if error := streams.put(_painted(text) if streams.has_colours(sys.stdout) else text, sys.stdout):
         why = (
             "nobody reads the output any more"
             if error.errno in (errno.EPIPE, errno.EIO)
             else f"the output cannot be written any more ({error.strerror})"
         )
         streams.put(f"note: {why}; the run goes on.", sys.stderr)
+
+
+_PAINT = {"note: ": "33", "saved ": "32", "Done": "1;32", "Stopped": "1;33", "  | ": "2"}  # how a line begins -> its SGR
+
+
+def _painted(text: str) -> str:
+    code = next((code for begin, code in _PAINT.items() if text.startswith(begin)), None)
+    return text if code is None else "\n".join(f"\x1b[{code}m{line}\x1b[0m" for line in text.split("\n"))
 
 
 def step_line(row: Row, steps: int, seconds_left: float | None) -> str:
@@ -70,6 +78,20 @@ def size(num_bytes: float) -> str:
         if num_bytes >= divisor:
             return f"{num_bytes / divisor:.1f} {suffix}"
     return f"{num_bytes:.0f} B"
+
+
+def lasted(seconds: float) -> str:
+    """`0.4s`, `12s`, `2m10s`: how long something took."""
+    return f"{seconds:.1f}s" if seconds < 9.95 else duration(seconds)
+
+
+def printable(text: str) -> str:
+    """Text of a model, or of a file, as a terminal can show it: no control characters, which would steer it."""
+    return "".join(letter if letter in "\n\t" or not _steers(letter) else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _steers(letter: str) -> bool:
+    return letter < " " or "\x7f" <= letter < "\xa0"
 
 
 def duration(seconds: float) -> str:

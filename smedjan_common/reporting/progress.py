@@ -4,11 +4,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+from smedjan_common.streams import is_live
+
 
 @contextlib.contextmanager
 def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
     """Gives `show(stage, done, total)`; each stage has its own bar. `unit`: "bytes" shows MB/s. Standard error only."""
-    if not sys.stderr.isatty():
+    if not is_live(sys.stderr):
         yield lambda stage, done, total: None
         return
     from rich.console import Console

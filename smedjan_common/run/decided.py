@@ -133,8 +133,7 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         keep_every=value("keep_every"),
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
         flags=to_record(decided.asked.flags),
-        **{name: every for name, every in dataclasses.asdict(decided.asked.flags.report).items() if name not in CADENCES},
-        **{name: decided.every(name) for name in CADENCES},
+        **(dataclasses.asdict(decided.asked.flags.report) | {name: decided.every(name) for name in CADENCES}),
     )
 
 

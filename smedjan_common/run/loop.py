@@ -6,6 +6,7 @@ A checkpoint's state is taken between two steps and written while the next ones 
 Batch and learning rate are functions of the step, so a resumed run is the same run.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -25,9 +26,14 @@ from smedjan_common.inference.generate import Generation
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.params import draw
-from smedjan_common.reporting.console import duration, eval_line, say, step_line
+from smedjan_common.reporting.console import duration, eval_line, printable, say, step_line
+from smedjan_common.reporting.displays import make_screen
 from smedjan_common.reporting.meter import Meter, RunningMean, Span, timed
 from smedjan_common.reporting.metrics import MetricsFile, Row, routing
+from smedjan_common.reporting.pace import Pace
+from smedjan_common.reporting.screen import COMPILING, EVALUATING, SAMPLING, SAVING, Screen
+from smedjan_common.reporting.status import Status
+from smedjan_common.run.ending import ending
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
 from smedjan_common.run.signals import StopSignals
@@ -42,8 +48,16 @@ def run(config: RunConfig, backend: Backend) -> int:
 
     Raises NotFiniteError, OutOfMemoryError, CheckpointError; nothing saved before is lost by any of them.
     """
-    with StopSignals() as stop:
-        return _Loop(config, backend, stop).run()
+    status, pace = Status(config.checkpoint_dir, config.train.steps), Pace(config.train.steps, _cadence(config))
+    with StopSignals() as stop, make_screen(status, pace) as screen:
+        stop.announce, stop.drawn = screen.announce, screen.drawn
+        return _Loop(config, backend, stop, screen).run()
+
+
+def _cadence(config: RunConfig) -> dict[str, int]:
+    """What is done beside steps, and after how many of them."""
+    evaluates = config.eval_every if config.val_data else 0
+    return {EVALUATING: evaluates, SAMPLING: config.sample_every, SAVING: config.checkpoint_every}
 
 
 @dataclass
@@ -51,16 +65,19 @@ class _Loop:
     config: RunConfig
     backend: Backend
     stop: StopSignals
+    screen: Screen
     queue: deque[tuple[int, float, Metrics, Span]] = field(default_factory=deque)  # (step, lr, metrics, when) dispatched, not read yet
     last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
     saved: int | None = None  # step of the newest checkpoint, written or being written
     kept: int | None = None  # step of the newest checkpoint that is whole
+    compiling: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # open from the first step until it is complete
     writes: Background = field(default_factory=Background)
     told_validation: bool = False  # that its loss is not finite
     initial: str | None = None  # digest of the initial values, where this start drew them
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
+        self.status, self.pace = self.screen.status, self.screen.pace
         self.begin = self.reached = 0  # steps done when the run began, and dispatched by now
         self.stop.lost = self.lost
         self.model, self.train = self.config.model, self.config.train
@@ -108,13 +125,25 @@ class _Loop:
 
     def step(self, state: State, step: int) -> State:
         """One step, and what is due after it."""
-        state = self.dispatch(state, step)
-        self.written()
-        first = step == self.begin + 1
-        self.drain(0 if first else 1 if self.is_logged(step - 1) else IN_FLIGHT)
-        if first:
-            self.meter.start(step)  # it compiled
+        if step == self.begin + 1:
+            state = self.first_step(state, step)
+        else:
+            state = self.dispatch(state, step)
+            self.written()
+            self.drain(1 if self.is_logged(step - 1) else IN_FLIGHT)
         self.after(state, step)
+        if self.stop.asked:
+            self.stop.asked = False
+            say(self.status.line())
+        return state
+
+    def first_step(self, state: State, step: int) -> State:
+        """The step that the framework compiles: it is waited for."""
+        with self.compiling:
+            self.compiling.enter_context(self.screen.doing(COMPILING))
+            state = self.dispatch(state, step)
+            self.drain(0)
+        self.meter.start(step)
         return state
 
     def dispatch(self, state: State, step: int) -> State:
@@ -131,8 +160,12 @@ class _Loop:
         while len(self.queue) > leave:
             step, lr, metrics, dispatched = self.queue.popleft()
             values, read = timed(self.backend.read, metrics)
+            self.compiling.close()
             self.check_finite(step, values)
             self.last |= {"step": step, "loss": self.mean_loss.add(values["loss"])}
+            self.pace.stepped(read.ended)
+            self.status.step, self.status.left = step, self.pace.left(step)
+            self.status.figures |= {"lr": lr, "grad_norm": values["grad_norm"]}
             if self.is_logged(step):
                 self.log(step, lr, values, self.meter.lap(step, dispatched, read))
                 self.mean_loss.clear()
@@ -156,8 +189,8 @@ class _Loop:
             **routing(values),
         }
         self.metrics.write(row)
-        left = (self.train.steps - step) * self.tokens_per_step / speed if speed and step < self.train.steps else None
-        say(step_line(row, self.train.steps, left))
+        self.status.figures |= row
+        say(step_line(row, self.train.steps, None if self.screen.drawn else self.status.left))
 
     def check_finite(self, step: int, values: dict[str, Any]) -> None:
         for name, what in (("loss", "The loss is"), ("grad_norm", "The norm of the gradients is")):
@@ -182,11 +215,14 @@ class _Loop:
         self.drain(0)
         with self.meter.paused():
             if evaluates:
-                self.evaluate(state, step)
+                with self.screen.doing(EVALUATING):
+                    self.evaluate(state, step)
             if samples:
-                self.sample(state, step)
+                with self.screen.doing(SAMPLING):
+                    self.sample(state, step)
             if saves and not last:
-                self.save(state, step)
+                with self.screen.doing(SAVING):
+                    self.save(state, step)
 
     def evaluate(self, state: State, step: int) -> None:
         assert self.config.val_data is not None
@@ -201,6 +237,7 @@ class _Loop:
         row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
         self.metrics.write(row)
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
+        self.status.figures |= self.last
         if row["val_loss"] is not None:
             say(eval_line(row, self.train.steps))
         elif not self.told_validation:
@@ -220,7 +257,7 @@ class _Loop:
             say(f"note: no sample: {error.what}")
             return
         self.folder.save_sample(step, text)
-        say("  | " + text.replace("\n", "\n  | "))
+        say("  | " + printable(text).rstrip("\n").replace("\n", "\n  | "))
 
     def save(self, state: State, step: int, snapshot: Snapshot | None = None) -> None:
         """Take the state for a step checkpoint, which is written from here on; redraw the plot. snapshot: the state where it is known."""
@@ -266,21 +303,20 @@ class _Loop:
 
     def finish(self, state: State, step: int, moved: bool) -> int:
         """The last checkpoint, and `final/` when all steps are done."""
-        if step < self.train.steps:
-            if moved:
+        if finished := step == self.train.steps:
+            with self.screen.doing(SAVING):
+                snapshot = self.backend.save(state)
+                self.save(state, step, snapshot)
+                self.written(wait=True)
+                say(f"saved {self.folder.save_final(snapshot, self.last)}")
+        elif moved:
+            with self.screen.doing(SAVING):
                 self.save(state, step)
                 self.written(wait=True)
-            say(f"Stopped after step {step} of {self.train.steps}. The same command goes on from here.")
-            return self.stop.exit_code
-        snapshot = self.backend.save(state)
-        self.save(state, step, snapshot)
-        self.written(wait=True)
-        say(f"saved {self.folder.save_final(snapshot, self.last)}")
-        say(f"Done: {step} steps in {duration(self.elapsed_before + time.perf_counter() - self.begun)}.{_figures(self.last)}")
+        seconds = time.perf_counter() - self.begun
+        if finished:
+            say(f"Done: {step} steps in {duration(self.elapsed_before + seconds)}.")
+        else:
+            say(f"Stopped after step {step} of {self.train.steps}{self.stop.by}. The same command goes on from here.")
+        say(ending(self.config.checkpoint_dir, self.metrics.rows, self.pace, seconds, finished))
         return self.stop.exit_code
-
-
-def _figures(last: dict[str, Any]) -> str:
-    names = (("loss", "loss"), ("val_loss", "validation loss"), ("val_bits_per_byte", "bits per byte"))
-    figures = [f"{text} {last[name]:.4f}" for name, text in names if last.get(name) is not None]
-    return f" Last {', '.join(figures)}." if figures else ""

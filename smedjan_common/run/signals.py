@@ -18,6 +18,8 @@ from types import FrameType
 from smedjan_common.reporting.console import say
 from smedjan_common.streams import put_now
 
+NEXT_LINE = "\n"
+
 
 @contextlib.contextmanager
 def interrupt_ends_at_once() -> Iterator[None]:
@@ -36,15 +38,19 @@ def interrupt_ends_at_once() -> Iterator[None]:
 class StopSignals:
     """A context in which `received` is the number of the first stop signal, or 0.
 
-    lost: says, in whole sentences, what a process that ended now would lose. It is called in another thread.
+    lost: says, in whole sentences, what a process that ended now would lose. announce: says a line at once if that is possible without
+    waiting, and whether it did. Both are called in another thread. drawn: whether a display is under the lines. asked: whether
+    somebody asked how far the run is (Ctrl-T on macOS, SIGUSR1), for the loop to answer.
     """
 
     HANG_UP = signal.SIGHUP
     SIGNALS = (signal.SIGINT, signal.SIGTERM, HANG_UP)
+    QUESTIONS = tuple(getattr(signal, name) for name in ("SIGINFO", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self, lost: Callable[[], str] = lambda: "") -> None:
-        self.received = 0
+        self.received, self.asked, self.drawn = 0, False, False
         self.lost = lost
+        self.announce: Callable[[str], bool] = lambda line: put_now(line, sys.stdout)
         self._before: dict[int, object] = {}
         self._silent = threading.Semaphore(1)  # taken by who says what the first signal does
 
@@ -57,6 +63,7 @@ class StopSignals:
         ignored = signal.getsignal(self.HANG_UP) == signal.SIG_IGN  # nohup
         caught = (number for number in self.SIGNALS if not (ignored and number == self.HANG_UP))
         self._before = {number: signal.signal(number, self._note) for number in caught}
+        self._questions = {number: signal.signal(number, self._ask) for number in self.QUESTIONS}
         self._watcher = threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True)
         self._watcher.start()
         return self
@@ -64,7 +71,7 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         if not self._before:
             return
-        for number, handler in self._before.items():
+        for number, handler in (self._before | self._questions).items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._pipe_before)
         os.close(self._pipe)  # the watcher's end
@@ -72,6 +79,9 @@ class StopSignals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.asked = True
 
     def _watch(self, reader: int) -> None:
         first = 0
@@ -81,16 +91,21 @@ class StopSignals:
                 if number not in self._before or (first and number == self.HANG_UP):
                     continue
                 if first:
-                    put_now(f"{signal.Signals(number).name} again: stopped at once. {self.lost()}", sys.stderr)
+                    put_now(f"{self.drawn * NEXT_LINE}{signal.Signals(number).name} again: stopped at once. {self.lost()}", sys.stderr)
                     os._exit(128 + number)
                 first = number
-                if self._silent.acquire(blocking=False) and not put_now(_notice(number), sys.stdout):
+                if self._silent.acquire(blocking=False) and not self.announce(_notice(number)):
                     self._silent.release()
 
     def speak(self) -> None:
         """Say what the first signal does, unless that has been said; for the loop, when it has seen one."""
         if self.received and self._silent.acquire(blocking=False):
             say(_notice(self.received))
+
+    @property
+    def by(self) -> str:
+        """` by SIGINT`, where a signal came."""
+        return f" by {signal.Signals(self.received).name}" if self.received else ""
 
     @property
     def exit_code(self) -> int:

@@ -68,6 +68,8 @@ REASONS = {
     ("smedjan_jax.mixers.*", "smedjan_jax.kernels.*"): "Pallas takes 0.3 s to import, and only a run on a GPU has kernels",
     ("smedjan_common.reporting.plot", "matplotlib.*"): "takes a second, at the end of a run",
     ("smedjan_common.reporting.progress", "rich.*"): "takes 60 ms, and only a terminal shows it",
+    ("smedjan_common.reporting.live", "rich.*"): "takes 150 ms, and only a terminal shows it",
+    ("smedjan_common.reporting.displays", "smedjan_common.reporting.live"): "likewise",
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,

@@ -148,6 +148,8 @@ def test_a_terminal_gets_a_bar_and_a_pipe_nothing(monkeypatch):
         def isatty(self):
             return True
 
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
     for stream, says in ((Terminal(), ["count", "merge", "5/10", "7/7"]), (io.StringIO(), [])):
         monkeypatch.setattr(sys, "stderr", stream)
         with progress_bar("steps") as show:
