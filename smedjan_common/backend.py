@@ -1,10 +1,11 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
 A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
-keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits`, `block` and `Decoder.feed` waits for the device.
+keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits`, `Decoder.feed` and `Decoder.step` waits for the
+device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -76,15 +77,59 @@ class Scores(NamedTuple):
     top_logprobs: np.ndarray
 
 
-class Decoder(Protocol):
-    """Token-by-token inference for one sequence, with its decode state on the device."""
+class Saved(Protocol):
+    """What a row of a decoder has seen, on the device: of a model by position no longer than that."""
 
-    def feed(self, ids: list[int]) -> np.ndarray:
-        """Consume one or more tokens, not none; returns the logits after the last one, float32 [vocab_size]."""
+    position: int
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it holds."""
         ...
 
-    def reset(self) -> None:
-        """Forget everything that was fed."""
+
+class Decoder(Protocol):
+    """Token-by-token inference of `rows` sequences side by side, each at its own position; their decode states are on the device.
+
+    max_len: positions whose state a row holds. Past it mixers that keep something of each position see a sliding window of the last
+    max_len ones (block-sparse: of whole blocks), recurrent ones all: `feed` and `step` go on without end. What a row gives does not
+    depend on the others: in float32, for the same number of rows, not by one bit.
+
+    can_rewind: a row can go back, since all its state is by position.
+    """
+
+    rows: int
+    max_len: int
+    can_rewind: bool
+
+    def position(self, row: int = 0) -> int:
+        """Tokens that a row has consumed. The host knows; nothing is waited for."""
+        ...
+
+    def feed(self, ids: Sequence[int], row: int = 0) -> np.ndarray:
+        """One row consumes one or more tokens, not none: the logits after the last one, float32 [vocab_size]."""
+        ...
+
+    def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Every row consumes one of the tokens, int [rows], where `active`, bool [rows]: logits, float32 [rows, vocab_size]. The others
+        keep their state bit for bit; their logits say nothing."""
+        ...
+
+    def reset(self, row: int | None = None) -> None:
+        """A row, or all, forgets everything."""
+        ...
+
+    def rewind(self, row: int, position: int) -> bool:
+        """Forget what came after `position`, which is not past the row's. False, and nothing changes, where what it needs is overwritten:
+        the row is past max_len. Only where `can_rewind`."""
+        ...
+
+    def save(self, row: int) -> Saved:
+        """What a row has seen, to be loaded later, into any row of this decoder."""
+        ...
+
+    def load(self, row: int, saved: Saved) -> None:
+        """The row has seen what was saved, and nothing else."""
         ...
 
 
@@ -173,7 +218,7 @@ class Backend(Protocol):
         """Logits of the next token at every position, float32 [B, T, vocab_size]."""
         ...
 
-    def decoder(self, params: dict[str, Any], max_len: int) -> Decoder:
+    def decoder(self, params: dict[str, Any], max_len: int, rows: int = 1) -> Decoder:
         """A decoder over host or device parameters (a snapshot's `params`, or `params_of(state)`)."""
         ...
 

@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_SCORE, LESS_TO_TRAIN, Device, Metrics, Scores, Snapshot, State, out_of_memory
+from smedjan_common.backend import LESS_TO_SCORE, Device, Metrics, Scores, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
@@ -29,6 +27,8 @@ from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
 from smedjan_jax import experts, kernels, optim, sharding
 from smedjan_jax.checkpoint import Orbax
+from smedjan_jax.decoder import JaxDecoder
+from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, forward_loss
 from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
@@ -104,16 +104,16 @@ class JaxBackend:
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
     ) -> tuple[State, Metrics]:
         batch = sharding.deal((inputs, targets, documents), self.mesh, self.train.grad_accum)
-        return _guarded(self._train_step, state, batch, np.float32(lr))
+        return guarded(self._train_step, state, batch, np.float32(lr))
 
     def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
-        return _guarded(self._eval_step, state["params"], (inputs, targets, documents))
+        return guarded(self._eval_step, state["params"], (inputs, targets, documents))
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
-        return {name: value.tolist() if value.ndim else float(value) for name, value in _guarded(jax.device_get, metrics).items()}
+        return {name: value.tolist() if value.ndim else float(value) for name, value in guarded(jax.device_get, metrics).items()}
 
     def save(self, state: State) -> Snapshot:
-        host = _guarded(jax.device_get, state)
+        host = guarded(jax.device_get, state)
         optimizer = {f"{slot}.{name}": value for slot, tensors in host["slots"].items() for name, value in tensors.items()}
         return Snapshot(int(host["step"]), host["params"], optimizer)
 
@@ -121,30 +121,30 @@ class JaxBackend:
         return state["params"]
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
-        return _guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)
+        return guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)
 
     def score(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
     ) -> Scores:
-        hidden, vocab = _guarded(self._hidden, params, inputs, documents, fix=LESS_TO_SCORE), self.model.vocab_size
+        hidden, vocab = guarded(self._hidden, params, inputs, documents, fix=LESS_TO_SCORE), self.model.vocab_size
         head = params[head_name(self.model)]
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
             return jax.device_get(self._scores(hidden, head, places, chosen, vocab=vocab, top=top))
 
-        return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
+        return guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
-        hidden, vocab = _guarded(self._hidden, params, inputs, None, fix=LESS_TO_SCORE), self.model.vocab_size
+        hidden, vocab = guarded(self._hidden, params, inputs, None, fix=LESS_TO_SCORE), self.model.vocab_size
         head = params[head_name(self.model)]
 
         def piece(places: np.ndarray) -> np.ndarray:
             return np.asarray(self._logits(hidden, head, places, vocab=vocab))
 
-        return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
+        return guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
-    def decoder(self, params: dict[str, Any], max_len: int) -> "JaxDecoder":
-        return JaxDecoder(self.model, params, self.train.dtype, max_len)
+    def decoder(self, params: dict[str, Any], max_len: int, rows: int = 1) -> JaxDecoder:
+        return JaxDecoder(self.model, params, self.train.dtype, max_len, rows)
 
     def peak_memory(self) -> int | None:
         if self._devices.local_devices[0].platform == "cpu":
@@ -212,41 +212,6 @@ class JaxBackend:
         return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": jnp.sum(targets >= 0)}
 
 
-class JaxDecoder:
-    """Decodes one sequence. Prompts are fed in chunks whose lengths are powers of two, so few shapes are compiled."""
-
-    largest_chunk = 512
-
-    def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
-        self.model, self.dtype, self.max_len = model, dtype, max_len
-        self._params = {name: jnp.asarray(value) for name, value in params.items()}
-        self._everywhere = sharding.everywhere_with(self._params)
-        self._compiled = _decode_step(model, dtype, max_len, self._everywhere)
-        self.reset()
-
-    def reset(self) -> None:
-        model = Model(self.model, self._params, self.dtype)
-        self._state = _guarded(lambda: jax.device_put(model.init_state(1, self.max_len), self._everywhere), fix=LESS_TO_DECODE)
-
-    def feed(self, ids: list[int]) -> np.ndarray:
-        assert ids, "there is nothing to feed"
-        logits = None
-        for chunk in power_of_two_chunks(ids, self.largest_chunk):
-            logits, self._state = _guarded(self._compiled, self._params, np.asarray([chunk], np.int32), self._state, fix=LESS_TO_DECODE)
-        return np.asarray(logits)[0, : self.model.vocab_size]
-
-
-@functools.lru_cache(maxsize=8)
-def _decode_step(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding) -> Callable:
-    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once. Of parameters that are
-    split, XLA makes what it needs; what comes out is `everywhere`."""
-
-    def step(params: dict[str, jax.Array], tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        return Model(model, params, dtype).step(tokens, state, max_len)
-
-    return jax.jit(step, out_shardings=everywhere, donate_argnums=2)
-
-
 def _linear_weights(model: ModelConfig) -> set[str]:
     """Weights of linear maps, which are used in the compute dtype only."""
     shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(model).items()}
@@ -302,13 +267,3 @@ def _platform() -> str:
             str(error).splitlines()[0].rstrip(".") + "." if str(error) else "It finds no such device, or no support for it is installed.",
             "Install smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU, or set JAX_PLATFORMS=cpu.",
         ) from error
-
-
-def _guarded(function: Callable, *args: Any, fix: str = LESS_TO_TRAIN) -> Any:
-    """Call and turn XLA's out-of-memory error into ours."""
-    try:
-        return function(*args)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise out_of_memory(str(error), fix) from error

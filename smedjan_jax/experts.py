@@ -21,7 +21,7 @@ from smedjan_common.model.ffns.experts import block_rows, load_names, padded_row
 from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_jax.modules import Carried, Linear, Params
+from smedjan_jax.modules import Carried, Linear, Params, joined, together
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -48,6 +48,8 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """The feed-forward `experts`. It leaves its losses and its load (pairs of each expert) in what is carried."""
 
+    together = ("gate_proj", "up_proj")
+
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.router = Router(config, params, f"{name}.router")
         self.gate_proj = Linear(params, f"{name}.gate_proj")
@@ -66,8 +68,7 @@ class Experts(nnx.Module):
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK)
-        together = jnp.concatenate([self.gate_proj.weight, self.up_proj.weight], axis=1)
-        gate_RF, up_RF = jnp.split(self._multiply(rows_RD, together, layout), 2, axis=-1)
+        gate_RF, up_RF = jnp.split(self._multiply(rows_RD, joined(together(self)), layout), 2, axis=-1)
         return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
 
     def mix(self, projected: tuple[jax.Array, ...], carried: Carried) -> tuple[jax.Array, Carried]:

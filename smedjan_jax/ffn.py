@@ -11,7 +11,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
-from smedjan_jax.modules import Carried, Linear, Params, apply_together
+from smedjan_jax.modules import Carried, Linear, Params, apply_together, together
 
 
 def ffn_class(name: str) -> Any:
@@ -21,6 +21,8 @@ def ffn_class(name: str) -> Any:
 
 class SwiGLU(nnx.Module):
     """The feed-forward `swiglu`."""
+
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str):
         self.gate_proj = Linear(params, f"{name}.gate_proj")
@@ -32,7 +34,7 @@ class SwiGLU(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
-        gate, up = apply_together([self.gate_proj, self.up_proj], x)
+        gate, up = apply_together(together(self), x)
         return gate, up
 
     def mix(self, projected: tuple[jax.Array, jax.Array], carried: Carried) -> tuple[jax.Array, Carried]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
@@ -37,12 +38,39 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """A weight that is the outputs `start` to `stop` of a larger one, which a decoder keeps instead (smedjan_jax.weights)."""
+
+    whole: jax.Array
+    start: int = field(metadata={"static": True})
+    stop: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.whole.shape[:-2], self.stop - self.start, self.whole.shape[-1])
+
+    def astype(self, dtype: Any) -> jax.Array:
+        return self.whole[..., self.start : self.stop, :].astype(dtype)
+
+
+def together(module: Any) -> list[Linear]:
+    """The linear maps that a module names `together`: all of the same x."""
+    return [getattr(module, name) for name in module.together]
+
+
+def joined(linears: list[Linear]) -> jax.Array:
+    """The weights of these linear maps as one, outputs after outputs."""
+    first = linears[0].weight
+    return first.whole if isinstance(first, Part) else jnp.concatenate([linear.weight for linear in linears], axis=-2)
+
+
 def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
     """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
     if sharding.tensor_parts() > 1:  # one matmul would mix the devices' parts of each
         return [linear(x) for linear in linears]
-    weight = jnp.concatenate([linear.weight for linear in linears]).astype(x.dtype)
-    y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
+    y, bounds = x @ joined(linears).astype(x.dtype).T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
     parts = jnp.split(y, bounds, axis=-1)
     return [part if linear.bias is None else part + linear.bias.astype(x.dtype) for linear, part in zip(linears, parts, strict=True)]
 
@@ -110,15 +138,18 @@ _look_up.defvjp(_looked_up, _row_sums)
 class Context:
     """What every block of one call is told.
 
-    position: tokens before these ones when decoding, int32 scalar; None in training. documents: int32 [B, T], positions with equal
-    numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of linear
-    cost take at once.
+    position: tokens before these ones in each row when decoding, int32 [B]; None in training. documents: int32 [B, T], positions with
+    equal numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of
+    linear cost take at once. active: bool [B], rows whose decode state changes; None: all. length: how many entries of a decode state
+    by position are read, which hold all that the rows have seen; None: all.
     """
 
     rope: "Rope"
     position: jax.Array | None
     documents: jax.Array | None
     chunk_size: int = field(metadata={"static": True})
+    active: jax.Array | None = None
+    length: int | None = field(default=None, metadata={"static": True})
 
 
 class Block(nnx.Module):
@@ -139,7 +170,7 @@ class Block(nnx.Module):
         return jax.lax.optimization_barrier(x + fed), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
-        """The same for T new tokens that follow `context.position` earlier ones."""
+        """The same for T new tokens of each row, which follow its `context.position` earlier ones."""
         mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
         x = x + mixed
         fed, carried = self.ffn(self.ffn_norm(x), carried)
@@ -147,25 +178,29 @@ class Block(nnx.Module):
 
 
 class Rope(nnx.Module):
-    """Rotary position embedding of the positions from `position` (0 when None) on: tables for `max_len` positions, by head size K."""
+    """Rotary position embedding of `length` positions from 0 on, or from each row's of `position` [B] on, wherever those stand.
 
-    def __init__(self, config: ModelConfig, max_len: int, position: jax.Array | None = None):
-        tables = {dim: rope_tables.tables(config, max_len, dim) for dim in rope_tables.rotary_dims(config)}
-        self.cos = nnx.data({dim: jnp.asarray(cos_LF) for dim, (cos_LF, _) in tables.items()})
-        self.sin = nnx.data({dim: jnp.asarray(sin_LF) for dim, (_, sin_LF) in tables.items()})
-        self.position = nnx.data(position)
+    cos and sin, by head size K, are [L, F], in float64 until they are rounded; of given positions [B, L, F], of float32 angles as well.
+    """
+
+    def __init__(self, config: ModelConfig, length: int, position: jax.Array | None = None):
+        dims = rope_tables.rotary_dims(config)
+        if position is None:
+            tables = {dim: tuple(map(jnp.asarray, rope_tables.tables(config, length, dim))) for dim in dims}
+        else:
+            at_BL = (position[:, None] + jnp.arange(length)).astype(jnp.float32)
+            angles = {dim: at_BL[..., None] * (np.float32(1) / rope_tables.periods(config, dim)) for dim in dims}
+            m = rope_tables.attention_factor(config)
+            tables = {dim: (jnp.cos(angle_BLF) * m, jnp.sin(angle_BLF) * m) for dim, angle_BLF in angles.items()}
+        self.cos = nnx.data({dim: cos for dim, (cos, _) in tables.items()})
+        self.sin = nnx.data({dim: sin for dim, (_, sin) in tables.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Turn feature i of x [B, T, H, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
         B, T, H, K = x.shape
         pairs = x.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
-        cos_TF, sin_TF = self._at(self.cos[K], T), self._at(self.sin[K], T)
-        signed_sin = jnp.stack([-sin_TF, sin_TF], axis=1)[:, None]
+        cos_TF, sin_TF = self.cos[K], self.sin[K]
+        signed_sin = jnp.stack([-sin_TF, sin_TF], axis=-2)[..., None, :, :]
         # XLA fuses a reversal of the pair axis into the product, a concatenation of halves it writes out
-        turned = pairs * cos_TF[:, None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin
+        turned = pairs * cos_TF[..., None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin
         return turned.reshape(B, T, H, K).astype(x.dtype)
-
-    def _at(self, table_LF: jax.Array, length: int) -> jax.Array:
-        if self.position is None:
-            return table_LF[:length]
-        return jax.lax.dynamic_slice_in_dim(table_LF, self.position, length)

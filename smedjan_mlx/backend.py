@@ -4,7 +4,6 @@ One compilation per shape, on GPUs; on a CPU mx.compile calls a C++ compiler for
 run as they are.
 """
 
-import functools
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from smedjan_common.backend import LESS_TO_DECODE, LESS_TO_SCORE, LESS_TO_TRAIN, Device, Metrics, Scores, Snapshot, State, out_of_memory
+from smedjan_common.backend import LESS_TO_SCORE, Device, Metrics, Scores, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.inference.generate import power_of_two_chunks
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
@@ -24,9 +22,11 @@ from smedjan_common.model.params import head_name, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.optimizers import check_state
 from smedjan_mlx import experts, kernels, optim
+from smedjan_mlx.decoder import MlxDecoder
+from smedjan_mlx.guard import guarded
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
-from smedjan_mlx.precision import exact_float32
+from smedjan_mlx.precision import exact_float32, on_gpu
 from smedjan_mlx.scores import logits, scores
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
@@ -81,22 +81,22 @@ class MlxBackend:
         self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
     ) -> tuple[State, Metrics]:
         step = self._split_step if self.train.grad_accum > 1 else self._train_step
-        new, metrics = _guarded(step, state, _on_device(inputs, targets, documents), mx.array(lr, mx.float32))
+        new, metrics = guarded(step, state, _on_device(inputs, targets, documents), mx.array(lr, mx.float32))
         state.clear()  # the last reference to the old arrays: their memory is used for the new ones
-        _guarded(mx.async_eval, new, metrics)
+        guarded(mx.async_eval, new, metrics)
         return new, metrics
 
     def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
-        metrics = _guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents))
-        _guarded(mx.async_eval, metrics)
+        metrics = guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents))
+        guarded(mx.async_eval, metrics)
         return metrics
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
-        _guarded(mx.eval, metrics)
+        guarded(mx.eval, metrics)
         return {name: value.tolist() if value.ndim else float(value.item()) for name, value in metrics.items()}
 
     def save(self, state: State) -> Snapshot:
-        _guarded(mx.eval, state)
+        guarded(mx.eval, state)
         optimizer = {f"{slot}.{name}": np.array(value) for slot, tensors in state["slots"].items() for name, value in tensors.items()}
         return Snapshot(int(state["step"].item()), {name: np.array(value) for name, value in state["params"].items()}, optimizer)
 
@@ -111,25 +111,25 @@ class MlxBackend:
     ) -> Scores:
         params, vocab = self.place(params), self.model.vocab_size
         head = params[head_name(self.model)]
-        hidden = _guarded(self._hidden, params, *_on_device(inputs, documents), fix=LESS_TO_SCORE)
+        hidden = guarded(self._hidden, params, *_on_device(inputs, documents), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
             return tuple(map(np.array, scores(hidden, head, mx.array(places), mx.array(chosen), vocab, top)))
 
-        return _guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
+        return guarded(scores_in_pieces, targets, vocab, top, piece, fix=LESS_TO_SCORE)
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
         params, vocab = self.place(params), self.model.vocab_size
         head = params[head_name(self.model)]
-        hidden = _guarded(self._hidden, params, *_on_device(inputs, None), fix=LESS_TO_SCORE)
+        hidden = guarded(self._hidden, params, *_on_device(inputs, None), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray) -> np.ndarray:
             return np.array(logits(hidden, head, mx.array(places), vocab))
 
-        return _guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
+        return guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
-    def decoder(self, params: dict[str, Any], max_len: int) -> "MlxDecoder":
-        return MlxDecoder(self.model, params, self.train.dtype, max_len)
+    def decoder(self, params: dict[str, Any], max_len: int, rows: int = 1) -> MlxDecoder:
+        return MlxDecoder(self.model, params, self.train.dtype, max_len, rows)
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory() if on_gpu() else peak_memory()
@@ -178,60 +178,11 @@ class MlxBackend:
         return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": mx.sum(targets >= 0)}
 
 
-class MlxDecoder:
-    """Decodes one sequence. Prompts are fed in chunks whose lengths are powers of two, so few shapes are compiled."""
-
-    largest_chunk = 512
-
-    def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int):
-        self.model, self.dtype, self.max_len = model, dtype, max_len
-        self._params = {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}
-        self._compiled = _decode_step(model, dtype, max_len)
-        self.reset()
-
-    def reset(self) -> None:
-        self._state = Model(self.model, self._params, self.dtype).init_state(1, self.max_len)
-
-    def feed(self, ids: list[int]) -> np.ndarray:
-        assert ids, "there is nothing to feed"
-        logits: Any = None
-        for chunk in power_of_two_chunks(ids, self.largest_chunk):
-            logits, self._state = _guarded(self._compiled, self._params, mx.array([chunk], mx.int32), self._state, fix=LESS_TO_DECODE)
-            _guarded(mx.eval, logits, self._state, fix=LESS_TO_DECODE)
-        return np.array(logits)[0, : self.model.vocab_size]
-
-
-@functools.lru_cache(maxsize=8)
-def _decode_step(model: ModelConfig, dtype: str, max_len: int) -> Callable:
-    """The compiled step of decoding; decoders of the same model share it, so a run's samples compile once."""
-
-    def step(params: dict[str, mx.array], tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
-        return Model(model, params, dtype).step(tokens, state, max_len)
-
-    return mx.compile(step) if on_gpu() else step
-
-
 def default_dtype() -> str:
     """bfloat16 on a GPU, float32 on a CPU."""
     exact_float32()
     return "bfloat16" if on_gpu() else "float32"
 
 
-def on_gpu() -> bool:
-    """Whether MLX computes on a GPU (Metal or CUDA)."""
-    return mx.default_device().type == mx.DeviceType.gpu
-
-
 def _on_device(*arrays: np.ndarray | None) -> tuple[Any, ...]:
     return tuple(None if array is None else mx.array(array) for array in arrays)
-
-
-def _guarded(function: Callable, *args: Any, fix: str = LESS_TO_TRAIN) -> Any:
-    """Call and turn MLX's out-of-memory errors into ours."""
-    try:
-        return function(*args)
-    except RuntimeError as error:
-        text = str(error)
-        if not any(sign in text.lower() for sign in ("unable to allocate", "out of memory", "insufficient memory", "[malloc")):
-            raise
-        raise out_of_memory(text, fix) from error

@@ -19,7 +19,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_mlx.modules import Carried, Linear, Params
+from smedjan_mlx.modules import Carried, Linear, Params, joined, together
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -47,6 +47,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The feed-forward `experts`. It leaves its losses and its load (pairs of each expert) in what is carried."""
 
+    together = ("gate_proj", "up_proj")
+
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
         self.router = Router(config, params, f"{name}.router")
@@ -66,8 +68,7 @@ class Experts(nn.Module):
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = cast(mx.array, _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK))
-        together = mx.concatenate([self.gate_proj.weight, self.up_proj.weight], axis=1)
-        gate_RF, up_RF = mx.split(self._multiply(rows_RD, together, layout), 2, axis=-1)
+        gate_RF, up_RF = mx.split(self._multiply(rows_RD, joined(together(self)), layout), 2, axis=-1)
         return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
 
     def mix(self, projected: tuple[mx.array, ...], carried: Carried) -> tuple[mx.array, Carried]:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
-from smedjan_mlx.modules import Carried, Linear, Params, apply_together
+from smedjan_mlx.modules import Carried, Linear, Params, apply_together, together
 
 
 def ffn_class(name: str) -> Any:
@@ -21,6 +21,8 @@ def ffn_class(name: str) -> Any:
 
 class SwiGLU(nn.Module):
     """The feed-forward `swiglu`."""
+
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str):
         super().__init__()
@@ -33,7 +35,7 @@ class SwiGLU(nn.Module):
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Gate and up, [B, T, F] each, of x [B, T, D]."""
-        gate, up = apply_together([self.gate_proj, self.up_proj], x)
+        gate, up = apply_together(together(self), x)
         return gate, up
 
     def mix(self, projected: tuple[mx.array, mx.array], carried: Carried) -> tuple[mx.array, Carried]:

@@ -75,23 +75,34 @@ class Model(nn.Module):
         return self.norm(x_BTD), carried
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """An empty decode state for `max_len` positions: {"position", "layers": [arrays by name, …]}."""
+        """An empty decode state of `batch` rows for `max_len` positions: {"position" [B], "layers": [arrays by name, …]}."""
         layers = []
         for layer in range(self.config.layers):
             specs = MIXERS[self.config.mixer_of(layer)].state(self.config, batch, max_len)
             layers.append({s.name: mx.zeros(s.shape, getattr(mx, self.dtype if s.dtype == "compute" else s.dtype)) for s in specs})
-        return {"position": mx.zeros((), mx.int32), "layers": layers}
+        return {"position": mx.zeros(batch, mx.int32), "layers": layers}
 
-    def step(self, tokens: mx.array, state: State, max_len: int) -> tuple[mx.array, State]:
-        """Consume T >= 1 new tokens: logits after the last one, float32 [B, V], and the new state."""
+    def step(self, tokens: mx.array, state: State, active: mx.array | None = None, length: int | None = None) -> tuple[mx.array, State]:
+        """Consume T >= 1 new tokens of each row: logits after the last one, float32 [B, V], and the new state.
+
+        active, length: as in Context. T is at most the positions that the state holds (smedjan_common.inference.chunks).
+        """
         position, T = state["position"], tokens.shape[1]
-        context = Context(Rope(self.config, max_len, position), position, None, self.chunk_size)
+        context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
         x_BTD, layers, carried = self.embed(tokens, getattr(mx, self.dtype)), [], {}
-        for block, layer_state in zip(self.layers, state["layers"], strict=True):
-            x_BTD, layer_state, carried = block.step(x_BTD, context, layer_state, carried)
-            layers.append(layer_state)
+        for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
+            x_BTD, after, carried = block.step(x_BTD, context, before, carried)
+            layers.append(self._where_active(active, layer, before, after))
         logits_BV = self.head.logits(self.norm(x_BTD[:, -1:]))[:, 0]
-        return logits_BV, {"position": position + T, "layers": layers}
+        return logits_BV, {"position": position + (T if active is None else T * active.astype(mx.int32)), "layers": layers}
+
+    def _where_active(self, active: mx.array | None, layer: int, before: State, after: State) -> State:
+        """Arrays that sum up the positions change in active rows only; mixers see to those by position themselves."""
+        if active is None:
+            return after
+        summed = {spec.name for spec in MIXERS[self.config.mixer_of(layer)].state(self.config, 1, 1) if spec.axis is None}
+        rows = {name: active.reshape(-1, *[1] * (after[name].ndim - 1)) for name in summed}
+        return {**after, **{name: mx.where(rows[name], after[name], before[name]) for name in summed}}
 
 
 def _block(config: ModelConfig, params: Params, layer: int, attention: str, kernels: str, dtype: str) -> Block:

@@ -35,10 +35,36 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A weight that is the outputs `start` to `stop` of a larger one, which a decoder keeps instead (smedjan_mlx.weights)."""
+
+    whole: mx.array
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.whole.shape[:-2], self.stop - self.start, self.whole.shape[-1])
+
+    def astype(self, dtype: Any) -> mx.array:
+        return self.whole[..., self.start : self.stop, :].astype(dtype)
+
+
+def together(module: Any) -> list[Linear]:
+    """The linear maps that a module names `together`: all of the same x."""
+    return [getattr(module, name) for name in module.together]
+
+
+def joined(linears: list[Linear]) -> mx.array:
+    """The weights of these linear maps as one, outputs after outputs."""
+    first = linears[0].weight
+    return first.whole if isinstance(first, Part) else mx.concatenate([linear.weight for linear in linears], axis=-2)
+
+
 def apply_together(linears: list[Linear], x: mx.array) -> list[mx.array]:
     """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
-    weight = mx.concatenate([linear.weight for linear in linears]).astype(x.dtype)
-    y, bounds = x @ weight.T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
+    y, bounds = x @ joined(linears).astype(x.dtype).T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
     parts = mx.split(y, bounds, axis=-1)
     return [part if linear.bias is None else part + linear.bias.astype(x.dtype) for linear, part in zip(linears, parts, strict=True)]
 
@@ -97,15 +123,18 @@ def _row_sums(primals, cotangent, output):
 class Context:
     """What every block of one call is told.
 
-    position: tokens before these ones when decoding, int32 scalar; None in training. documents: int32 [B, T], positions with equal
-    numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of linear
-    cost take at once.
+    position: tokens before these ones in each row when decoding, int32 [B]; None in training. documents: int32 [B, T], positions with
+    equal numbers are of one document, and numbers never fall along a row; None: one document. chunk_size: positions that mixers of
+    linear cost take at once. active: bool [B], rows whose decode state changes; None: all. length: how many entries of a decode state
+    by position are read, which hold all that the rows have seen; None: all.
     """
 
     rope: "Rope"
     position: mx.array | None
     documents: mx.array | None
     chunk_size: int
+    active: mx.array | None = None
+    length: int | None = None
 
 
 class Block(nn.Module):
@@ -126,7 +155,7 @@ class Block(nn.Module):
         return x + fed, carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
-        """The same for T new tokens that follow `context.position` earlier ones."""
+        """The same for T new tokens of each row, which follow its `context.position` earlier ones."""
         mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
         x = x + mixed
         fed, carried = self.ffn(self.ffn_norm(x), carried)
@@ -134,9 +163,9 @@ class Block(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding of the positions from `position` (0 when None) on; `max_len` of them are enough."""
+    """Rotary position embedding of `length` positions from 0 on, or from each row's of `position` [B] on, wherever those stand."""
 
-    def __init__(self, config: ModelConfig, max_len: int, position: mx.array | None = None):
+    def __init__(self, config: ModelConfig, length: int, position: mx.array | None = None):
         super().__init__()
         self._periods = {dim: mx.array(rope_tables.periods(config, dim)) for dim in rope_tables.rotary_dims(config)}
         self._factor = rope_tables.attention_factor(config)

@@ -80,13 +80,3 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
 def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def power_of_two_chunks(ids: list[int], largest: int) -> list[list[int]]:
-    """`ids` cut into pieces whose lengths are powers of two, at most `largest`, falling: few shapes are ever compiled."""
-    pieces, start = [], 0
-    while start < len(ids):
-        length = min(largest, 1 << ((len(ids) - start).bit_length() - 1))
-        pieces.append(ids[start : start + length])
-        start += length
-    return pieces

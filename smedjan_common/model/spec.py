@@ -14,11 +14,16 @@ Options = TypeVar("Options", bound=Shape)  # a row's own Options
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One array of a decode state: its name, shape, and dtype ("compute" = the run's compute dtype)."""
+    """One array of a decode state: its name, shape, and dtype ("compute" = the run's compute dtype).
+
+    axis: along which positions lie, one entry for `span` of them, position p at p modulo their number; None: it sums up all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "compute"
+    axis: int | None = None
+    span: int = 1
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_jax import sharding
 from smedjan_jax.mixers import cudnn
-from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_jax.mixers.cache import extend
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 
 class Attention(nnx.Module):
     """The mixer `attention`: projections, RoPE, causal attention, output projection."""
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.q_proj = Linear(params, f"{name}.q_proj")
@@ -44,7 +47,7 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
-        query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
+        query, key, value = apply_together(together(self), x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
         return query.reshape(heads), key.reshape(kv_heads), value.reshape(kv_heads)
 
@@ -54,16 +57,12 @@ class Attention(nnx.Module):
         return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
-        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        position = context.position
-        assert position is not None
+        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the ring [B, G, L, K]."""
         query, key, value = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
-        state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
-        T, L = x.shape[1], state["key"].shape[2]
-        seen_TL = visible(position + jnp.arange(T), L, self.window)
-        mixed = masked_attention(query, state["key"].swapaxes(1, 2), state["value"].swapaxes(1, 2), seen_TL)
+        read, seen_BTS, state = extend(state, new, context, axis=2, window=self.window)
+        mixed = masked_attention(query, read["key"].swapaxes(1, 2), read["value"].swapaxes(1, 2), seen_BTS)
         return self._output(mixed), state, carried
 
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:

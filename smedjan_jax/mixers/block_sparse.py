@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from smedjan_common.config import ModelConfig
 from smedjan_jax import sharding
 from smedjan_jax.mixers.attention import Attention, masked_attention
+from smedjan_jax.mixers.cache import write
 from smedjan_jax.modules import Carried, Context, Params, State
 
 SCORES_AT_ONCE = 1 << 24  # float32 values: 64 MiB
@@ -42,18 +43,21 @@ class BlockSparseAttention(Attention):
         return self._output(sharding.over_heads(attend, (query, key, projected[2]))), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
-        """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept."""
+        """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept.
+
+        The newest J blocks are. Past L positions T tokens are of one block, whose entries no token of it sees otherwise.
+        """
         position, T, S = context.position, x.shape[1], self.block_size
         assert position is not None
         query, key, value = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
-        kept = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=2) for n in new}
-        at_T = position + jnp.arange(T)
-        mean_BGJK = state["mean"].at[:, :, at_T // S].add(new["key"].astype(jnp.float32) / S)
-        chosen_BGTE = choose(query, mean_BGJK, at_T // S, self.block_topk)
-        look = _step_at_chosen if T == 1 else _step_at_all
-        mixed = look(query, kept["key"], kept["value"], chosen_BGTE, position, S)
+        kept = {n: write(state[n], new[n], context, axis=2) for n in new}
+        at_BT = position[:, None] + jnp.arange(T)
+        means, look = (_own_mean, _step_at_chosen) if T == 1 else (_all_means, _step_at_all)
+        mean_BGJK = means(state["mean"], kept["key"], context, at_BT[:, -1], S)
+        chosen_BGTE = choose_kept(query, mean_BGJK, at_BT // S, self.block_topk)
+        mixed = look(query, kept["key"], kept["value"], chosen_BGTE, at_BT, S)
         return self._output(mixed), {**kept, "mean": mean_BGJK}, carried
 
 
@@ -89,12 +93,28 @@ def block_means(key: jax.Array, block_size: int) -> jax.Array:
 
 def choose(query: jax.Array, mean: jax.Array, own: jax.Array, block_topk: int) -> jax.Array:
     """The earlier blocks that queries [B, T, H, K] of the blocks `own` [T] see, best first, int32 [B, G, T, E]; J stands for none."""
-    (B, T, H, K), (G, J) = query.shape, mean.shape[1:3]
-    summed_BTGK = jax.lax.stop_gradient(query).astype(jnp.float32).reshape(B, T, G, H // G, K).sum(axis=3)
-    scores = jnp.einsum("btgk,bgjk->bgtj", summed_BTGK, jax.lax.stop_gradient(mean), precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(jnp.arange(J) < own[:, None], scores, -jnp.inf)
+    J = mean.shape[2]
+    scores = jnp.where(jnp.arange(J) < own[:, None], _scores(query, mean), -jnp.inf)
     chosen = jax.lax.top_k(scores, min(block_topk, J) - 1)[1]
     return jnp.where(chosen < own[:, None], chosen, J)
+
+
+def choose_kept(query: jax.Array, mean: jax.Array, own: jax.Array, block_topk: int) -> jax.Array:
+    """The same for queries of the blocks `own` [B, T], by their places in a ring that holds the newest J blocks."""
+    J = mean.shape[2]
+    place_BTJ = (own[..., None] + 1 + jnp.arange(J)) % J  # of the oldest block first, the own one last
+    number_BTJ = own[..., None] - (J - 1 - jnp.arange(J))  # under 0: no block yet
+    scores = jnp.take_along_axis(_scores(query, mean), place_BTJ[:, None], axis=-1)
+    scores = jnp.where((number_BTJ >= 0)[:, None] & (jnp.arange(J) < J - 1), scores, -jnp.inf)
+    best, chosen = jax.lax.top_k(scores, min(block_topk, J) - 1)
+    return jnp.where(best > -jnp.inf, jnp.take_along_axis(place_BTJ[:, None], chosen, axis=-1), J)
+
+
+def _scores(query: jax.Array, mean: jax.Array) -> jax.Array:
+    """How well each block suits each query, float32 [B, G, T, J]."""
+    (B, T, H, K), G = query.shape, mean.shape[1]
+    summed_BTGK = jax.lax.stop_gradient(query).astype(jnp.float32).reshape(B, T, G, H // G, K).sum(axis=3)
+    return jnp.einsum("btgk,bgjk->bgtj", summed_BTGK, jax.lax.stop_gradient(mean), precision=jax.lax.Precision.HIGHEST)
 
 
 def _chosen_in_parts(query: jax.Array, mean: jax.Array, block_size: int, block_topk: int) -> jax.Array:
@@ -148,22 +168,47 @@ def _merge(out_NTERK: jax.Array, lse_NTER: jax.Array) -> jax.Array:
     return (out_NTERK.astype(jnp.float32) * weight_NTER[..., None]).sum(axis=2).astype(out_NTERK.dtype)
 
 
-def _step_at_all(query: jax.Array, key: jax.Array, value: jax.Array, chosen: jax.Array, position: jax.Array, block_size: int) -> jax.Array:
-    """A chunk of a prompt against the whole cache, under the mask."""
-    seen = _seen(chosen, position + jnp.arange(query.shape[1]), key.shape[2], block_size)
-    return masked_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), seen)
-
-
-def _step_at_chosen(
-    query: jax.Array, key: jax.Array, value: jax.Array, chosen: jax.Array, position: jax.Array, block_size: int
-) -> jax.Array:
-    """One token against its own block and the chosen ones, which alone are read from the cache."""
+def _own_mean(mean: jax.Array, key: jax.Array, context: Context, last: jax.Array, block_size: int) -> jax.Array:
+    """The means with that of each row's newest block, as far as it goes: up to the position `last` [B]."""
     (B, G, _, K), S = key.shape, block_size
-    own = jnp.full((B, G, 1), position // S, chosen.dtype)
+    blocks = key.reshape(B, G, -1, S, K)
+    own_B1111 = (last // S % blocks.shape[2]).reshape(B, 1, 1, 1, 1)
+    own_BGSK = jnp.take_along_axis(blocks, own_B1111, axis=2)[:, :, 0].astype(jnp.float32)
+    there_B1S1 = (jnp.arange(S) <= last[:, None] % S)[:, None, :, None]
+    own = jnp.where(there_B1S1, own_BGSK, 0.0).sum(axis=2, keepdims=True) / S
+    return write(mean, own, context, axis=2, span=S)
+
+
+def _all_means(mean: jax.Array, key: jax.Array, context: Context, last: jax.Array, block_size: int) -> jax.Array:
+    """The mean of each block, of keys up to the position `last` [B]. All rows are active."""
+    (B, G, L, K), S = key.shape, block_size
+    own_B1 = (last // S)[:, None]
+    number_BJ = own_B1 - (own_B1 - jnp.arange(L // S)) % (L // S)
+    there_BJS = (number_BJ[..., None] * S + jnp.arange(S)) <= last[:, None, None]
+    kept = jnp.where(there_BJS[:, None, ..., None], key.reshape(B, G, -1, S, K).astype(jnp.float32), 0.0)
+    return kept.sum(axis=3) / S
+
+
+def _step_at_all(query: jax.Array, key: jax.Array, value: jax.Array, chosen: jax.Array, at: jax.Array, block_size: int) -> jax.Array:
+    """A chunk of a prompt, at the positions `at` [B, T], against the whole ring, under the mask."""
+    J, S = key.shape[2] // block_size, block_size
+    is_own_BTJ = jnp.arange(J) == (at // S % J)[..., None]
+    upto_BTS = jnp.arange(S) <= (at % S)[..., None]
+    chosen_BGTJ = (chosen[..., None] == jnp.arange(J)).any(axis=-2)
+    seen_BGTJS = chosen_BGTJ[..., None] | (is_own_BTJ[..., None] & upto_BTS[:, :, None])[:, None]
+    return masked_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), seen_BGTJS.reshape(*seen_BGTJS.shape[:3], J * S))
+
+
+def _step_at_chosen(query: jax.Array, key: jax.Array, value: jax.Array, chosen: jax.Array, at: jax.Array, block_size: int) -> jax.Array:
+    """One token of each row against its own block and the chosen ones, which alone are read from the ring."""
+    (B, G, L, K), S = key.shape, block_size
+    J = L // S
+    own = jnp.broadcast_to((at // S % J)[:, None], (B, G, 1)).astype(chosen.dtype)
     block_BGE = jnp.concatenate([own, chosen[:, :, 0]], axis=-1)
-    key, value = (jnp.take_along_axis(a.reshape(B, G, -1, S, K), block_BGE[..., None, None], axis=2, mode="clip") for a in (key, value))
-    at_BGES = block_BGE[..., None] * S + jnp.arange(S)
-    seen_BG1L = (at_BGES <= position).reshape(B, G, 1, -1)
+    key, value = (jnp.take_along_axis(a.reshape(B, G, J, S, K), block_BGE[..., None, None], axis=2, mode="clip") for a in (key, value))
+    own_BG1S = jnp.broadcast_to((jnp.arange(S) <= at % S)[:, None, None], (B, G, 1, S))
+    others_BGES = jnp.broadcast_to(chosen[:, :, 0, :, None] < J, (*chosen.shape[:2], chosen.shape[3], S))
+    seen_BG1L = jnp.concatenate([own_BG1S, others_BGES], axis=2).reshape(B, G, 1, -1)
     return masked_attention(query, key.reshape(B, G, -1, K).swapaxes(1, 2), value.reshape(B, G, -1, K).swapaxes(1, 2), seen_BG1L)
 
 

@@ -41,11 +41,21 @@ def scalar_decay(
     document starts with an empty state.
     """
     B, T = key.shape[:2]
+    if T == 1 and state is not None and documents is None:
+        return _one(query, key, value, log_decay, state)
     C = min(chunk_size, T)
     documents = None if documents is None else into_chunks(documents, C, edge=True)
     arrays = tuple(into_chunks(array, C) for array in (query, key, value, log_decay))
     out, after = _chunked(arrays, state, documents)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
+
+
+def _one(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One position, by the recurrence as it stands: the state is read and written once."""
+    query, key, value = (array[:, 0].astype(jnp.float32) for array in (query, key, value))
+    state = state * jnp.exp(log_decay[:, 0])[..., None, None] + key[:, :, None, :, None] * value[:, :, :, None, :]
+    out = jnp.sum(query[:, :, :, None, :, None] * state[:, :, None], axis=-2)
+    return out[:, None], state
 
 
 @jax.checkpoint

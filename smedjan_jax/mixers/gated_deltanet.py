@@ -23,7 +23,7 @@ from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.triangular import unit_lower_inverse
-from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 Arrays = tuple[jax.Array, ...]
 
@@ -32,6 +32,8 @@ QK_EPS = 1e-6
 
 class GatedDeltaNet(nnx.Module):
     """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
+
+    together = ("q_proj", "k_proj", "v_proj", "z_proj", "a_proj", "b_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         def linears(*names: str) -> list[Linear]:
@@ -52,8 +54,7 @@ class GatedDeltaNet(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
-        linears = [self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj]
-        q, k, v, z, a, b = apply_together(linears, x)
+        q, k, v, z, a, b = apply_together(together(self), x)
         return jnp.concatenate([q, k, v], axis=-1), z, a, b
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -113,6 +114,8 @@ def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | No
     """
     q, k, v, log_decay, beta = arrays
     T, dtype = q.shape[1], q.dtype
+    if T == 1 and documents is None:
+        return _one(arrays, state)
     q, k, v = (cut(each.astype(jnp.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)
@@ -128,3 +131,12 @@ def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | No
     change, add = -matmul(w.swapaxes(-1, -2), key, dtype), matmul(u.swapaxes(-1, -2), key, dtype)
     states, last = scan_states(state, jnp.exp(total[..., -1:, :]) * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last
+
+
+def _one(arrays: Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One position, by the recurrence as it stands, in float32."""
+    q, k, v, log_decay, beta = (array[:, 0].astype(jnp.float32) for array in arrays)
+    state = state * jnp.exp(log_decay)[..., None, None]
+    change = beta[..., None] * (v - jnp.sum(state * k[:, :, None, :], axis=-1))
+    state = state + change[..., None] * k[:, :, None, :]
+    return jnp.sum(state * q[:, :, None, :], axis=-1)[:, None], state

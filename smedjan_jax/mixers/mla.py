@@ -19,7 +19,8 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.rope import attention_factor
 from smedjan_jax.mixers.attention import causal_attention
-from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_jax.mixers.cache import extend
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 
 class LatentAttention(nnx.Module):
@@ -38,6 +39,7 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(params, f"{name}.o_proj")
         self.heads, self.head_dim, self.rope_dim, self.rank = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
         self.low_rank_query = bool(config.mla_q_rank)
+        self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
         self.factor = attention_factor(config)
         self.implementation = implementation
 
@@ -64,25 +66,21 @@ class LatentAttention(nnx.Module):
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose latents [B, L, R] and turned keys [B, L, P] are kept."""
-        position, T, L = context.position, x.shape[1], state["key"].shape[1]
-        assert position is not None
         query, latent, key = self._compress(x)
-        new = {"latent": latent, "key": context.rope(key)[:, :, 0]}
-        state = {n: jax.lax.dynamic_update_slice_in_dim(state[n], new[n].astype(state[n].dtype), position, axis=1) for n in new}
+        read, seen_BTS, state = extend(state, {"latent": latent, "key": context.rope(key)[:, :, 0]}, context, axis=1)
         key_HNR, value_HVR = jnp.split(self.kv_b_proj.weight.astype(x.dtype).reshape(self.heads, -1, self.rank), 2, axis=1)
         plain_q, turned_q = self._turn(query, context)
         absorbed_BTHR = jnp.einsum("bthn,hnr->bthr", plain_q, key_HNR)
-        scores = jnp.einsum("bthr,blr->bhtl", absorbed_BTHR, state["latent"], preferred_element_type=jnp.float32)
-        scores += jnp.einsum("bthp,blp->bhtl", turned_q, state["key"], preferred_element_type=jnp.float32)
-        seen_TL = jnp.arange(L)[None, :] <= position + jnp.arange(T)[:, None]
-        scores = jnp.where(seen_TL, scores * (self.head_dim + self.rope_dim) ** -0.5, -jnp.inf)
-        mixed_BTHR = jnp.einsum("bhtl,blr->bthr", jax.nn.softmax(scores, axis=-1).astype(x.dtype), state["latent"])
+        scores = jnp.einsum("bthr,bsr->bhts", absorbed_BTHR, read["latent"], preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bthp,bsp->bhts", turned_q, read["key"], preferred_element_type=jnp.float32)
+        scores = jnp.where(seen_BTS[:, None], scores * (self.head_dim + self.rope_dim) ** -0.5, -jnp.inf)
+        mixed_BTHR = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(scores, axis=-1).astype(x.dtype), read["latent"])
         return self._output(jnp.einsum("bthr,hvr->bthv", mixed_BTHR, value_HVR)), state, carried
 
     def _compress(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, N + P], latents [B, T, R] and keys with position [B, T, 1, P], not yet turned."""
         B, T, _ = x.shape
-        query, compressed = apply_together([self.q_a_proj if self.low_rank_query else self.q_proj, self.kv_a_proj], x)
+        query, compressed = apply_together(together(self), x)
         if self.low_rank_query:
             query = self.q_b_proj(self.q_a_norm(query))
         latent, key = jnp.split(compressed, [self.rank], axis=-1)

@@ -156,6 +156,8 @@ def dplr_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | Non
     arrays: r, log w, k, v, a, b, [B, T, H, K] each; state [B, H, V, K] float32; documents [B, T]. Matmuls in the dtype of r.
     """
     T, dtype = arrays[0].shape[1], arrays[0].dtype
+    if T == 1 and documents is None:
+        return _one(arrays, state)
     r, log_decay, k, v, a, b = (cut(each.astype(jnp.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
     upto = same & jnp.tril(jnp.ones((C, C), bool))
@@ -178,3 +180,11 @@ def dplr_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | Non
     add = (matmul(v.swapaxes(-1, -2), k, dtype) + matmul(u.swapaxes(-1, -2), b, dtype)) * end
     states, last = scan_states(state, end * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last
+
+
+def _one(arrays: Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One position, by the recurrence as it stands, in float32."""
+    r, log_decay, k, v, a, b = (array[:, 0].astype(jnp.float32) for array in arrays)
+    read = jnp.sum(state * a[:, :, None, :], axis=-1)
+    state = state * jnp.exp(log_decay)[:, :, None, :] + read[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+    return jnp.sum(state * r[:, :, None, :], axis=-1)[:, None], state

@@ -16,11 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
-from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_mlx.mixers.cache import extend
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 
 class Attention(nn.Module):
     """The mixer `attention`: projections, RoPE, causal attention, output projection."""
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
@@ -41,7 +44,7 @@ class Attention(nn.Module):
     def project(self, x: mx.array, context: Context) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, of x [B, T, D]."""
         B, T, _ = x.shape
-        query, key, value = apply_together([self.q_proj, self.k_proj, self.v_proj], x)
+        query, key, value = apply_together(together(self), x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
         return query.reshape(heads).swapaxes(1, 2), key.reshape(kv_heads).swapaxes(1, 2), value.reshape(kv_heads).swapaxes(1, 2)
 
@@ -51,16 +54,11 @@ class Attention(nn.Module):
         return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
-        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the cache [B, G, L, K]."""
-        position = context.position
-        assert position is not None
+        """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the ring [B, G, L, K]."""
         query, key, value = self.project(x, context)
         query, key = self._turn(query, key, context)
-        new = {"key": key, "value": value}
-        state = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (2,)) for n in new}
-        T, L = x.shape[1], state["key"].shape[2]
-        seen_TL = visible(position + mx.arange(T), L, self.window)
-        return self._output(masked_attention(query, state["key"], state["value"], seen_TL)), state, carried
+        read, seen_BTS, state = extend(state, {"key": key, "value": value}, context, axis=2, window=self.window)
+        return self._output(masked_attention(query, read["key"], read["value"], seen_BTS)), state, carried
 
     def _turn(self, query: mx.array, key: mx.array, context: Context) -> tuple[mx.array, mx.array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions."""

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from smedjan_common.config import ModelConfig
 from smedjan_mlx.mixers.attention import Attention, masked_attention
+from smedjan_mlx.mixers.cache import write
 from smedjan_mlx.modules import Carried, Context, Params, State
 
 SCORES_AT_ONCE = 1 << 24  # float32 values: 64 MiB
@@ -40,18 +41,21 @@ class BlockSparseAttention(Attention):
         return self._output(attend(query, key, projected[2], self.block_size, self.block_topk)), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
-        """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept."""
+        """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept.
+
+        The newest J blocks are. Past L positions T tokens are of one block, whose entries no token of it sees otherwise.
+        """
         position, T, S = context.position, x.shape[1], self.block_size
         assert position is not None
         query, key, value = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key, "value": value}
-        kept = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (2,)) for n in new}
-        at_T = position + mx.arange(T)
-        mean_BGJK = state["mean"].at[:, :, at_T // S].add(key.astype(mx.float32) / S)
-        chosen_BGTE = choose(query, mean_BGJK, at_T // S, self.block_topk)
-        look = _step_at_chosen if T == 1 else _step_at_all
-        mixed = look(query, kept["key"], kept["value"], chosen_BGTE, position, S)
+        kept = {n: write(state[n], new[n], context, axis=2) for n in new}
+        at_BT = position[:, None] + mx.arange(T)
+        means, look = (_own_mean, _step_at_chosen) if T == 1 else (_all_means, _step_at_all)
+        mean_BGJK = means(state["mean"], kept["key"], context, at_BT[:, -1], S)
+        chosen_BGTE = choose_kept(query, mean_BGJK, at_BT // S, self.block_topk)
+        mixed = look(query, kept["key"], kept["value"], chosen_BGTE, at_BT, S)
         return self._output(mixed), {**kept, "mean": mean_BGJK}, carried
 
 
@@ -87,12 +91,29 @@ def block_means(key: mx.array, block_size: int) -> mx.array:
 
 def choose(query: mx.array, mean: mx.array, own: mx.array, block_topk: int) -> mx.array:
     """The earlier blocks that queries [B, H, T, K] of the blocks `own` [T] see, best first, int32 [B, G, T, E]; J stands for none."""
-    (B, H, T, K), (G, J) = query.shape, mean.shape[1:3]
-    summed_BGTK = mx.stop_gradient(query).astype(mx.float32).reshape(B, G, H // G, T, K).sum(axis=2)
-    earlier_TJ = mx.arange(J) < own[:, None]
-    scores = mx.where(earlier_TJ, summed_BGTK @ mx.stop_gradient(mean).swapaxes(-1, -2), -mx.inf)
+    J = mean.shape[2]
+    scores = mx.where(mx.arange(J) < own[:, None], _scores(query, mean), -mx.inf)
     chosen = mx.argsort(-scores, axis=-1)[..., : min(block_topk, J) - 1].astype(mx.int32)  # stable: ties keep their order
     return mx.where(chosen < own[:, None], chosen, J)
+
+
+def choose_kept(query: mx.array, mean: mx.array, own: mx.array, block_topk: int) -> mx.array:
+    """The same for queries of the blocks `own` [B, T], by their places in a ring that holds the newest J blocks."""
+    J = mean.shape[2]
+    place_BTJ = (own[..., None] + 1 + mx.arange(J)) % J  # of the oldest block first, the own one last
+    number_BTJ = own[..., None] - (J - 1 - mx.arange(J))  # under 0: no block yet
+    scores = mx.take_along_axis(_scores(query, mean), place_BTJ[:, None], axis=-1)
+    scores = mx.where((number_BTJ >= 0)[:, None] & (mx.arange(J) < J - 1), scores, -mx.inf)
+    chosen = mx.argsort(-scores, axis=-1)[..., : min(block_topk, J) - 1]  # stable: ties keep their order
+    places = mx.take_along_axis(mx.broadcast_to(place_BTJ[:, None], scores.shape), chosen, axis=-1)
+    return mx.where(mx.take_along_axis(scores, chosen, axis=-1) > -mx.inf, places, J)
+
+
+def _scores(query: mx.array, mean: mx.array) -> mx.array:
+    """How well each block suits each query, float32 [B, G, T, J]."""
+    (B, H, T, K), G = query.shape, mean.shape[1]
+    summed_BGTK = mx.stop_gradient(query).astype(mx.float32).reshape(B, G, H // G, T, K).sum(axis=2)
+    return summed_BGTK @ mx.stop_gradient(mean).swapaxes(-1, -2)
 
 
 def _chosen_in_parts(query: mx.array, mean: mx.array, block_size: int, block_topk: int) -> mx.array:
@@ -151,21 +172,47 @@ def _merge(out_NTERK: mx.array, lse_NTER: mx.array) -> mx.array:
     return (out_NTERK.astype(mx.float32) * weight_NTER[..., None]).sum(axis=2).astype(out_NTERK.dtype)
 
 
-def _step_at_all(query: mx.array, key: mx.array, value: mx.array, chosen: mx.array, position: mx.array, block_size: int) -> mx.array:
-    """A chunk of a prompt against the whole cache, under the mask."""
-    seen = _seen(chosen, position + mx.arange(query.shape[2]), key.shape[2], block_size)
-    return masked_attention(query, key, value, seen)
+def _own_mean(mean: mx.array, key: mx.array, context: Context, last: mx.array, block_size: int) -> mx.array:
+    """The means with that of each row's newest block, as far as it goes: up to the position `last` [B]."""
+    (B, G, _, K), S = key.shape, block_size
+    blocks = key.reshape(B, G, -1, S, K)
+    own_B1111 = (last // S % blocks.shape[2]).reshape(B, 1, 1, 1, 1)
+    own_BGSK = mx.take_along_axis(blocks, own_B1111, axis=2)[:, :, 0].astype(mx.float32)
+    there_B1S1 = (mx.arange(S) <= last[:, None] % S)[:, None, :, None]
+    own = mx.where(there_B1S1, own_BGSK, 0.0).sum(axis=2, keepdims=True) / S
+    return write(mean, own, context, axis=2, span=S)
 
 
-def _step_at_chosen(query: mx.array, key: mx.array, value: mx.array, chosen: mx.array, position: mx.array, block_size: int) -> mx.array:
-    """One token against its own block and the chosen ones, which alone are read from the cache."""
-    (B, _, _, K), (G, L), S = query.shape, key.shape[1:3], block_size
-    own = mx.broadcast_to(position // S, (B, G, 1)).astype(chosen.dtype)
-    block_BGE = mx.concatenate([own, chosen[:, :, 0]], axis=-1)
-    read_BGE11 = mx.minimum(block_BGE, L // S - 1)[..., None, None]
-    key, value = (mx.take_along_axis(a.reshape(B, G, L // S, S, K), read_BGE11, axis=2).reshape(B, G, -1, K) for a in (key, value))
-    at_BGES = block_BGE[..., None] * S + mx.arange(S)
-    return masked_attention(query, key, value, (at_BGES <= position).reshape(B, G, 1, -1))
+def _all_means(mean: mx.array, key: mx.array, context: Context, last: mx.array, block_size: int) -> mx.array:
+    """The mean of each block, of keys up to the position `last` [B]. All rows are active."""
+    (B, G, L, K), S = key.shape, block_size
+    own_B1 = (last // S)[:, None]
+    number_BJ = own_B1 - (own_B1 - mx.arange(L // S)) % (L // S)
+    there_BJS = (number_BJ[..., None] * S + mx.arange(S)) <= last[:, None, None]
+    kept = mx.where(there_BJS[:, None, ..., None], key.reshape(B, G, -1, S, K).astype(mx.float32), 0.0)
+    return kept.sum(axis=3) / S
+
+
+def _step_at_all(query: mx.array, key: mx.array, value: mx.array, chosen: mx.array, at: mx.array, block_size: int) -> mx.array:
+    """A chunk of a prompt, at the positions `at` [B, T], against the whole ring, under the mask."""
+    J, S = key.shape[2] // block_size, block_size
+    is_own_BTJ = mx.arange(J) == (at // S % J)[..., None]
+    upto_BTS = mx.arange(S) <= (at % S)[..., None]
+    chosen_BGTJ = (chosen[..., None] == mx.arange(J)).any(axis=-2)
+    seen_BGTJS = chosen_BGTJ[..., None] | (is_own_BTJ[..., None] & upto_BTS[:, :, None])[:, None]
+    return masked_attention(query, key, value, seen_BGTJS.reshape(*seen_BGTJS.shape[:3], J * S))
+
+
+def _step_at_chosen(query: mx.array, key: mx.array, value: mx.array, chosen: mx.array, at: mx.array, block_size: int) -> mx.array:
+    """One token of each row against its own block and the chosen ones, which alone are read from the ring."""
+    (B, G, L, K), S = key.shape, block_size
+    J = L // S
+    own = mx.broadcast_to((at // S % J)[:, None], (B, G, 1)).astype(chosen.dtype)
+    read_BGE11 = mx.minimum(mx.concatenate([own, chosen[:, :, 0]], axis=-1), J - 1)[..., None, None]
+    key, value = (mx.take_along_axis(a.reshape(B, G, J, S, K), read_BGE11, axis=2).reshape(B, G, -1, K) for a in (key, value))
+    own_BG1S = mx.broadcast_to((mx.arange(S) <= at % S)[:, None, None], (B, G, 1, S))
+    others_BGES = mx.broadcast_to(chosen[:, :, 0, :, None] < J, (*chosen.shape[:2], chosen.shape[3], S))
+    return masked_attention(query, key, value, mx.concatenate([own_BG1S, others_BGES], axis=2).reshape(B, G, 1, -1))
 
 
 def _seen(chosen_BGTE: mx.array, at_T: mx.array, length: int, block_size: int) -> mx.array:

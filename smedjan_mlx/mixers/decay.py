@@ -38,11 +38,21 @@ def scalar_decay(
     document starts with an empty state.
     """
     B, T = key.shape[:2]
+    if T == 1 and state is not None and documents is None:
+        return _one(query, key, value, log_decay, state)
     C = min(chunk_size, T)
     documents = None if documents is None else into_chunks(documents, C, edge=True)
     arrays = tuple(into_chunks(array, C) for array in (query, key, value, log_decay))
     out, after = mx.checkpoint(lambda arrays, state: _chunked(arrays, state, documents))(arrays, state)
     return out.reshape(B, -1, *out.shape[3:])[:, :T], after
+
+
+def _one(query: mx.array, key: mx.array, value: mx.array, log_decay: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
+    """One position, by the recurrence as it stands: the state is read and written once."""
+    query, key, value = (array[:, 0].astype(mx.float32) for array in (query, key, value))
+    state = state * mx.exp(log_decay[:, 0])[..., None, None] + key[:, :, None, :, None] * value[:, :, :, None, :]
+    out = mx.sum(query[:, :, :, None, :, None] * state[:, :, None], axis=-2)
+    return out[:, None], state
 
 
 def _chunked(arrays: tuple[mx.array, ...], state: mx.array | None, documents: mx.array | None) -> tuple[mx.array, mx.array]:

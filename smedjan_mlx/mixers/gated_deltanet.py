@@ -22,7 +22,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_mlx.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_mlx.mixers.conv import causal_conv
 from smedjan_mlx.mixers.triangular import unit_lower_inverse
-from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 Arrays = tuple[mx.array, ...]
 
@@ -31,6 +31,8 @@ QK_EPS = 1e-6
 
 class GatedDeltaNet(nn.Module):
     """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
+
+    together = ("q_proj", "k_proj", "v_proj", "z_proj", "a_proj", "b_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
@@ -52,8 +54,7 @@ class GatedDeltaNet(nn.Module):
 
     def project(self, x: mx.array, context: Context) -> Arrays:
         """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
-        linears = [self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj]
-        q, k, v, z, a, b = apply_together(linears, x)
+        q, k, v, z, a, b = apply_together(together(self), x)
         return mx.concatenate([q, k, v], axis=-1), z, a, b
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
@@ -101,6 +102,8 @@ def gated_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None
     """
     q, k, v, log_decay, beta = arrays
     T, dtype = q.shape[2], q.dtype
+    if T == 1 and documents is None:
+        return _one(arrays, state)
     q, k, v = (cut(each.astype(mx.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)
@@ -116,3 +119,12 @@ def gated_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None
     change, add = -matmul(w.swapaxes(-1, -2), key, dtype), matmul(u.swapaxes(-1, -2), key, dtype)
     states, last = scan_states(state, mx.exp(total[..., -1:, :]) * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last
+
+
+def _one(arrays: Arrays, state: mx.array) -> tuple[mx.array, mx.array]:
+    """One position, by the recurrence as it stands, in float32."""
+    q, k, v, log_decay, beta = (array[:, :, 0].astype(mx.float32) for array in arrays)
+    state = state * mx.exp(log_decay)[..., None, None]
+    change = beta[..., None] * (v - mx.sum(state * k[:, :, None, :], axis=-1))
+    state = state + change[..., None] * k[:, :, None, :]
+    return mx.sum(state * q[:, :, None, :], axis=-1)[:, :, None], state

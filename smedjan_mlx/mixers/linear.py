@@ -14,7 +14,7 @@ import mlx.nn as nn
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
 from smedjan_mlx.mixers.decay import scalar_decay
-from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 Arrays = tuple[mx.array, ...]
 
@@ -34,6 +34,8 @@ class LinearAttention(nn.Module):
         if config.linear_normalizer == "rmsnorm":
             self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
         self.o_proj = Linear(params, f"{name}.o_proj")
+        learned = ("decay_proj",) if config.linear_decay == "scalar" else ()
+        self.together = ("q_proj", "k_proj", "v_proj", "gate_proj", *learned)
         self.config = config
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
@@ -42,8 +44,7 @@ class LinearAttention(nn.Module):
 
     def project(self, x: mx.array, context: Context) -> Arrays:
         """q [B, T, D], k and v [B, T, G K], the gate [B, T, D] and, where it is learned, what makes the decay [B, T, G], of x [B, T, D]."""
-        learned = [self.decay_proj] if self.config.linear_decay == "scalar" else []
-        return tuple(apply_together([self.q_proj, self.k_proj, self.v_proj, self.gate_proj, *learned], x))
+        return tuple(apply_together(together(self), x))
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""

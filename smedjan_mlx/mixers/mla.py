@@ -18,7 +18,8 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.rope import attention_factor
 from smedjan_mlx.mixers.attention import causal_attention
-from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together
+from smedjan_mlx.mixers.cache import extend
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 
 class LatentAttention(nn.Module):
@@ -38,6 +39,7 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(params, f"{name}.o_proj")
         self.heads, self.head_dim, self.rope_dim, self.rank = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
         self.low_rank_query = bool(config.mla_q_rank)
+        self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
         self.factor = attention_factor(config)
         self.implementation = implementation
 
@@ -64,25 +66,21 @@ class LatentAttention(nn.Module):
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose latents [B, L, R] and turned keys [B, L, P] are kept."""
-        position, T, L = context.position, x.shape[1], state["key"].shape[1]
-        assert position is not None
         query, latent, key = self._compress(x)
-        new = {"latent": latent, "key": context.rope(key)[:, 0]}
-        state = {n: mx.slice_update(state[n], new[n].astype(state[n].dtype), position.reshape(1), (1,)) for n in new}
-        latent_B1LR, key_B1LP = state["latent"][:, None], state["key"][:, None]
+        read, seen_BTS, state = extend(state, {"latent": latent, "key": context.rope(key)[:, 0]}, context, axis=1)
+        latent_B1SR, key_B1SP = read["latent"][:, None], read["key"][:, None]
         key_HNR, value_HVR = mx.split(self.kv_b_proj.weight.astype(x.dtype).reshape(self.heads, -1, self.rank), 2, axis=1)
         plain_q, turned_q = self._turn(query, context)
-        scores = (plain_q @ key_HNR @ latent_B1LR.swapaxes(-1, -2)).astype(mx.float32)
-        scores = scores + (turned_q @ key_B1LP.swapaxes(-1, -2)).astype(mx.float32)
-        seen_TL = mx.arange(L)[None, :] <= position + mx.arange(T)[:, None]
-        scores = mx.where(seen_TL, scores * (self.head_dim + self.rope_dim) ** -0.5, -mx.inf)
-        mixed_BHTR = mx.softmax(scores, axis=-1).astype(x.dtype) @ latent_B1LR
+        scores = (plain_q @ key_HNR @ latent_B1SR.swapaxes(-1, -2)).astype(mx.float32)
+        scores = scores + (turned_q @ key_B1SP.swapaxes(-1, -2)).astype(mx.float32)
+        scores = mx.where(seen_BTS[:, None], scores * (self.head_dim + self.rope_dim) ** -0.5, -mx.inf)
+        mixed_BHTR = mx.softmax(scores, axis=-1).astype(x.dtype) @ latent_B1SR
         return self._output(mixed_BHTR @ value_HVR.swapaxes(-1, -2)), state, carried
 
     def _compress(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, H, T, N + P], latents [B, T, R] and keys with position [B, 1, T, P], not yet turned."""
         B, T, _ = x.shape
-        query, compressed = apply_together([self.q_a_proj if self.low_rank_query else self.q_proj, self.kv_a_proj], x)
+        query, compressed = apply_together(together(self), x)
         if self.low_rank_query:
             query = self.q_b_proj(self.q_a_norm(query))
         latent, key = mx.split(compressed, [self.rank], axis=-1)

@@ -147,6 +147,8 @@ def dplr_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None,
     arrays: r, log w, k, v, a, b, [B, H, T, K] each; state [B, H, V, K] float32; documents [B, T]. Matmuls in the dtype of r.
     """
     T, dtype = arrays[0].shape[2], arrays[0].dtype
+    if T == 1 and documents is None:
+        return _one(arrays, state)
     r, log_decay, k, v, a, b = (cut(each.astype(mx.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
     upto = same & mx.tril(mx.ones((C, C), dtype=mx.bool_))
@@ -169,3 +171,11 @@ def dplr_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None,
     add = (matmul(v.swapaxes(-1, -2), k, dtype) + matmul(u.swapaxes(-1, -2), b, dtype)) * end
     states, last = scan_states(state, end * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last
+
+
+def _one(arrays: Arrays, state: mx.array) -> tuple[mx.array, mx.array]:
+    """One position, by the recurrence as it stands, in float32."""
+    r, log_decay, k, v, a, b = (array[:, :, 0].astype(mx.float32) for array in arrays)
+    read = mx.sum(state * a[:, :, None, :], axis=-1)
+    state = state * mx.exp(log_decay)[:, :, None, :] + read[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+    return mx.sum(state * r[:, :, None, :], axis=-1)[:, :, None], state

@@ -144,9 +144,7 @@ def train(name: str, model: ModelConfig, config: TrainConfig, start: Params | Sn
 @functools.cache
 def _stepper(name: str, model: ModelConfig, dtype: str, max_len: int) -> Callable[[Params, Any, Any], tuple[Any, Any]]:
     model_class = module(name, "model").Model
-    return framework(name).compile(
-        lambda params, tokens, state: model_class(model, params, dtype, chunk_size=CHUNK).step(tokens, state, max_len)
-    )
+    return framework(name).compile(lambda params, tokens, state: model_class(model, params, dtype, chunk_size=CHUNK).step(tokens, state))
 
 
 def decode(name: str, model: ModelConfig, params: Params, chunks: Sequence[np.ndarray], max_len: int, dtype: str = "float32") -> np.ndarray:

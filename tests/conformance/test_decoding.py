@@ -56,7 +56,7 @@ def test_a_full_device_is_told_with_the_flags_of_what_it_does(backend: str, defa
 
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1000 bytes.")
 
-    monkeypatch.setattr(decoder, "_compiled", full)
+    monkeypatch.setattr(decoder, "_compiled", decoder._compiled._replace(feed=full))
     monkeypatch.setattr(side, "_eval_step", full)  # the backend serves other tests
     with pytest.raises(OutOfMemoryError, match="1000 bytes") as caught:
         decoder.feed([1])

@@ -162,7 +162,7 @@ def test_a_prompt_through_the_kernels_leaves_the_state_of_the_plain_forms(mixer:
     for name in ("plain", "pallas"):
         built = Model(model, params, kernels=name)
         state = built.init_state(len(tokens), tokens.shape[1])
-        logits, state = jax.jit(lambda t, s, built=built: built.step(t, s, tokens.shape[1]))(tokens, state)
+        logits, state = jax.jit(lambda t, s, built=built: built.step(t, s))(tokens, state)
         found[name] = {"logits": np.asarray(logits)} | {each: np.asarray(value) for each, value in state["layers"][0].items()}
     demand(tensors(found["pallas"], found["plain"], MIXERS[mixer].tolerance.forward))
 

@@ -37,7 +37,7 @@ ONE_SIDED_NAMES = {
         ("jax", "kernels/__init__.py", name): "where JAX's kernels run and pay"
         for name in ("SIZES", "FASTER", "MEASURED", "LARGEST", "LARGEST_FLOAT32", "SHORTEST")
     },
-    ("mlx", "backend.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
+    ("mlx", "precision.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (
     (r"\b(jax\.Array|mx\.array)\b", "Array"),

@@ -7,6 +7,7 @@ of that step), nan_logits=1, decode_oom=1, val_nan=1; several with commas.
 
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -93,30 +94,61 @@ class BigramBackend:
         embed = params["embed.weight"] * np.float32(np.nan if "nan_logits" in self.faults else 1)
         return (embed[inputs] @ embed.T)[..., : self.model.vocab_size]
 
-    def decoder(self, params, max_len):
+    def decoder(self, params, max_len, rows=1):
         if "decode_oom" in self.faults:
             raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --max-tokens.")
         embed = params["embed.weight"] * (np.nan if "nan_logits" in self.faults else 1)
-        return BigramDecoder(embed, self.model.vocab_size, max_len)
+        return BigramDecoder(embed, self.model.vocab_size, max_len, rows)
 
     def peak_memory(self):
         return 4096
 
 
+@dataclass(frozen=True)
+class BigramSaved:
+    position: int
+    last: int
+    nbytes: int = 8
+
+
 class BigramDecoder:
     """Looks at the last token only."""
 
-    def __init__(self, embed, vocab_size, max_len):
-        self.embed, self.vocab_size, self.max_len, self.fed = embed, vocab_size, max_len, 0
+    can_rewind = False  # the token before is not kept
 
-    def reset(self):
-        self.fed = 0
+    def __init__(self, embed, vocab_size, max_len, rows=1):
+        self.embed, self.vocab_size, self.max_len, self.rows = embed, vocab_size, max_len, rows
+        self.reset()
 
-    def feed(self, ids):
-        assert ids, "nothing was fed"
-        self.fed += len(ids)
-        assert self.fed <= self.max_len, "fed past max_len"
+    def reset(self, row=None):
+        if row is None:
+            self.positions, self.last = np.zeros(self.rows, int), np.zeros(self.rows, int)
+        else:
+            self.positions[row] = self.last[row] = 0
+
+    def position(self, row=0):
+        return int(self.positions[row])
+
+    def feed(self, ids, row=0):
+        assert len(ids), "nothing was fed"
+        self.positions[row] += len(ids)
+        self.last[row] = ids[-1]
         return (self.embed @ self.embed[ids[-1]])[: self.vocab_size]
+
+    def step(self, tokens, active):
+        logits = np.zeros((self.rows, self.vocab_size), np.float32)
+        for row in np.flatnonzero(active):
+            logits[row] = self.feed(tokens[row : row + 1], row)
+        return logits
+
+    def rewind(self, row, position):
+        raise AssertionError("it cannot")
+
+    def save(self, row):
+        return BigramSaved(self.position(row), int(self.last[row]))
+
+    def load(self, row, saved):
+        self.positions[row], self.last[row] = saved.position, saved.last
 
 
 def bigram_loss(embed, inputs, targets):

@@ -42,7 +42,7 @@ def _flops(config: Options, seq_len: int) -> int:
 
 def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     shape = (batch, config.kv_heads, max_len, config.head_dim)
-    return [StateSpec("key", shape), StateSpec("value", shape)]
+    return [StateSpec("key", shape, axis=2), StateSpec("value", shape, axis=2)]
 
 
 def validate(config: Shape) -> None:

@@ -32,9 +32,9 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     blocks = -(-max_len // config.block_size)
     kept = (batch, config.kv_heads, blocks * config.block_size, config.head_dim)
     return [
-        StateSpec("key", kept),
-        StateSpec("value", kept),
-        StateSpec("mean", (batch, config.kv_heads, blocks, config.head_dim), "float32"),
+        StateSpec("key", kept, axis=2),
+        StateSpec("value", kept, axis=2),
+        StateSpec("mean", (batch, config.kv_heads, blocks, config.head_dim), "float32", axis=2, span=config.block_size),
     ]
 
 

@@ -55,7 +55,8 @@ def _flops(config: Options, seq_len: int) -> int:
 
 
 def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
-    return [StateSpec("latent", (batch, max_len, kv_rank(config))), StateSpec("key", (batch, max_len, rope_dim(config)))]
+    sizes = {"latent": kv_rank(config), "key": rope_dim(config)}
+    return [StateSpec(name, (batch, max_len, size), axis=1) for name, size in sizes.items()]
 
 
 def _validate(config: Options) -> None:

@@ -1,0 +1,175 @@
+"""Decoding in JAX: rows side by side, each at its own position (protocol: smedjan_common.backend.Decoder).
+
+The state of all rows is one tree of arrays that every call donates, so it is updated in place; the positions are the host's. Prompts
+are fed in chunks whose lengths are powers of two, and steps read a power of two of the entries, so few shapes are compiled.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smedjan_common.backend import LESS_TO_DECODE
+from smedjan_common.config import ModelConfig
+from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.spec import StateSpec
+from smedjan_jax import sharding
+from smedjan_jax.guard import guarded
+from smedjan_jax.model import Model, State
+from smedjan_jax.modules import Params
+from smedjan_jax.weights import decoding_weights, views
+
+Layers = list[State]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a row has seen: its state, on the device, up to `position`."""
+
+    position: int
+    layers: Layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in jax.tree.leaves(self.layers))
+
+
+class JaxDecoder:
+    """Decodes `rows` sequences. max_len: positions that a row's state holds; beyond them the newest are seen."""
+
+    largest_chunk = 512
+
+    def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
+        self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
+        self.can_rewind = can_rewind(model)
+        self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
+        self._compiled = _functions(model, dtype, max_len, everywhere := sharding.everywhere_with(self._weights))
+        self._positions = np.zeros(rows, np.int32)
+        fresh = functools.partial(Model(model, views(model, self._weights), dtype).init_state, rows, max_len)
+        self._layers = guarded(lambda: jax.device_put(fresh()["layers"], everywhere), fix=LESS_TO_DECODE)
+
+    def position(self, row: int = 0) -> int:
+        return int(self._positions[row])
+
+    def feed(self, ids: Sequence[int], row: int = 0) -> np.ndarray:
+        assert len(ids), "there is nothing to feed"
+        tokens, logits, start = np.asarray(ids, np.int32), None, 0
+        for length in chunk_lengths(self.model, self.max_len, self.position(row), len(tokens), self.largest_chunk):
+            chunk, position = tokens[None, start : start + length], self._positions[row : row + 1].copy()
+            read = read_length(self.max_len, self.position(row) + (length == 1))
+            logits = self._run(self._compiled.feed, chunk, np.int32(row), position, read)
+            self._positions[row] += length
+            start += length
+        return np.asarray(logits)
+
+    def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        active = np.asarray(active, bool)
+        read = self._read(int(self._positions[active].max(initial=0)) + 1)
+        tokens = np.where(active, tokens, 0).astype(np.int32)
+        logits = self._run(self._compiled.step, tokens[:, None], self._positions.copy(), active, read)
+        self._positions += active
+        return np.asarray(logits)
+
+    def reset(self, row: int | None = None) -> None:
+        for each in range(self.rows) if row is None else (row,):
+            self._layers = self._compiled.reset(self._layers, np.int32(each))
+            self._positions[each] = 0
+
+    def rewind(self, row: int, position: int) -> bool:
+        assert self.can_rewind, "its state sums up all positions"
+        assert 0 <= position <= self.position(row), "it has not been there"
+        if self.position(row) > self.max_len and position < self.position(row):
+            return False
+        self._positions[row] = position
+        return True
+
+    def save(self, row: int) -> Saved:
+        length = read_length(self.max_len, self.position(row)) if self.position(row) <= self.max_len else None
+        return Saved(self.position(row), self._compiled.save(self._layers, np.int32(row), length))
+
+    def load(self, row: int, saved: Saved) -> None:
+        self._layers = self._compiled.load(self._layers, np.int32(row), saved.layers)
+        self._positions[row] = saved.position
+
+    def _read(self, position: int) -> int:
+        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
+        return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
+
+    def _run(self, function: Callable, *args: Any) -> jax.Array:
+        logits, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
+        return logits
+
+
+class Functions(NamedTuple):
+    """The compiled functions of a decoder. Each takes the layers of the state and gives them back."""
+
+    feed: Callable
+    step: Callable
+    reset: Callable
+    save: Callable
+    load: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding) -> Functions:
+    """Decoders of the same model share them, so a run's samples compile once. Of weights that are split, XLA makes what it needs; what
+    comes out is `everywhere`."""
+
+    def logits(weights: Params, tokens: jax.Array, layers: Layers, position: jax.Array, active: jax.Array | None, length: int):
+        state = {"position": position, "layers": layers}
+        scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
+        return scores[:, : model.vocab_size], after["layers"]
+
+    def feed(weights: Params, layers: Layers, tokens: jax.Array, row: jax.Array, position: jax.Array, length: int):
+        scores, one = logits(weights, tokens, _row(layers, row), position, None, length)
+        return scores[0], _with_row(layers, row, one)
+
+    def step(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
+        return logits(weights, tokens, layers, position, active, length)
+
+    def reset(layers: Layers, row: jax.Array) -> Layers:
+        return _with_row(layers, row, jax.tree.map(lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype), layers))
+
+    def save(layers: Layers, row: jax.Array, length: int | None) -> Layers:
+        return [
+            {spec.name: _upto(one[spec.name], spec, length) for spec in _specs(model, layer, max_len)}
+            for layer, one in enumerate(_row(layers, row))
+        ]
+
+    def load(layers: Layers, row: jax.Array, saved: Layers) -> Layers:
+        return _with_row(reset(layers, row), row, saved)
+
+    jit = functools.partial(jax.jit, out_shardings=everywhere)
+    return Functions(
+        jit(feed, donate_argnums=1, static_argnums=5),
+        jit(step, donate_argnums=1, static_argnums=5),
+        jit(reset, donate_argnums=0),
+        jit(save, static_argnums=2),
+        jit(load, donate_argnums=0),
+    )
+
+
+def _specs(model: ModelConfig, layer: int, max_len: int) -> list[StateSpec]:
+    return MIXERS[model.mixer_of(layer)].state(model, 1, max_len)
+
+
+def _row(layers: Layers, row: jax.Array) -> Layers:
+    """One row, [1, …] each."""
+    return jax.tree.map(lambda array: array if len(array) == 1 else jax.lax.dynamic_slice_in_dim(array, row, 1), layers)
+
+
+def _with_row(layers: Layers, row: jax.Array, one: Layers) -> Layers:
+    """The layers with `one` at the beginning of that row."""
+    return jax.tree.map(lambda array, new: jax.lax.dynamic_update_slice(array, new, (row, *[0] * (array.ndim - 1))), layers, one)
+
+
+def _upto(array: jax.Array, spec: StateSpec, length: int | None) -> jax.Array:
+    """The entries of the first `length` positions, or all, of an array by position."""
+    if spec.axis is None or length is None:
+        return array
+    return jax.lax.slice_in_dim(array, 0, min(-(-length // spec.span), array.shape[spec.axis]), axis=spec.axis)

@@ -1,0 +1,184 @@
+"""Decoding in MLX: rows side by side, each at its own position (protocol: smedjan_common.backend.Decoder).
+
+The state of all rows is one tree of arrays that every call uses up, so it is updated in place; the positions are the host's. Prompts
+are fed in chunks whose lengths are powers of two, and steps read a power of two of the entries, so few shapes are compiled.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from smedjan_common.backend import LESS_TO_DECODE
+from smedjan_common.config import ModelConfig
+from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.spec import StateSpec
+from smedjan_mlx.guard import guarded
+from smedjan_mlx.model import Model, State
+from smedjan_mlx.modules import Params
+from smedjan_mlx.precision import on_gpu
+from smedjan_mlx.weights import decoding_weights, views
+
+Layers = list[State]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a row has seen: its state, on the device, up to `position`."""
+
+    position: int
+    layers: Layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for _, array in tree_flatten(self.layers))
+
+
+class MlxDecoder:
+    """Decodes `rows` sequences. max_len: positions that a row's state holds; beyond them the newest are seen."""
+
+    largest_chunk = 512
+
+    def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
+        self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
+        self.can_rewind = can_rewind(model)
+        self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
+        self._compiled = _functions(model, dtype, max_len)
+        self._positions = np.zeros(rows, np.int32)
+        self._layers = Model(model, views(model, self._weights), dtype).init_state(rows, max_len)["layers"]
+        guarded(mx.eval, self._layers, fix=LESS_TO_DECODE)
+
+    def position(self, row: int = 0) -> int:
+        return int(self._positions[row])
+
+    def feed(self, ids: Sequence[int], row: int = 0) -> np.ndarray:
+        assert len(ids), "there is nothing to feed"
+        tokens, logits, start = np.asarray(ids, np.int32), None, 0
+        for length in chunk_lengths(self.model, self.max_len, self.position(row), len(tokens), self.largest_chunk):
+            chunk, position = tokens[None, start : start + length], self._positions[row : row + 1]
+            read = read_length(self.max_len, self.position(row) + (length == 1))
+            logits = self._run(self._compiled.feed, mx.array(chunk), mx.array(row), mx.array(position), read)
+            self._positions[row] += length
+            start += length
+        return np.array(logits)
+
+    def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        active = np.asarray(active, bool)
+        read = self._read(int(self._positions[active].max(initial=0)) + 1)
+        tokens = np.where(active, tokens, 0).astype(np.int32)
+        logits = self._run(self._compiled.step, mx.array(tokens[:, None]), mx.array(self._positions), mx.array(active), read)
+        self._positions += active
+        return np.array(logits)
+
+    def reset(self, row: int | None = None) -> None:
+        for each in range(self.rows) if row is None else (row,):
+            self._change(self._compiled.reset, each)
+            self._positions[each] = 0
+
+    def rewind(self, row: int, position: int) -> bool:
+        assert self.can_rewind, "its state sums up all positions"
+        assert 0 <= position <= self.position(row), "it has not been there"
+        if self.position(row) > self.max_len and position < self.position(row):
+            return False
+        self._positions[row] = position
+        return True
+
+    def save(self, row: int) -> Saved:
+        length = read_length(self.max_len, self.position(row)) if self.position(row) <= self.max_len else None
+        saved = Saved(self.position(row), self._compiled.save(self._layers, row, length))
+        guarded(mx.eval, saved.layers, fix=LESS_TO_DECODE)
+        return saved
+
+    def load(self, row: int, saved: Saved) -> None:
+        self._change(self._compiled.load, row, saved.layers)
+        self._positions[row] = saved.position
+
+    def _read(self, position: int) -> int:
+        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
+        return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
+
+    def _run(self, function: Callable, *args: Any) -> mx.array:
+        logits, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
+        guarded(mx.eval, logits, self._layers, fix=LESS_TO_DECODE)
+        return logits
+
+    def _change(self, function: Callable, *args: Any) -> None:
+        self._layers = function(self._layers, *args)
+        guarded(mx.eval, self._layers, fix=LESS_TO_DECODE)
+
+
+class Functions(NamedTuple):
+    """The functions of a decoder. Each takes the layers of the state and gives them back."""
+
+    feed: Callable
+    step: Callable
+    reset: Callable
+    save: Callable
+    load: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
+    """Decoders of the same model share them, so a run's samples compile once."""
+
+    def logits(weights: Params, tokens: mx.array, layers: Layers, position: mx.array, active: mx.array | None, length: int):
+        state = {"position": position, "layers": layers}
+        scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
+        return scores[:, : model.vocab_size], after["layers"]
+
+    def feed(weights: Params, layers: Layers, tokens: mx.array, row: mx.array, position: mx.array, length: int):
+        scores, one = logits(weights, tokens, _row(layers, row), position, None, length)
+        return scores[0], _with_row(layers, row, one)
+
+    def step(weights: Params, layers: Layers, tokens: mx.array, position: mx.array, active: mx.array, length: int):
+        return logits(weights, tokens, layers, position, active, length)
+
+    def reset(layers: Layers, row: int) -> Layers:
+        return _with_row(layers, mx.array(row), tree_map(lambda array: mx.zeros((1, *array.shape[1:]), array.dtype), layers))
+
+    def save(layers: Layers, row: int, length: int | None) -> Layers:
+        return [
+            {spec.name: _upto(one[spec.name], spec, length) for spec in _specs(model, layer, max_len)}
+            for layer, one in enumerate(_row(layers, mx.array(row)))
+        ]
+
+    def load(layers: Layers, row: int, saved: Layers) -> Layers:
+        return _with_row(reset(layers, row), mx.array(row), saved)
+
+    return Functions(_compiled(feed), _compiled(step), reset, save, load)
+
+
+def _compiled(function: Callable) -> Callable:
+    """One compilation for each value of the last argument, on a GPU; on a CPU MLX's compiler takes half a minute and gains nothing."""
+
+    @functools.cache
+    def at(last: int) -> Callable:
+        return mx.compile(lambda *args: function(*args, last))
+
+    return (lambda *args: at(args[-1])(*args[:-1])) if on_gpu() else function
+
+
+def _specs(model: ModelConfig, layer: int, max_len: int) -> list[StateSpec]:
+    return MIXERS[model.mixer_of(layer)].state(model, 1, max_len)
+
+
+def _row(layers: Layers, row: mx.array) -> Layers:
+    """One row, [1, …] each."""
+    return tree_map(lambda array: array if len(array) == 1 else array[row][None], layers)
+
+
+def _with_row(layers: Layers, row: mx.array, one: Layers) -> Layers:
+    """The layers with `one` at the beginning of that row."""
+    return tree_map(lambda array, new: array if new is array else mx.slice_update(array, new, row.reshape(1), (0,)), layers, one)
+
+
+def _upto(array: mx.array, spec: StateSpec, length: int | None) -> mx.array:
+    """The entries of the first `length` positions, or all, of an array by position; a copy, since the state is overwritten in place."""
+    if spec.axis is None or length is None:
+        return array + 0
+    return array[(slice(None),) * spec.axis + (slice(-(-length // spec.span)),)] + 0

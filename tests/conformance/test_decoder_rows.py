@@ -1,0 +1,102 @@
+"""Rows of one decoder: each at its own position, past what its state holds too, whatever the others do."""
+
+import numpy as np
+import pytest
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.inference.chunks import can_rewind
+from smedjan_common.reference import block_sparse, mla
+from smedjan_common.reference import model as reference
+from tests.conformance import subjects
+from tests.conformance.cases import LENGTH, Case
+from tests.conformance.compare import Difference, demand, demand_equal_bits, largest
+
+HELD = 8  # positions that the state holds: less than half of the tokens that come
+ROWS = 3
+
+
+@pytest.fixture
+def sliding(monkeypatch: pytest.MonkeyPatch, default_case: Case) -> np.ndarray:
+    """Logits of the definition, where no mixer by position sees more than the newest HELD positions, float64 [BATCH, LENGTH, V]."""
+    case, weights, scores = default_case, mla._weights, block_sparse.scores
+    assert case.params, "drawn before anything is changed"
+
+    def newest(config: ModelConfig, score_BxHxTxS: np.ndarray, visible_TxS: np.ndarray) -> np.ndarray:
+        return weights(config, score_BxHxTxS, visible_TxS & (np.arange(score_BxHxTxS.shape[-1]) >= score_BxHxTxS.shape[-1] - HELD))
+
+    def of_kept_blocks(config: ModelConfig, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        score_BxHkxTxJ = scores(config, query, key)
+        kept = HELD // config.block_size
+        score_BxHkxTxJ[..., :-kept] = -np.inf
+        return score_BxHkxTxJ
+
+    monkeypatch.setattr(mla, "_weights", newest)
+    monkeypatch.setattr(block_sparse, "scores", of_kept_blocks)
+    model = ModelConfig.from_dict({**case.model.to_dict(), "window": HELD}) if "attention" in case.model.mixer else case.model
+    return reference.recurrent_forward(model, case.params, case.tokens)[..., : case.model.vocab_size]
+
+
+def made(backend: str, case: Case, rows: int = ROWS):
+    return subjects.backend(backend, case.model, case.train).decoder(case.params, max_len=HELD, rows=rows)
+
+
+def test_rows_at_their_own_positions_give_the_definition_past_what_is_held(backend: str, default_case: Case, sliding: np.ndarray):
+    case, decoder, rng = default_case, made(backend, default_case), np.random.default_rng(3)
+    got = {}
+    for row, fed in enumerate((12, 4)):  # in chunks of 4; the third of the first row overwrites what its own tokens see
+        for start in range(0, fed, 4):
+            got[row, start + 3] = decoder.feed(case.tokens[row, start : start + 4].tolist(), row)
+    while min(decoder.position(row) for row in range(ROWS)) < LENGTH:
+        positions = np.array([decoder.position(row) for row in range(ROWS)])
+        active = (rng.random(ROWS) < 0.7) & (positions < LENGTH)
+        logits = decoder.step(np.where(active, case.tokens[range(ROWS), positions % LENGTH], 0), active)
+        got |= {(row, positions[row]): logits[row] for row in np.flatnonzero(active)}
+    assert len(got) >= ROWS * LENGTH - 12
+    want = np.stack([sliding[at] for at in got])
+    demand([Difference(f"{backend} logits", largest(np.stack(list(got.values())), want), case.tolerance.forward)])
+
+
+def test_a_row_has_the_same_bits_whatever_the_others_do(backend: str, default_case: Case):
+    case, bits = default_case, []
+    for others in ((), (0, 2)):
+        decoder = made(backend, case)
+        for row in others:
+            decoder.feed(case.tokens[3, 4 * row : 4 * row + 4].tolist(), row)
+        logits = [decoder.feed(case.tokens[1, :4].tolist(), 1)]
+        for position in range(4, 12):
+            tokens, active = case.tokens[[2, 1, 0], position], np.isin(np.arange(ROWS), (1, *others))
+            logits.append(decoder.step(tokens, active)[1])
+        bits.append(np.stack(logits))
+    demand_equal_bits({"logits": bits[0]}, {"logits": bits[1]})
+
+
+def test_rows_stay_go_back_and_move_bit_for_bit(backend: str, default_case: Case):
+    """A row that is not active, one that is saved and loaded elsewhere, one that is reset, and one that is set back."""
+    case, decoder = default_case, made(backend, default_case)
+    prompt, only, rest = case.tokens[0, :4].tolist(), np.array([False, True, False]), case.tokens[0, 4:8]
+    for row in range(ROWS):
+        decoder.feed(prompt, row)
+    kept = decoder.save(0)
+    assert kept.nbytes > 0
+    assert kept.position == 4
+    first = [decoder.step(np.full(ROWS, token), only)[1] for token in rest]
+    assert [decoder.position(row) for row in range(ROWS)] == [4, 8, 4]
+    decoder.load(1, kept)
+    assert decoder.position(1) == 4
+    again = [decoder.step(np.full(ROWS, token), only)[1] for token in rest]
+    demand_equal_bits({"after a load": np.stack(again)}, {"after a load": np.stack(first)})
+    decoder.reset(1)
+    assert decoder.position(1) == 0
+    decoder.feed(prompt, 1)
+    again = [decoder.step(np.full(ROWS, token), only)[1] for token in rest]
+    demand_equal_bits({"after a reset": np.stack(again)}, {"after a reset": np.stack(first)})
+    assert decoder.can_rewind == can_rewind(case.model)
+    if decoder.can_rewind:
+        assert decoder.rewind(1, 4)
+        [decoder.step(np.full(ROWS, token), only) for token in case.tokens[1, 4:7]]  # something else
+        assert decoder.rewind(1, 4)
+        back = [decoder.step(np.full(ROWS, token), only)[1] for token in rest]
+        demand_equal_bits({"after a rewind": np.stack(back)}, {"after a rewind": np.stack(first)})
+        decoder.step(rest[:1].repeat(ROWS), only)
+        assert not decoder.rewind(1, 4), "what it would need is overwritten"
+        assert decoder.position(1) == 9
