@@ -116,6 +116,7 @@ NAMES = {
     "wsd": "warmup-stable-decay trapezoid trapezoidal",
     "invsqrt": "inverse-sqrt inv-sqrt rsqrt noam inverse-square-root",
     "bfloat16": "bf16 fp16 half float16",
+    "float8": "fp8 f8 e4m3 e5m2 float8-e4m3fn mxfp8 fp8-mixed",
     "float16": "fp16 half f16",
     "float32": "fp32 f32 float single fp64 float64",
     "q8_0": "q8 int8 8bit",

@@ -25,7 +25,8 @@ from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
-from smedjan_jax import experts, kernels, optim, sharding
+from smedjan_common.training.precision import PRECISIONS, compute_dtype
+from smedjan_jax import experts, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
 from smedjan_jax.guard import guarded
@@ -56,7 +57,7 @@ class JaxBackend:
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
-        self._kernels = kernels.summary(train.kernels, model, train.dtype, self.mesh.tensor)
+        self._kernels = kernels.summary(train.kernels, model, compute_dtype(train.dtype))
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
@@ -68,7 +69,9 @@ class JaxBackend:
             self._train_step = jax.jit(self._step, donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate)
         else:
-            self._spread = sharding.Spread(model, self._devices, _linear_weights(model), train.dtype)
+            self._spread = sharding.Spread(
+                model, self._devices, _linear_weights(model), compute_dtype(train.dtype), train.gradient_checkpointing != "full"
+            )
             whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
             self._train_step = jax.jit(self._step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
@@ -144,7 +147,7 @@ class JaxBackend:
         return guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
     def decoder(self, params: dict[str, Any], max_len: int, rows: int = 1) -> JaxDecoder:
-        return JaxDecoder(self.model, params, self.train.dtype, max_len, rows)
+        return JaxDecoder(self.model, params, compute_dtype(self.train.dtype), max_len, rows)
 
     def peak_memory(self) -> int | None:
         if self._devices.local_devices[0].platform == "cpu":
@@ -220,11 +223,13 @@ def _linear_weights(model: ModelConfig) -> set[str]:
 
 
 def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> JaxBackend:
-    """The backend of a run. Raises ConfigError where --attention fused cannot run, which the first step would find too."""
+    """The backend of a run. Raises ConfigError where --attention fused or --dtype float8 cannot run, as the first step would find."""
+    if PRECISIONS[train.dtype].float8:
+        products.refuse_float8()
     if train.attention == "fused":
         sizes = {"attention": model.head_dim, "mla": model.head_dim + rope_dim(model)}
         for name in sizes.keys() & set(model.mixer):
-            refuse_fused(jax.ShapeDtypeStruct((1, 1, model.heads, sizes[name]), train.dtype))
+            refuse_fused(jax.ShapeDtypeStruct((1, 1, model.heads, sizes[name]), compute_dtype(train.dtype)))
     return JaxBackend(model, train, mesh)
 
 

@@ -22,6 +22,7 @@ from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_jax.modules import Carried, Linear, Params, joined, together
+from smedjan_jax.products import whole
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -75,7 +76,7 @@ class Experts(nnx.Module):
         """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
         logits, gate_RF, up_RF, *shared = projected
         layout, weights_NK, load_E = self._route(logits)
-        out_RD = self._multiply(swiglu(gate_RF, up_RF), self.down_proj.weight, layout)
+        out_RD = self._multiply(swiglu(gate_RF, up_RF), whole(self.down_proj.weight), layout)
         out_NKD = _collect(out_RD, layout.pair_R, layout.row_NK).astype(jnp.float32)
         y_ND = jnp.sum(weights_NK[..., None] * out_NKD, axis=1)
         y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)

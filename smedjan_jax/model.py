@@ -17,11 +17,11 @@ from flax import nnx
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
-from smedjan_jax import sharding
+from smedjan_common.training.precision import PRECISIONS, compute_dtype, multiplied_in_float8
 from smedjan_jax.ffn import ffn_class
 from smedjan_jax.kernels import chosen
 from smedjan_jax.mixers import mixer_class
-from smedjan_jax.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope
+from smedjan_jax.modules import Block, Carried, Context, Embedding, Linear, Params, RMSNorm, Rope
 
 State = dict[str, Any]
 
@@ -29,7 +29,7 @@ State = dict[str, Any]
 class Model(nnx.Module):
     """A decoder-only language model.
 
-    params: float32 arrays by name. dtype: of activations and matmuls. attention: auto, fused or plain. kernels: auto, pallas or plain.
+    params: float32 arrays by name. dtype: a name of PRECISIONS. attention: auto, fused or plain. kernels: auto, pallas or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
     chunk_size: positions that mixers of linear cost take at once. deterministic: gradients have the same bits every time on a GPU too.
     """
@@ -46,14 +46,18 @@ class Model(nnx.Module):
         kernels: str = "auto",
     ):
         self.config = config
-        self.dtype = dtype
+        self.dtype = compute_dtype(dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self.chunk_size = chunk_size
         self.deterministic = deterministic
         if deterministic and attention == "auto":
             attention = "reproducible"
         self.embed = Embedding(params, "embed")
-        self.layers = nnx.List([_block(config, params, layer, attention, kernels, dtype) for layer in range(config.layers)])
+        self.layers = nnx.List([_block(config, params, layer, attention, kernels, self.dtype) for layer in range(config.layers)])
+        if PRECISIONS[dtype].float8:
+            for _, module in nnx.iter_modules(self.layers):
+                if isinstance(module, Linear):
+                    module.float8 = multiplied_in_float8(module.weight.shape)
         self.norm = RMSNorm(params, "norm", config.norm_eps)
         self.head = self.embed if config.tied_head else Embedding(params, "head")
 
@@ -109,7 +113,7 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
     at, row = f"layers.{layer}", MIXERS[config.mixer_of(layer)]
     implementation = attention
     if row.training is Chunked:
-        implementation = chosen(row.name, kernels, config, dtype, sharding.tensor_parts())
+        implementation = chosen(row.name, kernels, config, dtype)
     return Block(
         RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
         mixer_class(row.name)(config, params, f"{at}.mixer", implementation),

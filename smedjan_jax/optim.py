@@ -17,6 +17,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
+from smedjan_common.training.precision import compute_dtype
 
 Params = dict[str, jax.Array]
 Slots = dict[str, Params]
@@ -90,7 +91,7 @@ def _orthogonal(train: TrainConfig, momenta: Params) -> Params:
     for (short, long), names in stacks.items():
         parts = [_upright(momenta[name]) for name in names]
         parts = [x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True)) + train.eps) for x in parts]
-        stack_NSL = newton_schulz(jnp.concatenate(parts).astype(train.dtype), train.muon_steps)
+        stack_NSL = newton_schulz(jnp.concatenate(parts).astype(compute_dtype(train.dtype)), train.muon_steps)
         start = 0
         for name, part in zip(names, parts, strict=True):
             x = stack_NSL[start : start + len(part)].astype(jnp.float32) * (MUON_RMS * long**0.5)

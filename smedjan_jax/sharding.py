@@ -7,7 +7,6 @@ in, their gradients reduced and split in float32; what is left is summed over da
 What splits what: smedjan_common.training.mesh.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.mesh import AXES, MeshShape, mesh_axes
+from smedjan_jax import products
 
 Params = dict[str, jax.Array]
 
@@ -83,20 +83,29 @@ def deal(batch: Any, mesh: MeshShape, parts: int) -> Any:
 class Spread:
     """Turns functions of (params, batch, …) for one device into functions that every device of a mesh runs on its own rows.
 
-    linear: names of weights that are used in the dtype of the activations only, so that they may be cast before they travel.
+    linear: names of weights that are used in the dtype of the activations only, so that they may be cast before they travel, and by
+    `products` only, which gathers them when it comes to them. again: for the backward pass once more.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, linear: set[str], dtype: str):
-        self.mesh = mesh
+    def __init__(self, model: ModelConfig, mesh: Mesh, linear: set[str], dtype: str, again: bool = True):
+        self.mesh, self._linear, self._again = mesh, linear, again
         self._batch = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
         splits = {name: mesh_axes(spec) for name, spec in parameter_table(model).items()}
         self._params = {name: PartitionSpec(*(axis if axis in self._batch else None for axis in split)) for name, split in splits.items()}
         self._split = {name: split.index("fsdp") for name, split in splits.items() if "fsdp" in split and "fsdp" in self._batch}
         self._dtypes = {name: jnp.dtype(dtype if name in linear else "float32") for name in self._split}
 
-    def gather(self, params: Params) -> Params:
-        """The whole matrices of this device's parts; for the functions that are run."""
-        return {n: _gather(v, self._split[n], self._dtypes[n]) if n in self._split else v for n, v in params.items()}
+    def gather(self, params: Params) -> dict[str, Any]:
+        """The parameters as the model takes them: this device's parts of linear maps as such, other matrices whole; for the functions
+        that are run."""
+
+        def one(name: str, value: jax.Array) -> Any:
+            if name not in self._split:
+                return value
+            part = products.Shard(value, self._split[name], self._dtypes[name], self._again)
+            return part if name in self._linear else products.whole(part)
+
+        return {name: one(name, value) for name, value in params.items()}
 
     def gradients(self, function: Callable) -> Callable:
         """`function(params, batch, tokens)` gives gradients and a tree of sums; now over the whole batch, on every device's rows."""
@@ -143,31 +152,26 @@ def tensor_parts() -> int:
 
 
 def over_heads(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], *whole: Any) -> jax.Array:
-    """`function(*arrays, *whole)` [B, T, heads, K] of arrays of that form, which looks at each head alone, on every device's own heads.
+    """`function(*arrays, *whole)` [B, T, heads, K] of arrays of that form, which looks at each head alone, on every device's own heads."""
+    return over_tensor(function, (*arrays, *whole), (*(2 for _ in arrays), *(None for _ in whole)), 2)
 
+
+def over_tensor(function: Callable[..., Any], arrays: tuple[Any, ...], heads: tuple[int | None, ...], results: Any) -> Any:
+    """`function(*arrays)`, which looks at each head alone, on every device's own heads; where they cannot be dealt out, on all of them.
+
+    heads: the dimension of each array, or of each of a tuple, that they are along; None: every device takes the whole. results: of what
+    comes out.
     XLA could not split a kernel that it knows nothing of.
     """
-    if tensor_parts() == 1:
-        return function(*arrays, *whole)
-    heads = PartitionSpec(None, None, "tensor")
-    specs = *(heads for _ in arrays), *(PartitionSpec() for _ in whole)
+    if (parts := tensor_parts()) == 1:
+        return function(*arrays)
+    split = [leaf.shape[at] for array, at in zip(arrays, heads, strict=True) if at is not None for leaf in jax.tree.leaves(array)]
+    even = all(extent % parts == 0 for extent in split)
+
+    def spec(at: int | None) -> PartitionSpec:
+        return PartitionSpec() if at is None or not even else PartitionSpec(*(None,) * at, "tensor")
+
     # every axis, those of one device too: JAX lowers cuDNN attention on several devices only where nothing is left to XLA
     axes = set(AXES) - set(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.shard_map(function, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False)(*arrays, *whole)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part: jax.Array, dimension: int, dtype: Any) -> jax.Array:
-    """The whole of a matrix that is split over fsdp. Its gradient is summed in float32, whatever dtype it was used in."""
-    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=dimension, tiled=True)
-
-
-def _gather_forward(part, dimension, dtype):
-    return _gather(part, dimension, dtype), None
-
-
-def _gather_backward(dimension, dtype, saved, grad):
-    return (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=dimension, tiled=True),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+    specs = tuple(map(spec, heads)), jax.tree.map(spec, results)
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=axes, check_vma=False)(*arrays)

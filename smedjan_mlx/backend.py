@@ -21,6 +21,7 @@ from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import head_name, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.optimizers import check_state
+from smedjan_common.training.precision import check_precision
 from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.decoder import MlxDecoder
 from smedjan_mlx.guard import guarded
@@ -40,6 +41,7 @@ class MlxBackend:
     def __init__(self, model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE):
         exact_float32()
         check_mesh_of(self.name, mesh)
+        check_precision(self.name, train.dtype)
         if train.dtype != "float32" and not on_gpu():
             why = "MLX multiplies bfloat16 on a CPU value by value, a hundred times slower."
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")

@@ -253,8 +253,9 @@ def _model(model: Any, dtype: str | None) -> Facts:
     """FLOPs (training: forward and backward) and decode state (one sequence) at the model's context; dtype None: not known, float32."""
     from smedjan_common.inference.memory import state_bytes
     from smedjan_common.model.flops import active_params, train_flops_per_token
+    from smedjan_common.training.precision import compute_dtype
 
-    active, context, dtype = active_params(model), model.context_length, dtype or "float32"
+    active, context, dtype = active_params(model), model.context_length, compute_dtype(dtype or "float32")
     routed = {"active_parameters": active} if active != model.num_params() else {}
     return {
         "parameters": model.num_params(),

@@ -3,12 +3,12 @@
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import count_params
-from smedjan_common.training.memory import BYTES
+from smedjan_common.training.precision import BYTES, compute_dtype
 
 
 def inference_bytes(config: ModelConfig, batch: int, max_len: int, dtype: str) -> int:
-    """Weights in `dtype` and the decode state of all layers."""
-    width = BYTES[dtype]
+    """Weights in the compute dtype of `dtype` and the decode state of all layers."""
+    width = BYTES[compute_dtype(dtype)]
     return count_params(config) * width + state_bytes(config, batch, max_len, dtype)
 
 
@@ -20,5 +20,5 @@ def state_bytes(config: ModelConfig, batch: int, max_len: int, dtype: str) -> in
             size = 1
             for extent in array.shape:
                 size *= extent
-            total += size * BYTES[dtype if array.dtype == "compute" else array.dtype]
+            total += size * BYTES[compute_dtype(dtype) if array.dtype == "compute" else array.dtype]
     return total

@@ -19,6 +19,7 @@ from smedjan_common.run.start import GoOn, New
 from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
+from smedjan_common.training.precision import check_precision
 
 
 def check_words(asked: Asked, backend: str) -> None:
@@ -27,6 +28,7 @@ def check_words(asked: Asked, backend: str) -> None:
     _check_names(asked)
     _check_format(asked.value("checkpoint_format"), backend)
     check_mesh_of(backend, parse_mesh(asked.value("mesh")))
+    check_precision(backend, asked.value("dtype"))
 
 
 def check(decided: Decided) -> None:

@@ -12,6 +12,7 @@ from smedjan_common.model.mixers import MIXERS, shared
 from smedjan_common.model.options import REQUIRED, check_options, option, options
 from smedjan_common.training import optimizers, schedule
 from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.precision import FLOAT8_LEAST, FLOAT8_MULTIPLE, PRECISIONS, multiplied_in_float8
 from smedjan_common.training.schedule import SCHEDULES
 
 
@@ -46,10 +47,12 @@ class Basics:
     gradient_checkpointing: Literal["none", "dots", "full"] = option(
         "none", "Recompute activations to save memory: dots keeps the matrix products, full keeps only the inputs of blocks."
     )
-    dtype: Literal["float32", "bfloat16"] = option(
+    dtype: str = option(
         "float32",
-        "Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU.",
+        "Precision of the computation; parameters and optimizer are float32. float8: bfloat16, with large matrices multiplied in 8 bits"
+        " (JAX, from Hopper on). auto: bfloat16 on a GPU, float32 on a CPU.",
         unset="auto",
+        choices=PRECISIONS,
     )
     deterministic: bool = option(False, "Reproduce every bit on a GPU too, which is slower (docs/checkpoints.md); on a CPU runs always do.")
     mask_documents: bool = option(False, "Keep documents apart: nothing is read across the end of a document inside a sequence.")
@@ -99,6 +102,12 @@ class TrainConfig(
             if self.mask_documents and not MIXERS[name].documents:
                 able = ", ".join(row.name for row in MIXERS.values() if row.documents)
                 raise ConfigError(f"--mask-documents does not work with {name}.", MIXERS[name].about + ".", f"It works with {able}.")
+        if PRECISIONS[self.dtype].float8 and not multiplied_in_float8((model.dim, model.dim)):
+            raise ConfigError(
+                f"--dtype float8 does not work with --dim {model.dim}.",
+                f"Matrices in float8 have sides of at least {FLOAT8_LEAST} that are multiples of {FLOAT8_MULTIPLE}.",
+                "Take another --dim, or --dtype bfloat16.",
+            )
 
 
 _CHOICES = {name: found.choices for name, found in options(TrainConfig).items()}

@@ -18,8 +18,7 @@ from smedjan_common.model.params import parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape
 from smedjan_common.training.optimizers import OPTIMIZERS
-
-BYTES = {"float32": 4, "bfloat16": 2}
+from smedjan_common.training.precision import BYTES, compute_dtype
 
 LOGITS_BYTES = 5 << 29  # float32 logits held at once; medium at 64 x 1024 x 8192 stays whole, larger losses go in chunks
 
@@ -54,7 +53,7 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     place: None is a GPU with JAX, or a CPU where the run computes in float32.
     """
     place = place or Place(kind="cpu" if train.dtype == "float32" else "gpu")
-    width, framework = BYTES[train.dtype], "mlx" if place.backend == "mlx" else "jax"
+    width, framework = BYTES[compute_dtype(train.dtype)], "mlx" if place.backend == "mlx" else "jax"
     specs = parameter_table(config).values()
     own, whole = sum(spec.size // mesh.parts(spec) for spec in specs), sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
     fixed = 4 * own * (train.grad_accum > 1) + state_bytes(config, train, mesh)  # with several parts their gradients add up
@@ -72,7 +71,7 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
 
 def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> tuple[float, float, float]:
     """Values per token: kept by all layers, held beside them while the last one is differentiated, and in all while the first one is."""
-    course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[train.dtype], train.attention == "plain")
+    course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[compute_dtype(train.dtype)], train.attention == "plain")
     layers = [
         BLOCK.times(config.dim)
         .with_(MIXERS[config.mixer_of(layer)].activations(config, course).times(1 / mesh.tensor))

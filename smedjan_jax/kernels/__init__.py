@@ -34,12 +34,12 @@ LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 
 
-def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
-    """What `implementation` of --kernels comes to for a mixer: "pallas" or "plain". parts: devices along the mesh's tensor axis.
+def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str) -> str:
+    """What `implementation` of --kernels comes to for a mixer: "pallas" or "plain".
 
     Raises ConfigError for "pallas" where it cannot run.
     """
-    why = _obstacle(mixer, model, dtype, parts)
+    why = _obstacle(mixer, model, dtype)
     if implementation == "pallas" and why:
         raise ConfigError("--kernels pallas cannot run here.", why, "Take --kernels auto or plain.")
     if implementation == "auto":
@@ -52,16 +52,16 @@ def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:
     return sizes <= set(FASTER[mixer]) and (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
 
 
-def summary(implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
+def summary(implementation: str, model: ModelConfig, dtype: str) -> str:
     """What the console says: "pallas", "plain", or which mixers take which; empty for a model without such mixers. Raises ConfigError."""
     names = [name for name in dict.fromkeys(model.mixer) if MIXERS[name].training is Chunked]
-    taken = {name: chosen(name, implementation, model, dtype, parts) for name in names}
+    taken = {name: chosen(name, implementation, model, dtype) for name in names}
     if len(set(taken.values())) < 2:
         return next(iter(taken.values()), "")
     return ", ".join(f"{choice} for {name}" for name, choice in taken.items())
 
 
-def _obstacle(mixer: str, model: ModelConfig, dtype: str, parts: int) -> str:
+def _obstacle(mixer: str, model: ModelConfig, dtype: str) -> str:
     """Why the kernel of a mixer cannot run; empty when it can."""
     if jax.default_backend() != "gpu":
         return "The kernels need an NVIDIA GPU."
@@ -70,8 +70,6 @@ def _obstacle(mixer: str, model: ModelConfig, dtype: str, parts: int) -> str:
         return f"The kernels need an NVIDIA GPU from Ampere on (compute capability 8.0); this one has {capability or 'none'}."
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Triton backend of Pallas."
-    if parts > 1:
-        return "XLA cannot split a kernel over the tensor axis of --mesh."
     limit = LARGEST_FLOAT32.get(mixer, LARGEST) if dtype == "float32" else LARGEST
     largest = max(getattr(model, name) for name in SIZES[mixer])
     if largest > limit:

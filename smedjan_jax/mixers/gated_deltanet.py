@@ -24,6 +24,8 @@ from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, s
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
+from smedjan_jax.products import whole
+from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
 
@@ -60,7 +62,7 @@ class GatedDeltaNet(nnx.Module):
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         features, z, a, b = projected
-        convolved, _ = causal_conv(features, self.conv.weight, None, None, context.documents)
+        convolved, _ = causal_conv(features, whole(self.conv.weight), None, None, context.documents)
         B, T, _ = z.shape
         state = jnp.zeros((B, self.heads, self.head_dim, self.head_dim), jnp.float32)
         arrays = *self._heads(convolved), *self._gates(a, b)
@@ -74,7 +76,7 @@ class GatedDeltaNet(nnx.Module):
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after those that made the state: `window`, what is convolved with them, and `S` [B, H, V, K]."""
         features, z, a, b = self.project(x, context)
-        convolved, window = causal_conv(features, self.conv.weight, None, state["window"])
+        convolved, window = causal_conv(features, whole(self.conv.weight), None, state["window"])
         arrays, T = (*self._heads(convolved), *self._gates(a, b)), x.shape[1]
         if self.implementation == "pallas" and T >= SHORTEST:
             o, S = self._kernel(arrays, state["S"], None)
@@ -85,7 +87,7 @@ class GatedDeltaNet(nnx.Module):
     def _kernel(self, arrays: Arrays, state: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         from smedjan_jax.kernels import delta_rule
 
-        return delta_rule.gated_delta_rule(arrays, state, documents)
+        return over_tensor(delta_rule.gated_delta_rule, (arrays, state, documents), (2, 1, None), (2, 1))
 
     def _heads(self, convolved: jax.Array) -> Arrays:
         """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, T, H, K] each."""

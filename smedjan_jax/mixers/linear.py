@@ -17,6 +17,7 @@ from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, f
 from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
+from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
 
@@ -72,12 +73,12 @@ class LinearAttention(nnx.Module):
 
     def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Outputs, float32 or in the compute dtype, and the state after them."""
-        query, key, value, log_decay = arrays
-        if self.implementation != "pallas" or (before is not None and query.shape[1] < SHORTEST):
-            return scalar_decay(query, key, value, log_decay, context.chunk_size, before, context.documents)
+        if self.implementation != "pallas" or (before is not None and arrays[0].shape[1] < SHORTEST):
+            return scalar_decay(*arrays, context.chunk_size, before, context.documents)
         from smedjan_jax.kernels import scalar_decay as kernel
 
-        return kernel.scalar_decay(query, key, value, log_decay, before, context.documents)
+        heads = 2, 2, 2, 2, 1, None  # G
+        return over_tensor(kernel.scalar_decay, (*arrays, before, context.documents), heads, (2, 1))
 
     def _feature(self, z: jax.Array) -> jax.Array:
         """phi, in float32: elu(z) + 1 is positive."""

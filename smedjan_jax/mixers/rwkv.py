@@ -27,6 +27,7 @@ from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
+from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
 
@@ -88,7 +89,7 @@ class Rwkv(nnx.Module):
     def _kernel(self, arrays: Arrays, state: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         from smedjan_jax.kernels import channel_decay
 
-        return channel_decay.dplr_delta_rule(arrays, state, documents)
+        return over_tensor(channel_decay.dplr_delta_rule, (arrays, state, documents), (2, 1, None), (2, 1))
 
     def _project(self, x: jax.Array, previous: jax.Array) -> Arrays:
         shift = previous - x

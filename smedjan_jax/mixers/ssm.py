@@ -19,6 +19,8 @@ from smedjan_jax.kernels import SHORTEST
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
+from smedjan_jax.products import whole
+from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
 
@@ -59,7 +61,7 @@ class Mamba2(nnx.Module):
     def _mixed(self, projected: Arrays, context: Context, state: State) -> tuple[jax.Array, State]:
         gate, features, dt = projected
         (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
-        features, window = causal_conv(features, self.conv.weight, self.conv_bias, state.get("window"), context.documents)
+        features, window = causal_conv(features, whole(self.conv.weight), self.conv_bias, state.get("window"), context.documents)
         active = jax.nn.silu(features.astype(jnp.float32))
         x, key, query = jnp.split(active, [self.inner, self.inner + G * N], axis=-1)
         x = x.reshape(B, T, G, H // G, P)
@@ -75,12 +77,12 @@ class Mamba2(nnx.Module):
 
     def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Outputs, float32 or in the compute dtype, and the state after them."""
-        query, key, value, log_decay = arrays
-        if self.implementation != "pallas" or (before is not None and query.shape[1] < SHORTEST):
-            return scalar_decay(query, key, value, log_decay, context.chunk_size, before, context.documents)
+        if self.implementation != "pallas" or (before is not None and arrays[0].shape[1] < SHORTEST):
+            return scalar_decay(*arrays, context.chunk_size, before, context.documents)
         from smedjan_jax.kernels import scalar_decay as kernel
 
-        return kernel.scalar_decay(query, key, value, log_decay, before, context.documents)
+        # values, decays and states over the heads of each group, R; queries and keys are every head's
+        return over_tensor(kernel.scalar_decay, (*arrays, before, context.documents), (None, None, 3, 3, 2, None), (4, 2))
 
 
 class GroupRMSNorm(nnx.Module):

@@ -6,7 +6,7 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
 
 
-def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
+def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str) -> str:
     """What `implementation` of --kernels comes to for a mixer: "plain". Raises ConfigError for "pallas"."""
     if implementation == "pallas":
         raise ConfigError(
@@ -15,7 +15,7 @@ def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str, part
     return "plain"
 
 
-def summary(implementation: str, model: ModelConfig, dtype: str, parts: int = 1) -> str:
+def summary(implementation: str, model: ModelConfig, dtype: str) -> str:
     """What the console says: "plain", or nothing for a model without mixers that have kernels. Raises ConfigError."""
     names = [name for name in dict.fromkeys(model.mixer) if MIXERS[name].training is Chunked]
-    return next((chosen(name, implementation, model, dtype, parts) for name in names), "")
+    return next((chosen(name, implementation, model, dtype) for name in names), "")

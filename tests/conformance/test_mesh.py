@@ -21,6 +21,7 @@ import pytest
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import parameter_table
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, mesh_axes, parse_mesh
@@ -34,6 +35,7 @@ from tests.fakes.runs import ROOT, arguments, saved_steps, write_text
 pytestmark = pytest.mark.skipif(os.environ.get("SMEDJAN_TEST_DEVICE") == "gpu", reason="virtual devices are of the CPU")
 ONE_WORKER = pytest.mark.xdist_group("mesh")  # that makes the report once
 MHA, GQA = CASES["attention-swiglu-mha"], CASES["attention-swiglu-gqa"]
+WITH_KERNELS = [name for name, row in MIXERS.items() if row.training is Chunked]
 EXPERTS = CASES["attention-experts-mha"].model
 
 
@@ -125,7 +127,7 @@ def shares(state) -> dict[str, tuple]:
 
 def measure(path: str) -> None:
     """In the process with eight devices: what the tests ask of every run, as JSON."""
-    report = {}
+    report: dict[str, Any] = {}
     for name, run in RUNS.items():
         got, want = train(name, parse_mesh(run.mesh)), train(BESIDE.get(name, name), ONE_DEVICE)
         report[name] = {"differences": differences(got, want), "shares": shares(got["state"])}
@@ -134,6 +136,7 @@ def measure(path: str) -> None:
             demand_equal_bits(other.save(other.restore(got["snapshot"])).params, got["snapshot"].params, f"{name} restored on {mesh} ")
     report["messages"] = messages()
     report["kernels"] = {name: kernel_over_heads(parse_mesh(name)) for name in ("tensor=2", "data=2,tensor=2", "data=2,fsdp=2,tensor=2")}
+    report["interpreted"] = {name: interpreted(name) for name in WITH_KERNELS}
     Path(path).write_text(json.dumps(report))
 
 
@@ -169,6 +172,33 @@ def kernel_over_heads(shape: MeshShape) -> float:
     return float(jax.jit(total)(params, jax.device_put(jnp.ones((4, 8, 4, 2)), sharding.rows(mesh))))
 
 
+def interpreted(mixer: str) -> list[Difference]:
+    """A mixer with its kernel, interpreted, over tensor=2 beside one device: what it gives for random numbers, and their gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from smedjan_common.model.params import initial_params
+    from smedjan_jax import sharding
+    from smedjan_jax.mixers import mixer_class
+    from smedjan_jax.modules import Context, Rope
+
+    model = dataclasses.replace(model_config((mixer,), next(iter(FFNS))) or MHA.model, rwkv_head_dim=16)
+    params = {name: jnp.asarray(value) for name, value in initial_params(model, 1).items()}
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, model.dim)), jnp.float32)
+
+    def total(x):
+        y, _ = mixer_class(mixer)(model, params, "layers.0.mixer", "pallas")(x, Context(Rope(model, 16), None, None, 16), {})
+        return jnp.sum(jnp.sin(y)), y
+
+    def on(mesh):
+        with jax.sharding.use_abstract_mesh(sharding.make_mesh(mesh).abstract_mesh):
+            gradient, y = jax.jit(jax.grad(total, has_aux=True))(jax.device_put(x, sharding.everywhere(sharding.make_mesh(mesh))))
+        return {"outputs": np.asarray(y), "gradient": np.asarray(gradient)}
+
+    got, want = on(MeshShape(tensor=2)), on(ONE_DEVICE)
+    return [Difference(f"{mixer} {name}", largest(got[name], want[name]), FLOAT32.one_op) for name in want]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("mesh") / "report.json"
@@ -200,14 +230,20 @@ def test_parameters_and_slots_are_split_as_the_table_says(report, name):
 
 @ONE_WORKER
 def test_matrices_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_float32(report):
-    """One message a matrix and direction; the embedding is looked up in float32."""
+    """Linear maps' are gathered where they are multiplied and again for the backward pass; the embedding once, looked up in float32."""
     matrices = sum(len(spec.shape) > 1 for spec in parameter_table(GQA.model).values())
-    assert report["messages"] == {"all_gather": {"bf16": matrices - 1, "f32": 1}, "reduce_scatter": {"f32": matrices}}
+    assert report["messages"] == {"all_gather": {"bf16": 2 * (matrices - 1), "f32": 1}, "reduce_scatter": {"f32": matrices}}
 
 
 @ONE_WORKER
 def test_kernels_run_on_every_devices_own_heads(report):
     assert report["kernels"] == dict.fromkeys(report["kernels"], 2.0 * 4 * 8 * 4 * 2)
+
+
+@ONE_WORKER
+@pytest.mark.parametrize("mixer", WITH_KERNELS)
+def test_a_mixer_with_its_kernel_gives_over_tensor_what_it_gives_on_one_device(report, mixer):
+    demand(Difference(*values) for values in report["interpreted"][mixer])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -24,7 +24,7 @@ def test_the_decode_state_of_attention_is_its_keys_and_values():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inference_takes_the_weights_and_the_state(dtype: str):
-    width = {"float32": 4, "bfloat16": 2}[dtype]
+    width = {"float32": 4, "bfloat16": 2, "float8": 2}[dtype]
     assert inference_bytes(MEDIUM, 1, 256, dtype) == count_params(MEDIUM) * width + state_bytes(MEDIUM, 1, 256, dtype)
 
 
