@@ -6,6 +6,7 @@ ended after `drain_seconds` is cancelled, and its client told so.
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -83,6 +84,7 @@ async def _serve(app: Any, api: Api, sockets: list[socket.socket], ready: Callab
         timeout_keep_alive=int(IDLE_SECONDS),
         h11_max_incomplete_event_size=HEAD_BYTES,
     )
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left
     server, received = Server(config), asyncio.get_running_loop().create_future()
     _catch_signals(received)
     api.open()

@@ -52,6 +52,7 @@ class EventStream:
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await send({"type": "http.response.body", "body": each, "more_body": True})
+                    await asyncio.sleep(0)  # others have their turn, and that the client has left is noticed
             except TimeoutError:
                 raise Gone from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -80,7 +80,7 @@ def main(options):
         vocab_size=ours.vocab_size,
         context_length=options.get("context", 256),
         max_tokens=options.get("max_tokens"),
-        at_once=options.get("max_queue", 64),
+        at_once=options.get("max_queue", 64) + options.get("rows", 4),
         template=PLAIN if options.get("template", "plain") == "plain" else None,
         fingerprint="fake",
     )
