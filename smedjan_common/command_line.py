@@ -1,7 +1,8 @@
 """The one way in which commands read their flags: `parse` checks the words, tyro makes the dataclass of flags and writes the help.
 
 tyro's own errors are boxes that show Python's types, so what it would refuse is refused here first, in the three sentences of every
-other error. What a flag takes follows from the type of its field: bool (nothing), int, float, str, a Literal, or a tuple of them.
+other error. What a flag takes follows from the type of its field: bool (nothing), int, float, str, a Literal, or a tuple of them; with
+tyro's UseAppendAction a tuple is a flag that may be given several times.
 The name of a flag whose field is annotated with NAMELESS may be left out: `smedjan train my.txt` is `smedjan train --dataset my.txt`.
 """
 
@@ -48,6 +49,7 @@ class Flag:
     negated: bool = False  # --no-NAME too
     choices: tuple[str, ...] = ()
     nameless: bool = False  # words without a flag are its values
+    repeats: bool = False  # may be given several times, each with one value
 
 
 def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str) -> Flags:
@@ -102,8 +104,10 @@ def flags_of(kind: type) -> Iterator[Flag]:
         if dataclasses.is_dataclass(of):
             yield from flags_of(typing.cast(type, of))
             continue
-        many = typing.get_origin(of) is tuple
-        of = typing.get_args(of)[0] if many else of
+        several = typing.get_origin(of) is tuple
+        repeats = tyro.conf.UseAppendAction in notes
+        many = several and not repeats
+        of = typing.get_args(of)[0] if several else of
         choices = tuple(typing.get_args(of)) if typing.get_origin(of) is Literal else ()
         takes = str if choices else of
         metavar = next((note.metavar for note in notes if getattr(note, "metavar", None)), "|".join(choices) or takes.__name__.upper())
@@ -111,7 +115,7 @@ def flags_of(kind: type) -> Iterator[Flag]:
         positional = tyro.conf.Positional in notes
         negated = takes is bool and tyro.conf.FlagCreatePairsOff not in notes
         name = metavar if positional else flag(each.name)
-        yield Flag(name, takes, metavar, many, required, positional, negated, choices, NAMELESS in notes)
+        yield Flag(name, takes, metavar, many, required, positional, negated, choices, NAMELESS in notes, repeats)
 
 
 def _unwrapped(hint: Any) -> tuple[Any, tuple]:
@@ -203,6 +207,9 @@ def _give(given: dict[Flag, list[str]], one: Flag, now: list[str]) -> None:
 
     Raises UsageError for a flag of several values that is given again with others: whether all of them count is not to be guessed.
     """
+    if one.repeats:
+        given[one] = [*given.get(one, ()), *now]
+        return
     before = given.get(one, now)
     given[one] = now
     if before == now:

@@ -7,6 +7,7 @@ start (`smedjan train … >&-`). Each costs the output at most.
 import contextlib
 import io
 import os
+import re
 import select
 import sys
 from typing import Any
@@ -70,3 +71,12 @@ def put_now(text: str, stream: Any) -> bool:
         return bool(select.select([], [fd], [], 0)[1]) and os.write(fd, text.encode("ascii", "backslashreplace") + b"\n") > 0
     except (OSError, ValueError):  # closed, or no file at all
         return False
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal without what could steer it: control characters but line ends and tabs are left out, ESC first of all. For
+    what a model or a stranger wrote."""
+    return _CONTROLS.sub("", text)
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

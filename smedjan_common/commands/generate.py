@@ -1,48 +1,51 @@
 """`smedjan generate`, and the body of `python -m smedjan_jax.generate` and `python -m smedjan_mlx.generate`."""
 
-import contextlib
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
-from smedjan_common.errors import ConfigError, DataError, run_command
+from smedjan_common.errors import ConfigError, run_command
 from smedjan_common.optional import MaybeStr
 from smedjan_common.run.signals import interrupt_ends_at_once
 
 if TYPE_CHECKING:
-    from smedjan_common.backend import Backend
-    from smedjan_common.inference.generate import Generation
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.training.config import TrainConfig
+    from smedjan_common.commands.texts import Text
+    from smedjan_common.inference.opened import Load
+    from smedjan_common.inference.request import Request
+    from smedjan_common.inference.sampling import Sampling
 
-# imports a framework: -> (the backend's class, the dtype that auto means here)
-Load = Callable[[], tuple[Callable[["ModelConfig", "TrainConfig"], "Backend"], str]]
-
-
-MAX_PROMPT_BYTES = 64 << 20  # no endless file, as /dev/zero is, fills the memory
+MOST_ROWS = 64  # texts side by side; more wait for a free row
 EXAMPLES = (
     'smedjan generate runs/mine --prompt "Once" --max-tokens 100',
-    "smedjan generate runs/mine/final --prompt-file start.txt --temperature 0.7 --top-p 0.95 --seed 1",
+    "smedjan generate runs/mine --prompts starts.txt --num-samples 4 --temperature 0.7 --json",
 )
 
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """Continue a text with a trained model. The same seed gives the same text, in JAX and in MLX (float32)."""
+    """Continue texts with a trained model. The same seed gives the same text, in JAX and in MLX (float32), alone or among others."""
 
     checkpoint: Annotated[str, arg(metavar="RUN"), NAMELESS]
-    """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/. `smedjan generate RUN` is the same."""
-    prompt: Annotated[MaybeStr, arg(metavar="TEXT", help_behavior_hint="(default: the beginning of a document)")] = None
-    """The text to continue; - reads it from standard input."""
+    """A run folder (its newest weights), a checkpoint in it, or a Hugging Face directory. `smedjan generate RUN` is the same."""
+    prompt: Annotated[
+        tuple[str, ...],
+        arg(metavar="TEXT", help_behavior_hint="(default: what is piped in, or the beginning of a document)"),
+        UseAppendAction,
+    ] = ()
+    """A text to continue; may be given several times. - reads it from standard input, less the line end of its last line."""
     prompt_file: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
     """A file with the text to continue."""
+    prompts: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A file with a text to continue in each line, plain or as JSON objects with "prompt". Empty lines are left out."""
+    num_samples: int = 1
+    """How many texts to write for each prompt. The first has the seed --seed, the next one more, and so on."""
     max_tokens: int = 200
-    """The most tokens to generate. The model's context length is another limit; a note says when it is reached."""
+    """The most tokens to generate for a text. Past its context length a model with attention sees the last tokens only."""
     temperature: float = 1.0
     """Above 1 the text is more random, below 1 less; 0: always the most probable token."""
     top_k: int = 0
@@ -53,12 +56,22 @@ class GenerateFlags:
     """Choose among tokens of at least this probability, relative to the most probable one. 0: all."""
     repetition_penalty: float = 1.0
     """Make tokens that are already in the text less likely, for example 1.1. 1: off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that was generated already, -2 to 2. 0: off."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time that it was generated, -2 to 2. 0: off."""
     seed: int = 0
     """Fixes the random choices; another seed gives another text."""
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")] = ()
     """Stop before any of these texts."""
     echo: bool = True
     """Print the prompt before its continuation."""
+    special: bool = False
+    """Show control tokens that the model writes by their names."""
+    json: bool = False
+    """Print a JSON object a line for each text: prompt, sample, seed, text, finish_reason, prompt_tokens, completion_tokens."""
+    stats: bool = False
+    """Say at the end, on standard error, how many tokens per second were generated. A terminal is told anyway."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -72,7 +85,7 @@ def main(argv: list[str]) -> int:
     return delegate("generate", argv)
 
 
-def run(name: str, load: Load, argv: list[str] | None = None) -> int:
+def run(name: str, load: "Load", argv: list[str] | None = None) -> int:
     """Parse and generate with the backend `name`; returns the exit code."""
 
     def body() -> int:
@@ -83,50 +96,66 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     return run_command(body)
 
 
-def _generate(name: str, load: Load, flags: GenerateFlags) -> int:
-    from smedjan_common.checkpoint import check_readable, read_weights
+def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
     from smedjan_common.commands.backends import check_backend
-    from smedjan_common.inference.generate import Generation
-    from smedjan_common.inference.open import decoding_config, open_model
-    from smedjan_common.inference.room import check_room
-    from smedjan_common.inference.sampling import Sampling
+    from smedjan_common.commands.prompts import read_prompts
+    from smedjan_common.commands.texts import speed, write
+    from smedjan_common.inference.chunks import by_position
+    from smedjan_common.inference.opened import OpenModel
 
     check_backend(name, flags.backend)
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
-    sampling.validate()
-    if flags.max_tokens < 0:
-        raise ConfigError(f"--max-tokens is {flags.max_tokens}.", "It must be at least 0.", "Leave it out for the default.")
-    prompt = _prompt(flags)
-    info, tokenizer = open_model(flags.checkpoint)
-    check_readable(info, name)
-    ids = _prompt_ids(prompt, tokenizer, info.model.context_length)
-    make_backend, auto = load()
-    backend = make_backend(info.model, decoding := decoding_config(info, auto if flags.dtype == "auto" else flags.dtype))
-    check_room(info, backend.describe(), decoding.dtype, len(ids), flags.max_tokens)
-    length = min(len(ids) + flags.max_tokens, info.model.context_length)
-    decoder = backend.decoder(read_weights(info, backend.own), length)
-    generation = Generation(decoder, tokenizer, ids, flags.max_tokens, info.model.context_length, sampling, flags.stop)
-    _write(prompt if flags.echo else "", generation)
-    if generation.reason == "context":
-        streams.put(f"note: stopped at the model's context of {info.model.context_length} tokens.", sys.stderr)
+    for what, number, least in (("--max-tokens", flags.max_tokens, 0), ("--num-samples", flags.num_samples, 1)):
+        if number < least:
+            raise ConfigError(f"{what} is {number}.", f"It must be at least {least}.", "Leave it out for the default.")
+    _sampling(flags, 0).validate()
+    prompts = read_prompts(flags.prompt, flags.prompt_file, flags.prompts)
+    opened = OpenModel(flags.checkpoint)
+    length = opened.model.context_length
+    ids = [_prompt_ids(prompt, opened.tokenizer, length) for prompt in prompts]
+    opened.use(name, load, flags.dtype)
+    texts, requests = _texts(flags, prompts, ids)
+    longest = max(map(len, ids))
+    rows = opened.rows(min(len(texts), MOST_ROWS), longest + flags.max_tokens)
+    engine = opened.engine(rows, longest, flags.max_tokens, keep_rows=int(flags.num_samples > 1), keep_answers=False)
+    started = time.monotonic()
+    tickets = [engine.submit(request) for request in requests]
+    write(texts, engine.answer(tickets), flags.json, flags.echo)
+    if any(len(ticket.ids) > length for ticket in tickets) and by_position(opened.model, length):
+        streams.put(f"note: past the model's context of {length} tokens it saw the last {length} only.", sys.stderr)
+    if flags.stats or sys.stderr.isatty():
+        streams.put(speed(engine.stats.generation_tokens, len(texts), time.monotonic() - started), sys.stderr)
+    if error := next((ticket.error for ticket in tickets if ticket.error), None):
+        raise error
     return 0
 
 
-def _prompt(flags: GenerateFlags) -> str:
-    if flags.prompt is not None and flags.prompt_file is not None:
-        raise ConfigError("--prompt and --prompt-file are both given.", "Only one prompt is used.", "Give one of them.")
-    source = flags.prompt_file or ("-" if flags.prompt == "-" else None)
-    if source is None:
-        return flags.prompt or ""
-    with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as file:
-        raw = file.read(MAX_PROMPT_BYTES + 1)
-    if len(raw) > MAX_PROMPT_BYTES:
-        why = f"It has over {MAX_PROMPT_BYTES >> 20} MiB, more than any model takes."
-        raise DataError(f"The prompt in {source!r} is too long.", why, "Give a shorter text.")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"The prompt in {source!r} is not UTF-8.", f"Byte {error.start} is no text.", "Convert the file.") from None
+def _sampling(flags: GenerateFlags, sample: int) -> "Sampling":
+    from smedjan_common.inference.sampling import Sampling
+
+    return Sampling(
+        flags.temperature,
+        flags.top_k,
+        flags.top_p,
+        flags.min_p,
+        flags.repetition_penalty,
+        flags.seed if sample == 0 else (flags.seed + sample) % (1 << 64),
+        flags.presence_penalty,
+        flags.frequency_penalty,
+    )
+
+
+def _texts(flags: GenerateFlags, prompts: list[str], ids: list[list[int]]) -> "tuple[list[Text], list[Request]]":
+    """What is to be written, and what is asked for it: the samples of the first prompt, of the second, …"""
+    from smedjan_common.commands.texts import Text
+    from smedjan_common.inference.request import Request
+
+    texts, requests = [], []
+    for prompt, its in zip(prompts, ids, strict=True):
+        for number in range(flags.num_samples):
+            sampling = _sampling(flags, number)
+            texts.append(Text(prompt, number, sampling.seed))
+            requests.append(Request(its, flags.max_tokens, sampling, flags.stop, special=flags.special))
+    return texts, requests
 
 
 def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
@@ -138,15 +167,3 @@ def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
             "Shorten the prompt.",
         )
     return list(ids)
-
-
-def _write(prompt: str, generation: "Generation") -> None:
-    """Whole characters as they come."""
-    out = sys.stdout
-    out.write(prompt)
-    out.flush()
-    for piece in generation:
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-    out.flush()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from smedjan_common.backend import Decoder
 from smedjan_common.inference.prefixes import Prefixes, common
 from smedjan_common.inference.request import Piece, Request
 from smedjan_common.inference.stats import Stats
@@ -44,15 +45,25 @@ class Engine:
     """Answers requests with one decoder and the tokenizer of its model.
 
     reuse: begin from the state of an earlier text where that is the beginning of a prompt. keep_bytes: the most that kept states may take.
-    score: gives the log-probabilities of a prompt, for requests that echo theirs.
+    keep_answers: keep states after answers too, for prompts that go on from there. score: gives the log-probabilities of a prompt, for
+    requests that echo theirs.
     """
 
     def __init__(
-        self, decoder: Any, tokenizer: Any, *, reuse: bool = True, keep_bytes: int = 0, chunk: int = CHUNK, score: Score | None = None
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        *,
+        reuse: bool = True,
+        keep_bytes: int = 0,
+        keep_answers: bool = True,
+        chunk: int = CHUNK,
+        score: Score | None = None,
     ):
         self.decoder, self.tokenizer, self.stats = decoder, tokenizer, Stats()
         self.vocab_size = tokenizer.vocab_size
         self._reuse, self._chunk, self._score = reuse, chunk, score
+        self._keep_answers = keep_answers and reuse and not decoder.can_rewind
         self._rows = [Row(number) for number in range(decoder.rows)]
         self._waiting: deque[Ticket] = deque()
         self._prefixes = Prefixes(keep_bytes if reuse else 0)
@@ -107,7 +118,11 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
         """Answer these requests side by side: (number of the request, its next piece) as they come. Closing it cancels them."""
-        numbers = {ticket: number for number, ticket in enumerate([self.submit(request) for request in requests])}
+        yield from self.answer([self.submit(request) for request in requests])
+
+    def answer(self, tickets: Sequence[Ticket]) -> Iterator[tuple[int, Piece]]:
+        """The same for requests that were submitted."""
+        numbers = {ticket: number for number, ticket in enumerate(tickets)}
         try:
             while any(ticket.reason is None for ticket in numbers):
                 for ticket, piece in self.step():
@@ -144,7 +159,7 @@ class Engine:
         self._waiting = deque(ticket for ticket in self._waiting if ticket.reason is None)
         for row in self._rows:
             if row.ticket and row.ticket.reason:
-                if self._reuse and not self.decoder.can_rewind and row.ids and row.ticket.filled:
+                if self._keep_answers and row.ids and row.ticket.filled:
                     self._prefixes.keep(row.ids, self.decoder.save(row.number))
                 self._number += 1
                 row.ticket, row.used = None, self._number
@@ -193,10 +208,9 @@ class Engine:
         if kept and kept.length > shared:
             self.decoder.load(row.number, kept.state)
             shared = kept.length
-        elif shared:
-            self.decoder.rewind(row.number, shared)
-        else:
+        elif not shared or not self.decoder.rewind(row.number, shared):
             self.decoder.reset(row.number)
+            shared = 0
         row.ids = ticket.ids[:shared]
         ticket.begun, ticket.fed, ticket.cached = True, shared, shared
         self.stats.prompt_tokens += ticket.prompt_length

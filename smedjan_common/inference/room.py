@@ -5,30 +5,46 @@ of weights and no more than a few tokens: JAX takes 2213 MiB where 2066 are esti
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from smedjan_common.backend import Device
-from smedjan_common.checkpoint import FORMAT, CheckpointInfo
+from smedjan_common.checkpoint import FORMAT
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.machine import available_memory
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.reporting.console import size
 from smedjan_common.training.memory import PROCESS_BYTES
 
 
-def check_room(info: CheckpointInfo, device: Device, dtype: str, prompt: int, max_tokens: int) -> None:
-    """Raises OutOfMemoryError where `max_tokens` more than the `prompt` tokens do not fit. Before anything of it is allocated."""
+class Weighed(Protocol):
+    """What is known of a model before its weights are read. weights: anything with `nbytes`; format: whether they are read to the host."""
 
-    def lacking(tokens: int) -> list[tuple[str, int, int]]:
-        length = min(prompt + tokens, info.model.context_length)
-        state = state_bytes(info.model, 1, length, dtype)
-        return [(place, need, there) for place, need, there in _places(info, device, state) if need > there]
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def weights(self) -> Mapping[str, Any]: ...
+
+    @property
+    def format(self) -> str: ...
+
+
+def check_room(info: Weighed, device: Device, dtype: str, prompt: int, max_tokens: int, rows: int = 1) -> None:
+    """Raises OutOfMemoryError where `rows` texts side by side, each of up to `max_tokens` more than the `prompt` tokens, do not fit.
+    Before anything of it is allocated."""
+
+    def lacking(tokens: int, rows: int = rows) -> list[tuple[str, int, int]]:
+        return _lacking(info, device, dtype, prompt + tokens, rows)
 
     if not (short := lacking(max_tokens)):
         return
     place, need, there = short[0]
     fewer = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: bool(lacking(tokens))) - 1
     less = f"Take --max-tokens {fewer}, which fits" if fewer > 0 else "Close other programs, or take a smaller model"
+    if rows > 1 and (fits := rows_that_fit(info, device, dtype, prompt + max_tokens, rows)):
+        less = f"Answer fewer at once: {fits} fit"
     again = ", and the machine holds them once more while they are read" if info.format == FORMAT else ""
     raise OutOfMemoryError(
         f"To generate takes about {size(need)} of {place}, and {size(there)} are there.",
@@ -37,7 +53,17 @@ def check_room(info: CheckpointInfo, device: Device, dtype: str, prompt: int, ma
     )
 
 
-def _places(info: CheckpointInfo, device: Device, state: int) -> Iterator[tuple[str, int, int]]:
+def rows_that_fit(info: Weighed, device: Device, dtype: str, length: int, most: int) -> int:
+    """How many texts of `length` tokens fit side by side, at most `most`; 0 where not even one does."""
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda rows: bool(_lacking(info, device, dtype, length, rows)))
+
+
+def _lacking(info: Weighed, device: Device, dtype: str, length: int, rows: int) -> list[tuple[str, int, int]]:
+    state = state_bytes(info.model, rows, min(length, info.model.context_length), dtype)
+    return [(place, need, there) for place, need, there in _places(info, device, state) if need > there]
+
+
+def _places(info: Weighed, device: Device, state: int) -> Iterator[tuple[str, int, int]]:
     """(which memory, bytes that it must hold, bytes that are there), as far as that is known."""
     weights = _weights(info)
     read = weights if info.format == FORMAT else 0  # a backend's own are read to where they stay
@@ -48,5 +74,5 @@ def _places(info: CheckpointInfo, device: Device, state: int) -> Iterator[tuple[
         yield "memory", read + held, there
 
 
-def _weights(info: CheckpointInfo) -> int:
+def _weights(info: Weighed) -> int:
     return sum(tensor.nbytes for tensor in info.weights.values())

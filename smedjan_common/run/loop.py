@@ -22,7 +22,8 @@ from smedjan_common.data.order import eval_batches
 from smedjan_common.errors import NotFiniteError, OutOfMemoryError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
 from smedjan_common.files.names import METRICS
-from smedjan_common.inference.generate import Generation
+from smedjan_common.inference.engine import Engine
+from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.params import draw
@@ -248,11 +249,13 @@ class _Loop:
         tokenizer = self.config.tokenizer
         prompt = tokenizer.encode(self.config.sample_prompt) or [tokenizer.eot_id]
         length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
-        sampling = Sampling(temperature=0.8, seed=self.train.seed)
+        request = Request(prompt, length - len(prompt), Sampling(temperature=0.8, seed=self.train.seed), special=True)
         try:
-            decoder = self.backend.decoder(self.backend.params_of(state), length)
-            pieces = Generation(decoder, tokenizer, prompt, self.config.sample_tokens, length, sampling)
-            text = self.config.sample_prompt + "".join(pieces)
+            engine = Engine(self.backend.decoder(self.backend.params_of(state), length), tokenizer, reuse=False)
+            ticket = engine.submit(request)
+            text = self.config.sample_prompt + "".join(piece.text for _, piece in engine.answer([ticket]))
+            if ticket.error:
+                raise ticket.error
         except (NotFiniteError, OutOfMemoryError) as error:  # whether the run itself goes on is for its next step to say
             say(f"note: no sample: {error.what}")
             return

@@ -1,12 +1,13 @@
 """`generate`: prompts from everywhere, the same seed the same text, clear limits. The bigram backend keeps it quick."""
 
 import dataclasses
+import json
 
 import pytest
 
 from smedjan_common.backend import Device
 from smedjan_common.checkpoint import newest
-from smedjan_common.commands import generate
+from smedjan_common.commands import generate, prompts
 from smedjan_common.errors import DataError, OutOfMemoryError
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.inference.room import check_room
@@ -63,9 +64,10 @@ def test_prompts_from_a_file_and_from_standard_input(run, capsys, tmp_path):
     assert out == from_flag
 
 
-def test_the_context_length_is_a_limit_and_is_told(run, capsys):
-    code, _, err = make(capsys, run, "--prompt", "the", "--max-tokens", 100, "--temperature", 0)
+def test_more_tokens_than_the_context_are_written_and_what_the_model_saw_is_told(run, capsys):
+    code, out, err = make(capsys, run, "--prompt", "the", "--max-tokens", 100, "--temperature", 0, "--json")
     assert code == 0
+    assert json.loads(out)["completion_tokens"] == 100
     assert "context of 16 tokens" in err
 
 
@@ -81,6 +83,9 @@ def test_no_prompt_begins_a_document(run, capsys):
         (("--top-p", "0"), "--top-p"),
         (("--max-tokens=-5",), "--max-tokens is -5"),
         (("--prompt", "a", "--prompt-file", "b"), "--prompt-file"),
+        (("--prompt", "a", "--prompts", "b"), "--prompts"),
+        (("--num-samples", "0"), "--num-samples is 0"),
+        (("--presence-penalty", "3"), "--presence-penalty"),
         (("--prompt-file", "missing.txt"), "missing.txt"),
         (("--dtype", "float8"), "--dtype"),
         (("--backend", "jax"), "--backend"),
@@ -155,7 +160,82 @@ def test_weights_with_a_foreign_tokenizer_are_refused(run, tmp_path, capsys):
 
 def test_a_prompt_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     (tmp_path / "long").write_text("a" * 11)
-    monkeypatch.setattr(generate, "MAX_PROMPT_BYTES", 10)
+    monkeypatch.setattr(prompts, "MAX_PROMPT_BYTES", 10)
     for source in (str(tmp_path / "long"), "/dev/zero"):
         with pytest.raises(DataError, match="is too long"):
-            generate._prompt(generate.GenerateFlags("run", prompt_file=source))
+            prompts.read_prompts((), source, None)
+
+
+def test_several_prompts_and_samples_are_written_in_their_order_each_as_it_would_be_alone(run, capsys):
+    words = "--max-tokens", 6, "--no-echo", "--prompt"
+    alone = [make(capsys, run, *words, text, "--seed", seed)[1] for text in ("the cat", "a dog") for seed in (3, 4)]
+    out = make(capsys, run, "--seed", 3, "--num-samples", 2, *words, "the cat", "--prompt", "a dog")[1]
+    assert out == "---\n".join(alone)
+    assert len(set(alone)) > 1
+
+
+def test_prompts_of_a_file_a_line_each_plain_or_json(run, capsys, tmp_path):
+    (tmp_path / "plain.txt").write_text("the cat\n\na dog\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog", "id": 7}\n')
+    expected = make(capsys, run, "--max-tokens", 4, "--prompt", "the cat", "--prompt", "a dog")[1]
+    for name in ("plain.txt", "rows.jsonl"):
+        assert make(capsys, run, "--max-tokens", 4, "--prompts", tmp_path / name)[1] == expected
+    for text, what in (("\n", "no prompts"), ('{"prompt": "a"}\n{"text": 1}', "Line 2"), ('{"prompt": "a"}\nx', "no JSON")):
+        (tmp_path / "bad").write_text(text)
+        code, _, err = make(capsys, run, "--prompts", tmp_path / "bad")
+        assert (code, what in err) == (2, True), err
+
+
+def test_json_has_a_row_for_each_text(run, capsys):
+    code, out, _ = make(capsys, run, "--json", "--max-tokens", 5, "--num-samples", 2, "--prompt", "the é", "--seed", 8, "--stop", "zzz")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [(row["prompt"], row["sample"], row["seed"]) for row in rows] == [("the é", 0, 8), ("the é", 1, 9)]
+    plain = make(capsys, run, "--max-tokens", 5, "--no-echo", "--prompt", "the é", "--seed", 8)[1]
+    assert rows[0]["text"] + "\n" == plain
+    assert {row["finish_reason"] for row in rows} <= {"length", "stop"}
+    assert [row["completion_tokens"] for row in rows if row["finish_reason"] == "length"] == [5] * sum(
+        row["finish_reason"] == "length" for row in rows
+    )
+
+
+def test_a_text_is_piped_in_without_a_flag(run, capsys):
+    from_flag = make(capsys, run, "--prompt", "the dog é", "--max-tokens", 4)[1]
+    process = start("tests.fakes.generate", run, "--max-tokens", 4, stdin=-1)
+    out, err = process.communicate("the dog é\n")
+    assert (process.returncode, out, err) == (0, from_flag, "")
+
+
+def test_the_speed_is_told_on_standard_error_where_asked_for(run, capsys):
+    code, _, err = make(capsys, run, "--prompt", "the", "--max-tokens", 5, "--stats", "--temperature", 0)
+    assert code == 0
+    assert "5 tokens in 1 text, " in err
+    assert "tokens/s" in err
+    assert make(capsys, run, "--prompt", "the", "--max-tokens", 5)[2] == ""
+
+
+def test_a_text_ends_before_a_stop_text(run, capsys):
+    whole = make(capsys, run, "--prompt", "the", "--max-tokens", 12, "--temperature", 0, "--no-echo")[1]
+    stop = whole[4:6]
+    cut = make(capsys, run, "--prompt", "the", "--max-tokens", 12, "--temperature", 0, "--no-echo", "--stop", stop)[1]
+    assert cut == whole[: whole.find(stop)] + "\n"
+
+
+def test_nothing_that_a_model_writes_steers_a_terminal(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert make(capsys, run, "--prompt", "a\x1b[2J\x07\x9bb\tc", "--max-tokens", 0)[1] == "a[2Jb\tc\n"
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(run):
+    process = start("tests.fakes.generate", run, "--prompt", "the", "--max-tokens", 20000, "--temperature", 2)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
+
+
+def test_weights_that_are_not_finite_are_exit_4_and_told_in_the_row_of_json(run, capsys, monkeypatch):
+    monkeypatch.setenv("SMEDJAN_FAKE", "nan_logits=1")
+    code, out, err = make(capsys, run, "--prompt", "the", "--json")
+    assert (code, json.loads(out)["finish_reason"]) == (4, "error")
+    assert "largest logit" in err

@@ -56,8 +56,11 @@ class FakeDecoder:
     def rewind(self, row, position):
         assert self.can_rewind
         assert position <= self.position(row)
+        if self.position(row) > self.max_len:
+            return False
         self.events.append(("rewind", row, position))
         del self.states[row][position + 1 :]
+        return True
 
     def save(self, row):
         self.events.append(("save", row, self.position(row)))

@@ -10,7 +10,8 @@ from convert.cli import main
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import About, SavedTokenizer, read_checkpoint, write_final
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.inference.generate import Generation
+from smedjan_common.inference.engine import Engine
+from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.model.params import initial_params
 from smedjan_common.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def greedy(backend: str, path: Path, prompt: str = PROMPT, tokens: int = 48) -> 
     side = subjects.backend(backend, checkpoint.model, TrainConfig(steps=1, batch_size=1, seq_len=8, lr=1e-3))
     prompt_ids = tok.encode(prompt)
     decoder = side.decoder(checkpoint.snapshot.params, len(prompt_ids) + tokens)
-    generation = Generation(decoder, tok, prompt_ids, tokens, checkpoint.model.context_length, Sampling(temperature=0))
-    for _ in generation:
-        pass
-    return generation.ids[len(prompt_ids) :]
+    engine = Engine(decoder, tok)
+    ticket = engine.submit(Request(prompt_ids, tokens, Sampling(temperature=0)))
+    assert [piece.finish_reason for _, piece in engine.answer([ticket])][-1] in ("stop", "length")
+    return ticket.ids[len(prompt_ids) :]

@@ -1,0 +1,90 @@
+"""A trained model with all that it takes to infer: where it is from, its tokenizer, a backend, its weights on the device, an engine.
+
+Each is made when it is first asked for, so that whatever can be refused is refused before a framework is imported and before weights are
+read. From `use` on everything belongs to one thread: a framework may bind its arrays to the thread that made them.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from smedjan_common.backend import Backend
+from smedjan_common.checkpoint import CheckpointInfo, check_readable, read_weights
+from smedjan_common.inference.engine import Engine
+from smedjan_common.inference.memory import state_bytes
+from smedjan_common.inference.open import Foreign, decoding_config, open_model
+from smedjan_common.inference.room import check_room, rows_that_fit
+from smedjan_common.inference.scoring import Scorer, row, windows
+from smedjan_common.inference.ticket import Scored
+
+# imports a framework: -> (the backend's class, the dtype that auto means here)
+Load = Callable[[], tuple[Callable[..., Backend], str]]
+
+
+class OpenModel:
+    """`info`, `tokenizer`: what is known before anything is computed. Raises CheckpointError and what `open_model` raises."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        self.info, self.tokenizer = open_model(path)
+        self.model = self.info.model
+
+    @property
+    def name(self) -> str:
+        """Of the run, or of the directory."""
+        parts = [part for part in self.info.path.absolute().parts if part not in ("final",) and not part.startswith(("step-", "orbax-"))]
+        return parts[-1]
+
+    def use(self, name: str, load: Load, dtype: str = "float32") -> None:
+        """Compute with the backend `name`, which `load` imports. dtype: auto is what is fastest on its device.
+
+        Raises CheckpointError for a checkpoint that it cannot read, ConfigError for an unknown dtype.
+        """
+        if isinstance(self.info, CheckpointInfo):
+            check_readable(self.info, name)
+        if dtype != "auto":
+            decoding_config(self.info, dtype)
+        make_backend, auto = load()
+        config = decoding_config(self.info, auto if dtype == "auto" else dtype)
+        self.backend, self.dtype = make_backend(self.model, config), config.dtype
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """The weights, on the device."""
+        read = self.info.read if isinstance(self.info, Foreign) else functools.partial(read_weights, self.info, self.backend.own)
+        return self.backend.place(read())
+
+    def rows(self, wanted: int, length: int) -> int:
+        """How many of `wanted` texts of up to `length` tokens are decoded side by side: as many as memory holds, at least one."""
+        return max(1, rows_that_fit(self.info, self.backend.describe(), self.dtype, length, wanted))
+
+    def engine(self, rows: int, prompt: int, max_tokens: int, keep_rows: int = 0, keep_answers: bool = True) -> Engine:
+        """An engine of `rows` rows that hold the state of `prompt` + `max_tokens` tokens each, or of the context; of what comes after,
+        mixers that look back see the last ones. keep_rows: how many states of earlier texts may be kept besides.
+
+        Raises OutOfMemoryError before anything is allocated.
+        """
+        check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows)
+        length = min(prompt + max_tokens, self.model.context_length)
+        keep = keep_rows * (state_bytes(self.model, 1, length, self.dtype) + 4 * self.model.vocab_size)
+        decoder = self.backend.decoder(self.params, length, rows)
+        return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, score=self._score)
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """Log-probabilities of texts."""
+        return Scorer(self.backend, self.params, self.model.context_length)
+
+    def _score(self, ids: Sequence[int], top: int) -> Scored:
+        """Of each token its log-probability after those before it, as far as the context reaches back, and the most probable ones."""
+        array = np.asarray(ids, np.int32)
+        cuts = list(windows(len(array), self.model.context_length))
+        found: list[tuple[float | None, tuple[tuple[int, float], ...]]] = [(None, ())]
+        for window, scores in zip(cuts, self.scorer.rows([row(array, window) for window in cuts], top), strict=True):
+            for at in range(window.first - window.begin - 1, window.end - window.begin - 1):
+                best = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
+                found.append((float(scores.logprobs[at]), tuple(best)))
+        return found
