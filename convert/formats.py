@@ -11,7 +11,7 @@ from convert import gguf_file, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
 from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
-from smedjan_common.files.names import CHAT_TEMPLATE, MANIFEST, OPTIMIZER, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
+from smedjan_common.files.names import CHAT_TEMPLATE, GENERATION_CONFIG, MANIFEST, OPTIMIZER, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
 from smedjan_common.nearby import beside
 
 FLOATS = {
@@ -57,7 +57,7 @@ FORMATS: dict[str, Format] = {
             neutral.detect,
             neutral.read,
             lambda model, path, options, show: neutral.write(model, path, show),
-            (MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG),
+            (MANIFEST, WEIGHTS, OPTIMIZER, TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG),
         ),
         Format(
             "orbax",
@@ -66,7 +66,7 @@ FORMATS: dict[str, Format] = {
             orbax.detect,
             orbax.read,
             lambda model, path, options, show: orbax.write(model, path, show),
-            (MANIFEST, ARRAYS, TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG),
+            (MANIFEST, ARRAYS, TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG),
         ),
         Format(
             "hf",

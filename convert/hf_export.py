@@ -44,7 +44,7 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
         if chat is not None:
             write_text(temporary / hf_tokenizer.CHAT, chat)
         for name, value in hf_tokenizer.files(tokenizer, config.padded_vocab_size, config.context_length).items() if tokenizer else ():
-            write_json(temporary / name, value, indent=None if name == hf_tokenizer.FILE else 2)
+            write_text(temporary / name, value) if isinstance(value, str) else write_json(temporary / name, value, indent=2)
         _write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
         _verify(temporary, model, watched(tensors, "verify", show))
     notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
@@ -59,8 +59,10 @@ def _generation(model: Portable, eos: int | None, turn_ends: Sequence[int]) -> d
     """generation_config.json: greedy, to the end of a turn or of the text; the embedding rows beyond the vocabulary are never chosen, as
     in smedjan."""
     spare = list(range(model.config.vocab_size, model.config.padded_vocab_size))
-    ends = list(dict.fromkeys([*([] if eos is None else [eos]), *turn_ends]))
-    special = ({} if eos is None else {"bos_token_id": eos}) | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {})
+    tokenizer = model.tokenizer
+    ends = list(dict.fromkeys([*([] if eos is None else [eos]), *(tokenizer.ends.eos_ids if tokenizer else ()), *turn_ends]))
+    bos = eos if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
+    special = ({} if bos is None else {"bos_token_id": bos}) | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {})
     return {"do_sample": False, **special, **({"suppress_tokens": spare} if spare else {})}
 
 

@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.json_file import read_json
 from smedjan_common.errors import CheckpointError, DataError, TemplateError
 from smedjan_common.files.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.chat import template_of
-from smedjan_common.tokenizer.hf_json import OtherTokenizerError
+from smedjan_common.tokenizer.library import LibraryTokenizer
 
 FILE, CONFIG, SPECIAL, CHAT = TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -25,8 +24,21 @@ def reserved(number: int) -> str:
     return f"<|reserved_{number}|>"
 
 
-def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dict[str, Any]]:
-    """File name -> JSON value, but for the chat template (`chat_of`). rows: those of the embedding."""
+def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, str | dict[str, Any]]:
+    """File name -> text or JSON value, but for the chat template (`chat_of`). rows: those of the embedding."""
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    eos = end_of_text(tokenizer)
+    bos = eos if tokenizer.bos_id is None else names[tokenizer.bos_id]  # a document begins after the one before it
+    special = {} if eos is None else {"bos_token": bos, "eos_token": eos}
+    special |= dict(tokenizer.chat.specials) if tokenizer.chat else {}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    if isinstance(tokenizer, LibraryTokenizer):
+        return {FILE: tokenizer.raw, CONFIG: config, SPECIAL: special}
     document = json.loads(tokenizer.to_json())
     used = set(document["model"]["vocab"].values()) | set(tokenizer.special_tokens.values())
     spare = {reserved(number): number for number in range(rows) if number not in used}
@@ -35,17 +47,21 @@ def files(tokenizer: Tokenizer, rows: int, context_length: int) -> dict[str, dic
     added = sorted((tokenizer.special_tokens | spare).items(), key=lambda item: item[1])
     document["added_tokens"] = [{"id": number, "content": name} | _FLAGS for name, number in added]
     document["model"]["vocab"] |= dict(added)  # so that each keeps its id, whatever gaps there are
-    eos = end_of_text(tokenizer)
-    special = {} if eos is None else {"bos_token": eos, "eos_token": eos}  # a document begins after the one before it
-    special |= dict(tokenizer.chat.specials) if tokenizer.chat else {}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {str(number): {"content": name} | _FLAGS for name, number in added},
-        **special,
+    if tokenizer.bos_id is not None:
+        document["post_processor"] = _with_beginning(str(bos), tokenizer.bos_id)
+    config["added_tokens_decoder"] = {str(number): {"content": name} | _FLAGS for name, number in added}
+    return {FILE: json.dumps(document, ensure_ascii=False), CONFIG: config, SPECIAL: special}
+
+
+def _with_beginning(name: str, number: int) -> dict[str, Any]:
+    """The step of tokenizer.json that puts a special token before a text."""
+    first, text = {"SpecialToken": {"id": name, "type_id": 0}}, [{"Sequence": {"id": part, "type_id": 0}} for part in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text[0]],
+        "pair": [first, text[0], first, text[1]],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
     }
-    return {FILE: document, CONFIG: config, SPECIAL: special}
 
 
 def end_of_text(tokenizer: Tokenizer) -> str | None:
@@ -71,31 +87,31 @@ def chat_of(tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
 def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer of a Hugging Face directory without its reserved names, and what its users should know.
 
-    None when there is no tokenizer.json. Raises DataError for one that is not byte-level BPE or has more ids than `rows`.
+    None when there is no tokenizer.json. Raises DataError for one that is damaged or has more ids than `rows`.
     """
     path = directory / FILE
     if not path.is_file():
         return None, [f"There is no {FILE}: only the weights are converted, and text needs a tokenizer with the same ids."]
-    try:
-        tokenizer = Tokenizer.load(path)
-    except OtherTokenizerError as error:
-        fix = f"Choose a model with GPT-2's kind of tokenizer; without {FILE} only the weights are converted."
-        raise OtherTokenizerError(error.what, error.why, fix) from None
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > rows:
         why = f"Its largest id is {tokenizer.vocab_size - 1}, and the model has {rows} embedding rows."
         raise DataError(f"{path} has ids that the model does not have.", why, "Use the tokenizer of this model.")
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer, _notes(tokenizer)
     vocabulary = tokenizer.vocabulary
     kept = {name: number for name, number in vocabulary.specials.items() if name != reserved(number)}
     if kept != vocabulary.specials:
-        chat, tokenizer = tokenizer.chat, Tokenizer(dataclasses.replace(vocabulary, specials=kept))
-        tokenizer.chat = chat
-    return tokenizer, _notes(read_json(path), tokenizer)
+        whole, tokenizer = tokenizer, Tokenizer(dataclasses.replace(vocabulary, specials=kept))
+        tokenizer.chat, tokenizer.ends = whole.chat, whole.ends
+    return tokenizer, _notes(tokenizer)
 
 
-def _notes(document: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+def _notes(tokenizer: Tokenizer | LibraryTokenizer) -> list[str]:
     notes = []
-    if end_of_text(tokenizer) is None:
-        notes.append("The tokenizer has no end-of-text token by any known name: `generate` and `prepare` need one.")
-    if "TemplateProcessing" in json.dumps(document.get("post_processor")):
-        notes.append("Its own tokenizer puts special tokens around a text (a beginning, say); smedjan adds none: write them in the prompt.")
+    if tokenizer.eot_name is None:
+        notes.append("The tokenizer has no end-of-text token by any known name: `prepare` needs one.")
+    if isinstance(tokenizer, LibraryTokenizer):
+        notes.append("Its tokenizer is run by the library tokenizers, and its file kept as it is.")
+        if missing := tokenizer.missing_bytes:
+            notes.append(f"{missing} of the 256 bytes have no token: they are left out of a text, as its own programs do.")
     return notes

@@ -7,20 +7,22 @@ from typing import Any, NamedTuple
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
+from smedjan_common.tokenizer.ends import Ends
 from smedjan_common.training.config import TrainConfig
 
 
 class SavedTokenizer(NamedTuple):
-    """The text of tokenizer.json, the tokenizer's hash, and the chat template beside it."""
+    """The text of tokenizer.json, the tokenizer's hash, and what stands beside it: the chat template, beginnings and ends."""
 
     json: str
     hash: str
     chat: ChatSource | None = None
+    ends: Ends = Ends()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SavedTokenizer":
         """A tokenizer as checkpoints hold it."""
-        return cls(tokenizer.to_json(), tokenizer.hash, tokenizer.chat)
+        return cls(tokenizer.to_json(), tokenizer.hash, tokenizer.chat, tokenizer.ends)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,9 +110,9 @@ def prepare(info: CheckpointInfo) -> int:
 
 def complete(temporary: Path, info: CheckpointInfo, tokenizer: SavedTokenizer | None) -> None:
     """Write what is left when the arrays stand: tokenizer.json, its chat template, and checkpoint.json last. Raises OSError."""
-    for name, content in tokenizer.chat.files().items() if tokenizer and tokenizer.chat else ():
-        _write_synced(temporary / name, content)
     if tokenizer:
+        for name, content in {**(tokenizer.chat.files() if tokenizer.chat else {}), **tokenizer.ends.files()}.items():
+            _write_synced(temporary / name, content)
         raw = tokenizer.json.encode()
         _write_synced(temporary / TOKENIZER, raw)
         info.files[TOKENIZER] = FileRecord(len(raw), hashlib.sha256(raw).hexdigest())

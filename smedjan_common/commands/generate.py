@@ -159,7 +159,7 @@ def _texts(flags: GenerateFlags, prompts: list[str], ids: list[list[int]]) -> "t
 
 
 def _prompt_ids(prompt: str, tokenizer: Any, context_length: int) -> list[int]:
-    ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot_id]
+    ids = tokenizer.begin(prompt)
     if len(ids) > context_length:
         raise ConfigError(
             f"The prompt has {len(ids)} tokens.",

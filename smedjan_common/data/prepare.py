@@ -191,7 +191,7 @@ class Tokenise:
 
     def __init__(self, tokenizer: Tokenizer, field: str, errors: str, val_fraction: float):
         self._tokenizer, self._field, self._errors = tokenizer, field, errors
-        self._end = tokenizer.eot_id
+        self._end, self._begin = tokenizer.eot_id, tokenizer.bos_id
         self._limit = val_fraction * _HASH_RANGE
 
     def __call__(self, pieces: list[Piece]) -> tuple[int, list[tuple[np.ndarray, np.ndarray, int]], int]:
@@ -209,8 +209,11 @@ class Tokenise:
                     data = text.encode()
                 texts.append(text)
                 rows.append((self._side(piece, number, data), len(data), block.starts, block.ends))
-        ids, counts = self._tokenizer.encode_many(texts)
         side, sizes, starts, ends = np.array(rows, np.int64).reshape(-1, 4).T
+        ids, counts = self._tokenizer.encode_parts(texts, starts == 1)
+        if self._begin is not None:
+            ids = np.insert(ids, (np.cumsum(counts) - counts)[starts == 1], self._begin)
+            counts = counts + starts
         ids = np.insert(ids, np.cumsum(counts)[ends == 1], self._end)
         counts = counts + ends
         size = sum(len(piece.block.data) for piece in pieces)

@@ -5,5 +5,6 @@ FINAL = "final"  # a run's weights when all steps are done
 MANIFEST, WEIGHTS, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"  # in a checkpoint
 TOKENIZER = "tokenizer.json"  # in a checkpoint, beside token files, on its own
 CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"  # beside it, where a model has a chat template
+GENERATION_CONFIG = "generation_config.json"  # beside it, where it says which tokens begin and end a text
 QUICKSTART = "quickstart"  # in DATA, what `smedjan quickstart` trains on
 TRAIN_TOKENS, VAL_TOKENS = "train.bin", "val.bin"

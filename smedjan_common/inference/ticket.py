@@ -108,4 +108,4 @@ def words(error: BaseException | None) -> str:
 def _stop_ids(request: Request, tokenizer: Any) -> frozenset[int]:
     if request.ignore_eot:
         return frozenset()
-    return frozenset({tokenizer.eot_id}) if request.stop_ids is None else request.stop_ids
+    return tokenizer.eos_ids if request.stop_ids is None else request.stop_ids

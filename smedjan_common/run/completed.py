@@ -16,6 +16,7 @@ from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.ends import Ends
 
 
 def complete(asked: Asked, begin: Begin, say: Say) -> Asked:
@@ -69,6 +70,8 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
     data = run_data(asked.flags.data, given, folder, own, dry_run, check, before)
     if own and data.tokenizer and data.tokenizer.chat is None:
         data.tokenizer.chat = own.chat  # the tokenizer of a token file is often a copy without it
+    if own and data.tokenizer and data.tokenizer.ends == Ends():
+        data.tokenizer.ends = own.ends
     return data
 
 

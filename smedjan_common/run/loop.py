@@ -247,7 +247,7 @@ class _Loop:
 
     def sample(self, state: State, step: int) -> None:
         tokenizer = self.config.tokenizer
-        prompt = tokenizer.encode(self.config.sample_prompt) or [tokenizer.eot_id]
+        prompt = tokenizer.begin(self.config.sample_prompt)
         length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
         request = Request(prompt, length - len(prompt), Sampling(temperature=0.8, seed=self.train.seed), special=True)
         try:

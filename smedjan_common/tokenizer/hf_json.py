@@ -14,13 +14,9 @@ from typing import Any
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer.bytelevel import to_bytes, to_chars
 from smedjan_common.tokenizer.patterns import PATTERNS, Splitter, name_of
-from smedjan_common.tokenizer.vocabulary import Vocabulary
+from smedjan_common.tokenizer.vocabulary import OtherTokenizerError, Vocabulary
 
 _MAX_BYTES = 256 << 20
-
-
-class OtherTokenizerError(DataError):
-    """A tokenizer.json that is whole and of a kind that smedjan does not run."""
 
 
 def dump(vocabulary: Vocabulary) -> str:
@@ -66,18 +62,17 @@ def read_text(file: Path) -> str:
 
 def parse(text: str, where: str) -> Vocabulary:
     """The vocabulary of a tokenizer.json; `where` names it in errors. Raises DataError, OtherTokenizerError for another kind."""
-    try:
-        document = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(where, f"It is not a tokenizer.json ({error}).") from None
-    model = document.get("model") if isinstance(document, dict) else None
-    if not isinstance(model, dict):
-        raise _damaged(where, "It is not a tokenizer.json: it has no model.")
+    return vocabulary(document(text, where), where)
+
+
+def vocabulary(found: dict[str, Any], where: str) -> Vocabulary:
+    """The same from its values."""
+    model = found["model"]
     _check_model(model, where)
-    if document.get("normalizer") is not None:
-        raise _refuse(where, f"It changes the text before splitting (normalizer {_type(document['normalizer'])}).")
-    pattern = _pattern(document.get("pre_tokenizer"), where)
-    specials = _specials(document.get("added_tokens"), model["vocab"], where)
+    if found.get("normalizer") is not None:
+        raise _refuse(where, f"It changes the text before splitting (normalizer {_type(found['normalizer'])}).")
+    pattern = _pattern(found.get("pre_tokenizer"), where)
+    specials = _specials(found.get("added_tokens"), model["vocab"], where)
     try:
         tokens = {to_bytes(chars): number for chars, number in model["vocab"].items() if chars not in specials}
         merges = [(to_bytes(left), to_bytes(right)) for left, right in map(_pair, model["merges"])]
@@ -89,9 +84,20 @@ def parse(text: str, where: str) -> Vocabulary:
         raise _damaged(where, "Its vocabulary is empty.")
     if len(set(merges)) < len(merges):
         raise _damaged(where, "It has a merge twice.")
-    vocabulary = Vocabulary(tokens, merges, pattern, specials, bool(model.get("ignore_merges")))
-    vocabulary.check(f"The tokenizer {where!r}")
-    return vocabulary
+    made = Vocabulary(tokens, merges, pattern, specials, bool(model.get("ignore_merges")))
+    made.check(f"The tokenizer {where!r}")
+    return made
+
+
+def document(text: str, where: str) -> dict[str, Any]:
+    """The values of a tokenizer.json. Raises DataError for what is none."""
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, f"It is not a tokenizer.json ({error}).") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise _damaged(where, "It is not a tokenizer.json: it has no model.")
+    return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

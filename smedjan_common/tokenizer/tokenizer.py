@@ -4,12 +4,11 @@ Every byte sequence round-trips: decode_bytes(encode(text)) is the text's UTF-8 
 Hugging Face's tokenizer.json. Special tokens inside text are text unless the caller allows them.
 """
 
-import codecs
 import functools
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,16 +17,17 @@ from smedjan_common.files.names import TOKENIZER
 from smedjan_common.nearby import beside
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.tokenizer import chat_files, hf_json
+from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.batch import encode_in_processes, encode_many
 from smedjan_common.tokenizer.chat_files import ChatSource
 from smedjan_common.tokenizer.encoder import Encoder
+from smedjan_common.tokenizer.ends import Ends
+from smedjan_common.tokenizer.ends import beside as beside_ends
 from smedjan_common.tokenizer.patterns import DEFAULT_PATTERN, Splitter
-from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary
-
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>")
+from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, OtherTokenizerError, Vocabulary
 
 
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """Byte-level BPE. Make one with `train`, `train_from_texts`, `load` or `from_json`."""
 
     def __init__(self, vocabulary: Vocabulary, where: str = "The vocabulary"):
@@ -36,6 +36,7 @@ class Tokenizer:
         self.pattern = vocabulary.pattern
         self.special_tokens = dict(vocabulary.specials)
         self.chat: ChatSource | None = None  # the chat template beside its file
+        self.ends = Ends()  # what the files beside it say of beginnings and ends
         self._merges = vocabulary.compile(where)
         self._bytes = vocabulary.bytes_of()
 
@@ -101,14 +102,30 @@ class Tokenizer:
         if not file.is_file():
             fix = "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
             raise DataError(f"There is no tokenizer {str(path)!r}.", beside(file), fix)
-        tokenizer = cls.from_json(hf_json.read_text(file), str(file))
+        text = hf_json.read_text(file)
+        document = hf_json.document(text, str(file))
+        tokenizer = cls._of(text, document, str(file))
         tokenizer.chat = chat_files.beside(file)
+        tokenizer.ends = beside_ends(file, document, tokenizer.special_tokens)
         return tokenizer
 
     @classmethod
     def from_json(cls, text: str, where: str = TOKENIZER) -> "Tokenizer":
-        """From the text of a tokenizer.json; `where` names it in errors."""
-        return cls(hf_json.parse(text, where), f"The tokenizer {where!r}")
+        """From the text of a tokenizer.json; `where` names it in errors. What is not byte-level BPE of our kind runs in the library
+        `tokenizers` (library.py)."""
+        return cls._of(text, hf_json.document(text, where), where)
+
+    @classmethod
+    def _of(cls, text: str, document: dict[str, Any], where: str) -> "Tokenizer":
+        try:
+            return cls(hf_json.vocabulary(document, where), f"The tokenizer {where!r}")
+        except OtherTokenizerError as ours:
+            from smedjan_common.tokenizer.library import LibraryTokenizer
+
+            try:
+                return cast("Tokenizer", LibraryTokenizer(text, where, document))  # the same interface, but for the vocabulary
+            except DataError as theirs:
+                raise OtherTokenizerError(ours.what, f"{ours.why} {theirs.why}", theirs.fix) from None
 
     def to_json(self) -> str:
         """The text of tokenizer.json; loads in `tokenizers` and transformers with the same ids."""
@@ -139,41 +156,6 @@ class Tokenizer:
         """SHA-256 over what determines ids; the same whatever the file's white space."""
         return self.vocabulary.hash
 
-    @property
-    def eot_id(self) -> int:
-        """The id between documents, <|endoftext|>. Raises DataError where the tokenizer has none."""
-        if (name := self.eot_name) is not None:
-            return self.special_tokens[name]
-        raise DataError(
-            "The tokenizer has no end-of-text token.", f"None of {', '.join(_END_NAMES)} is in it.", "Train one with <|endoftext|>."
-        )
-
-    @property
-    def eot_name(self) -> str | None:
-        """The name of the token between documents; None where the tokenizer has none."""
-        return next((name for name in _END_NAMES if name in self.special_tokens), None)
-
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for specials; turns loss per token into bits per byte."""
-        sizes = np.fromiter(map(len, self._bytes), np.int32, len(self._bytes))
-        sizes[list(self.special_tokens.values())] = 0
-        return sizes
-
-    def encode(self, text: str, allowed_special: Collection[str] | str = ()) -> list[int]:
-        """Ids of `text`. Special tokens in it are plain text, but those in `allowed_special` ("all": every one) become their id."""
-        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special) & set(self.special_tokens)
-        if not allowed:
-            return self.encode_ordinary(text)
-        ids: list[int] = []
-        pieces = re.split("(" + "|".join(map(re.escape, sorted(allowed, key=len, reverse=True))) + ")", text)
-        for number, piece in enumerate(pieces):
-            ids += [self.special_tokens[piece]] if number % 2 else self.encode_ordinary(piece)
-        return ids
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens being plain text."""
-        return self.encode_array(text).tolist()
-
     def encode_array(self, text: str) -> np.ndarray:
         """`encode_ordinary` as int32 [n]."""
         try:
@@ -190,36 +172,9 @@ class Tokenizer:
         """Ids of many texts one after another int32 [total], special tokens being plain text, and how many each has int64 [texts]."""
         return encode_many(self._encoder, texts)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; special tokens give their name, unknown ids nothing."""
-        table, size = self._bytes, len(self._bytes)
-        return b"".join([table[i] for i in map(int, ids) if 0 <= i < size])
-
-    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """The text that `ids` stand for. Never raises with errors="replace": what is not UTF-8 becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors)
-
-    def stream(self) -> "TokenStream":
-        """Decoding token by token, whole characters only."""
-        return TokenStream(self)
-
     @functools.cached_property
     def _encoder(self) -> Encoder:
         return Encoder(self._merges, Splitter(self.pattern))
 
     def __reduce__(self):
         return (Tokenizer, (self.vocabulary,))
-
-
-class TokenStream:
-    """`push(id) -> str` gives the characters that are complete; `finish() -> str` what is left, cut-off characters as U+FFFD."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)

@@ -15,6 +15,10 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_IDS = 1 << 21  # of a vocabulary; usual sizes are 8192 to 262144
 
 
+class OtherTokenizerError(DataError):
+    """A tokenizer that is whole and of a kind that smedjan's own byte-level BPE is not."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """`tokens`: bytes -> id of ordinary tokens (all 256 bytes among them). `merges`: pairs of tokens by rank, the first merged first.
@@ -69,7 +73,7 @@ class Vocabulary:
         symbol = {bytes([byte]): byte for byte in range(256)}
         missing = [token for token in symbol if token not in self.tokens]
         if missing:
-            raise DataError(
+            raise OtherTokenizerError(
                 f"{where} lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0].hex()}.",
                 "A byte-level tokenizer needs a token for every byte, or some texts could not be encoded.",
                 "Use a byte-level BPE vocabulary (GPT-2's kind).",
@@ -77,13 +81,14 @@ class Vocabulary:
         pairs, results = [], []
         for rank, (left, right) in enumerate(self.merges):
             made = left + right
-            if made not in self.tokens or left not in symbol or right not in symbol:
+            if not {made, left, right} <= self.tokens.keys():
                 raise DataError(
-                    f"{where} has merge {rank + 1} ({shown(left)} + {shown(right)}), of a token that does not exist at that point.",
-                    "Every part of a merge is a byte or the result of an earlier merge, and its result is in the vocabulary.",
+                    f"{where} has merge {rank + 1} ({shown(left)} + {shown(right)}), of a token that does not exist.",
+                    "Both parts of a merge and its result are in the vocabulary.",
                     "Check that merges and vocabulary belong together.",
                 )
-            pairs.append((symbol[left], symbol[right]))
+            # a part may be made by later merges only: files made of tiktoken's list every split of a token
+            pairs.append((symbol.setdefault(left, len(symbol)), symbol.setdefault(right, len(symbol))))
             results.append(symbol.setdefault(made, len(symbol)))
         if self.ignore_merges:
             for token in self.tokens:

@@ -22,6 +22,7 @@ from convert.portable import Lazy
 from convert.safetensors_file import write_tensors
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.errors import SmedjanError
+from smedjan_common.tokenizer import Tokenizer
 from tests.unit.convert_models import YARN, convert, model_config, neutral, tokenizer
 
 
@@ -181,18 +182,15 @@ def same_model(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda t: t.update(normalizer={"type": "NFC"}), "normalizer NFC"),
-        (lambda t: t.update(model={"type": "Unigram", "vocab": []}), "model is Unigram"),
-        (lambda t: t["model"].update(byte_fallback=True), "byte-level BPE does not have"),
-        (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-        (lambda t: t["model"]["vocab"].pop("a"), "lacks 1 of the 256 bytes"),
+        (lambda t: t.update(model={"type": "Other", "vocab": []}), "model is Other"),
+        (lambda t: t["model"].update(dropout=0.1), "gets other ids each time"),
         (lambda t: t.update(added_tokens=5), "added_tokens are not a list"),
         (lambda t: t["model"]["vocab"].update(zzzz=7), "two tokens with the same id 7"),
         (lambda t: t["model"]["vocab"].update(a=10**10), "the id 10000000000"),
         (lambda t: t["model"]["vocab"].update(zzzz=-1), "the id -1"),
         (lambda t: t["model"]["vocab"].update(zzzz=5000), "the model has 320 embedding rows"),
     ],
-    ids=["normalizer", "unigram", "sentencepiece", "metaspace", "bytes", "types", "twice", "huge", "negative", "too many"],
+    ids=["model", "dropout", "types", "twice", "huge", "negative", "too many"],
 )
 def test_another_tokenizer_is_refused_with_the_reason(hf: Path, edit: Callable[[dict], Any], words: str):
     document = json.loads((hf / "tokenizer.json").read_text())
@@ -211,10 +209,33 @@ def test_without_a_tokenizer_the_weights_are_taken_over_and_it_is_said(hf: Path,
     assert (checkpoint.tokenizer_json, checkpoint.model.vocab_size) == (None, 320)
 
 
-def test_special_tokens_that_their_tokenizer_adds_are_told(hf: Path, capsys: pytest.CaptureFixture):
-    change(hf, "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": []})
+def test_a_tokenizer_of_another_kind_is_kept_as_it_is(hf: Path, capsys: pytest.CaptureFixture):
+    change(hf, "tokenizer.json", normalizer={"type": "NFC"})
     convert(hf, hf.parent / "neutral", "--to", "neutral")
-    assert "smedjan adds none" in capsys.readouterr().out
+    assert "run by the library tokenizers" in capsys.readouterr().out
+    convert(hf.parent / "neutral", hf.parent / "again", "--to", "hf")
+    raw = (hf / "tokenizer.json").read_bytes()
+    assert (hf.parent / "neutral" / "tokenizer.json").read_bytes() == (hf.parent / "again" / "tokenizer.json").read_bytes() == raw
+
+
+def test_what_begins_and_ends_a_text_is_kept(hf: Path):
+    """A post-processor that puts a token before a text, a list of end tokens: into the checkpoint, and out again."""
+    document = json.loads((hf / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    eot = next(token["id"] for token in document["added_tokens"] if token["content"] == "<|endoftext|>")
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [eot], "tokens": ["<|endoftext|>"]}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    step = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text], "special_tokens": special}
+    change(hf, "tokenizer.json", post_processor=step)
+    change(hf, "generation_config.json", eos_token_id=[eot, eot + 1, 99999, "x"])
+    for name in ("neutral", "again"):
+        convert(hf if name == "neutral" else hf.parent / "neutral", hf.parent / name, "--to", "neutral" if name == "neutral" else "hf")
+        found = Tokenizer.load(hf.parent / name)
+        assert found.bos_id == eot
+        assert found.begin("the") == [eot, *found.encode("the")]
+        assert found.eos_ids == {eot} if name == "again" else found.eos_ids <= {eot, eot + 1}
+    change(hf, "tokenizer_config.json", add_bos_token=False)
+    assert Tokenizer.load(hf).bos_id is None
 
 
 # wrong files

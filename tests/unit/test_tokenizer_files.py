@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from smedjan_common.errors import DataError
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.library import LibraryTokenizer
 
 TEXT = "The smith's hammer rings; smiths hammer iron.\n\nIt's 1234 times: é 日本 🙂 <|endoftext|>"
 
@@ -86,8 +87,6 @@ def break_it(document: dict, path: str, value: object) -> str:
     ("path", "value", "says"),
     [
         ("model.type", "Unigram", "Unigram"),
-        ("normalizer", {"type": "NFC"}, "NFC"),
-        ("pre_tokenizer", None, "not supported here"),
         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "not supported here"),
         ("model.vocab", {}, "empty"),
         ("model.vocab", {"日": 1}, "alphabet"),
@@ -159,7 +158,6 @@ HOSTILE = {
     "split without behavior": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("behavior"), "not supported here"),
     "split without pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern=None), "not supported here"),
     "pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "does not compile"),
-    "set in set": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"[\w&&[^a]]+|."}), r"intersection|inside"),
     "endless": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a{1000000000}"}), "1000000 copies"),
     "nested": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(" * 5000 + ")" * 5000}), "does not compile"),
     "recursion": (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(?R)"}), "recursion"),
@@ -284,8 +282,15 @@ def works_or_is_refused(text: str) -> None:
     except DataError as error:
         check_sentences([error.what, error.why, error.fix])
         return
-    assert tokenizer.decode(tokenizer.encode("iron é <|endoftext|>", "all")) == "iron é <|endoftext|>"
     assert Tokenizer.from_json(tokenizer.to_json()).hash == tokenizer.hash
+    if isinstance(tokenizer, LibraryTokenizer):
+        import tokenizers
+
+        theirs = tokenizers.Tokenizer.from_str(text)
+        theirs.encode_special_tokens = True
+        assert tokenizer.encode("iron é fire") == theirs.encode("iron é fire", add_special_tokens=False).ids
+        return
+    assert tokenizer.decode(tokenizer.encode("iron é <|endoftext|>", "all")) == "iron é <|endoftext|>"
     ids = [*tokenizer.vocabulary.tokens.values(), *tokenizer.special_tokens.values()]
     assert len(set(ids)) == len(ids)
     assert 0 <= min(ids) <= max(ids) < 1 << 21
