@@ -23,7 +23,6 @@ MOST_LOGPROBS = 20
 MOST_SAMPLES = 128
 MOST_STOPS, LONGEST_STOP = 32, 1000
 MASK = (1 << 64) - 1
-STRIDE = 0x9E3779B97F4A7C15  # between the seeds of several samples of one prompt; odd, so they all differ
 
 # fields that ask for what there is not -> the values that do not ask for it; null and absent never do
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -201,7 +200,7 @@ def _requests(
     logprobs: int | None,
     echo: bool,
 ) -> list[Request]:
-    """The `n` requests of one prompt. The first sample has the seed that was asked for, the others seeds that follow from it."""
+    """The `n` requests of one prompt. The first sample has the seed that was asked for, the next one more, and so on."""
     room = max(served.context_length - len(ids), 1)  # the last token needs no place: nothing is generated after it
     most = fields.whole("max_tokens", 0, 1 << 62, default)
     most = fields.whole("max_completion_tokens", 0, 1 << 62, most)
@@ -211,7 +210,7 @@ def _requests(
     seed = fields.whole("seed", -(1 << 63), MASK, None)
     seed = secrets.randbits(64) if seed is None else seed & MASK
     return [
-        Request(tuple(ids), limit, _sampling(fields, served, (seed + i * STRIDE) & MASK), stops, ends, logprobs=logprobs, echo=echo)
+        Request(tuple(ids), limit, _sampling(fields, served, (seed + i) & MASK), stops, ends, logprobs=logprobs, echo=echo)
         for i in range(n)
     ]
 

@@ -84,8 +84,10 @@ REASONS = {
     ("smedjan_jax.checkpoint", "orbax.checkpoint"): "takes 2 s, and only checkpoints of its format need it",
     ("smedjan_jax.mixers.cudnn", "jax.*"): "a kernel that only a GPU has",
     ("smedjan_jax.generate", "smedjan_jax.backend"): "a framework: everything that can be refused is refused before it is imported",
+    ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_mlx.generate", "smedjan_mlx.backend"): "a framework, likewise",
+    ("smedjan_mlx.serve", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.train", "smedjan_mlx.backend"): "a framework, likewise",
 }
 
