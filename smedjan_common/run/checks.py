@@ -9,6 +9,7 @@ from collections.abc import Callable
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.order import document_offsets
 from smedjan_common.errors import ConfigError, flag, unknown
+from smedjan_common.reporting.trackers import check_trackers
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
 from smedjan_common.run.decided import Decided, base_of
@@ -26,6 +27,7 @@ def check_words(asked: Asked, backend: str) -> None:
     """Raises ConfigError for what no run could have, whatever is in its folder."""
     _check_counts(asked)
     _check_names(asked)
+    check_trackers(asked.value("tracker"))
     _check_format(asked.value("checkpoint_format"), backend)
     check_mesh_of(backend, parse_mesh(asked.value("mesh")))
     check_precision(backend, asked.value("dtype"))

@@ -7,6 +7,7 @@ It is decided twice by the same function: before texts are tokenised, which may 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smedjan_common.checkpoint import CheckpointInfo, read_info
 from smedjan_common.data.batches import batches
@@ -116,6 +117,8 @@ def _epoch(asked: Asked, begin: Begin, data: RunData | None) -> int:
 def run_config(decided: Decided, say: Say) -> RunConfig:
     """What the loop needs of it."""
     data, value = decided.data, decided.asked.value
+    report: dict[str, Any] = dataclasses.asdict(decided.asked.flags.report)
+    report |= {name: decided.every(name) for name in CADENCES}
     assert data
     assert data.train
     assert data.tokenizer
@@ -133,7 +136,7 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         keep_every=value("keep_every"),
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
         flags=to_record(decided.asked.flags),
-        **(dataclasses.asdict(decided.asked.flags.report) | {name: decided.every(name) for name in CADENCES}),
+        **report,
     )
 
 

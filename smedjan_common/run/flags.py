@@ -17,6 +17,7 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
+from smedjan_common.reporting.trackers import NONE, TRACKERS
 from smedjan_common.run.option_flags import option_flags, row_options, shape_options, training_options
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
@@ -165,6 +166,15 @@ class ReportFlags:
     """The text that samples continue."""
     sample_tokens: int = 128
     """Length of a sample."""
+    tracker: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar=f"{'|'.join((*TRACKERS, NONE))} ...",
+            help="Programs of others that get the figures and samples too, each from a thread of its own, offline unless its own settings"
+            " say otherwise. What they write is in CHECKPOINT_DIR/trackers.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True)

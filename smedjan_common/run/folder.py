@@ -57,6 +57,7 @@ class RunConfig:
     sample_every: int = 0
     sample_prompt: str = ""
     sample_tokens: int = 128
+    tracker: tuple[str, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,8 +86,8 @@ class RunFolder:
             "tokens": data.num_tokens,
         }
 
-    def write_config(self, initial: str | None = None) -> None:
-        """config.json: model, training, flags, data, tokenizer, device, versions, and the digest of the initial values.
+    def write_config(self, initial: str | None = None) -> dict[str, Any]:
+        """Write config.json and return it: model, training, flags, data, tokenizer, device, versions, and the digest of the initial values.
 
         initial: the digest, where this start drew them. A run that goes on keeps the one it began with; one from --pretrained has none.
         """
@@ -104,6 +105,7 @@ class RunFolder:
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
         write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
+        return values
 
     def save(self, snapshot: Snapshot, metrics: Row, extra: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep. extra: what the loop needs to go on, beside the state."""

@@ -34,6 +34,7 @@ from smedjan_common.reporting.metrics import MetricsFile, Row, routing
 from smedjan_common.reporting.pace import Pace
 from smedjan_common.reporting.screen import COMPILING, EVALUATING, SAMPLING, SAVING, Screen
 from smedjan_common.reporting.status import Status
+from smedjan_common.reporting.trackers.thread import begin_tracking
 from smedjan_common.run.ending import ending
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
@@ -98,17 +99,22 @@ class _Loop:
         remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
         state, self.begin = self.start()
         self.reached = self.begin
-        self.folder.write_config(self.initial)
+        config = self.folder.write_config(self.initial)
         self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history)
         self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)
+        self.trackings = begin_tracking(self.config.tracker, self.config.checkpoint_dir, self.begin, config, say)
+        code = 1  # of a run that ends by an error, to trackers
         try:
             while self.reached < self.train.steps and not self.stop.received:
                 self.reached += 1
                 state = self.step(state, self.reached)
             self.stop.speak()
             self.drain(0)
-            return self.finish(state, self.reached, self.reached > self.begin)
+            code = self.finish(state, self.reached, self.reached > self.begin)
+            return code
         finally:
+            for tracking in self.trackings:
+                tracking.finish(code)
             self.metrics.close()
             self.abandon()
 
@@ -189,9 +195,15 @@ class _Loop:
             "elapsed_seconds": self.elapsed_before + time.perf_counter() - self.begun,
             **routing(values),
         }
-        self.metrics.write(row)
+        self.report(row)
         self.status.figures |= row
         say(step_line(row, self.train.steps, None if self.screen.drawn else self.status.left))
+
+    def report(self, row: Row) -> None:
+        """Into metrics.jsonl, and to the trackers."""
+        self.metrics.write(row)
+        for tracking in self.trackings:
+            tracking.log(row)
 
     def check_finite(self, step: int, values: dict[str, Any]) -> None:
         for name, what in (("loss", "The loss is"), ("grad_norm", "The norm of the gradients is")):
@@ -236,7 +248,7 @@ class _Loop:
             self.train.mask_documents,
         )
         row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
-        self.metrics.write(row)
+        self.report(row)
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
         self.status.figures |= self.last
         if row["val_loss"] is not None:
@@ -260,6 +272,8 @@ class _Loop:
             say(f"note: no sample: {error.what}")
             return
         self.folder.save_sample(step, text)
+        for tracking in self.trackings:
+            tracking.text(step, text)
         say("  | " + printable(text).rstrip("\n").replace("\n", "\n  | "))
 
     def save(self, state: State, step: int, snapshot: Snapshot | None = None) -> None:

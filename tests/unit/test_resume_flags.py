@@ -104,6 +104,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "sample-every": (3, TOLD),
     "sample-prompt": ("a", UNREAD),
     "sample-tokens": (9, UNREAD),
+    "tracker": ("none", TOLD),
 }
 
 
