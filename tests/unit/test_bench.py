@@ -217,3 +217,56 @@ def test_a_row_of_the_estimates_has_its_peak_and_how_the_process_grew(backend: s
     assert row["train"]["batch_size"] * row["train"]["seq_len"] == 1024
     assert "error" not in row
     assert row["planned_bytes" if backend == "jax" else "peak_bytes"] > 1024 * 32 * 4
+
+
+def test_a_case_of_the_mesh_bench_tells_speed_memory_and_messages(monkeypatch):
+    pytest.importorskip("jax", reason="jax is not installed here")
+    from bench import mesh
+
+    monkeypatch.setitem(mesh.SHAPES, "tiny", {"dim": 32, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_dim": 64})
+    row = mesh.Case({**mesh.TINY, "seq_len": 16, "mesh": "data=1", "mask_documents": True}).timed(groups=1)
+    assert row["batch_size"] == mesh.TINY["rows"]
+    assert row["tokens_per_second"] == row["tokens_per_second_per_device"] > 0
+    assert row["bytes"] > row["temp_bytes"] > 0
+    assert row["messages"] == dict.fromkeys(mesh.MESSAGES, 0)
+
+
+def test_curves_are_held_against_each_other_by_means_over_windows():
+    from bench import learning_peer
+
+    one = [5.0 - step / 200 for step in range(400)]
+    other = [loss * (1.5 if step < 20 else 1.001) for step, loss in enumerate(one)]  # the first tenth does not count
+    found = learning_peer.between(one, other)
+    assert found["largest"] == pytest.approx(0.001)
+    assert found["last"] == pytest.approx(0.001)
+    task = learning_peer.PAIRS["float8 medium"]
+    rows = [{**curve, "losses": losses} for curve, losses in zip(task, (one, other), strict=True)]
+    assert [row["pair"] for row in learning_peer.compared(rows)] == ["float8 medium"]
+    assert learning_peer.compared(rows[:1]) == []
+
+
+def test_a_curve_has_the_loss_of_every_step_from_the_initial_values_of_a_run(data):
+    pytest.importorskip("jax", reason="jax is not installed here")
+    from bench import learning_peer
+
+    task = {**learning_peer.PAIRS["torch"][1], **learning_peer.TEST, "dtype": "float32"}
+    row = learning_peer.curve(task, data)
+    assert len(row["losses"]) == task["steps"]
+    assert row["losses"][0] == pytest.approx(np.log(320), rel=0.05)
+
+
+def test_the_torch_peer_gives_the_loss_of_our_model(data):
+    """Both in bfloat16: the peer's attention, rope, norms and joined matrices are the definition's, up to rounding."""
+    torch = pytest.importorskip("torch", reason="torch is not installed here")
+    from bench.torch_peer import Net
+    from smedjan_common.config import ModelConfig
+    from smedjan_common.model.params import initial_params
+    from smedjan_common.reference import model as reference
+
+    model = ModelConfig.preset("tiny", vocab_size=320, context_length=32, init_std=0.05)
+    params = initial_params(model, 0)
+    net, tokens = Net(model, 32), np.random.default_rng(0).integers(0, 320, (2, 33))
+    net.take(params)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = float(net(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])))
+    assert loss == pytest.approx(float(reference.loss(model, params, tokens[:, :-1], tokens[:, 1:])), rel=2e-3)
