@@ -7,7 +7,6 @@ start (`smedjan train … >&-`). Each costs the output at most.
 import contextlib
 import io
 import os
-import re
 import select
 import sys
 from typing import Any
@@ -48,6 +47,20 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
 
 
+# Control characters as signs that a terminal only shows: those that move the cursor, colour, rename the window, or turn what follows around
+_SIGNS = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
+}
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal, of a model or a stranger: of what could steer it (C0, C1, DEL, directions) there are only signs. Line ends
+    and tabs stay."""
+    return text.translate(_SIGNS)
+
+
 def put(text: str, stream: Any) -> OSError | None:
     """Print a line to a standard stream at once. Where that cannot be, returns why, and the stream leads nowhere from then on."""
     try:
@@ -71,12 +84,3 @@ def put_now(text: str, stream: Any) -> bool:
         return bool(select.select([], [fd], [], 0)[1]) and os.write(fd, text.encode("ascii", "backslashreplace") + b"\n") > 0
     except (OSError, ValueError):  # closed, or no file at all
         return False
-
-
-def harmless(text: str) -> str:
-    """Text for a terminal without what could steer it: control characters but line ends and tabs are left out, ESC first of all. For
-    what a model or a stranger wrote."""
-    return _CONTROLS.sub("", text)
-
-
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "sizes": Command("smedjan_common.commands.sizes", "parameters, FLOPs and memory of every model size", "SizesFlags"),
     "train": Command("smedjan_common.commands.train", "train a model, or go on with a run", "smedjan_common.run.flags:TrainFlags"),
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model", "GenerateFlags"),
+    "chat": Command("smedjan_common.commands.chat", "talk with a model in the terminal", "ChatFlags"),
     "serve": Command("smedjan_common.commands.serve", "answer over HTTP as OpenAI's API does", "ServeFlags"),
     "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is", "InfoFlags"),

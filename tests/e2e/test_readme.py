@@ -44,6 +44,8 @@ def test_every_command_of_the_page_runs(tmp_path, page):
     (tmp_path / "my.txt").write_text(TEXT)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
     for command in commands(page):
-        done = subprocess.run(["bash", "-c", shortened(command)], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
+        done = subprocess.run(
+            ["bash", "-c", shortened(command)], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs").is_dir()

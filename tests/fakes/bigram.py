@@ -2,7 +2,7 @@
 
 The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
 SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step), long_at=6 and long=30 (seconds
-of that step), nan_logits=1, decode_oom=1, val_nan=1; several with commas.
+of that step), nan_logits=1, decode_oom=1, decode_seconds=0.05 (of each token), val_nan=1; several with commas.
 """
 
 import os
@@ -98,7 +98,7 @@ class BigramBackend:
         if "decode_oom" in self.faults:
             raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --max-tokens.")
         embed = params["embed.weight"] * (np.nan if "nan_logits" in self.faults else 1)
-        return BigramDecoder(embed, self.model.vocab_size, max_len, rows)
+        return BigramDecoder(embed, self.model.vocab_size, max_len, rows, float(self.faults.get("decode_seconds", 0)))
 
     def peak_memory(self):
         return 4096
@@ -116,8 +116,8 @@ class BigramDecoder:
 
     can_rewind = False  # the token before is not kept
 
-    def __init__(self, embed, vocab_size, max_len, rows=1):
-        self.embed, self.vocab_size, self.max_len, self.rows = embed, vocab_size, max_len, rows
+    def __init__(self, embed, vocab_size, max_len, rows=1, seconds=0.0):
+        self.embed, self.vocab_size, self.max_len, self.rows, self.seconds = embed, vocab_size, max_len, rows, seconds
         self.reset()
 
     def reset(self, row=None):
@@ -136,6 +136,7 @@ class BigramDecoder:
         return (self.embed @ self.embed[ids[-1]])[: self.vocab_size]
 
     def step(self, tokens, active):
+        time.sleep(self.seconds)
         logits = np.zeros((self.rows, self.vocab_size), np.float32)
         for row in np.flatnonzero(active):
             logits[row] = self.feed(tokens[row : row + 1], row)

@@ -40,7 +40,7 @@ FLOORS = (
     ("reference", "data", "config"),  # config: a face of two configurations
     ("checkpoint", "reporting"),
     ("inference",),
-    ("serving",),
+    ("chat", "serving"),
     ("run",),
     ("commands",),
     ("smedjan_jax", "smedjan_mlx"),
@@ -87,6 +87,9 @@ REASONS = {
     ("convert.orbax", "smedjan_jax.checkpoint"): "a framework",
     ("smedjan_jax.checkpoint", "orbax.checkpoint"): "takes 2 s, and only checkpoints of its format need it",
     ("smedjan_jax.mixers.cudnn", "jax.*"): "a kernel that only a GPU has",
+    ("smedjan_common.chat.reader", "readline"): "only a terminal has it, and not every Python",
+    ("smedjan_jax.chat", "smedjan_jax.backend"): "a framework, likewise",
+    ("smedjan_mlx.chat", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_jax.generate", "smedjan_jax.backend"): "a framework: everything that can be refused is refused before it is imported",
     ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
