@@ -3,6 +3,7 @@
     {"step", "tokens", "loss", "batch_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes", "elapsed_seconds"}
     and of a model with experts {"balance_loss", "router_z_loss", "expert_load"}
     {"step", "val_loss", "val_bits_per_byte"}                                     evaluations, on lines of their own
+    {"step", "event": "resumed", "backend", "before"}                             from this step on in that backend, before it in the other
 
 `step` counts optimizer steps done. `loss` is the mean over the steps since the row before, `batch_loss` that of the step alone (rows of
 earlier versions lack it: their loss is that of the step). A resumed run drops the rows past its checkpoint, so that every logged step
@@ -43,6 +44,16 @@ def eval_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.get("val_loss") is not None]
 
 
+def event_rows(rows: list[Row]) -> list[Row]:
+    """The rows of what happened to the run."""
+    return [row for row in rows if isinstance(row.get("event"), str)]
+
+
+def resumed(step: int, backend: str, before: str | None) -> Row:
+    """The row of a run that goes on after `step`; before: the backend up to there."""
+    return {"step": step, "event": "resumed", "backend": backend, "before": before}
+
+
 def routing(values: dict[str, Any]) -> Row:
     """What a step of a model with experts adds to its row: the losses of its routers, null where the router has none, and
     each expert's share of the tokens of its layer, [layers, experts]. Nothing of a dense model."""
@@ -57,7 +68,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, step: int, rows: list[Row] | None = None):
         self.path = folder / METRICS
-        self.rows = [row for row in (read_rows(folder) if rows is None else rows) if row["step"] <= step]
+        known = read_rows(folder) if rows is None else rows
+        self.rows = [row for row in known if row["step"] < step + (row.get("event") is None)]  # that it went on from here is told anew
         write_atomically(self.path, "".join(_line(row) for row in self.rows).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 

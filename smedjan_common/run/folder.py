@@ -22,7 +22,9 @@ from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.names import CONFIG, PLOT, SAMPLES
 from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.reporting.console import say
+from smedjan_common.reporting.curves import Curve
 from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
 from smedjan_common.tokenizer import Tokenizer
@@ -148,7 +150,8 @@ class RunFolder:
     def draw(self, rows: list[Row]) -> None:
         """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
         try:
-            plot({"training": rows}, self.path / PLOT, self.path.name)
+            curve = Curve(rows, train_flops_per_token(self.config.model, self.config.train.seq_len))
+            plot({"training": curve}, self.path / PLOT, self.path.resolve().name)
         except Exception as error:
             say(f"note: {PLOT} was not drawn: {(error.strerror if isinstance(error, OSError) else '') or error}")
 

@@ -30,7 +30,7 @@ from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, eval_line, printable, say, step_line
 from smedjan_common.reporting.displays import make_screen
 from smedjan_common.reporting.meter import Meter, RunningMean, Span, timed
-from smedjan_common.reporting.metrics import MetricsFile, Row, routing
+from smedjan_common.reporting.metrics import MetricsFile, Row, resumed, routing
 from smedjan_common.reporting.pace import Pace
 from smedjan_common.reporting.screen import COMPILING, EVALUATING, SAMPLING, SAVING, Screen
 from smedjan_common.reporting.status import Status
@@ -146,6 +146,8 @@ class _Loop:
 
     def first_step(self, state: State, step: int) -> State:
         """The step that the framework compiles: it is waited for."""
+        if info := self.config.start:
+            self.metrics.write(resumed(self.begin, self.backend.name, info.framework.get("name")))
         with self.compiling:
             self.compiling.enter_context(self.screen.doing(COMPILING))
             state = self.dispatch(state, step)

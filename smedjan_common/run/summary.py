@@ -7,6 +7,7 @@ from typing import Any
 from smedjan_common.errors import ConfigError
 from smedjan_common.files.names import FINAL
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.reporting.console import count
 from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
 from smedjan_common.run.claim import is_run
@@ -44,6 +45,13 @@ def summary(path: Path) -> Summary:
         "mixer": list(model.mixer) if model else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
     }
+
+
+def flops_per_token(path: Path) -> float | None:
+    """Of training the run's model, forward and backward; None where config.json does not say it."""
+    config = read_config(path) or {}
+    model, train = _model(config), config.get("train")
+    return train_flops_per_token(model, train["seq_len"]) if model and isinstance(train, dict) and "seq_len" in train else None
 
 
 def _steps(config: Summary) -> int | None:

@@ -52,9 +52,9 @@ def start(module: str, *words: object, fake: str = "", **options) -> subprocess.
 
 
 def figures(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl without what depends on the clock and on the process."""
+    """Rows of metrics.jsonl without what depends on the clock and on the process, nor that the run was resumed."""
     timed = ("tokens_per_second", "mfu", "elapsed_seconds", "peak_memory_bytes")
-    return [{key: value for key, value in row.items() if key not in timed} for row in read_rows(folder)]
+    return [{key: value for key, value in row.items() if key not in timed} for row in read_rows(folder) if "event" not in row]
 
 
 def arrays(folder: Path) -> dict[str, bytes]:

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from smedjan_common.reporting.console import count, counted, duration, flop, size, step_line
+from smedjan_common.reporting.curves import AXES, Curve, apart, limits, smoothed
 from smedjan_common.reporting.meter import Meter, Span
-from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows
-from smedjan_common.reporting.plot import is_drawn_here, plot, running_mean
+from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows, resumed
+from smedjan_common.reporting.plot import Look, is_drawn_here, plot
 from smedjan_common.reporting.progress import progress_bar
 
 ROW = dict.fromkeys(TRAIN_KEYS, None) | {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
@@ -62,7 +63,7 @@ def test_a_row_that_was_edited_by_hand_is_left_out_wherever_rows_are_read(tmp_pa
     with open(tmp_path / "metrics.jsonl", "a") as out:
         out.write(f'{{"step": 11, {edited}}}\n')
     assert read_rows(tmp_path) == rows(1, 10)
-    plot({"training": read_rows(tmp_path)}, tmp_path / "loss.png")
+    plot({"training": Curve(read_rows(tmp_path))}, tmp_path / "loss.png")
     MetricsFile(tmp_path, 20).close()
 
 
@@ -121,25 +122,25 @@ def test_a_step_is_one_line_and_unknown_figures_are_left_out():
     assert full.endswith("12.3k tok/s  mfu 34.1 %  left 2m10s")
 
 
-def test_running_mean_of_a_line_is_the_line_and_of_noise_is_less_noise():
+def test_smoothed_of_a_line_is_the_line_and_of_noise_is_less_noise():
     line = [0.5 * i for i in range(100)]
-    assert running_mean(line) == pytest.approx(line)
+    assert smoothed(line) == pytest.approx(line)
     zigzag = [float(i % 2) for i in range(200)]
-    assert max(running_mean(zigzag)[5:-5]) < 0.7
+    assert max(smoothed(zigzag)[5:-5]) < 0.7
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 @pytest.mark.parametrize("made", [[], [1], range(1, 200)])
 def test_plots_of_any_length_are_drawn_whole(tmp_path, suffix, made):
     evaluation = [{"step": 1, "val_loss": 2.6, "val_bits_per_byte": 1.0}] if made else []
-    plot({"training": rows(*made) + evaluation, "other": rows(*made)}, tmp_path / f"x.{suffix}", "a title")
+    plot({"training": Curve(rows(*made) + evaluation), "other": Curve(rows(*made))}, tmp_path / f"x.{suffix}", "a title")
     assert [path.name for path in tmp_path.iterdir()] == [f"x.{suffix}"]
     assert (tmp_path / f"x.{suffix}").stat().st_size > 1000
     assert is_drawn_here(tmp_path / f"x.{suffix}")
 
 
 def test_a_title_that_the_font_cannot_draw_warns_nobody(tmp_path, recwarn):
-    plot({"training": [{"step": 1, "tokens": 8, "loss": 2.0}]}, tmp_path / "loss.png", "run \N{FOX FACE}")
+    plot({"training": Curve([{"step": 1, "tokens": 8, "loss": 2.0}])}, tmp_path / "loss.png", "run \N{FOX FACE}")
     assert not recwarn.list
 
 
@@ -184,3 +185,54 @@ def test_a_pause_and_the_first_step_have_no_speed():
         pass
     meter.since += 10  # as long as a pause of ten seconds
     assert meter.lap(2, Span(16, 16), Span(16, 17)) == pytest.approx(64, rel=1e-3)
+
+
+def made(*losses, **more):
+    return [
+        ROW | {"step": 10 * at, "tokens": 640 * at, "loss": loss, "elapsed_seconds": 2.0 * at, **more} for at, loss in enumerate(losses, 1)
+    ]
+
+
+def test_what_is_between_rows_stands_between_them_on_every_axis():
+    curve = Curve([*made(5.0, 4.0, 3.0), {"step": 25, "val_loss": 3.5, "val_bits_per_byte": 1.0}, resumed(15, "mlx", "jax")], 2.0)
+    assert [curve.xs(curve.checks, axis) for axis in AXES] == [[25], [1600], [3200], [5.0]]
+    assert [curve.xs(curve.events, axis) for axis in AXES] == [[15], [960], [1920], [3.0]]
+    assert curve.xs([{"step": 40}], "tokens") == [2560], "past the last row it is as fast as before"
+    assert curve.series("loss", "time") == ([2.0, 4.0, 6.0], [5.0, 4.0, 3.0])
+    assert [Curve(made(5.0)).has(axis) for axis in AXES] == [True, True, False, True]
+
+
+def test_the_first_steps_do_not_flatten_the_rest_and_what_must_be_seen_is():
+    low, high = limits([9.0, 8.0, *[3.0 - at / 1000 for at in range(200)]], [], 0.96)
+    assert 2.7 < low < 2.9
+    assert 3.0 <= high < 3.3
+    assert limits([3.0, 2.0], [7.0], 0.96)[1] > 7.0
+    assert limits([], [], 1.0) is None
+    assert limits([2.0], [], 1.0) == (1.9, 2.1)
+
+
+def test_labels_are_moved_apart_and_keep_their_order():
+    found = apart([0.5, 0.5, 0.51, 0.9], 0.05)
+    assert all(b - a > 0.0499 for a, b in zip(sorted(found), sorted(found)[1:], strict=False))
+    assert found[3] == pytest.approx(0.9)
+    assert sum(found[:3]) / 3 == pytest.approx(0.503, abs=0.01)
+
+
+@pytest.mark.parametrize("log", ["none", "x", "y", "xy"])
+@pytest.mark.parametrize("axis", AXES)
+def test_every_look_is_drawn_with_marks_of_what_happened(tmp_path, axis, log):
+    happened = [resumed(200, "mlx", "jax"), {"step": 300, "event": "resumed"}, {"step": 310, "event": 7}]
+    curve = Curve([*made(*(9 / at for at in range(1, 60)), tokens_per_second=9.0), *happened], 6.0)
+    plot({"training": curve, "b": Curve(made(4.0), 6.0)}, tmp_path / "x.svg", "a", Look(axis, 0.0, log))
+    drawn = (tmp_path / "x.svg").read_text()
+    assert drawn.count("<!-- resumed -->") == 1
+    assert drawn.count("<!-- jax \N{RIGHTWARDS ARROW} mlx -->") == 1
+
+
+def test_a_run_that_goes_on_again_from_the_same_step_tells_it_once(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    for row in (*made(5.0, 4.0), resumed(20, "jax", "jax")):
+        file.write(row)
+    file.close()
+    MetricsFile(tmp_path, 20).close()
+    assert read_rows(tmp_path) == made(5.0, 4.0)
