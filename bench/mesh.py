@@ -53,7 +53,6 @@ PLANS: dict[str, list[Row]] = {
         {**XXL, "mesh": "fsdp=4", **OVERLAP},
         {**LLAMA, "mesh": "fsdp=4", **OVERLAP},
         {**XXL, "mesh": "tensor=4"},
-        {**MAX, "mesh": "fsdp=4"},
         {**XXL, "mesh": "data=2,fsdp=2"},
         {**XXL, "mesh": "fsdp=4", "mixer": HYBRID, "rows": 8},
         {**XXL, "mesh": "fsdp=4", **FLOAT8},
@@ -62,6 +61,7 @@ PLANS: dict[str, list[Row]] = {
         {**LARGE, "mesh": "data=4"},
         {**LARGE, "mesh": "tensor=4"},
         {**XXL, "mesh": "fsdp=4", "again": False, "compiled": True},
+        {**MAX, "mesh": "fsdp=4", "save": True},
     ],
     "one": [
         {**LARGE, "mesh": "data=1"},
@@ -79,6 +79,7 @@ PLANS: dict[str, list[Row]] = {
         {**TINY, "mesh": "fsdp=2", **FLOAT8},
     ],
 }
+SAVING = 100  # seconds that a save is waited for
 MESSAGES = ("all-gather", "reduce-scatter", "all-reduce")
 
 
@@ -100,10 +101,10 @@ def main() -> int:
             row = step.row() if case.get("compiled") else step.timed(args.groups)
         except Exception as error:
             row, failed = {"error": scrubbed(f"{type(error).__name__}: {error}")}, 1
-        steps[number] = step = None  # so that its arrays go before the next one's come
         _add(args.lines, {**case, **row})
-    if args.checkpoint:
-        _add(args.lines, stall({**MAX, "mesh": "fsdp=4"} if args.plan == "four" else PLANS[args.plan][0], args.checkpoint))
+        if case.get("save") and args.checkpoint and "error" not in row:
+            _add(args.lines, stall(step, args.checkpoint))
+        steps[number] = step = None  # so that its arrays go before the next one's come
     pool.shutdown(wait=False, cancel_futures=True)
     return failed
 
@@ -191,11 +192,11 @@ def random_state(shapes: Any) -> Any:
     return {**zeros, "params": {name: make(name, shape) for name, shape in shapes["params"].items()}}
 
 
-def stall(case: Row, folder: pathlib.Path) -> Row:
-    """One save with Orbax: how long the loop waits, how long until it is whole on disk, how long steps take meanwhile."""
+def stall(step: Case, folder: pathlib.Path) -> Row:
+    """One save with Orbax: how long the loop waits, how long until it is whole on disk (None: longer than SAVING), how long steps take
+    meanwhile."""
     from smedjan_common.checkpoint import About, Background, start_own
 
-    step = Case(case)
     state, batch, during = random_state(step.backend.shapes), jax.device_put(step.batch), []
     about = About(model=step.model, train=step.backend.train, framework={"name": "jax"})
 
@@ -214,10 +215,12 @@ def stall(case: Row, folder: pathlib.Path) -> Row:
     writes = Background()
     writes.start(begin)
     stalled = time.perf_counter() - began
-    while not writes.take() and time.perf_counter() - began < 120:
+    while not (path := writes.take()) and time.perf_counter() - began < SAVING:
         during.append(one())
-    row = {"table": "checkpoint", "way": "orbax", **case, **step.row(), "step_seconds": alone, "stall_seconds": stalled}
-    return row | {"written_seconds": time.perf_counter() - began, "step_seconds_meanwhile": statistics.median(during) if during else None}
+    row = {"table": "checkpoint", "way": "orbax", **step.case, **step.row(), "step_seconds": alone, "stall_seconds": stalled}
+    row["state_bytes"] = sum(array.nbytes for array in jax.tree.leaves(state))
+    row["written_seconds"] = time.perf_counter() - began if path else None
+    return row | {"step_seconds_meanwhile": statistics.median(during) if during else None}
 
 
 def equal(lines: pathlib.Path) -> int:
@@ -252,7 +255,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=8, help="cases that are compiled side by side")
     parser.add_argument("--groups", type=int, default=3, help="groups of steps that are timed")
     parser.add_argument("--seconds", type=float, default=3000, help="how long to wait for compilation altogether")
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="a folder: save once there with Orbax, and measure the stall")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="a folder: rows that say so save there once, with Orbax")
     return parser.parse_args()
 
 
