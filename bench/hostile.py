@@ -14,7 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 CLIENTS = 16
-SECONDS = 10.0  # a server that answers nothing for so long hangs
+SECONDS = 60.0  # a server that answers nothing for so long hangs
+PATIENCE = 0.5  # of a client that leaves
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 VALUES = (
     None,
@@ -61,7 +62,7 @@ def attack(port: int, count: int, seed: int, clients: int = CLIENTS) -> Counter[
 
 def _sent(port: int, *parts: bytes, leaves: int | None = None) -> str:
     """Send the parts; the status of the answer. leaves: close after so many bytes of it."""
-    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS if leaves is None else PATIENCE) as client:
         try:
             for part in parts:
                 client.sendall(part)
@@ -70,6 +71,8 @@ def _sent(port: int, *parts: bytes, leaves: int | None = None) -> str:
             answer = b""
             while len(answer) < (leaves or 12) and (more := client.recv(4096)):
                 answer += more
+        except TimeoutError:
+            return "hangs" if leaves is None else "left"
         except (ConnectionResetError, BrokenPipeError):
             return "closed"
         if leaves:

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Receive = Callable[[], Coroutine[Any, Any, Any]]  # of ASGI
+Receive = Callable[[], Awaitable[Any]]  # of ASGI
 
 
 class Gone(Exception):
