@@ -91,12 +91,18 @@ FLAGS = {
     "host": "bind listen address ip",
     "api-key": "key token api-keys api-key-file",
     "log": "verbose access-log",
+    "tasks": "task benchmark benchmarks",
+    "shots": "num-fewshot n-shot num-shots few-shot fewshot",
+    "limit": "max-samples num-examples max-per-task n-samples",
+    "answers": "log-samples",
+    "batch-tokens": "batch-size",
     "pattern": "regex split-pattern pre-tokenizer",
 }
 NAMES = {
     "train": "finetune fine-tune sft pretrain fit continue resume lora",
     "generate": "sample chat infer inference complete predict run",
     "serve": "server api openai deploy host http",
+    "eval": "evaluate perplexity ppl score benchmark test lm-eval",
     "convert": "export import save-pretrained quantize gguf fuse merge",
     "prepare": "encode tokenize tokenise preprocess pretokenize prepare-data",
     "tokenizer": "train-tokenizer bpe tokenizer-train",

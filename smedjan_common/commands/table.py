@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model", "GenerateFlags"),
     "chat": Command("smedjan_common.commands.chat", "talk with a model in the terminal", "ChatFlags"),
     "serve": Command("smedjan_common.commands.serve", "answer over HTTP as OpenAI's API does", "ServeFlags"),
+    "eval": Command("smedjan_common.commands.eval", "measure loss, bits per byte and right answers of a trained model", "EvalFlags"),
     "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is", "InfoFlags"),
     "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers", "RunsFlags"),

@@ -10,9 +10,10 @@ The last window is moved back, so that it is full too. Rows are sorted by length
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,11 @@ from smedjan_common.backend import IGNORED, Backend, Scores
 from smedjan_common.errors import DataError, NotFiniteError
 from smedjan_common.inference.pieces import LEAST, power_of_two
 
+LOT = 64  # batches whose rows are sorted by length together
 BATCH_TOKENS = {"cpu": 4096, "gpu": 1 << 15}  # positions of a forward pass, by the kind of the device
+
+
+Item = TypeVar("Item")
 
 
 class Window(NamedTuple):
@@ -90,32 +95,44 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation: nats (negative), tokens, whether each of them is the most probable one, and context tokens that were cut off."""
+    """Of a continuation: the log-probability of each token, whether each is the most probable one, and context tokens that were cut off."""
 
-    logprob: float
-    tokens: int
+    logprobs: tuple[float, ...]
     greedy: bool
     cut: int = 0
+
+    @property
+    def logprob(self) -> float:
+        """Of all of it, nats (not positive)."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.logprobs)
 
 
 class Scorer:
     """Scores with the parameters of a backend. context: the most tokens that are read at once. Each method gives its results in the
-    order of what it is given. Raises NotFiniteError where the model gives no numbers."""
+    order of what it is given. Raises NotFiniteError where the model gives no numbers.
+
+    progress: called after each forward pass with how many tokens it scored.
+    """
 
     def __init__(self, backend: Backend, params: dict[str, Any], context: int, batch_tokens: int | None = None):
         self.backend, self.params, self.context = backend, params, context
         self.batch_tokens = batch_tokens or BATCH_TOKENS[backend.describe().kind]
+        self.progress: Callable[[int], None] = lambda tokens: None
 
     def documents(self, documents: Sequence[np.ndarray], stride: int | None = None) -> list[np.ndarray]:
         """Log-probability of every token but the first, float32 [n - 1] of each document of n tokens."""
-        cuts = [list(windows(len(ids), self.context, stride)) for ids in documents]
-        rows = (row(ids, window) for ids, its in zip(documents, cuts, strict=True) for window in its)
-        scores = iter(self.rows(rows))
-        found = []
-        for its in cuts:
-            parts = [scored.logprobs[window.first - window.begin - 1 :] for window, scored in zip(its, scores, strict=False)]
-            found.append(np.concatenate(parts) if parts else np.empty(0, np.float32))
-        return found
+        found: list[list[np.ndarray]] = [[] for _ in documents]
+        numbered = ((at, window) for at, ids in enumerate(documents) for window in windows(len(ids), self.context, stride))
+        for lot in _batched(numbered, max(1, LOT * self.batch_tokens // self.context)):
+            scores = self.rows(row(documents[at], window) for at, window in lot)
+            for (at, window), scored in zip(lot, scores, strict=True):
+                found[at].append(scored.logprobs[window.first - window.begin - 1 :])
+        return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in found]
 
     def continuations(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Of (context, continuation), ids, neither empty. Too long a pair loses the left of the context, never of the continuation.
@@ -155,6 +172,7 @@ class Scorer:
                 part = [value[:, : choices[0]] for value in part] if choices else [value[:, 0] for value in part]
                 found[number] = Scores(*part)
                 _check(found[number])
+            self.progress(sum(int((rows[number].targets != IGNORED).sum()) for number in numbers))
         return [found[number] for number in range(len(rows))]
 
     def _batches(self, rows: list[Row]) -> Iterator[list[int]]:
@@ -167,7 +185,7 @@ class Scorer:
         order = sorted(range(len(rows)), key=lambda number: (key(number), len(rows[number].inputs)), reverse=True)
         for (length, _), numbers in itertools.groupby(order, key):
             count = max(1, power_of_two(self.batch_tokens // length + 1) // 2)
-            yield from (list(batch) for batch in _batched(numbers, count))
+            yield from _batched(numbers, count)
 
     def _length(self, length: int) -> int:
         padded = max(LEAST, power_of_two(length))
@@ -178,9 +196,9 @@ class Scorer:
         return power_of_two(len(batch)), self._length(max(len(row.inputs) for row in batch)), power_of_two(widest)
 
 
-def _batched(numbers: Iterable[int], count: int) -> Iterator[list[int]]:
-    numbers = iter(numbers)
-    while batch := list(itertools.islice(numbers, count)):
+def _batched(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, count)):
         yield batch
 
 
@@ -205,10 +223,9 @@ def _check(scores: Scores) -> None:
 
 def _likelihood(parts: list[tuple[Row, Scores, int]], cut: int) -> Likelihood:
     """Of the windows of one continuation: (merged row, its scores, which of its choices)."""
-    nats, tokens, greedy = 0.0, 0, True
+    logprobs, greedy = [], True
     for merged, scores, at in parts:
         counted = merged.targets[:, at] != IGNORED
-        nats += float(scores.logprobs[counted, at].sum(dtype=np.float64))
-        tokens += int(counted.sum())
+        logprobs += scores.logprobs[counted, at].tolist()
         greedy &= bool(scores.greedy[counted, at].all())
-    return Likelihood(nats, tokens, greedy, cut)
+    return Likelihood(tuple(logprobs), greedy, cut)

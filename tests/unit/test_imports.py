@@ -40,7 +40,7 @@ FLOORS = (
     ("reference", "data", "config"),  # config: a face of two configurations
     ("checkpoint", "reporting"),
     ("inference",),
-    ("chat", "serving"),
+    ("chat", "evaluation", "serving"),
     ("run",),
     ("commands",),
     ("smedjan_jax", "smedjan_mlx"),
@@ -80,6 +80,7 @@ REASONS = {
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,
+    ("smedjan_common.evaluation.tasks", "yaml"): PACKAGE,
     ("smedjan_common.text.rows", "datasets"): PACKAGE,
     ("smedjan_common.checkpoint.tensors", "ml_dtypes"): "only bfloat16 needs it",
     ("convert.gguf_file", "gguf"): PACKAGE,
@@ -92,9 +93,11 @@ REASONS = {
     ("smedjan_mlx.chat", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_jax.generate", "smedjan_jax.backend"): "a framework: everything that can be refused is refused before it is imported",
     ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
+    ("smedjan_jax.eval", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_mlx.generate", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.serve", "smedjan_mlx.backend"): "a framework, likewise",
+    ("smedjan_mlx.eval", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.train", "smedjan_mlx.backend"): "a framework, likewise",
 }
 

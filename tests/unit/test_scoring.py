@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from smedjan_common.backend import IGNORED
 from smedjan_common.errors import DataError, NotFiniteError
 from smedjan_common.inference.pieces import scores_in_pieces
-from smedjan_common.inference.scoring import Likelihood, Scorer, seam, windows
+from smedjan_common.inference.scoring import Scorer, seam, windows
 from smedjan_common.inference.tally import Tally
 from smedjan_common.tokenizer import Tokenizer
 
@@ -97,10 +97,20 @@ def test_continuations_of_one_token_share_the_row_of_their_context():
     for (context, continuation), one in zip(pairs, found, strict=True):
         ids = context + continuation
         wanted = sum(by_hand(ids, 0, at) for at in range(len(context), len(ids)))
-        assert one == Likelihood(
-            pytest.approx(wanted), len(continuation), continuation[0] == sum(context) % VOCAB and len(continuation) == 1
-        )
+        assert one.logprob == pytest.approx(wanted)
+        assert one.tokens == len(continuation)
     assert [one.greedy for one in found] == [False, True, False, False]
+
+
+def test_long_documents_are_scored_in_lots_and_each_token_is_told_once():
+    documents = [np.arange(500) % VOCAB, np.arange(7), np.arange(3000) % VOCAB]
+    scorer, told = Scorer(Summing(), 1, context=4, batch_tokens=16), []
+    scorer.progress = told.append
+    found = scorer.documents(documents, stride=2)
+    assert sum(told) == 499 + 6 + 2999
+    for ids, logprobs in zip(documents, found, strict=True):
+        its = [(window.begin, at) for window in windows(len(ids), 4, 2) for at in range(window.first, window.end)]
+        assert np.allclose(logprobs, [by_hand(ids, *one) for one in its], rtol=0, atol=1e-5)
 
 
 def test_a_model_that_gives_no_numbers_is_told():
