@@ -74,19 +74,31 @@ def compared(rows: list[Row]) -> list[Row]:
     for name, pair in PAIRS.items():
         curves = [next((row for row in rows if _same({**task, "steps": row["steps"]}, row)), None) for task in pair]
         if all(curves):
-            gate = GATES[name.split()[0]]
-            found.append({"pair": name, **between(*(row["losses"] for row in curves if row)), "gate": gate})
+            losses = [row["losses"] for row in curves if row]
+            found.append({"pair": name, **between(*losses), "gate": GATES[name.split()[0]], **_drawn(name, losses)})
     return found
 
 
 def between(one: list[float], other: list[float]) -> Row:
     """How far `other` is from `one`, by means over windows of steps."""
     steps = min(len(one), len(other))
-    size = max(1, min(WINDOW, steps // 10))
+    size = _window(steps)
     a, b = (np.asarray(losses[: steps - steps % size]).reshape(-1, size).mean(1) for losses in (one, other))
     off, tenth = b / a - 1, max(1, len(a) // 10)
     last = b[-tenth:].mean() / a[-tenth:].mean() - 1
     return {"steps": steps, "loss": round(float(b[-1]), 4), "largest": float(np.abs(off[tenth:]).max()), "last": float(last)}
+
+
+def _drawn(name: str, losses: list[list[float]]) -> Row:
+    """What the picture shows: means over windows, and what the curves are."""
+    names = {"torch": ["torch", "smedjan"], "float8": ["bfloat16", "float8"], "kernels": ["plain", "kernels"]}[name.split()[0]]
+    size = _window(min(map(len, losses)))
+    means = [[round(float(np.mean(each[at : at + size])), 5) for at in range(0, len(each) - size + 1, size)] for each in losses]
+    return {"names": names, "window": size, "curves": means}
+
+
+def _window(steps: int) -> int:
+    return max(1, min(WINDOW, steps // 10))
 
 
 def curve(task: Row, data: pathlib.Path) -> Row:

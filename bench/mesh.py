@@ -185,11 +185,15 @@ def random_state(shapes: Any) -> Any:
     def make(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if len(shape.shape) < 2:
             return jnp.ones(shape.shape, shape.dtype, device=shape.sharding)
-        draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, shape.shape, shape.dtype), out_shardings=shape.sharding)
-        return draw(jax.random.key(sum(name.encode())))
+        return _drawing(shape.shape, shape.sharding)(jax.random.key(sum(name.encode())))
 
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype, device=shape.sharding), shapes)
     return {**zeros, "params": {name: make(name, shape) for name, shape in shapes["params"].items()}}
+
+
+@functools.cache
+def _drawing(shape: tuple[int, ...], place: Any) -> Any:
+    return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape), out_shardings=place)
 
 
 def stall(step: Case, folder: pathlib.Path) -> Row:

@@ -6,12 +6,13 @@ A generated part stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
 is kept. A part without results stays as it is. Each device has its own result files; those of an accelerator come first.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Callable
 
-from bench.rows import RESULTS, ROOT, Row
+from bench import scale_tables
+from bench.rows import ROOT, Row
+from bench.tables import newest, reports, table
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.memory import state_bytes
@@ -19,7 +20,7 @@ from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.mixers import MIXERS
 
 DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "images"
-PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "mixers.md", "performance.md", "training.md")
+PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "mixers.md", "performance.md", "scale.md", "training.md")
 CHECKS = {
     "forward": "logits against the reference",
     "loss": "loss",
@@ -47,7 +48,7 @@ def main() -> None:
         path = DOCS / page
         path.write_text(rendered(path.read_text()))
     IMAGES.mkdir(exist_ok=True)
-    for name, found in (("equivalence", conformance()), ("learning", newest("learning")), ("mixers", newest("mixers"))):
+    for name, found in (("equivalence", conformance()), *((name, newest(name)) for name in ("learning", "mixers", "curves"))):
         if found:
             getattr(pictures, name)(found, IMAGES / f"{name}.png")
 
@@ -60,22 +61,6 @@ def rendered(text: str) -> str:
         return match[0] if content is None else f"<!-- bench:{match[1]} -->\n{content}\n<!-- /bench:{match[1]} -->"
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench:\1 -->", fill, text, flags=re.DOTALL)
-
-
-def reports(name: str) -> dict[str, Row]:
-    """Device -> result file, accelerators first."""
-    found = {path.stem.removeprefix(f"{name}-"): json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))}
-    return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
-
-
-def newest(name: str) -> Row | None:
-    """The result file of the best device."""
-    return next(iter(reports(name).values()), None)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 # equivalence
@@ -403,6 +388,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "sampling": sampling,
     "stalls": stalls,
     "converts": converts,
+    **scale_tables.PARTS,
 }
 
 if __name__ == "__main__":
