@@ -1,1 +1,51 @@
 """The JAX/Flax backend (NVIDIA GPU, CPU)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    from smedjan_common.inference.language_model import LanguageModel
+    from smedjan_common.model.config import ModelConfig
+    from smedjan_common.run.trainer import Trainer
+    from smedjan_common.tokenizer import Tokenizer
+
+
+def load(path: "str | os.PathLike", dtype: str | None = None) -> "LanguageModel":
+    """A trained model to use: a run folder, a checkpoint in it, or a Hugging Face directory. docs/python.md has examples.
+
+    dtype: "float32" (None too), "bfloat16", or "auto": what is fastest on the device. Raises SmedjanError, in three sentences, for what
+    is no model, cannot be read by this backend, or does not fit into memory.
+    """
+    from smedjan_common.commands.backends import check_installed
+    from smedjan_common.inference.language_model import LanguageModel
+    from smedjan_jax.generate import load as framework
+
+    check_installed("jax")
+    return LanguageModel(path, "jax", framework, dtype or "float32")
+
+
+def fit(**flags: Any) -> "LanguageModel":
+    """Train as `smedjan train` does, with its flags as keywords: fit(dataset="my.txt", size="tiny", steps=200, checkpoint_dir="runs/mine").
+
+    Gives the trained model. A run that is there goes on. Raises TypeError for an unknown flag, SmedjanError, KeyboardInterrupt.
+    """
+    from smedjan_common.commands.backends import check_installed
+    from smedjan_common.commands.fit import fit as run
+    from smedjan_jax.train import load as framework
+
+    check_installed("jax")
+    return load(run("jax", framework, flags))
+
+
+def trainer(
+    model: "ModelConfig | str | os.PathLike", tokenizer: "Tokenizer | None" = None, *, lr: float = 1e-3, seed: int = 0, **options: Any
+) -> "Trainer":
+    """Train a step at a time. model: a ModelConfig, or the path of a model to start from; options: optimizer, weight_decay, clip_norm,
+    dtype and the other fields of TrainConfig."""
+    from smedjan_common.commands.backends import check_installed
+    from smedjan_common.run.trainer import Trainer
+    from smedjan_jax.train import load as framework
+
+    check_installed("jax")
+    return Trainer(framework, model, tokenizer, lr, seed, **options)

@@ -43,10 +43,11 @@ def run(name: str, load: Load, argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     prog = f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train"
-    return run_command(lambda: _train(name, load, Asked(*parse(argv, prog=prog))))
+    return run_command(lambda: train(name, load, Asked(*parse(argv, prog=prog))))
 
 
-def _train(name: str, load: Load, asked: "Asked") -> int:
+def train(name: str, load: Load, asked: "Asked") -> int:
+    """Train what is asked for with the backend `name`; returns the exit code. Raises SmedjanError."""
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.reporting.console import say
     from smedjan_common.run.checks import check_words

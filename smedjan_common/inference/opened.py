@@ -13,12 +13,15 @@ import numpy as np
 
 from smedjan_common.backend import Backend
 from smedjan_common.checkpoint import CheckpointInfo, check_readable, read_weights
+from smedjan_common.errors import unknown
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.inference.open import Foreign, decoding_config, open_model
 from smedjan_common.inference.room import check_room, rows_that_fit
 from smedjan_common.inference.scoring import Scorer, row, windows
 from smedjan_common.inference.ticket import Scored
+
+DTYPES = ("auto", "float32", "bfloat16")  # to infer in
 
 # imports a framework: -> (the backend's class, the dtype that auto means here)
 Load = Callable[[], tuple[Callable[..., Backend], str]]
@@ -45,8 +48,8 @@ class OpenModel:
         """
         if isinstance(self.info, CheckpointInfo):
             check_readable(self.info, name)
-        if dtype != "auto":
-            decoding_config(self.info, dtype)
+        if dtype not in DTYPES:
+            raise unknown("--dtype", dtype, DTYPES)
         make_backend, auto = load()
         config = decoding_config(self.info, auto if dtype == "auto" else dtype)
         self.backend, self.dtype = make_backend(self.model, config), config.dtype

@@ -91,6 +91,8 @@ REASONS = {
     ("smedjan_common.chat.reader", "readline"): "only a terminal has it, and not every Python",
     ("smedjan_jax.chat", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_mlx.chat", "smedjan_mlx.backend"): "a framework, likewise",
+    ("smedjan_jax", "*"): "importing the package imports neither a framework nor NumPy; its functions do",
+    ("smedjan_mlx", "*"): "likewise",
     ("smedjan_jax.generate", "smedjan_jax.backend"): "a framework: everything that can be refused is refused before it is imported",
     ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.eval", "smedjan_jax.backend"): "a framework, likewise",
