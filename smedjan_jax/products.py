@@ -111,9 +111,9 @@ def _forward(float8: bool, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[j
     weight, like = _joined(weights, x.dtype), jnp.zeros((0,), x.dtype)
     if not float8:
         return x @ weight.T, (x, weights, None, like)
-    x8, weight8 = quantised(x, FORWARD), quantised(weight, FORWARD)
-    kept = None if _again(weights) else weight8
-    return _product(x8, weight8, ((x.ndim - 1,), (1,)), x.dtype), (x8, weights, kept, like)
+    x8, weight8 = quantised(_flat(x), FORWARD), quantised(weight, FORWARD)
+    y = _product(x8, weight8, ((1,), (1,)), x.dtype).reshape(*x.shape[:-1], -1)
+    return y, (x8, weights, None if _again(weights) else weight8, like)
 
 
 def _backward(float8: bool, saved: Any, dy: jax.Array) -> tuple[jax.Array, tuple[Weight, ...]]:
@@ -121,16 +121,21 @@ def _backward(float8: bool, saved: Any, dy: jax.Array) -> tuple[jax.Array, tuple
     if _again(weights):
         # behind the barrier it is another gather than the forward pass's, and none that could begin before its turn
         weights, dy = jax.lax.optimization_barrier((weights, dy))
-    rows = tuple(range(dy.ndim - 1))
     if not float8:
+        rows = tuple(range(dy.ndim - 1))
         dx, dweight = dy @ _joined(weights, like.dtype), jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
         return dx, _parted(dweight, weights)
-    weight, dy8 = weight or quantised(_joined(weights, like.dtype), FORWARD), quantised(dy, BACKWARD)
-    dx = _product(dy8, weight, ((dy.ndim - 1,), (0,)), like.dtype, exact=True)
-    return dx, _parted(_product(dy8, x, (rows, rows), like.dtype, exact=True), weights)
+    weight, dy8 = weight or quantised(_joined(weights, like.dtype), FORWARD), quantised(_flat(dy), BACKWARD)
+    dx = _product(dy8, weight, ((1,), (0,)), like.dtype, exact=True).reshape(*dy.shape[:-1], -1)
+    return dx, _parted(_product(dy8, x, ((0,), (0,)), like.dtype, exact=True), weights)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """A matrix of all rows, as XLA wants the operands of a float8 matmul."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _again(weights: tuple[Weight, ...]) -> bool:
