@@ -75,6 +75,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     from smedjan_common.run.claim import check_folder
     from smedjan_common.run.completed import complete, data_of
     from smedjan_common.run.decided import decide, run_config
+    from smedjan_common.run.expected import expected, so_far
     from smedjan_common.run.notes import notes
     from smedjan_common.run.plan import heading, plan
     from smedjan_common.run.start import find_begin
@@ -100,10 +101,10 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
         say(f"note: {line}")
     backend, device = _on_devices(decided, framework(), say)
     if dry_run:
-        say(plan(decided, device))
+        say(plan(decided, device, expected(decided, device, backend)))
         return 0
     config = run_config(decided, say)
-    say(heading(decided, device))
+    say(heading(decided, device, so_far(decided, device)))
     return loop.run(config, backend)
 
 

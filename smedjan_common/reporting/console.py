@@ -66,7 +66,7 @@ def counted(number: int, noun: str) -> str:
 
 def flop(number: float) -> str:
     """`13 MFLOP`, `798 GFLOP`: floating-point operations, with the prefixes of physics."""
-    for divisor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for divisor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * divisor:
             return f"{number / divisor:.3g} {prefix}FLOP" if number < 999.5 * divisor else f"{number / divisor:.0f} {prefix}FLOP"
     return f"{number:.3g} FLOP"

@@ -1,37 +1,95 @@
-"""What a run is about to do: the heading of every run, and all of a dry run."""
+"""What a run is about to do, as a table: the heading of every run, and all of a dry run."""
 
 import shutil
+import sys
+import textwrap
 
 from smedjan_common.backend import Device
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import active_params, train_flops_per_token
 from smedjan_common.reporting.console import count, flop, size
 from smedjan_common.run.decided import Decided
+from smedjan_common.run.expected import Expected
 from smedjan_common.run.room import existing, needed, room
+from smedjan_common.streams import is_live
 from smedjan_common.training.memory import state_bytes
 
+PIPE, NAMES = 80, 9  # columns: of what is no terminal, and of the first column
+Line = tuple[str, str]
 
-def heading(decided: Decided, device: Device) -> str:
-    """Four lines: device, model, data, steps."""
+
+def heading(decided: Decided, device: Device, time: Expected | None = None) -> str:
+    """What, on what, from what, how much and where; time: where it is known."""
+    lines = [
+        _device(decided, device),
+        _memory(decided, device),
+        _model(decided.model),
+        _data(decided),
+        *_training(decided),
+        _folder(decided),
+    ]
+    return as_table([*lines, *([("time", str(time))] if time else [])])
+
+
+def plan(decided: Decided, device: Device, time: Expected) -> str:
+    """The heading and what it comes to in FLOPs, disk and time."""
     model, train, data = decided.model, decided.train, decided.data
     assert data
-    held_out = f", {count(data.val.num_tokens)} to validate on" if data.val else ", nothing to validate on"
-    tokens = f"{count(data.train.num_tokens)} tokens{held_out}" if data.train else f"{size(data.text_bytes)} of text, not tokenised yet"
+    tokens = train.steps * train.batch_size * train.seq_len
+    flops = train_flops_per_token(model, train.seq_len)
+    if decided.known_steps:
+        passes = f"{tokens / data.train.num_tokens:.2f} passes over the data; " if data.train else ""
+        work = f"{passes}{flop(flops)} a token, {flop(flops * tokens)} in all"
+        often = ", ".join(
+            f"{what} {_every(decided.every(name))}" for name, what in _OFTEN.items() if data.val or not data.train or name != "eval_every"
+        )
+    else:
+        work, often = "one pass over the data; how many steps that is, tokenising will tell", ""
+    free = shutil.disk_usage(existing(decided.folder)).free
+    lines = [
+        ("work", work),
+        ("disk", f"{size(state_bytes(model, train))} a checkpoint, {size(free)} free"),
+        *([("besides", often)] if often else []),
+        ("time", str(time) if decided.known_steps else "not known before tokenising"),
+    ]
+    return f"{heading(decided, device)}\n{as_table(lines)}\nDry run: nothing was written."
+
+
+def as_table(lines: list[Line]) -> str:
+    """Names and words in two columns, within the width of the terminal, and of PIPE elsewhere. A path is never broken."""
+    width = max(40, shutil.get_terminal_size().columns if is_live(sys.stdout) else PIPE)
+    return "\n".join(
+        textwrap.fill(
+            f"{name:<{NAMES}}{words}",
+            width,
+            subsequent_indent=" " * NAMES,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, words in lines
+    )
+
+
+def _device(decided: Decided, device: Device) -> Line:
     devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
     kind = f" ({device.kind})" if device.kind != device.name else ""
     mesh = f", mesh {device.mesh}" if device.count > 1 else ""
     kernels = f", kernels {device.kernels}" if device.kernels else ""
     idle = f"; {device.count} of {device.visible} devices, --mesh data={device.visible} takes all" if device.count < device.visible else ""
-    return "\n".join(
-        (
-            f"device   {device.backend} on {devices}{kind}, {train.dtype}{mesh}{kernels}{idle}",
-            f"model    {count(model.num_params())} parameters{_active(model)}: dim {model.dim}, {model.layers} layers, {model.heads} heads"
-            f"{f', {model.kv_heads} key/value heads' if model.kv_heads != model.heads else ''}, vocabulary {model.vocab_size}",
-            f"data     {tokens}",
-            f"training {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, {train.optimizer}, peak lr {train.lr:g}"
-            f" ({train.lr_schedule}, warm-up {train.warmup}), into {decided.folder}",
-        )
-    )
+    return "device", f"{device.backend} on {devices}{kind}, {decided.train.dtype}{mesh}{kernels}{idle}"
+
+
+def _memory(decided: Decided, device: Device) -> Line:
+    there = room(device)
+    known = "" if there is None else f", {size(there)} {'free' if device.kind == 'cpu' else 'there'}"
+    each = " on each device" if device.count > 1 and device.kind == "gpu" else ""
+    return "memory", f"about {size(needed(decided.model, decided.train, device))}{each}{known}"
+
+
+def _model(model: ModelConfig) -> Line:
+    shared = f", {model.kv_heads} key/value heads" if model.kv_heads != model.heads else ""
+    shape = f"dim {model.dim}, {model.layers} layers, {model.heads} heads{shared}, vocabulary {model.vocab_size}"
+    return "model", f"{count(model.num_params())} parameters{_active(model)}: {shape}"
 
 
 def _active(model: ModelConfig) -> str:
@@ -39,23 +97,34 @@ def _active(model: ModelConfig) -> str:
     return f", {count(active)} of them for a token" if active != model.num_params() else ""
 
 
-def plan(decided: Decided, device: Device) -> str:
-    """The heading and what it comes to in tokens, passes, FLOPs and memory."""
-    model, train, data = decided.model, decided.train, decided.data
+def _data(decided: Decided) -> Line:
+    data = decided.data
     assert data
-    per_step = train.batch_size * train.seq_len
-    tokens = train.steps * per_step
-    flops = train_flops_per_token(model, train.seq_len)
-    memory, there = needed(model, train, device), room(device)
-    lines = [heading(decided, device)]
-    if decided.known_steps:
-        passes = f", {tokens / data.train.num_tokens:.2f} passes over the data" if data.train else ""
-        lines.append(f"tokens   {count(tokens)} in all{passes}; {flop(flops)} a token, {flop(flops * tokens)} in all")
-    else:
-        lines.append("tokens   one pass over the data; how many steps that is, tokenising will tell")
-    known = "" if there is None else f", {size(there)} {'free' if device.kind == 'cpu' else 'there'}"
-    lines.append(f"memory   about {size(memory)}{' on each device' if device.count > 1 and device.kind == 'gpu' else ''}{known}")
-    lines.append(f"disk     {size(state_bytes(model, train))} a checkpoint, {size(shutil.disk_usage(existing(decided.folder)).free)} free")
-    lines.append(f"starts   {f'from {decided.start.path}' if decided.start else 'at step 0'}")
-    lines.append("Dry run: nothing was written.")
-    return "\n".join(lines)
+    held_out = f", {count(data.val.num_tokens)} to validate on" if data.val else ", nothing to validate on"
+    return (
+        "data",
+        f"{count(data.train.num_tokens)} tokens{held_out}" if data.train else f"{size(data.text_bytes)} of text, not tokenised yet",
+    )
+
+
+def _training(decided: Decided) -> list[Line]:
+    model, train = decided.model, decided.train
+    tokens = train.steps * train.batch_size * train.seq_len
+    each = f" = {count(tokens)} tokens, {tokens / model.num_params():.2g} a parameter" if decided.known_steps else ""
+    return [
+        ("training", f"{train.steps} steps of {train.batch_size} x {train.seq_len}{each}"),
+        ("", f"{train.optimizer}, peak lr {train.lr:g} ({train.lr_schedule}, warm-up {train.warmup})"),
+    ]
+
+
+def _folder(decided: Decided) -> Line:
+    if decided.start:
+        return "folder", f"{decided.folder}, from step {decided.start.step}"
+    return "folder", f"{decided.folder}, a new run{f' from {decided.pretrained.path}' if decided.pretrained else ''}"
+
+
+_OFTEN = {"eval_every": "an evaluation", "sample_every": "a sample", "checkpoint_every": "a checkpoint"}
+
+
+def _every(steps: int) -> str:
+    return f"every {steps} steps" if steps > 1 else "every step" if steps else "never on the way"
