@@ -1,8 +1,8 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
 A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
-keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits`, `Decoder.feed` and `Decoder.step` waits for the
-device.
+keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits` and a decoder's `feed`, `step`
+and `block` waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,6 +113,12 @@ class Decoder(Protocol):
     def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Every row consumes one of the tokens, int [rows], where `active`, bool [rows]: logits, float32 [rows, vocab_size]. The others
         keep their state bit for bit; their logits say nothing."""
+        ...
+
+    def block(self, rows: Sequence[Any], steps: int) -> list[Any]:
+        """Some rows draw up to `steps` tokens by themselves, on the device: what each is to do (smedjan_common.inference.drawing.Draw, each
+        row once at most) -> what it drew (Drawn). For requests of which drawing.on_device says so; few different `steps`, since each is
+        compiled."""
         ...
 
     def reset(self, row: int | None = None) -> None:

@@ -16,15 +16,20 @@ import numpy as np
 from smedjan_common.backend import LESS_TO_DECODE
 from smedjan_common.config import ModelConfig
 from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.inference.drawing import Draw, Drawn, Settings, Way, seen, settings, way
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
 from smedjan_jax import sharding
 from smedjan_jax.guard import guarded
 from smedjan_jax.model import Model, State
 from smedjan_jax.modules import Params
+from smedjan_jax.noise import gumbel
+from smedjan_jax.sampling import draw
 from smedjan_jax.weights import decoding_weights, views
 
 Layers = list[State]
+
+NOISE_AT_ONCE = 1 << 25  # float32 values: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,20 @@ class JaxDecoder:
         self._positions += active
         return np.asarray(logits)
 
+    def block(self, rows: Sequence[Draw], steps: int) -> list[Drawn]:
+        vocab, kind = self.model.vocab_size, way(rows, self.model.vocab_size)
+        token, place, left = (np.zeros(self.rows, np.int32) for _ in range(3))
+        for each in rows:
+            token[each.row], place[each.row], left[each.row] = each.token, len(each.history), each.most
+        read = self._read(max((self.position(each.row) for each in rows), default=0) + steps)
+        texts = seen(rows, self.rows, vocab) if kind.penalized else np.zeros((self.rows, 1), bool)
+        begin = Going(token, self._positions.copy(), place, left, left > 0, texts, np.zeros(self.rows, bool))
+        drawn, end, logits = self._run(self._compiled.block, begin, settings(rows, self.rows, vocab), kind, steps, read)
+        asked, drawn = jax.device_get((end.asked, drawn))
+        self._positions = np.array(end.position)
+        waiting = np.asarray(logits) if asked.any() else None
+        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if asked[each.row] else None) for each in rows]
+
     def reset(self, row: int | None = None) -> None:
         for each in range(self.rows) if row is None else (row,):
             self._layers = self._compiled.reset(self._layers, np.int32(each))
@@ -100,9 +119,21 @@ class JaxDecoder:
         """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
         return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
 
-    def _run(self, function: Callable, *args: Any) -> jax.Array:
-        logits, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
-        return logits
+    def _run(self, function: Callable, *args: Any) -> Any:
+        given, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
+        return given
+
+
+class Going(NamedTuple):
+    """Where the rows of a block are, arrays of R rows."""
+
+    token: Any  # drawn, not consumed yet
+    position: Any
+    place: Any  # of the next token in the text
+    left: Any  # tokens that may be drawn
+    active: Any
+    seen: Any  # bool [R, V], or [R, 1] where there is no penalty
+    asked: Any  # whether the host is to choose the next token
 
 
 class Functions(NamedTuple):
@@ -110,6 +141,7 @@ class Functions(NamedTuple):
 
     feed: Callable
     step: Callable
+    block: Callable
     reset: Callable
     save: Callable
     load: Callable
@@ -132,6 +164,30 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
     def step(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
         return logits(weights, tokens, layers, position, active, length)
 
+    def block(weights: Params, layers: Layers, begin: Going, how: Settings, kind: Way, steps: int, length: int):
+        rows, vocab = len(begin.token), model.vocab_size
+        ahead = kind.random and steps * rows * vocab <= NOISE_AT_ONCE
+        places_SR = begin.place + jnp.arange(steps)[:, None]
+        of_place = functools.partial(gumbel, count=vocab)
+        noise = jax.vmap(of_place, (None, 0))(how.seed, places_SR) if ahead else jnp.zeros((steps, 0))
+
+        def go_on(carry: tuple[Going, Layers, jax.Array], noise_RV: jax.Array):
+            at, layers, waiting = carry
+            scores, layers = logits(weights, at.token[:, None], layers, at.position, at.active, length)
+            drawn = noise_RV if ahead or not kind.random else of_place(how.seed, at.place)
+            chosen, sure = draw(scores, drawn, how, at.seen, kind)
+            asked, took = at.active & ~sure, at.active & sure
+            texts = at.seen.at[jnp.arange(rows), chosen].max(took) if kind.penalized else at.seen
+            left = at.left - took
+            active = took & (left > 0) & ~(chosen[:, None] == how.stops).any(axis=1)
+            token = jnp.where(took, chosen, at.token)
+            after = Going(token, at.position + at.active, at.place + took, left, active, texts, at.asked | asked)
+            return (after, layers, jnp.where(asked[:, None], scores, waiting)), jnp.where(took, chosen, -1)
+
+        start = jax.tree.map(jnp.asarray, begin), layers, jnp.zeros((rows, vocab))
+        (end, layers, waiting), tokens_SR = jax.lax.scan(go_on, start, noise)
+        return (tokens_SR, end, waiting), layers
+
     def reset(layers: Layers, row: jax.Array) -> Layers:
         return _with_row(layers, row, jax.tree.map(lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype), layers))
 
@@ -148,10 +204,16 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
     return Functions(
         jit(feed, donate_argnums=1, static_argnums=5),
         jit(step, donate_argnums=1, static_argnums=5),
+        jit(block, donate_argnums=1, static_argnums=(4, 5, 6)),
         jit(reset, donate_argnums=0),
         jit(save, static_argnums=2),
         jit(load, donate_argnums=0),
     )
+
+
+def _tokens(drawn: np.ndarray) -> list[int]:
+    """What a row drew, without the steps in which it did not."""
+    return drawn[drawn >= 0].tolist()
 
 
 def _specs(model: ModelConfig, layer: int, max_len: int) -> list[StateSpec]:

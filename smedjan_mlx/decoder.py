@@ -16,12 +16,15 @@ from mlx.utils import tree_flatten, tree_map
 from smedjan_common.backend import LESS_TO_DECODE
 from smedjan_common.config import ModelConfig
 from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.inference.drawing import Draw, Drawn, Settings, Way, seen, settings, way
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
 from smedjan_mlx.guard import guarded
 from smedjan_mlx.model import Model, State
 from smedjan_mlx.modules import Params
+from smedjan_mlx.noise import gumbel
 from smedjan_mlx.precision import on_gpu
+from smedjan_mlx.sampling import draw
 from smedjan_mlx.weights import decoding_weights, views
 
 Layers = list[State]
@@ -75,6 +78,25 @@ class MlxDecoder:
         self._positions += active
         return np.array(logits)
 
+    def block(self, rows: Sequence[Draw], steps: int) -> list[Drawn]:
+        vocab, kind = self.model.vocab_size, way(rows, self.model.vocab_size)
+        token, place, left = (np.zeros(self.rows, np.int32) for _ in range(3))
+        for each in rows:
+            token[each.row], place[each.row], left[each.row] = each.token, len(each.history), each.most
+        read = self._read(max((self.position(each.row) for each in rows), default=0) + steps)
+        texts = seen(rows, self.rows, vocab) if kind.penalized else np.zeros((self.rows, 1), bool)
+        at = Going(*map(mx.array, (token, self._positions, place, left, left > 0, texts, np.zeros(self.rows, bool))))
+        how, logits, taken = Settings(*map(mx.array, settings(rows, self.rows, vocab))), mx.zeros((self.rows, vocab)), []
+        for _ in range(steps):  # each is under way while the next is prepared
+            at, logits, chosen = self._start(self._compiled.block, at, logits, how, kind, read)
+            taken.append(chosen)
+        at = Going(*at)
+        guarded(mx.eval, at, logits, taken, self._layers, fix=LESS_TO_DECODE)
+        asked, drawn = np.array(at.asked), np.stack([np.array(chosen) for chosen in taken])
+        self._positions = np.array(at.position)
+        waiting = np.array(logits) if asked.any() else None
+        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if asked[each.row] else None) for each in rows]
+
     def reset(self, row: int | None = None) -> None:
         for each in range(self.rows) if row is None else (row,):
             self._change(self._compiled.reset, each)
@@ -102,14 +124,31 @@ class MlxDecoder:
         """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
         return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
 
-    def _run(self, function: Callable, *args: Any) -> mx.array:
-        logits, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
-        guarded(mx.eval, logits, self._layers, fix=LESS_TO_DECODE)
-        return logits
+    def _run(self, function: Callable, *args: Any) -> Any:
+        given = self._start(function, *args)
+        guarded(mx.eval, given, self._layers, fix=LESS_TO_DECODE)
+        return given
+
+    def _start(self, function: Callable, *args: Any) -> Any:
+        given, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
+        guarded(mx.async_eval, given, self._layers, fix=LESS_TO_DECODE)
+        return given
 
     def _change(self, function: Callable, *args: Any) -> None:
         self._layers = function(self._layers, *args)
         guarded(mx.eval, self._layers, fix=LESS_TO_DECODE)
+
+
+class Going(NamedTuple):
+    """Where the rows of a block are, arrays of R rows."""
+
+    token: Any  # drawn, not consumed yet
+    position: Any
+    place: Any  # of the next token in the text
+    left: Any  # tokens that may be drawn
+    active: Any
+    seen: Any  # bool [R, V], or [R, 1] where there is no penalty
+    asked: Any  # whether the host is to choose the next token
 
 
 class Functions(NamedTuple):
@@ -117,6 +156,7 @@ class Functions(NamedTuple):
 
     feed: Callable
     step: Callable
+    block: Callable
     reset: Callable
     save: Callable
     load: Callable
@@ -138,6 +178,21 @@ def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
     def step(weights: Params, layers: Layers, tokens: mx.array, position: mx.array, active: mx.array, length: int):
         return logits(weights, tokens, layers, position, active, length)
 
+    def block(weights: Params, layers: Layers, at: Going, waiting: mx.array, how: Settings, kind: Way, length: int):
+        at, how = Going(*at), Settings(*how)  # compiled, they come as plain tuples
+        scores, layers = logits(weights, at.token[:, None], layers, at.position, at.active, length)
+        noise = gumbel(how.seed, at.place, model.vocab_size) if kind.random else scores
+        chosen, sure = draw(scores, noise, how, at.seen, kind)
+        asked, took = at.active & ~sure, at.active & sure
+        texts, one = at.seen, chosen[:, None]
+        if kind.penalized:
+            texts = mx.put_along_axis(texts, one, mx.take_along_axis(texts, one, axis=1) | took[:, None], axis=1)
+        left = at.left - took.astype(mx.int32)
+        active = took & (left > 0) & ~(one == how.stops).any(axis=1)
+        position, place = at.position + at.active.astype(mx.int32), at.place + took.astype(mx.int32)
+        after = Going(mx.where(took, chosen, at.token), position, place, left, active, texts, at.asked | asked)
+        return (after, mx.where(asked[:, None], scores, waiting), mx.where(took, chosen, -1)), layers
+
     def reset(layers: Layers, row: int) -> Layers:
         return _with_row(layers, mx.array(row), tree_map(lambda array: mx.zeros((1, *array.shape[1:]), array.dtype), layers))
 
@@ -150,17 +205,22 @@ def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
     def load(layers: Layers, row: int, saved: Layers) -> Layers:
         return _with_row(reset(layers, row), mx.array(row), saved)
 
-    return Functions(_compiled(feed), _compiled(step), reset, save, load)
+    return Functions(_compiled(feed), _compiled(step), _compiled(block, 2), reset, save, load)
 
 
-def _compiled(function: Callable) -> Callable:
-    """One compilation for each value of the last argument, on a GPU; on a CPU MLX's compiler takes half a minute and gains nothing."""
+def _compiled(function: Callable, fixed: int = 1) -> Callable:
+    """One compilation for each value of the last arguments, on a GPU; on a CPU MLX's compiler takes half a minute and gains nothing."""
 
     @functools.cache
-    def at(last: int) -> Callable:
-        return mx.compile(lambda *args: function(*args, last))
+    def at(*last: Any) -> Callable:
+        return mx.compile(lambda *args: function(*args, *last))
 
-    return (lambda *args: at(args[-1])(*args[:-1])) if on_gpu() else function
+    return (lambda *args: at(*args[-fixed:])(*args[:-fixed])) if on_gpu() else function
+
+
+def _tokens(drawn: np.ndarray) -> list[int]:
+    """What a row drew, without the steps in which it did not."""
+    return drawn[drawn >= 0].tolist()
 
 
 def _specs(model: ModelConfig, layer: int, max_len: int) -> list[StateSpec]:
