@@ -30,7 +30,7 @@ from smedjan_jax import experts, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
 from smedjan_jax.guard import guarded
-from smedjan_jax.loss import cross_entropy, forward_loss
+from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss
 from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
@@ -58,6 +58,8 @@ class JaxBackend:
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
         self._kernels = kernels.summary(train.kernels, model, compute_dtype(train.dtype))
+        by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
+        self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
@@ -176,7 +178,7 @@ class JaxBackend:
         inputs, targets, documents = batch
         params = self._spread.gather(params) if self._spread else params
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, loss = cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
+        objective, loss = self._cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
         share = jnp.sum(targets >= 0) / tokens
         objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}

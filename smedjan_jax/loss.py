@@ -23,7 +23,12 @@ from smedjan_common.training.memory import loss_chunks
 def cross_entropy(hidden: jax.Array, embed: jax.Array, targets: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
     """Objective, to differentiate, and loss, to report: sums over targets >= 0 in nats, float32 scalars. Divide by the counted
     tokens for the means."""
-    return _summed(*_flat(hidden, embed, targets), z_loss)
+    return _summed(*_flat(hidden, embed, targets), z_loss, False)
+
+
+def cross_entropy_by_kernel(hidden: jax.Array, embed: jax.Array, targets: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    """The same, with one pass over the logits instead of three (kernels/loss.py)."""
+    return _summed(*_flat(hidden, embed, targets), z_loss, True)
 
 
 def forward_loss(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> jax.Array:
@@ -42,25 +47,24 @@ def _flat(hidden: jax.Array, embed: jax.Array, targets: jax.Array) -> tuple[jax.
     return hidden.reshape(tokens, -1), embed, targets.reshape(tokens), loss_chunks(tokens, embed.shape[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _summed(x_ND: jax.Array, embed_VD: jax.Array, targets_N: jax.Array, chunks: int, z_loss: float) -> tuple[jax.Array, jax.Array]:
-    return _forward(x_ND, embed_VD, targets_N, chunks, z_loss)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _summed(
+    x_ND: jax.Array, embed_VD: jax.Array, targets_N: jax.Array, chunks: int, z_loss: float, by_kernel: bool
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(x_ND, embed_VD, targets_N, chunks, z_loss, by_kernel)[0]
 
 
-def _forward(x_ND, embed_VD, targets_N, chunks, z_loss):
-    weight_VD = embed_VD.astype(x_ND.dtype)
+def _forward(x_ND, embed_VD, targets_N, chunks, z_loss, by_kernel):
+    weight_VD, differentiated = embed_VD.astype(x_ND.dtype), _losses_and_gradients
+    if by_kernel:
+        from smedjan_jax.kernels.loss import losses_and_gradients as differentiated
 
     def add(carry, chunk):
         total, penalty, dembed_VD = carry
         x_CD, targets_C = chunk
-        logits_CV = _logits(x_CD, weight_VD)
-        losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
-        counted_C = targets_C >= 0
-        softmax_CV = jnp.exp(logits_CV - lse_C[:, None])
+        losses_C, lse_C, dlogits_CV = differentiated(_logits(x_CD, weight_VD), targets_C, z_loss, x_CD.dtype)
         if z_loss:
-            softmax_CV *= 1 + 2 * z_loss * lse_C[:, None]
-            penalty += jnp.where(counted_C, jnp.square(lse_C), 0.0).sum()
-        dlogits_CV = jnp.where(counted_C[:, None], softmax_CV - hit_CV, 0.0).astype(x_CD.dtype)
+            penalty += jnp.where(targets_C >= 0, jnp.square(lse_C), 0.0).sum()
         dembed_VD += jnp.matmul(dlogits_CV.T, x_CD, preferred_element_type=jnp.float32)
         return (total + losses_C.sum(), penalty, dembed_VD), dlogits_CV @ weight_VD
 
@@ -73,7 +77,7 @@ def _forward(x_ND, embed_VD, targets_N, chunks, z_loss):
     return (objective, total), (dx.reshape(-1, x_ND.shape[1])[: x_ND.shape[0]], dembed_VD)
 
 
-def _backward(chunks, z_loss, saved, cotangents):
+def _backward(chunks, z_loss, by_kernel, saved, cotangents):
     (dx_ND, dembed_VD), (cotangent, _) = saved, cotangents
     return (dx_ND * cotangent).astype(dx_ND.dtype), dembed_VD * cotangent, None
 
@@ -90,6 +94,15 @@ def _split(x_ND: jax.Array, targets_N: jax.Array, chunks: int) -> tuple[jax.Arra
 
 def _logits(x_ND: jax.Array, weight_VD: jax.Array) -> jax.Array:
     return jnp.matmul(x_ND, weight_VD.T, preferred_element_type=jnp.float32)
+
+
+def _losses_and_gradients(logits_CV: jax.Array, targets_C: jax.Array, z_loss: float, dtype: jnp.dtype):
+    """Loss of every token, logsumexp, and dlogits in `dtype`."""
+    losses_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
+    softmax_CV = jnp.exp(logits_CV - lse_C[:, None])
+    if z_loss:
+        softmax_CV *= 1 + 2 * z_loss * lse_C[:, None]
+    return losses_C, lse_C, jnp.where((targets_C >= 0)[:, None], softmax_CV - hit_CV, 0.0).astype(dtype)
 
 
 def _token_losses(logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

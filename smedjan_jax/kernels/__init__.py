@@ -8,6 +8,7 @@ the conformance suite holds every kernel against its twin.
 """
 
 import importlib.util
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
+from smedjan_jax import sharding
 
 SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
     "linear": ("head_dim",),
@@ -31,6 +33,7 @@ FASTER = {
 MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
+LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 
 
@@ -52,6 +55,21 @@ def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:
     return sizes <= set(FASTER[mixer]) and (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
 
 
+def for_loss(implementation: str, vocabulary: int, dtype: str, parts: int = 1) -> bool:
+    """Whether the loss takes its kernel: where --kernels does not say plain, it can run and was measured faster (kernels/loss.py).
+
+    parts: devices along the mesh's tensor axis, over which the vocabulary is split.
+    """
+    if implementation == "plain" or parts > 1 or vocabulary > LARGEST_VOCABULARY or _no_device():
+        return False
+    return (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+
+
+def around(implementation: str, position: Any) -> bool:
+    """Whether what surrounds a mixer's core is in kernels too: in training (without a position), where XLA has nothing to split."""
+    return implementation == "pallas" and position is None and sharding.tensor_parts() == 1
+
+
 def summary(implementation: str, model: ModelConfig, dtype: str) -> str:
     """What the console says: "pallas", "plain", or which mixers take which; empty for a model without such mixers. Raises ConfigError."""
     names = [name for name in dict.fromkeys(model.mixer) if MIXERS[name].training is Chunked]
@@ -63,6 +81,17 @@ def summary(implementation: str, model: ModelConfig, dtype: str) -> str:
 
 def _obstacle(mixer: str, model: ModelConfig, dtype: str) -> str:
     """Why the kernel of a mixer cannot run; empty when it can."""
+    if why := _no_device():
+        return why
+    limit = LARGEST_FLOAT32.get(mixer, LARGEST) if dtype == "float32" else LARGEST
+    largest = max(getattr(model, name) for name in SIZES[mixer])
+    if largest > limit:
+        return f"The kernel of {mixer} takes heads and states of at most {limit} features in {dtype}; here it would be {largest}."
+    return ""
+
+
+def _no_device() -> str:
+    """Why no kernel can run here; empty when they can."""
     if jax.default_backend() != "gpu":
         return "The kernels need an NVIDIA GPU."
     capability = getattr(jax.devices()[0], "compute_capability", "")
@@ -70,8 +99,4 @@ def _obstacle(mixer: str, model: ModelConfig, dtype: str) -> str:
         return f"The kernels need an NVIDIA GPU from Ampere on (compute capability 8.0); this one has {capability or 'none'}."
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Triton backend of Pallas."
-    limit = LARGEST_FLOAT32.get(mixer, LARGEST) if dtype == "float32" else LARGEST
-    largest = max(getattr(model, name) for name in SIZES[mixer])
-    if largest > limit:
-        return f"The kernel of {mixer} takes heads and states of at most {limit} features in {dtype}; here it would be {largest}."
     return ""

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
     Borders,
-    Launch,
+    DeltaPlan,
     borders_at,
     call,
     chunk_specs,
@@ -47,25 +47,16 @@ from smedjan_jax.kernels.tiles import (
 Arrays = tuple[jax.Array, ...]
 
 
-class Plan(NamedTuple):
-    """How a problem is run. parts 0: of V, as many as fill the GPU."""
-
-    chunk: int = 32
-    parts: int = 0
-    inverse: Launch = Launch(2, 1)
-    forward: Launch = Launch(4, 3)
-    backward: Launch = Launch(4, 3)
-    pieces: Launch = Launch(4, 1)
-
-
-def _plan(width: int, K: int, V: int) -> Plan:
+def _plan(width: int, K: int, V: int) -> DeltaPlan:
     """What was fastest on an H100, with fewer loads in flight where shared memory would not hold them. width: bytes of a number."""
-    plan = Plan()
+    plan = DeltaPlan(32 if width == 2 or K <= 64 else 16)
     step = width * plan.chunk * (4 * K + V + plan.chunk)
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
 
-def dplr_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | None, plan: Plan | None = None) -> tuple[jax.Array, jax.Array]:
+def dplr_delta_rule(
+    arrays: Arrays, state: jax.Array, documents: jax.Array | None, plan: DeltaPlan | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The twin of mixers.rwkv.dplr_delta_rule: o [B, T, H, V] in the dtype of r and the float32 state [B, H, V, K].
 
     arrays: r, log w, k, v, a, b [B, T, H, K]; state [B, H, V, K] float32; documents [B, T].
@@ -132,7 +123,7 @@ def _kept(borders: Borders, x: jax.Array) -> jax.Array:
     return x if borders.keeps is None else jnp.where(borders.keeps, x, 0.0)
 
 
-def _tiles(r: jax.Array, w: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array, docs: Any, plan: Plan) -> Any:
+def _tiles(r: jax.Array, w: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
     """R, A, K, B [B, T, H, K] and X [B, H, n, C, C] in the compute dtype, e^G at the chunks' ends [B, H, n, K] float32."""
     (B, T, H, K), C = r.shape, plan.chunk
     docs, masked = _documents(docs)
@@ -150,7 +141,7 @@ def _tiles_kernel(r, w, k, a, b, documents, edges, query, probe, key, rank, x, e
     left, right = (a[...] * f.before).astype(dtype), (b[...] * f.down).astype(dtype)
     probe[...], rank[...], end[...] = left, right, f.end
     m = jnp.where(borders.below, -dot(left, right, turn_b=True), 0.0)
-    x[...] = unit_lower_inverse(m, lax.Precision.HIGHEST if exact else None).astype(dtype)
+    x[...] = unit_lower_inverse(m, exact).astype(dtype)
 
 
 def _walks(T: int, K: int, C: int) -> list[pl.BlockSpec]:
@@ -159,7 +150,7 @@ def _walks(T: int, K: int, C: int) -> list[pl.BlockSpec]:
     return [walk(T, K)] * 4 + [of_chunks(n, C, C), of_head(n, K)]
 
 
-def _sweep(v: jax.Array, tiles: Any, state: jax.Array, docs: Any, plan: Plan) -> Any:
+def _sweep(v: jax.Array, tiles: Any, state: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
     """Outputs [B, T, H, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32."""
     (B, T, H, V), K, C, parts = v.shape, tiles[0].shape[-1], plan.chunk, plan.parts
     docs, masked = _documents(docs)
@@ -191,7 +182,7 @@ def _sweep_kernel(v, r, a, k, b, x, end, state, documents, edges, o, states, las
     last[...] = lax.fori_loop(0, n, body, state[...])
 
 
-def _sweep_back(tiles: Any, do: jax.Array, dlast: jax.Array, docs: Any, plan: Plan) -> Any:
+def _sweep_back(tiles: Any, do: jax.Array, dlast: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
     """d v and d z [B, T, H, V], d of what is decayed into the state after every chunk [B, H, n, K, V], d of the first state float32."""
     (B, T, H, V), K, C, parts = do.shape, tiles[0].shape[-1], plan.chunk, plan.parts
     docs, masked = _documents(docs)
@@ -226,7 +217,7 @@ def _sweep_back_kernel(r, a, k, b, x, end, do, dlast, documents, edges, dv, dz, 
     dstate[...] = lax.fori_loop(0, n, body, dlast[...])
 
 
-def _pieces(w: jax.Array, v: jax.Array, tiles: Any, states: jax.Array, do, dz, after, docs: Any, plan: Plan) -> Any:
+def _pieces(w: jax.Array, v: jax.Array, tiles: Any, states: jax.Array, do, dz, after, docs: Any, plan: DeltaPlan) -> Any:
     """d of r, log w, k, a, b [B, T, H, K]."""
     (B, T, H, K), V, C = w.shape, v.shape[-1], plan.chunk
     docs, masked = _documents(docs)

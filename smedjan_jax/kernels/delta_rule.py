@@ -13,7 +13,7 @@ and the log decay's needs no product (tiles.decay_gradient). Sweeps may take par
 Shapes: as in tiles.py; q, k, v [B, T, H, K or V], the log decay g and beta [B, T, H].
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
     SMALLEST,
-    Launch,
+    DeltaPlan,
     borders_at,
     call,
     chunk_specs,
@@ -54,26 +54,15 @@ from smedjan_jax.kernels.tiles import (
 Arrays = tuple[jax.Array, ...]
 
 
-class Plan(NamedTuple):
-    """How a problem is run. parts 0: of V, as many as fill the GPU."""
-
-    chunk: int = 64
-    parts: int = 0
-    inverse: Launch = Launch(2, 1)
-    forward: Launch = Launch(4, 3)
-    backward: Launch = Launch(4, 3)
-    pieces: Launch = Launch(4, 1)
-
-
-def _plan(width: int, K: int, V: int) -> Plan:
+def _plan(width: int, K: int, V: int) -> DeltaPlan:
     """What was fastest on an H100, with fewer loads in flight where shared memory would not hold them. width: bytes of a number."""
-    plan = Plan(64 if width == 2 else 32)
+    plan = DeltaPlan(64 if width == 2 else 32)
     step = width * plan.chunk * (2 * K + V + plan.chunk)
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
 
 def gated_delta_rule(
-    arrays: Arrays, state: jax.Array, documents: jax.Array | None, plan: Plan | None = None
+    arrays: Arrays, state: jax.Array, documents: jax.Array | None, plan: DeltaPlan | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The twin of mixers.gated_deltanet.gated_delta_rule: o [B, T, H, V] in the dtype of q and the float32 state [B, H, V, K].
 
@@ -120,7 +109,7 @@ def _documents(docs: Any) -> tuple[Any, bool]:
     return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
 
 
-def _inverses(k: jax.Array, total: jax.Array, beta: jax.Array, docs: Any, plan: Plan) -> jax.Array:
+def _inverses(k: jax.Array, total: jax.Array, beta: jax.Array, docs: Any, plan: DeltaPlan) -> jax.Array:
     """X of every chunk [B, H, n, C, C], in the compute dtype."""
     (B, T, H, K), C = k.shape, plan.chunk
     docs, masked = _documents(docs)
@@ -132,7 +121,7 @@ def _inverses(k: jax.Array, total: jax.Array, beta: jax.Array, docs: Any, plan: 
 
 def _inverse_kernel(k, total, beta, documents, edges, x, *, C, masked, exact):
     """By halves: [[A, 0], [M, D]]^-1 = [[A^-1, 0], [-D^-1 M A^-1, D^-1]], each half by doubling."""
-    half, precision = max(SMALLEST, C // 2), lax.Precision.HIGHEST if exact else None
+    half = max(SMALLEST, C // 2)
     parts = [pl.ds(start, half) for start in range(0, C, half)]
 
     def matrix(rows, columns, below):
@@ -143,16 +132,16 @@ def _inverse_kernel(k, total, beta, documents, edges, x, *, C, masked, exact):
         decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[rows][:, None] - total[columns][None, :], 0.0)), 0.0)
         return dot(k[rows, :], k[columns, :], turn_b=True) * decay * beta[rows][:, None]
 
-    inverses = [unit_lower_inverse(matrix(part, part, True), precision) for part in parts]
+    inverses = [unit_lower_inverse(matrix(part, part, True), exact) for part in parts]
     for part, inverse in zip(parts, inverses, strict=True):
         x[part, part] = inverse.astype(x.dtype)
     if len(parts) == 2:
         corner = matrix(parts[1], parts[0], False)
-        x[parts[1], parts[0]] = -product(product(inverses[1], corner, precision), inverses[0], precision).astype(x.dtype)
+        x[parts[1], parts[0]] = -product(product(inverses[1], corner, exact), inverses[0], exact).astype(x.dtype)
         x[parts[0], parts[1]] = jnp.zeros((half, half), x.dtype)
 
 
-def _sweep(q, k, v, total, beta, x, state, docs, plan: Plan) -> Any:
+def _sweep(q, k, v, total, beta, x, state, docs, plan: DeltaPlan) -> Any:
     """Outputs [B, T, H, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32."""
     (B, T, H, K), V, C, parts = q.shape, v.shape[-1], plan.chunk, plan.parts
     docs, masked = _documents(docs)
@@ -184,7 +173,7 @@ def _sweep_kernel(q, k, v, total, beta, x, state, documents, edges, o, states, l
     last[...] = lax.fori_loop(0, n, body, state[...])
 
 
-def _sweep_back(q, k, total, beta, x, do, dlast, docs, plan: Plan) -> Any:
+def _sweep_back(q, k, total, beta, x, do, dlast, docs, plan: DeltaPlan) -> Any:
     """d v [B, T, H, V], d of the state after every chunk [B, H, n, K, V], d of the first state [B, H, K, V] float32."""
     (B, T, H, K), V, C, parts = q.shape, do.shape[-1], plan.chunk, plan.parts
     docs, masked = _documents(docs)
@@ -219,7 +208,7 @@ def _sweep_back_kernel(q, k, total, beta, x, do, dlast, documents, edges, dv, af
     dstate[...] = lax.fori_loop(0, n, body, dlast[...])
 
 
-def _pieces(q, k, v, total, beta, x, states, do, dv, after, docs, plan: Plan) -> Any:
+def _pieces(q, k, v, total, beta, x, states, do, dv, after, docs, plan: DeltaPlan) -> Any:
     """d of q, k [B, T, H, K], what makes that of the log decay (tiles.decay_gradient), d of beta [B, T, H] float32."""
     (B, T, H, K), V, C = q.shape, v.shape[-1], plan.chunk
     docs, masked = _documents(docs)

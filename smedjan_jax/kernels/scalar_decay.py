@@ -11,13 +11,24 @@ short scan joins them; then the segments are swept as if they were rows, each fr
 Shapes: as in tiles.py; G keys for each position, with R values each and Q queries; H = G R programs a row. N segments.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from smedjan_jax.kernels.shared_keys import (
+    Plan,
+    Scale,
+    documents_or_none,
+    heads_of,
+    scale_inputs,
+    scale_outputs,
+    scaled_values,
+    shared_back,
+    unscaled,
+)
 from smedjan_jax.kernels.tiles import (
     FILLED,
     FLOAT32,
@@ -26,7 +37,6 @@ from smedjan_jax.kernels.tiles import (
     Launch,
     borders_at,
     call,
-    chunk_specs,
     decay_gradient,
     decays,
     dot,
@@ -46,18 +56,6 @@ from smedjan_jax.kernels.tiles import (
 )
 
 SHORTEST_SEGMENT = 512
-PART = 64  # of the features of shared keys, for a program that adds up over values
-
-
-class Plan(NamedTuple):
-    """How a problem is run. segments 0: as many as fill the GPU."""
-
-    chunk: int = 64
-    segments: int = 0
-    forward: Launch = Launch(4, 2)
-    backward: Launch = Launch(4, 2)
-    values: Launch = Launch(4, 2)
-    pieces: Launch = Launch(4, 3)
 
 
 def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
@@ -77,7 +75,7 @@ def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
     return plan._replace(
         forward=fitting(Launch(4, 3 if R > 1 else 2), forward),
         backward=fitting(plan.backward, step(C)),
-        values=fitting(plan.values, width * C * (2 * K + V)),
+        values=fitting(plan.values, width * C * (2 * K + 2 * V)),
         pieces=fitting(plan.pieces, width * 2 * V * (C + K)),
     )
 
@@ -90,13 +88,15 @@ def scalar_decay(
     state: jax.Array | None = None,
     documents: jax.Array | None = None,
     plan: Plan | None = None,
+    scale: Scale | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The twin of mixers.decay.scalar_decay: outputs [B, T, G, Q, R, V] in the dtype of value, and the float32 state [B, G, R, K, V].
 
-    query [B, T, G, Q, K], key [B, T, G, K], value [B, T, G, R, V], log_decay [B, T, G, R]; Q or R is 1.
+    query [B, T, G, Q, K], key [B, T, G, K], value [B, T, G, R, V], log_decay [B, T, G, R]; Q or R is 1, with `scale` Q.
     """
     (B, T, G, Q, K), (R, V) = query.shape, value.shape[3:]
     assert min(Q, R) == 1, "several queries and several values for one key"
+    assert scale is None or Q == 1, "several queries of scaled values"
     plan = plan or _plan(value.dtype.itemsize, Q, R, power_of_two(K), power_of_two(V))
     H, C, wide_K, wide_V = G * R, plan.chunk, power_of_two(K), power_of_two(V)
     N = plan.segments or _segments(B * H, T)
@@ -107,7 +107,9 @@ def scalar_decay(
         state = jnp.zeros((B, G, R, K, V), FLOAT32)
     state = padded(padded(state, -1, wide_V), -2, wide_K).reshape(B, H, wide_K, wide_V)
     arrays: Any = query.reshape(B, size, G * Q, wide_K), key, value.reshape(B, size, H, wide_V), log_decay.reshape(B, size, H)
-    o, last = _core(*arrays, state, documents, plan._replace(segments=N))
+    if scale is not None:
+        scale = Scale(padded(scale.step, 1, size).reshape(B, size, H), scale.skip.reshape(H, 1))
+    o, last = _core(*arrays, scale, state, documents, plan._replace(segments=N))
     return o.reshape(B, size, G, Q, R, wide_V)[:, :T, ..., :V], last.reshape(B, G, R, wide_K, wide_V)[..., :K, :V]
 
 
@@ -118,37 +120,39 @@ def _segments(programs: int, T: int) -> int:
     return N
 
 
-def _outputs(q, k, v, g, state, documents, plan):
-    return _forward(q, k, v, g, state, documents, plan)[0]
+def _outputs(q, k, v, g, scale, state, documents, plan):
+    return _forward(q, k, v, g, scale, state, documents, plan)[0]
 
 
-def _forward(q, k, v, g, state, documents, plan):
+def _forward(q, k, v, g, scale, state, documents, plan):
     """q [B, T, G Q, K], k [B, T, G, K], v [B, T, H, V], g [B, T, H] float32, state [B, H, K, V]; o [B, T, H Q, V]."""
     N = plan.segments
     docs = _segment_documents(documents, q.shape[1], plan)
     q, k, v, g = (_cut(x, N) for x in (q, k, v, g))
+    scale = scale and Scale(_cut(scale.step, N), scale.skip)
     total = running_sums(g, docs and docs[0], plan.chunk)
     starts = state
     if N > 1:
-        starts = _joined(_sum(k, v, total, docs, plan, back=False), state, g, docs, back=False)
-    o, states, ends = _sweep(q, k, v, total, starts, docs, plan)
-    return (_join(o, N), ends[N - 1 :: N]), (q, k, v, g, total, docs, states)
+        starts = _joined(_sum(k, v, total, scale, docs, plan, back=False), state, g, docs, back=False)
+    o, states, ends = _sweep(q, k, v, total, scale, starts, docs, plan)
+    return (_join(o, N), ends[N - 1 :: N]), (q, k, v, g, total, scale, docs, states)
 
 
 def _backward(plan, saved, cotangents):
-    q, k, v, g, total, docs, states = saved
+    q, k, v, g, total, scale, docs, states = saved
     do, dlast = cotangents
     N = plan.segments
     out, ends = _cut(do.astype(v.dtype), N), dlast
     if N > 1:
-        ends = _joined(_sum(q, out, total, docs, plan, back=True), dlast, g, docs, back=True)
-    gradients = _sweep_back if v.shape[2] == k.shape[2] else _shared_back
-    dq, dk, dv, change, flow, dstates = gradients(q, k, v, total, states, out, ends, docs, plan)
+        ends = _joined(_sum(q, out, total, None, docs, plan, back=True), dlast, g, docs, back=True)
+    gradients = _sweep_back if v.shape[2] == k.shape[2] else shared_back
+    dq, dk, dv, change, flow, dstates, *dscale = gradients(q, k, v, total, scale, states, out, ends, docs, plan)
     dg = decay_gradient(change, flow, docs and docs[0], plan.chunk)
-    return *(_join(x, N) for x in (dq, dk, dv, dg)), dstates[::N], None
+    dscale = Scale(_join(dscale[0], N), jnp.sum(dscale[1], axis=0)) if scale is not None else None
+    return *(_join(x, N) for x in (dq, dk, dv, dg)), dscale, dstates[::N], None
 
 
-_core: Any = jax.custom_vjp(_outputs, nondiff_argnums=(6,))
+_core: Any = jax.custom_vjp(_outputs, nondiff_argnums=(7,))
 _core.defvjp(_forward, _backward)
 
 
@@ -187,60 +191,53 @@ def _joined(own: jax.Array, state: jax.Array, g: jax.Array, docs: Any, back: boo
     return lax.scan(step, state, segments, reverse=back)[1].swapaxes(0, 1).reshape(own.shape)
 
 
-def _documents(docs: Any) -> tuple[tuple[jax.Array, jax.Array], bool]:
-    return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
-
-
-def _shared(T: int, features: int, heads: int, programs: int) -> pl.BlockSpec:
-    """[B, T, heads, features]: the heads of a program, several or one that other programs read too."""
-    if heads < programs:
-        return pl.BlockSpec((None, T, 1, features), lambda b, h: (b, 0, h // (programs // heads), 0))
-    return pl.BlockSpec((None, T, heads // programs, features), lambda b, h: (b, 0, h, 0))
-
-
-def _sum(k: jax.Array, v: jax.Array, total: jax.Array, docs: Any, plan: Plan, back: bool) -> jax.Array:
+def _sum(k: jax.Array, v: jax.Array, total: jax.Array, scale: Any, docs: Any, plan: Plan, back: bool) -> jax.Array:
     """What each row adds to a state [B, H, K, V]: decayed to its end; or with `back`, of queries and the outputs' gradients, to its
     beginning."""
     (B, T, heads, K), V, H, C = k.shape, v.shape[3], total.shape[2], plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n, count = T // C, v.shape[2] // H
-    kernel = partial(_sum_kernel, C=C, n=n, masked=masked, back=back, count=count)
-    specs = [_shared(T, K, heads, H), _shared(T, V, H * count, H), walk_vector(T), *whole_specs(masked, T, n)]
-    return call(kernel, plan.forward, (B, H), [k, v, total, *docs], specs, [((B, H, K, V), FLOAT32, of_head(K, V))])[0]
+    factors, places, scaled = scale_inputs(scale, T)
+    kernel = partial(_sum_kernel, C=C, n=n, masked=masked, back=back, count=count, scaled=scaled)
+    specs = [heads_of(T, K, heads, H), heads_of(T, V, H * count, H), walk_vector(T), *places, *whole_specs(masked, T, n)]
+    return call(kernel, plan.forward, (B, H), [k, v, total, *factors, *docs], specs, [((B, H, K, V), FLOAT32, of_head(K, V))])[0]
 
 
-def _sum_kernel(k, v, total, documents, edges, out, *, C, n, masked, back, count):
+def _sum_kernel(k, v, total, step, skip, documents, edges, out, *, C, n, masked, back, count, scaled):
     def body(m, S):
         i = n - 1 - m if back else m
         at = pl.ds(i * C, C)
         d = decays(total[at], total[i * C + C - 1], borders_at(C, i, documents, edges, masked))
         weight, S = (d.start if back else d.end)[:, None], d.whole * S
         for j in range(count):
-            S = S + dot(k[at, j, :], (v[at, j, :] * weight).astype(v.dtype), turn_a=True)
+            S = S + dot(k[at, j, :], (scaled_values(v[at, j, :], step, at, scaled) * weight).astype(v.dtype), turn_a=True)
         return S
 
     out[...] = lax.fori_loop(0, n, body, jnp.zeros(out.shape, FLOAT32))
 
 
-def _sweep(q: jax.Array, k: jax.Array, v: jax.Array, total: jax.Array, state: jax.Array, docs: Any, plan: Plan) -> Any:
+def _sweep(q: jax.Array, k: jax.Array, v: jax.Array, total: jax.Array, scale: Any, state: jax.Array, docs: Any, plan: Plan) -> Any:
     """Outputs [B, T, H Q, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32."""
     (B, T, heads, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n, count = T // C, max(1, heads // H)
-    kernel = partial(_sweep_kernel, C=C, n=n, masked=masked, count=count)
-    rows = [_shared(T, K, heads, H), _shared(T, K, k.shape[2], H), walk(T, V), walk_vector(T)]
+    factors, places, scaled = scale_inputs(scale, T)
+    kernel = partial(_sweep_kernel, C=C, n=n, masked=masked, count=count, scaled=scaled)
+    rows = [heads_of(T, K, heads, H), heads_of(T, K, k.shape[2], H), walk(T, V), walk_vector(T)]
     outputs = [
-        ((B, T, H * count, V), v.dtype, _shared(T, V, H * count, H)),
+        ((B, T, H * count, V), v.dtype, heads_of(T, V, H * count, H)),
         ((B, H, n, K, V), v.dtype, of_chunks(n, K, V)),
         ((B, H, K, V), FLOAT32, of_head(K, V)),
     ]
-    return call(kernel, plan.forward, (B, H), [q, k, v, total, state, *docs], [*rows, of_head(K, V), *whole_specs(masked, T, n)], outputs)
+    specs = [*rows, *places, of_head(K, V), *whole_specs(masked, T, n)]
+    return call(kernel, plan.forward, (B, H), [q, k, v, total, *factors, state, *docs], specs, outputs)
 
 
-def _sweep_kernel(q, k, v, total, state, documents, edges, o, states, last, *, C, n, masked, count):
+def _sweep_kernel(q, k, v, total, step, skip, state, documents, edges, o, states, last, *, C, n, masked, count, scaled):
     def body(i, S):
         at = pl.ds(i * C, C)
-        key, value = k[at, 0, :], v[at, :]
+        key, own = k[at, 0, :], v[at, :]
+        value = scaled_values(own, step, at, scaled)
         dtype = value.dtype
         d = decays(total[at], total[i * C + C - 1], borders_at(C, i, documents, edges, masked))
         small = S.astype(dtype)
@@ -248,36 +245,43 @@ def _sweep_kernel(q, k, v, total, state, documents, edges, o, states, last, *, C
         for j in range(count):
             query = q[at, j, :]
             inside = (dot(query, key, turn_b=True) * d.between).astype(dtype)
-            o[at, j, :] = (dot(inside, value) + dot(query, small) * d.start[:, None]).astype(o.dtype)
+            out = dot(inside, value) + dot(query, small) * d.start[:, None]
+            o[at, j, :] = (out + skip[0] * own if scaled else out).astype(o.dtype)
         return d.whole * S + dot(key, (value * d.end[:, None]).astype(dtype), turn_a=True)
 
     last[...] = lax.fori_loop(0, n, body, state[...])
 
 
-def _sweep_back(q, k, v, total, states, do, dlast, docs: Any, plan: Plan) -> Any:
-    """Gradients of q, k, v, what makes that of g (tiles.decay_gradient), and that of the state before the row; one value for each key."""
+def _sweep_back(q, k, v, total, scale, states, do, dlast, docs: Any, plan: Plan) -> Any:
+    """Gradients of q, k, v, what makes that of g (tiles.decay_gradient), those of the state before the row and, if there is a scale, of it;
+    one value for each key."""
     (B, T, heads, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n, count = T // C, heads // H
-    kernel = partial(_sweep_back_kernel, C=C, n=n, masked=masked, count=count)
-    rows = [_shared(T, K, heads, H), walk(T, K), walk(T, V), walk_vector(T)]
-    specs = [*rows, of_chunks(n, K, V), _shared(T, V, heads, H), of_head(K, V), *whole_specs(masked, T, n)]
+    factors, places, scaled = scale_inputs(scale, T)
+    kernel = partial(_sweep_back_kernel, C=C, n=n, masked=masked, count=count, scaled=scaled)
+    rows = [heads_of(T, K, heads, H), walk(T, K), walk(T, V), walk_vector(T)]
+    specs = [*rows, *places, of_chunks(n, K, V), heads_of(T, V, heads, H), of_head(K, V), *whole_specs(masked, T, n)]
     outputs = [
-        (q.shape, q.dtype, _shared(T, K, heads, H)),
+        (q.shape, q.dtype, heads_of(T, K, heads, H)),
         (k.shape, k.dtype, walk(T, K)),
         (v.shape, v.dtype, walk(T, V)),
         ((B, T, H), FLOAT32, walk_vector(T)),
         ((B, H, n, 1), FLOAT32, walk_numbers(n)),
         ((B, H, K, V), FLOAT32, of_head(K, V)),
+        *scale_outputs(scaled, B, T, H),
     ]
-    return call(kernel, plan.backward, (B, H), [q, k, v, total, states, do, dlast, *docs], specs, outputs)
+    return call(kernel, plan.backward, (B, H), [q, k, v, total, *factors, states, do, dlast, *docs], specs, outputs)
 
 
-def _sweep_back_kernel(q, k, v, total, states, do, dlast, documents, edges, dq, dk, dv, change, flow, dstate, *, C, n, masked, count):
-    def body(m, dS):
-        i = n - 1 - m
+def _sweep_back_kernel(q, k, v, total, step, skip, states, do, dlast, documents, edges, *outputs, C, n, masked, count, scaled):
+    dq, dk, dv, change, flow, dstate, *dscale = outputs
+
+    def body(m, carried):
+        (dS, dskip), i = carried, n - 1 - m
         at = pl.ds(i * C, C)
-        key, value, S = k[at, :], v[at, :], states[i]
+        key, own, S = k[at, :], v[at, :], states[i]
+        value = scaled_values(own, step, at, scaled)
         dtype = value.dtype
         d = decays(total[at], total[i * C + C - 1], borders_at(C, i, documents, edges, masked))
         start, end = d.start[:, None], d.end[:, None]
@@ -300,71 +304,11 @@ def _sweep_back_kernel(q, k, v, total, states, do, dlast, documents, edges, dq, 
             query, out = q[at, j, :], do[at, j, :]
             inside = (dot(query, key, turn_b=True) * d.between).astype(dtype)
             dvalue, dS = dvalue + dot(inside, out, turn_a=True), dS + dot(query, (out * start).astype(dtype), turn_a=True)
+        if scaled:
+            dvalue, dskip = unscaled(dvalue, own, do[at, 0, :], step[at], skip[0], dscale[0], at, dskip)
         dv[at, :] = dvalue.astype(dv.dtype)
-        return dS
+        return dS, dskip
 
-    dstate[...] = lax.fori_loop(0, n, body, dlast[...])
-
-
-def _shared_back(q, k, v, total, states, do, dlast, docs: Any, plan: Plan) -> Any:
-    """The same for R values that share a query and a key: a sweep back makes d v and leaves the gradients of the states; then programs of
-    a chunk and a part of K add the gradients of q and k up over the values, in registers."""
-    (B, T, G, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
-    docs, masked = _documents(docs)
-    n, R, parts = T // C, H // G, max(1, K // PART)
-    specs = [_shared(T, K, G, H), _shared(T, K, G, H), walk_vector(T), walk(T, V), of_head(K, V), *whole_specs(masked, T, n)]
-    outputs = [(v.shape, v.dtype, walk(T, V)), ((B, H, n, K, V), v.dtype, of_chunks(n, K, V)), ((B, H, K, V), FLOAT32, of_head(K, V))]
-    kernel = partial(_values_back_kernel, C=C, n=n, masked=masked)
-    dv, after, dstate = call(kernel, plan.values, (B, H), [q, k, total, do, dlast, *docs], specs, outputs)
-
-    narrow = pl.BlockSpec((None, C, None, K // parts), lambda b, h, i: (b, i, h // parts, h % parts))
-    several = pl.BlockSpec((None, C, R, V), lambda b, h, i: (b, i, h // parts, 0))
-    vector = pl.BlockSpec((None, C, R), lambda b, h, i: (b, i, h // parts))
-    matrices = pl.BlockSpec((None, R, None, K // parts, V), lambda b, h, i: (b, h // parts, i, h % parts, 0))
-    specs = [narrow, narrow, several, vector, matrices, several, matrices, *chunk_specs(masked, C, n)]
-    outputs = [
-        *((q.shape, q.dtype, narrow), (k.shape, k.dtype, narrow)),
-        ((parts, B, T, H), FLOAT32, pl.BlockSpec((None, None, C, R), lambda b, h, i: (h % parts, b, i, h // parts))),
-        ((parts, B, H, n, 1), FLOAT32, pl.BlockSpec((None, None, R, None, 1), lambda b, h, i: (h % parts, b, h // parts, i, 0))),
-    ]
-    kernel = partial(_shared_piece_kernel, C=C, R=R, masked=masked)
-    dq, dk, change, flow = call(kernel, plan.pieces, (B, G * parts, n), [q, k, v, total, states, do, after, *docs], specs, outputs)
-    return dq, dk, dv, jnp.sum(change, axis=0), jnp.sum(flow, axis=0), dstate
-
-
-def _values_back_kernel(q, k, total, do, dlast, documents, edges, dv, after, dstate, *, C, n, masked):
-    def body(m, dS):
-        i = n - 1 - m
-        at = pl.ds(i * C, C)
-        query, key, out = q[at, 0, :], k[at, 0, :], do[at, :]
-        dtype = out.dtype
-        d = decays(total[at], total[i * C + C - 1], borders_at(C, i, documents, edges, masked))
-        small = dS.astype(dtype)
-        after[i] = small
-        inside = (dot(query, key, turn_b=True) * d.between).astype(dtype)
-        dv[at, :] = (dot(inside, out, turn_a=True) + dot(key, small) * d.end[:, None]).astype(dtype)
-        return d.whole * dS + dot(query, (out * d.start[:, None]).astype(dtype), turn_a=True)
-
-    dstate[...] = lax.fori_loop(0, n, body, dlast[...])
-
-
-def _shared_piece_kernel(q, k, v, total, states, do, after, documents, edges, dq, dk, change, flow, *, C, R, masked):
-    query, key = q[...], k[...]
-    dtype = key.dtype
-    b = borders_at(C, pl.program_id(2), documents, edges, masked, whole=False)
-
-    def body(r, sums):
-        value, out, S, dS = v[:, r, :], do[:, r, :], states[r], after[r]
-        d = decays(total[:, r], total[C - 1, r], b)
-        slope = (dot(out, value, turn_b=True) * d.between).astype(dtype)
-        dquery = dot(slope, key) + dot(out, S, turn_b=True) * d.start[:, None]
-        more = row_sums(query, dquery)
-        outwards = dot(value, dS, turn_b=True) * d.end[:, None]
-        flow[r, 0] = d.whole * jnp.sum(S.astype(FLOAT32) * dS) + jnp.sum(key * outwards)
-        dkey = dot(slope, query, turn_a=True) + outwards
-        change[:, r] = more - row_sums(key, dkey)
-        return sums[0] + dquery, sums[1] + dkey
-
-    zeros = jnp.zeros(query.shape, FLOAT32)
-    dquery, dkey = lax.fori_loop(0, R, body, (zeros, zeros))
-    dq[...], dk[...] = dquery.astype(dq.dtype), dkey.astype(dk.dtype)
+    dstate[...], dskip = lax.fori_loop(0, n, body, (dlast[...], jnp.float32(0)))
+    if scaled:
+        dscale[1][0] = dskip

@@ -34,13 +34,24 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
+class DeltaPlan(NamedTuple):
+    """How a delta rule is run. parts 0: of V, as many as fill the GPU."""
+
+    chunk: int
+    parts: int = 0
+    inverse: Launch = Launch(2, 1)
+    forward: Launch = Launch(4, 3)
+    backward: Launch = Launch(4, 3)
+    pieces: Launch = Launch(4, 1)
+
+
 def call(
     kernel: Callable, launch: Launch, grid: tuple[int, ...], inputs: Sequence[Any], specs: Sequence[Any], outputs: Sequence[Any]
 ) -> Any:
     """pallas_call of `kernel` over `grid`; inputs beside their BlockSpecs, outputs as (shape, dtype, BlockSpec)."""
-    how: dict[str, Any] = {"interpret": True}
+    how: dict[str, Any] = {"interpret": True, "name": getattr(kernel, "func", kernel).__name__.strip("_")}
     if jax.default_backend() != "cpu":
-        how = {"compiler_params": plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)}
+        how = {"name": how["name"], "compiler_params": plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)}
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
     return pl.pallas_call(kernel, grid=grid, in_specs=list(specs), out_specs=[spec for _, _, spec in outputs], out_shape=shapes, **how)(
         *inputs
@@ -54,11 +65,14 @@ def fitting(launch: Launch, step_bytes: int) -> Launch:
 
 def dot(a: jax.Array, b: jax.Array, turn_a: bool = False, turn_b: bool = False) -> jax.Array:
     """a b of two tiles, either transposed first, summed and returned in float32; float32 operands keep all their bits."""
-    precision = lax.Precision.HIGHEST if a.dtype == FLOAT32 else None
-    return _dot(a, b, turn_a, turn_b, precision)
+    return _dot(a, b, turn_a, turn_b, a.dtype == FLOAT32)
 
 
 def _dot(a: jax.Array, b: jax.Array, turn_a: bool, turn_b: bool, precision: Any) -> jax.Array:
+    """precision: as for lax.dot_general; True: all bits, False: TF32. Never None, which jax_default_matmul_precision has a say in: exact
+    products of float32 run on no tensor core, and precision.py asks for them."""
+    if isinstance(precision, bool):
+        precision = lax.Precision.HIGHEST if precision else lax.Precision.DEFAULT
     contracted = (((0 if turn_a else 1,), (1 if turn_b else 0,)), ((), ()))
     return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=FLOAT32)
 
@@ -71,9 +85,9 @@ def sums(mask: jax.Array, x: jax.Array, turn: bool = False) -> jax.Array:
     return _dot(mask.astype(FLOAT32), x, turn, False, precision)
 
 
-def product(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    """a b of float32 tiles; None: to TF32."""
-    return _dot(a, b, False, False, precision)
+def product(a: jax.Array, b: jax.Array, exact: bool) -> jax.Array:
+    """a b of float32 tiles; not exact: to TF32."""
+    return _dot(a, b, False, False, exact)
 
 
 class Borders(NamedTuple):
@@ -151,7 +165,7 @@ def _seen(documents: jax.Array | None, shape: tuple[int, ...], C: int) -> tuple[
     return "bn", jnp.where(numbers[..., :, None] == numbers[..., None, :], lower, 0.0)
 
 
-def unit_lower_inverse(m: jax.Array, precision: Any) -> jax.Array:
+def unit_lower_inverse(m: jax.Array, exact: bool) -> jax.Array:
     """(I + m)^-1 of a strictly lower tile [C, C] by block doubling (mixers/triangular.py)."""
     C = m.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
@@ -160,7 +174,7 @@ def unit_lower_inverse(m: jax.Array, precision: Any) -> jax.Array:
         odd = ((row // half) % 2 == 1) & ((column // half) % 2 == 0) & (row // (2 * half) == column // (2 * half))
         corner = jnp.where(odd, m, 0.0)
         # the first products are with the identity
-        change = corner if half == 1 else product(product(x, corner, precision), x, precision)
+        change = corner if half == 1 else product(product(x, corner, exact), x, exact)
         x, half = x - change, 2 * half
     return x
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_jax.kernels import SHORTEST
+from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
-from smedjan_jax.products import whole
+from smedjan_jax.products import linear, whole
 from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
@@ -56,15 +56,21 @@ class GatedDeltaNet(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
+        if around(self.implementation, context.position):  # a matmul each for what kernels read: of one matmul they would get copies
+            convolved = [linear.weight for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            return linear(x, convolved, self.q_proj.float8), self.z_proj(x), *apply_together([self.a_proj, self.b_proj], x)
         q, k, v, z, a, b = apply_together(together(self), x)
         return jnp.concatenate([q, k, v], axis=-1), z, a, b
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         features, z, a, b = projected
-        convolved, _ = causal_conv(features, whole(self.conv.weight), None, None, context.documents)
         B, T, _ = z.shape
         state = jnp.zeros((B, self.heads, self.head_dim, self.head_dim), jnp.float32)
+        if around(self.implementation, context.position):
+            o, _ = self._kernel((*self._convolved(features, context.documents), *self._gates(a, b)), state, context.documents)
+            return self._gated(o, z), carried
+        convolved, _ = causal_conv(features, whole(self.conv.weight), None, None, context.documents)
         arrays = *self._heads(convolved), *self._gates(a, b)
         if self.implementation == "pallas":
             o, _ = self._kernel(arrays, state, context.documents)
@@ -88,6 +94,21 @@ class GatedDeltaNet(nnx.Module):
         from smedjan_jax.kernels import delta_rule
 
         return over_tensor(delta_rule.gated_delta_rule, (arrays, state, documents), (2, 1, None), (2, 1))
+
+    def _convolved(self, features: jax.Array, documents: jax.Array | None) -> Arrays:
+        """q, k and v as `_heads` gives them, of what is convolved, by a kernel."""
+        from smedjan_jax.kernels.conv import Part, conv_silu
+
+        parts = Part(self.kv_heads, self.head_dim**-0.5), Part(self.kv_heads, 1.0), Part(self.heads)
+        q, k, v = conv_silu(features, whole(self.conv.weight), None, documents, parts)
+        shared = self.heads // self.kv_heads
+        return *(jnp.repeat(each, shared, axis=2) if shared > 1 else each for each in (q, k)), v
+
+    def _gated(self, o: jax.Array, z: jax.Array) -> jax.Array:
+        """The same as `_output`, by a kernel."""
+        from smedjan_jax.kernels.rows import gated_norm
+
+        return self.o_proj(gated_norm(o, z.reshape(o.shape), self.norm.weight, self.norm.eps).reshape(z.shape))
 
     def _heads(self, convolved: jax.Array) -> Arrays:
         """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, T, H, K] each."""

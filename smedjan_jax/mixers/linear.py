@@ -14,7 +14,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, fixed_log_decay
-from smedjan_jax.kernels import SHORTEST
+from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 from smedjan_jax.sharding import over_tensor
@@ -46,7 +46,11 @@ class LinearAttention(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """q [B, T, D], k and v [B, T, G K], the gate [B, T, D] and, where it is learned, what makes the decay [B, T, G], of x [B, T, D]."""
-        return tuple(apply_together(together(self), x))
+        if not around(self.implementation, context.position):
+            return tuple(apply_together(together(self), x))
+        q_proj, *others = together(self)  # a matmul each: of one matmul the kernels would get copies
+        query = x @ (q_proj.weight * self.config.head_dim**-0.5).astype(x.dtype).T if self._scales_weight(context) else q_proj(x)
+        return query, *(linear(x) for linear in others)
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
@@ -60,12 +64,20 @@ class LinearAttention(nnx.Module):
     def _mixed(self, projected: Arrays, context: Context, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         query, key, value, gate = projected[:4]
         (B, T, D), G, K = query.shape, self.config.kv_heads, self.config.head_dim
-        query = (self._feature(query) * K**-0.5).astype(value.dtype).reshape(B, T, G, -1, K)
+        if not self._scales_weight(context):
+            query = (self._feature(query) * K**-0.5).astype(value.dtype)
+        query = query.reshape(B, T, G, -1, K)
         key, value = self._feature(key).astype(value.dtype).reshape(B, T, G, K), value.reshape(B, T, G, 1, K)
         if self.config.linear_normalizer == "denominator":
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
         before = None if state is None else state[:, :, None]
         o, after = self._core((query, key, value, self._log_decay(projected)[..., None]), context, before)
+        if around(self.implementation, context.position) and self.config.linear_normalizer == "rmsnorm":
+            from smedjan_jax.kernels.rows import gated_norm
+
+            heads = (B, T, -1, K)
+            gated = gated_norm(o.astype(gate.dtype).reshape(heads), gate.reshape(heads), self.norm.weight, self.config.norm_eps)
+            return self.o_proj(gated.reshape(B, T, D)), after[:, :, 0]
         o = o.astype(jnp.float32)
         o = self.norm(o) if self.config.linear_normalizer == "rmsnorm" else o[..., :K] / (o[..., K:] + DENOMINATOR_EPS)
         gated = o.reshape(B, T, D) * jax.nn.silu(gate.astype(jnp.float32))
@@ -79,6 +91,12 @@ class LinearAttention(nnx.Module):
 
         heads = 2, 2, 2, 2, 1, None  # G
         return over_tensor(kernel.scalar_decay, (*arrays, before, context.documents), heads, (2, 1))
+
+    def _scales_weight(self, context: Context) -> bool:
+        """Whether K^-1/2 goes into the weight of the queries, which spares a pass over them."""
+        if self.config.linear_feature_map != "identity" or self.q_proj.float8 or not isinstance(self.q_proj.weight, jax.Array):
+            return False
+        return around(self.implementation, context.position)
 
     def _feature(self, z: jax.Array) -> jax.Array:
         """phi, in float32: elu(z) + 1 is positive."""

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
-from smedjan_jax.kernels import SHORTEST
+from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
@@ -62,10 +62,17 @@ class Rwkv(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """r, k, v and what makes decay, rate, gate and (after the first layer) blend of v, all [B, T, D], of x [B, T, D]."""
+        if around(self.implementation, context.position):
+            from smedjan_jax.kernels import shift
+
+            mu = jnp.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+            return self._linears(shift.token_shift(x, mu, context.documents))
         return self._project(x, token_shift(x, None, context.documents))
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
+        if around(self.implementation, context.position):
+            return self._by_kernels(projected, context.documents, carried)
         arrays, gate, carried = self._prepare(projected, carried)
         B, T, H, K = arrays[0].shape
         state = jnp.zeros((B, H, K, K), jnp.float32)
@@ -91,11 +98,33 @@ class Rwkv(nnx.Module):
 
         return over_tensor(channel_decay.dplr_delta_rule, (arrays, state, documents), (2, 1, None), (2, 1))
 
+    def _by_kernels(self, projected: Arrays, documents: jax.Array | None, carried: Carried) -> tuple[jax.Array, Carried]:
+        """`mix` with what surrounds the core in kernels too: the same equations as `_prepare` and `_output`."""
+        from smedjan_jax.kernels.rows import rowwise
+
+        r, k, v, decay, rate, gate, *blend = (self._heads(x) for x in projected)
+        dtype, first = v.dtype, self.first
+        others = () if first else (v, carried["v_first"], blend[0])
+        carried = {**carried, "v_first": v} if first else carried
+        vectors = [self.w0, self.a0, self.k_k, self.k_a, *([] if first else [self.v0])]
+        dtypes = (jnp.float32, dtype, dtype, dtype, *(() if first else (dtype,)))
+        w, k, a, b, *mixed = rowwise(_prepared, (k, decay, rate, *others), tuple(self._by_head(x) for x in vectors), dtypes)
+        v = v if first else mixed[0]
+        B, T, H, K = r.shape
+        o, _ = self._kernel((r, w, k, v, a, b), jnp.zeros((B, H, K, K), jnp.float32), documents)
+        vectors = [self.ln_x.weight, self.ln_x.bias, self.r_k]
+        (y,) = rowwise(_gated, (o, r, k, v, gate), tuple(self._by_head(x) for x in vectors), (dtype,))
+        return self.o_proj(y.reshape(B, T, H * K)), carried
+
+    def _by_head(self, vector: jax.Array) -> jax.Array:
+        return vector.reshape(-1, self.head_dim)
+
     def _project(self, x: jax.Array, previous: jax.Array) -> Arrays:
         shift = previous - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            x + shift * mu.astype(x.dtype) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        return self._linears(tuple(x + shift * mu.astype(x.dtype) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)))
+
+    def _linears(self, blends: Arrays) -> Arrays:
+        x_r, x_w, x_k, x_v, x_a, x_g = blends
         decay, rate = self.w2(jnp.tanh(self.w1(x_w))), self.a2(self.a1(x_a))
         gate = self.g2(jax.nn.sigmoid(self.g1(x_g)))
         blend = () if self.first else (self.v2(self.v1(x_v)),)
@@ -127,6 +156,32 @@ class Rwkv(nnx.Module):
         bonus = jnp.sum(r * k * self.r_k, axis=-1, keepdims=True) * v
         y = self.ln_x(o.astype(jnp.float32)) + bonus.reshape(gate.shape)
         return self.o_proj((y * gate.astype(jnp.float32)).astype(gate.dtype))
+
+
+def _prepared(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
+    """log w, k, a, b and, of a later layer, v, of rows [R, K] of a head (kernels/rows.py)."""
+    k, decay, rate, *others = tiles
+    w0, a0, k_k, k_a, *v0 = (each[None, :] for each in parameters)
+    log_decay = -DECAY * jax.nn.sigmoid(w0 + decay)
+    rate = jax.nn.sigmoid(a0 + rate)
+    kk = k * k_k
+    kk = kk * jax.lax.rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1, keepdims=True), 1e-24))
+    found = log_decay, k * (1 + (rate - 1) * k_a), -kk, kk * rate
+    if not others:
+        return found
+    v, first, blend = others
+    return *found, v + (first - v) * jax.nn.sigmoid(v0[0] + blend)
+
+
+def _gated(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
+    """The core's outputs, normalised, with the bonus, times the gate, of rows [R, K] of a head (kernels/rows.py)."""
+    o, r, k, v, gate = tiles
+    weight, bias, r_k = (each[None, :] for each in parameters)
+    size = jnp.sum(valid.astype(jnp.float32))
+    centred = jnp.where(valid[None, :], o - jnp.sum(o, axis=1, keepdims=True) / size, 0.0)
+    normed = centred * jax.lax.rsqrt(jnp.sum(centred * centred, axis=1, keepdims=True) / size + GROUP_NORM_EPS)
+    bonus = jnp.sum(r * k * r_k, axis=1, keepdims=True) * v
+    return ((normed * weight + bias + bonus) * gate,)
 
 
 class GroupNorm(nnx.Module):

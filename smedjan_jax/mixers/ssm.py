@@ -9,13 +9,16 @@ Which is the core of mixers/decay.py with the query C, the key B and the value d
 Shapes: B batch, T positions, D width, E = H P inner features, H heads, P head size, G groups, N state size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.ssm import convolved_dim, inner_dim
-from smedjan_jax.kernels import SHORTEST
+from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
@@ -47,7 +50,10 @@ class Mamba2(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """z [B, T, E], x, B and C together [B, T, E + 2 G N], dt [B, T, H], of x [B, T, D]."""
-        return tuple(jnp.split(self.in_proj(x), [self.inner, self.inner + self.convolved], axis=-1))
+        weight, bounds = self.in_proj.weight, [self.inner, self.inner + self.convolved]
+        if around(self.implementation, context.position) and isinstance(weight, jax.Array) and not self.in_proj.float8:
+            return tuple(x @ part.T for part in jnp.split(weight.astype(x.dtype), bounds))  # of one matmul kernels would get copies
+        return tuple(jnp.split(self.in_proj(x), bounds, axis=-1))
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
@@ -61,6 +67,8 @@ class Mamba2(nnx.Module):
     def _mixed(self, projected: Arrays, context: Context, state: State) -> tuple[jax.Array, State]:
         gate, features, dt = projected
         (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
+        if around(self.implementation, context.position):
+            return self._by_kernels(gate, features, dt, context), {}
         features, window = causal_conv(features, whole(self.conv.weight), self.conv_bias, state.get("window"), context.documents)
         active = jax.nn.silu(features.astype(jnp.float32))
         x, key, query = jnp.split(active, [self.inner, self.inner + G * N], axis=-1)
@@ -74,6 +82,31 @@ class Mamba2(nnx.Module):
         gated = y.reshape(B, T, -1) * jax.nn.silu(gate.astype(jnp.float32))
         out = self.out_proj(self.norm(gated).astype(gate.dtype))
         return out, {"state": after.reshape(B, H, N, P), "window": window}
+
+    def _by_kernels(self, gate: jax.Array, features: jax.Array, dt: jax.Array, context: Context) -> jax.Array:
+        """The same as `_mixed` from an empty state, all of it in kernels."""
+        from smedjan_jax.kernels import scalar_decay
+        from smedjan_jax.kernels.conv import Part, conv_silu
+        from smedjan_jax.kernels.rows import rowwise
+
+        (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
+        E, size = self.inner, math.gcd(self.inner, G * N, 64)
+        parts = Part(E // size), Part(G * N // size), Part(G * N // size)
+        x, key, query = conv_silu(features, whole(self.conv.weight), self.conv_bias, context.documents, parts)
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias)
+        log_decay = (-jnp.exp(self.A_log) * dt).reshape(B, T, G, H // G)
+        arrays = query.reshape(B, T, G, 1, N), key.reshape(B, T, G, N), x.reshape(B, T, G, H // G, P), log_decay
+        scale = scalar_decay.Scale(dt.reshape(B, T, G, H // G), self.D.reshape(G, H // G))
+        y, _ = scalar_decay.scalar_decay(*arrays, None, context.documents, None, scale)
+        eps, F, rows = self.norm.eps, E // G, (B, T, G, E // G)
+
+        def function(tiles, parameters, valid):
+            (y, z), (weight,) = tiles, parameters
+            gated = y * z * jax.nn.sigmoid(z)
+            return (gated * lax.rsqrt(jnp.sum(gated * gated, axis=1, keepdims=True) / F + eps) * weight[None, :],)
+
+        out = rowwise(function, (y.reshape(rows), gate.reshape(rows)), (self.norm.weight.reshape(G, F),), (gate.dtype,))[0]
+        return self.out_proj(out.reshape(B, T, E))
 
     def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Outputs, float32 or in the compute dtype, and the state after them."""

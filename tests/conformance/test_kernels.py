@@ -5,7 +5,7 @@ SMEDJAN_TEST_DEVICE=gpu python -m pytest -m gpu tests/conformance/test_kernels.p
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +39,11 @@ class Core(NamedTuple):
 def core(name: str, plan: dict[str, int] | None = None) -> Core:
     """The core of a mixer; plan: what of the kernel's own plan is another, None: nothing."""
     from smedjan_jax.kernels import channel_decay, delta_rule, scalar_decay
+    from smedjan_jax.kernels.tiles import DeltaPlan
     from smedjan_jax.mixers import decay, gated_deltanet, rwkv
 
     module = {"linear": scalar_decay, "ssm": scalar_decay, "gated-deltanet": delta_rule, "rwkv": channel_decay}[name]
-    chosen = None if plan is None else module.Plan(**plan)
+    chosen = None if plan is None else (scalar_decay.Plan if module is scalar_decay else DeltaPlan)(**plan)
     if module is scalar_decay:
         return Core(
             lambda arrays, state, documents: scalar_decay.scalar_decay(*arrays, state, documents, chosen),
@@ -135,6 +136,155 @@ def test_a_kernel_is_its_twin_with_every_gradient(key: str):
     compare(name, plan, shape, documents, "float32", FLOAT32.one_op)
 
 
+@pytest.mark.parametrize("shape", [{"K": 128, "V": 8, "R": 2}, {"K": 8, "V": 8}], ids=["shared-key", "own-key"])
+def test_steps_and_skips_inside_of_the_kernel_are_those_outside(shape: dict[str, int]):
+    """In two segments, with documents; the last two arguments are the steps and the skips."""
+    from smedjan_jax.kernels.scalar_decay import scalar_decay
+    from smedjan_jax.kernels.shared_keys import Plan, Scale
+    from smedjan_jax.mixers import decay
+
+    rng = np.random.default_rng(0)
+    R = shape.get("R", 1)
+    host = *scalar_arrays(rng, 1, 33, **shape), rng.uniform(0.5, 2, (1, 33, 2, R)), rng.standard_normal((2, R))
+    arrays = tuple(jnp.asarray(x, jnp.float32) for x in host)
+    state = jnp.asarray(rng.standard_normal((1, 2, R, shape["K"], shape["V"])), jnp.float32)
+    documents = jnp.asarray(np.cumsum(rng.random((1, 33)) < 0.1, axis=1), jnp.int32)
+
+    def kernel(arrays: Any, state: Any, documents: Any) -> Any:
+        return scalar_decay(*arrays[:4], state, documents, Plan(16, 2), Scale(*arrays[4:]))
+
+    def twin(arrays: Any, state: Any, documents: Any) -> Any:
+        query, key, value, log_decay, step, skip = arrays
+        out, last = decay.scalar_decay(query, key, value * step[..., None], log_decay, 16, state, documents)
+        return out + skip[:, None, :, None] * value[:, :, :, None], last
+
+    got, want = (outputs_and_gradients(function, arrays, state, documents) for function in (kernel, twin))
+    demand([Difference(what, relative_l2(got[what], value), FLOAT32.one_op) for what, value in want.items()])
+
+
+class Around(NamedTuple):
+    """A kernel of what surrounds a core and its twin, both of the same arrays, documents; and those arrays."""
+
+    kernel: Callable[..., Any]
+    twin: Callable[..., Any]
+    arrays: Callable[..., tuple[np.ndarray, ...]]  # of a generator, B, T, K
+
+
+def around(name: str, rows: int = 0) -> Around:
+    """rows: of a kernel's tile; 0: its own plan."""
+    from smedjan_jax.kernels import conv, shift
+    from smedjan_jax.kernels import rows as by_row
+    from smedjan_jax.mixers import rwkv
+    from smedjan_jax.mixers.conv import causal_conv
+
+    parts = conv.Part(2, 0.5), conv.Part(1, 1.0), conv.Part(3)
+
+    def convolved(arrays: Any, documents: Any) -> Any:
+        active = jax.nn.silu(causal_conv(*arrays, None, documents)[0])
+        q, k, v = jnp.split(active.reshape(*active.shape[:2], 6, -1), [2, 3], axis=2)
+        q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + conv.EPS) for x in (q, k))
+        return 0.5 * q, k, v
+
+    def shifted(arrays: Any, documents: Any) -> Any:
+        x, mu = arrays
+        return tuple(x + (rwkv.token_shift(x, None, documents) - x) * each for each in mu)
+
+    def gated(arrays: Any, documents: Any) -> Any:
+        o, gate, weight = arrays
+        return (o * jax.lax.rsqrt(jnp.mean(o * o, axis=-1, keepdims=True) + 1e-5) * weight * jax.nn.silu(gate),)
+
+    def drawn(*shapes: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[np.ndarray, ...]]:
+        return lambda rng, B, T, K: tuple(rng.standard_normal(shape(B, T, K)) for shape in shapes)
+
+    return {
+        "conv": Around(
+            lambda arrays, documents: conv.conv_silu(*arrays, documents, parts, conv.Plan(rows) if rows else None),
+            convolved,
+            drawn(lambda B, T, K: (B, T, 6 * K), lambda B, T, K: (6 * K, 4), lambda B, T, K: (6 * K,)),
+        ),
+        "shift": Around(
+            lambda arrays, documents: shift.token_shift(*arrays, documents, shift.Plan(rows, 16) if rows else None),
+            shifted,
+            drawn(lambda B, T, K: (B, T, K), lambda B, T, K: (6, K)),
+        ),
+        "gated-norm": Around(
+            lambda arrays, documents: (by_row.gated_norm(*arrays, 1e-5, by_row.Plan(16 * rows, 2) if rows else None),),
+            gated,
+            drawn(*[lambda B, T, K: (B, T, 3, K)] * 2, lambda B, T, K: (K,)),
+        ),
+    }[name]
+
+
+def compare_around(it: Around, shape: dict[str, int], with_documents: bool, dtype: str, gate: float) -> None:
+    """The kernel on its first arrays in `dtype` against the twin in float32, outputs and every gradient."""
+    rng = np.random.default_rng(0)
+    arrays = tuple(jnp.asarray(x, dtype if x.ndim > 2 else "float32") for x in it.arrays(rng, *shape.values()))
+    documents = jnp.asarray(np.cumsum(rng.random((shape["B"], shape["T"])) < 0.1, axis=1) + 3, jnp.int32) if with_documents else None
+
+    def run(function: Callable[..., Any], arrays: Any) -> list[np.ndarray]:
+        out, pull = jax.vjp(lambda arrays: function(arrays, documents), arrays)
+        weights = tuple(jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype) for x in out)
+        return [*out, *pull(weights)[0]]
+
+    got = jax.jit(lambda arrays: run(it.kernel, arrays))(arrays)
+    want = jax.jit(lambda arrays: run(it.twin, arrays))(tuple(x.astype(jnp.float32) for x in arrays))
+    pairs = [(np.asarray(a, np.float32), np.asarray(b)) for a, b in zip(got, want, strict=True)]
+    assert all(np.abs(b).max() > 0 for _, b in pairs)
+    demand([Difference(f"array {i}", relative_l2(a, b), gate) for i, (a, b) in enumerate(pairs)])
+
+
+AROUND = ("conv", "shift", "gated-norm")
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_kernel_around_a_core_is_its_twin_with_every_gradient(name: str):
+    """Documents, a length that no tile divides, and features that fill no tile."""
+    compare_around(around(name, rows=16), {"B": 2, "T": 37, "K": 24}, True, "float32", FLOAT32.one_op)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 300])
+def test_the_loss_by_a_kernel_is_the_loss_with_every_gradient(vocabulary: int):
+    from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel
+
+    rng = np.random.default_rng(0)
+    hidden, embed = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 11, 16), (vocabulary, 16)))
+    targets = jnp.asarray(rng.integers(-1, vocabulary, (2, 11)), jnp.int32)
+    for z_loss in (0.0, 1e-3):
+        found = [
+            jax.tree.leaves(jax.jit(jax.value_and_grad(lambda *x, f=f: f(*x, targets, z_loss), (0, 1), has_aux=True))(hidden, embed))  # noqa: B023
+            for f in (cross_entropy_by_kernel, cross_entropy)
+        ]
+        pairs = enumerate(zip(*found, strict=True))
+        demand([Difference(f"leaf {i}", relative_l2(np.asarray(a), np.asarray(b)), FLOAT32.one_op) for i, (a, b) in pairs])
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_products_in_kernels_stay_on_tensor_cores_whatever_the_precision_of_float32_is(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A product that says nothing takes jax_default_matmul_precision, which runs ask to be exact: on a GPU that is tens of times slower."""
+    it, rng = core(name), np.random.default_rng(0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    shape = {"B": 1, "T": 64, "K": 16, "V": 16}
+    arrays = tuple(jnp.asarray(x, "float32" if i in wide(name) else "bfloat16") for i, x in enumerate(it.arrays(rng, **shape)))
+    state = jnp.zeros(it.state(B=1, K=16, V=16))
+    with jax.default_matmul_precision("highest"):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda arrays: it.kernel(arrays, state, None)[0].astype(jnp.float32).sum()))(arrays)
+    products = [eqn for eqn in inside_kernels(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert products
+    slow = [eqn for eqn in products if eqn.params["precision"] in (None, (jax.lax.Precision.HIGHEST,) * 2)]
+    assert not slow, slow[:2]
+
+
+def inside_kernels(jaxpr: Any, inside: bool = False) -> Iterator[Any]:
+    """The equations of the kernels that a jaxpr calls."""
+    for eqn in jaxpr.eqns:
+        if inside:
+            yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from inside_kernels(inner, inside or eqn.primitive.name == "pallas_call")
+
+
 @pytest.mark.parametrize("mixer", WITH_KERNELS)
 def test_a_model_with_kernels_has_the_loss_and_gradients_of_the_plain_one(mixer: str, monkeypatch: pytest.MonkeyPatch):
     """Through the backend as a run takes them; here nothing stands in the way of the interpreter."""
@@ -213,6 +363,14 @@ def on_a_gpu() -> list:
 def test_on_a_gpu_a_kernel_is_its_twin(name: str, size: int, dtype: str, gate: float):
     shape = {"B": 2, "T": 1100, "K": size, "V": 64 if name == "ssm" else size}
     compare(name, None, shape | LARGE[name], True, dtype, gate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", AROUND)
+def test_on_a_gpu_a_kernel_around_a_core_is_its_twin(name: str, dtype: str):
+    gate = {"bfloat16": 5e-3, "float32": 1e-6}[dtype]
+    compare_around(around(name), {"B": 2, "T": 1100, "K": 64}, True, dtype, gate)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,10 @@ ONE_SIDED_FILES = {
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
     **dict.fromkeys(
-        ("kernels/tiles.py", "kernels/scalar_decay.py", "kernels/delta_rule.py", "kernels/channel_decay.py"),
+        (
+            *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay")),
+            *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys")),
+        ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
     ),
     "checkpoint.py": "JAX's own checkpoint is Orbax; MLX's own is the neutral one",
@@ -36,8 +39,9 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     **{
         ("jax", "kernels/__init__.py", name): "where JAX's kernels run and pay"
-        for name in ("SIZES", "FASTER", "MEASURED", "LARGEST", "LARGEST_FLOAT32", "SHORTEST")
+        for name in ("SIZES", "FASTER", "MEASURED", "LARGEST", "LARGEST_FLOAT32", "LARGEST_VOCABULARY", "SHORTEST", "for_loss", "around")
     },
+    ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",
     ("mlx", "precision.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (
