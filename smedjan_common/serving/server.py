@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ IDLE_SECONDS = 75.0  # without a whole head of a request a connection is closed 
 HEAD_BYTES = 64 << 10
 LOOK_SECONDS = 0.1
 END_SECONDS = 5.0
+TWICE_SECONDS = 0.3  # within so long one signal may come twice: to the process and to its group, as `timeout` sends it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -125,15 +127,19 @@ async def _watch(api: Api) -> None:
 
 
 def _catch_signals(received: "asyncio.Future[int]") -> None:
+    first = 0.0
+
     def caught(number: int) -> None:
+        nonlocal first
         name = signal.Signals(number).name
         if received.done():
-            if number != signal.SIGHUP:  # it comes twice by itself, of the kernel and of the shell
+            if number != signal.SIGHUP and time.monotonic() > first + TWICE_SECONDS:
                 put_now(f"{name} again: stopped at once.", sys.stderr)
                 _leave(128 + number)
             return
         put_now(f"{name}: no more requests; waiting for the answers that have begun (once more: stop at once).", sys.stderr)
         received.set_result(number)
+        first = time.monotonic()
 
     for number in SIGNALS:
         if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup

@@ -1,13 +1,16 @@
 """The commands of docs/server.md as they stand; real models in both backends; one text in both, and from `generate`."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from smedjan_common.inference.opened import OpenModel
 from tests.e2e.test_readme import commands
 from tests.fakes.serving import Running
 from tests.unit import convert_models
@@ -52,16 +55,28 @@ def test_the_text_is_that_of_generate_streamed_and_not_alone_and_among_others(se
     assert "".join(choice["text"] for event in server.stream("/v1/completions", asked)[:-1] for choice in event["choices"]) == expected
 
 
-def test_echo_scores_as_the_model_does(server):
-    ids = server.post("/tokenize", {"prompt": "the smith struck the iron"})["tokens"]
-    told = server.post("/v1/completions", {"prompt": [ids], "max_tokens": 1, "echo": True, "logprobs": 2, "temperature": 0})
-    logprobs = told["choices"][0]["logprobs"]
-    assert len(logprobs["token_logprobs"]) == len(ids) + 1
-    fed = server.post("/v1/completions", {"prompt": [ids[:-1]], "max_tokens": 1, "logprobs": 20, "temperature": 0})["choices"][0][
-        "logprobs"
-    ]
-    best = logprobs["top_logprobs"][len(ids) - 1]
-    assert max(best.values()) == pytest.approx(max(fed["top_logprobs"][0].values()), abs=1e-4), "the decoder's and the scorer's agree"
+def test_scores_by_echo_are_those_of_our_own_evaluation(server, folder):
+    """As lm-evaluation-harness asks: ids, echo, one token, the sum of token_logprobs[context:-1], greedy by the largest of top_logprobs."""
+    opened = OpenModel(folder / "runs" / "mine")
+    opened.use(server.backend, importlib.import_module(f"smedjan_{server.backend}.serve").load)
+    texts = (
+        ("The smith ", "heats the iron"),
+        ("Sparks", " fly; the anvil rings."),
+        ("def forge", "(iron, heat=1200):"),
+        ("\n", "naïve 🔥"),
+    )
+    pairs = [(opened.tokenizer.encode(context), opened.tokenizer.encode(continuation)) for context, continuation in texts]
+    logits = opened.backend.logits(opened.params, np.array(pairs[0][:1], np.int32))
+    pairs.append((pairs[0][0], [int(logits[0, -1].argmax())]))  # what the model would say itself
+    asked = {"prompt": [[*context, *rest] for context, rest in pairs], "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    ours = opened.scorer.continuations(pairs)
+    assert {each.greedy for each in ours} == {True, False}
+    for expected, (context, rest), choice in zip(ours, pairs, server.post("/v1/completions", asked)["choices"], strict=True):
+        told = choice["logprobs"]
+        scores, tops = (told[name][len(context) : -1] for name in ("token_logprobs", "top_logprobs"))
+        assert len(scores) == len(rest)
+        assert sum(scores) == pytest.approx(expected.logprob, abs=1e-5)
+        assert all(score == max(top.values()) for score, top in zip(scores, tops, strict=True)) == expected.greedy
 
 
 def test_openais_client_chats(server):

@@ -267,8 +267,11 @@ def test_a_second_signal_ends_at_once():
     asked = {"prompt": "a", "max_tokens": 3000, "temperature": 0}
     with fake(step=0.02, script="a b ", drain_seconds=60, context=4000) as running, running.open_stream("/v1/completions", asked) as answer:
         answer.readline()
-        running.process.send_signal(signal.SIGINT)
+        for _ in range(2):  # one that comes twice, to the process and to its group, is one
+            running.process.send_signal(signal.SIGINT)
         running.wait_until(lambda: running.log)
+        time.sleep(0.4)
+        assert running.process.poll() is None
         assert running.stop(signal.SIGINT, timeout=5) == 130
 
 
