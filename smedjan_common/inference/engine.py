@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.backend import Decoder
+from smedjan_common.inference.drawing import Draw, Drawn
 from smedjan_common.inference.prefixes import Prefixes, common
 from smedjan_common.inference.request import Piece, Request
 from smedjan_common.inference.stats import Stats
 from smedjan_common.inference.ticket import Scored, Ticket
 
 CHUNK = 256  # tokens of a prompt that are fed at once
+BLOCKS = (4, 16)  # tokens that a device draws by itself; two lengths, since each is compiled
+LONGEST = 0.1  # seconds that a long block may take
 
 # (ids, k) -> of each token its log-probability given those before it (None for the first) and the k most probable there
 Score = Callable[[Sequence[int], int], Scored]
@@ -45,7 +48,8 @@ class Engine:
     """Answers requests with one decoder and the tokenizer of its model.
 
     reuse: begin from the state of an earlier text where that is the beginning of a prompt. keep_bytes: the most that kept states may take.
-    keep_answers: keep states after answers too, for prompts that go on from there. score: gives the log-probabilities of a prompt, for
+    keep_answers: keep states after answers too, for prompts that go on from there. blocks: let the device draw several tokens at a time
+    where a request allows it; the decoder's vocabulary is then the tokenizer's. score: gives the log-probabilities of a prompt, for
     requests that echo theirs.
     """
 
@@ -57,12 +61,14 @@ class Engine:
         reuse: bool = True,
         keep_bytes: int = 0,
         keep_answers: bool = True,
+        blocks: bool = False,
         chunk: int = CHUNK,
         score: Score | None = None,
     ):
         self.decoder, self.tokenizer, self.stats = decoder, tokenizer, Stats()
         self.vocab_size = tokenizer.vocab_size
         self._reuse, self._chunk, self._score = reuse, chunk, score
+        self._blocks, self._block_seconds = blocks, 0.0  # of a token in the last block
         self._keep_answers = keep_answers and reuse and not decoder.can_rewind
         self._rows = [Row(number) for number in range(decoder.rows)]
         self._waiting: deque[Ticket] = deque()
@@ -231,14 +237,46 @@ class Engine:
             self._prefixes.keep(row.ids, self.decoder.save(row.number), logits)
         self._guarded(ticket, self._draw, ticket, logits)
 
+    def _to_fill(self) -> Iterator[Ticket]:
+        return (row.ticket for row in self._rows if row.ticket and not row.ticket.reason and not row.ticket.filled)
+
     def _to_begin(self) -> Iterator[Ticket]:
         yield from (row.ticket for row in self._rows if row.ticket and not row.ticket.begun)
         yield from self._waiting
 
     def _decode(self, rows: list[tuple[Row, Ticket]]) -> None:
-        """One step of the rows whose requests have chosen a token to go on from."""
-        if not rows:
-            return
+        """The rows whose requests have chosen a token go on from it: by blocks that are drawn on the device where that can be, else by one
+        step, drawn here."""
+        blocks = [(row, ticket) for row, ticket in rows if self._blocks and ticket.draws_on_device]
+        steps = [(row, ticket) for row, ticket in rows if not (self._blocks and ticket.draws_on_device)]
+        if blocks:
+            self._block(blocks)
+        if steps:
+            self._step(steps)
+
+    def _block(self, rows: list[tuple[Row, Ticket]]) -> None:
+        """Some tokens of each row. Few while prompts are to be fed, and where many would take long: text is to flow."""
+        began, short, long = time.monotonic(), *BLOCKS
+        length = long if self._block_seconds * long < LONGEST and not any(self._to_fill()) else short
+        draws = [
+            Draw(row.number, ticket.ids[-1], ticket.ids, ticket.request.sampling, ticket.most(length), ticket.stop_ids)
+            for row, ticket in rows
+        ]
+        for (row, ticket), drawn in zip(rows, self.decoder.block(draws, length), strict=True):
+            row.ids += [ticket.ids[-1], *(drawn.tokens if drawn.logits is not None else drawn.tokens[:-1])]
+            self._guarded(ticket, self._take, ticket, drawn)
+        self._block_seconds = (time.monotonic() - began) / length
+
+    def _take(self, ticket: Ticket, drawn: Drawn) -> None:
+        for token in drawn.tokens:
+            ticket.take(token)
+            if ticket.reason:  # by a stop text; what came after it in the block is not wanted
+                return
+        if drawn.logits is not None:
+            self._draw(ticket, drawn.logits)
+
+    def _step(self, rows: list[tuple[Row, Ticket]]) -> None:
+        """One token of each row."""
         tokens, active = np.zeros(self.rows, np.int32), np.zeros(self.rows, bool)
         for row, ticket in rows:
             tokens[row.number], active[row.number] = ticket.ids[-1], True

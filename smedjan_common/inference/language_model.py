@@ -123,7 +123,7 @@ class LanguageModel:
 
     def loss(self, text: Prompt) -> Loss:
         """How well the model foretells a text as a document of its own, however long it is; of ids, all after the first."""
-        ids = [self.tokenizer.eot_id, *self.tokenizer.encode(text)] if isinstance(text, str) else self.ids(text)
+        ids = [*self._before(), *self.tokenizer.encode(text)] if isinstance(text, str) else self.ids(text)
         if len(ids) < 2:
             raise ConfigError("There is nothing to score.", "The text has no token after the first.", "Give a longer text.")
         logprobs = self._call(lambda: self._opened.scorer.documents([np.array(ids, np.int32)])[0])
@@ -133,14 +133,15 @@ class LanguageModel:
     def score(self, context: str, continuation: str | Sequence[str]) -> Any:
         """Log-probability of a text after another: a Likelihood(logprob in nats, tokens, greedy); of several texts, a list of them."""
         several = [continuation] if isinstance(continuation, str) else list(continuation)
-        cut = seam(self.tokenizer, context, several, [self.tokenizer.eot_id])
+        cut = seam(self.tokenizer, context, several, self._before())
         found: list[Likelihood] = self._call(lambda: self._opened.scorer.continuations([(cut.context, ids) for ids in cut.continuations]))
         return found[0] if isinstance(continuation, str) else found
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a text; of "" the end of text, after which a document begins."""
+        """The ids of a text to continue: with the token that stands before every text where the model has one; of "" the beginning of a
+        document."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
+            return self.tokenizer.begin(prompt)
         return [int(each) for each in prompt]
 
     def close(self) -> None:
@@ -153,6 +154,10 @@ class LanguageModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _before(self) -> list[int]:
+        """What a document comes after."""
+        return [self.tokenizer.eot_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
 
     def _completions(self, asked: list[Request]) -> list[Completion]:
         pieces: list[list[Piece]] = [[] for _ in asked]

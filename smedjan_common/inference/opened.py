@@ -74,7 +74,8 @@ class OpenModel:
         length = min(prompt + max_tokens, self.model.context_length)
         keep = keep_rows * (state_bytes(self.model, 1, length, self.dtype) + 4 * self.model.vocab_size)
         decoder = self.backend.decoder(self.params, length, rows)
-        return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, score=self._score)
+        blocks = self.backend.describe().kind == "gpu" and self.model.vocab_size == self.tokenizer.vocab_size  # else compiling costs more
+        return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, blocks=blocks, score=self._score)
 
     @functools.cached_property
     def scorer(self) -> Scorer:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.errors import SmedjanError
+from smedjan_common.inference.drawing import on_device
 from smedjan_common.inference.logprobs import log_softmax, most_probable
 from smedjan_common.inference.request import Piece, Request, TokenInfo, Usage
 from smedjan_common.inference.sampling import sample
@@ -31,7 +32,10 @@ class Ticket:
         self._tokenizer = tokenizer
         self._stream = TextStream(request.stop)
         self._hidden = frozenset() if request.special else frozenset(tokenizer.special_tokens.values())
-        self._stop_ids = _stop_ids(request, tokenizer)
+        self.stop_ids = _stop_ids(request, tokenizer)
+        self.draws_on_device = request.logprobs is None and on_device(request.sampling, self.stop_ids)
+        begins = request.echo or not set(request.prompt) - set(tokenizer.special_tokens.values())
+        self._begins = tokenizer.strips_first_space and begins  # the text given out does, with a space that is not part of it
 
     @property
     def filled(self) -> bool:
@@ -42,10 +46,9 @@ class Ticket:
     def usage(self) -> Usage:
         return Usage(self.prompt_length, self.generated, self.cached)
 
-    @property
-    def steps_left(self) -> int | None:
-        """The most tokens that it may still generate; None: without an end."""
-        return None if self.request.max_tokens is None else self.request.max_tokens - self.generated
+    def most(self, tokens: int) -> int:
+        """As many of `tokens` more as it may still generate."""
+        return tokens if self.request.max_tokens is None else min(tokens, self.request.max_tokens - self.generated)
 
     @property
     def needs_prompt_scores(self) -> bool:
@@ -70,7 +73,7 @@ class Ticket:
     def take(self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> None:
         """The next token is this one."""
         self.generated += 1
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             self.reason = "stop"
             self._stream.push(TokenInfo(token, b"", logprob, top))
             return
@@ -78,7 +81,7 @@ class Ticket:
         self._stream.push(TokenInfo(token, self._bytes(token), logprob, top))
         if self._stream.stopped:
             self.reason = "stop"
-        elif self.steps_left == 0:
+        elif self.most(1) == 0:
             self.reason = "length"
 
     def fail(self, error: Exception) -> None:
@@ -95,7 +98,11 @@ class Ticket:
         return Piece(text, tokens, self.reason, self.usage, words(self.error))
 
     def _bytes(self, token: int) -> bytes:
-        return b"" if token in self._hidden else self._tokenizer.decode_bytes([token])
+        """What a token adds to the text."""
+        raw = b"" if token in self._hidden else self._tokenizer.decode_bytes([token])
+        if self._begins and raw:
+            self._begins, raw = False, raw.removeprefix(b" ")
+        return raw
 
 
 def words(error: BaseException | None) -> str:

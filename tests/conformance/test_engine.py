@@ -72,4 +72,12 @@ def test_beginnings_that_are_not_computed_again_change_no_text(backend: str, nam
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_backends_write_the_same_texts(name: str):
+    for package in ("jax", "mlx.core"):
+        pytest.importorskip(package)
     assert alone("jax", name) == alone("mlx", name)
+
+
+def test_blocks_that_the_device_draws_are_the_texts_that_the_host_draws():
+    pytest.importorskip("mlx.core")
+    name = MODELS[0]  # in MLX, where nothing is compiled on a CPU; what JAX draws is held in test_decoder_block.py
+    assert answers(Engine(decoder("mlx", name), tokenizer(), chunk=4, reuse=False, blocks=True), requests()) == alone("mlx", name)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smedjan_common.inference.drawing import Drawn
+from smedjan_common.inference.sampling import sample
+
 PRIME = 1_000_003
 
 
@@ -49,6 +52,26 @@ class FakeDecoder:
             logits[row] = self._logits(row, int(tokens[row]))
         return logits
 
+    def block(self, draws, steps):
+        """What a device would draw; now and then it leaves the choice to the host."""
+        self.events.append(("block", len(draws), steps))
+        drawn = []
+        for draw in draws:
+            assert draw.token == draw.history[-1]
+            assert draw.most > 0
+            ids, new, logits = list(draw.history), [], self._after(draw.row, draw.token)
+            while True:
+                if self.states[draw.row][-1] % 7 == 0 or not np.isfinite(logits).all():
+                    drawn.append(Drawn(new, logits[: self.vocab_size]))
+                    break
+                new.append(sample(logits[: self.vocab_size], ids, draw.sampling, len(ids)))
+                ids.append(new[-1])
+                if new[-1] in draw.stop_ids or len(new) == min(steps, draw.most):
+                    drawn.append(Drawn(new, None))
+                    break
+                logits = self._after(draw.row, new[-1])
+        return drawn
+
     def reset(self, row=None):
         for each in range(self.rows) if row is None else [row]:
             self.states[each] = [7]
@@ -72,6 +95,10 @@ class FakeDecoder:
 
     def count(self, name):
         return sum(event[0] == name for event in self.events)
+
+    def _after(self, row, token):
+        self._consume(row, token)
+        return self._logits(row, token)
 
     def _consume(self, row, token):
         self.states[row].append((self.states[row][-1] * 31 + int(token) + 1) % PRIME)

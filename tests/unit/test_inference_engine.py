@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def make(tokenizer, rows=1, **more):
-    options = {name: more.pop(name) for name in ("reuse", "keep_bytes", "chunk", "score") if name in more}
+    options = {name: more.pop(name) for name in ("reuse", "keep_bytes", "chunk", "score", "blocks") if name in more}
     decoder = FakeDecoder(tokenizer.vocab_size, rows, **more)
     return Engine(decoder, tokenizer, **options), decoder
 
@@ -92,8 +92,9 @@ def test_the_prompt_is_given_out_first_on_request(tokenizer):
     assert "".join(script(tokenizer, "é", prompt="雪 stop", echo=True, stop=["stop"])[0]) == "雪 stopé"
 
 
+@pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("rewinds", [True, False])
-def test_64_requests_side_by_side_each_give_the_text_that_they_give_alone(tokenizer, rewinds):
+def test_64_requests_side_by_side_each_give_the_text_that_they_give_alone(tokenizer, rewinds, blocks):
     random = np.random.default_rng(3)
     words = ["", "a", "abc " * 5, "snow 雪 " * 7, "the same beginning, ", "the same beginning, and more"]
     requests = [
@@ -107,9 +108,11 @@ def test_64_requests_side_by_side_each_give_the_text_that_they_give_alone(tokeni
         )
         for number in range(64)
     ]
-    engine, decoder = make(tokenizer, 6, chunk=16, keep_bytes=100_000, rewinds=rewinds)
+    engine, decoder = make(tokenizer, 6, chunk=16, keep_bytes=100_000, rewinds=rewinds, blocks=blocks)
     got = answers(engine, requests)
     assert decoder.count("rewind" if rewinds else "load"), "beginnings were used again"
+    assert {event[2] for event in decoder.events if event[0] == "block"} == ({4, 16} if blocks else set())
+    assert decoder.count("step"), "requests with log-probabilities go by step"
     for one, (text, last, ids) in zip(requests, got, strict=True):
         text_alone, last_alone, ids_alone = alone(tokenizer, one, chunk=16, reuse=False)
         assert (text, ids, last.finish_reason) == (text_alone, ids_alone, last_alone.finish_reason)
@@ -280,3 +283,43 @@ def test_what_was_measured_adds_up(tokenizer):
     assert stats.first_token_seconds.count == stats.request_seconds.count == stats.queue_seconds.count == 3
     assert stats.token_seconds.count == stats.generation_tokens - 3
     assert stats.request_seconds.cumulative()[-1] == (float("inf"), 3)
+
+
+def test_tokens_that_a_device_drew_after_a_stop_text_are_not_wanted_and_its_state_is_known(tokenizer):
+    engine, decoder = make(tokenizer, 1, blocks=True)
+    text, _, ids = alone(tokenizer, request(tokenizer, "abc", 12, ignore_eot=True, special=True))
+    stop = bytes(tokenizer.decode_bytes(ids[3:5])).decode(errors="replace")
+    [(cut, last, _)] = answers(engine, [request(tokenizer, "abc", 12, ignore_eot=True, special=True, stop=[stop])])
+    assert (cut, last.finish_reason) == (text[: text.find(stop)], "stop")
+    assert len(engine._rows[0].ids) == decoder.position(0)
+    more = Request([*engine._rows[0].ids, 1, 2], 5)
+    assert answers(engine, [more])[0][0] == alone(tokenizer, more)[0]
+    assert decoder.count("rewind") == 1
+
+
+def test_blocks_are_short_while_a_prompt_is_fed(tokenizer):
+    engine, decoder = make(tokenizer, 2, chunk=8, blocks=True)
+    engine.submit(request(tokenizer, "ab", 60, ignore_eot=True))
+    engine.step()
+    engine.submit(request(tokenizer, "x" * 24, 1))
+    while engine.busy:
+        engine.step()
+    lengths = [event[2] for event in decoder.events if event[0] == "block"]
+    assert lengths[:2] == [4, 4], "two of three chunks: the last one fills it"
+    assert lengths[2] == 16
+
+
+def test_a_space_that_a_tokenizer_puts_before_a_text_is_not_given_out(tokenizer):
+    import copy
+
+    spaced = copy.copy(tokenizer)
+    spaced.strips_first_space = True
+    ids = tokenizer.encode(" one two")
+
+    def text(prompt, **more):
+        engine = Engine(FakeDecoder(tokenizer.vocab_size, 1, script=[*prompt, *ids, tokenizer.eot_id]), spaced)
+        return "".join(piece.text for _, piece in engine.run([Request(prompt, 20, GREEDY, **more)]))
+
+    assert text([tokenizer.eot_id]) == "one two", "it begins a document"
+    assert text(tokenizer.encode("a")) == " one two"
+    assert text(tokenizer.encode(" a"), echo=True) == "a one two"
