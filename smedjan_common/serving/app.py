@@ -27,6 +27,7 @@ from smedjan_common.serving.guard import Json
 from smedjan_common.serving.metrics import Metrics
 from smedjan_common.serving.openai_replies import Replies
 from smedjan_common.serving.openai_requests import Asked
+from smedjan_common.serving.page import page
 from smedjan_common.serving.served import Served
 
 PING_SECONDS = 15.0
@@ -62,7 +63,11 @@ class Api:
             ("/metrics", self.tell_metrics, "GET"),
         )
         routes = [Route(before + path, handler, methods=[method]) for path, handler, method in rows for before in ("", "/v1")]
-        return Router(routes, redirect_slashes=False)
+        return Router([Route("/", self.page, methods=["GET"]), *routes], redirect_slashes=False)
+
+    async def page(self, request: Request) -> Response:
+        status, body, headers = page().answer(request.headers.get("accept-encoding", ""), request.headers.get("if-none-match", ""))
+        return Response(body, status, headers)
 
     async def models(self, _: Request) -> Response:
         return Json({"object": "list", "data": [self.served.describe(name) for name in self.served.names]})
