@@ -108,7 +108,9 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self._parser, lambda: read(read_object(raw), self.served))
 
     async def _generate(self, request: Request, read: Callable[[dict[str, Any], Served], Asked]) -> Any:
-        if (state := self.standing()) != "ok":
+        if (state := self.standing()) == "dead":
+            raise ApiError(500, "The model's thread ended, and nothing is answered any more. The server's log says why.")
+        if state != "ok":
             raise ApiError(503, f"The server takes no request: it is {state}.", retry_after=1)
         asked = await self._parse(request, read)
         answer, replies = self._submit(asked), Replies(asked, self.served)

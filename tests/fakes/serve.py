@@ -2,7 +2,7 @@
 
 rows, max_queue, queue_seconds, drain_seconds, context, max_tokens, names; key, hosts, origins; loading: seconds that opening takes;
 step: seconds of a decode step; script: the text that it wants to write after the prompt, <|endoftext|> at its end; template: plain;
-fails: what the thread raises at a step after so many; body: the most bytes of one.
+fails: after so many steps the thread breaks down; body, body_seconds: limits of bodies; ping, idle: seconds of the server's clocks.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 from smedjan_common.errors import run_command
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.logprobs import log_softmax, most_probable
+from smedjan_common.serving import app, server
 from smedjan_common.serving.access import Access
 from smedjan_common.serving.bodies import Bodies
 from smedjan_common.serving.served import Served
@@ -100,6 +101,8 @@ def main(options):
         quiet=not options.get("log", False),
         bodies=Bodies(options.get("body", 1 << 20), seconds=options.get("body_seconds", 5.0)),
     )
+    app.PING_SECONDS = options.get("ping", app.PING_SECONDS)
+    server.IDLE_SECONDS = options.get("idle", server.IDLE_SECONDS)
     sockets = listen("127.0.0.1", 0)
     print(sockets[0].getsockname()[1], flush=True)
     return start(served, open_engine, settings, sockets, lambda: print("ready", flush=True))

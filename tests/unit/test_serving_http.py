@@ -1,5 +1,6 @@
 """The server as clients meet it: every route with and without /v1, shapes, errors, limits, leaving, draining."""
 
+import contextlib
 import signal
 import socket
 import time
@@ -282,7 +283,9 @@ def test_a_device_that_fails_is_told_to_all_and_to_health():
         running.wait_until(lambda: running.log)
         assert "the abacus broke" in "".join(running.log)
         assert running.ask("GET", "/health")[2] == {"status": "dead"}
-        assert running.refused("/v1/completions", {"prompt": "a"}, 503)["code"] == "unavailable"
+        status, headers, found = running.ask("POST", "/v1/completions", {"prompt": "a"})
+        assert (status, headers["x-should-retry"]) == (500, "false")
+        assert "ended" in found["error"]["message"]
         assert running.stop() == 143
 
 
@@ -302,6 +305,28 @@ def test_a_request_waits_for_its_turn_no_longer_than_it_may():
         error = running.refused("/v1/completions", {"prompt": "b"}, 503)
         assert error["code"] == "queue_timeout"
         running.wait_for(requests_waiting=0, requests_running=1)
+
+
+def test_a_stream_without_news_says_that_it_lives_and_clients_skip_it():
+    with fake(step=0.3, script="a b ", ping=0.05) as running:
+        asked = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+        with running.open_stream("/v1/completions", asked) as answer:
+            lines = answer.read().split(b"\n\n")
+        assert lines.count(b": ping") >= 2
+        texts = [choice["text"] for event in running.stream("/v1/completions", asked)[:-1] for choice in event["choices"]]
+        assert "".join(texts) == "a b "[:3]
+
+
+def test_a_connection_that_never_asks_is_closed_and_one_that_works_is_not():
+    with fake(idle=0.5, step=0.05, script="a b ") as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as client:
+            for byte in b"GET /heal":  # a byte now and then is no request
+                with contextlib.suppress(OSError):
+                    client.sendall(bytes([byte]))
+                time.sleep(0.08)
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(10) == b""
+        assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 20, "temperature": 0})["usage"]["completion_tokens"] == 20
 
 
 def test_both_loopbacks_are_listened_on(server):
