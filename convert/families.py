@@ -1,65 +1,168 @@
-"""The architectures of others that hold a model of smedjan: what config.json calls them, what they have more than a plain Llama.
+"""The architectures of others that hold a model of smedjan: what config.json calls them, and which models each holds.
 
-| row | model_type | more than Llama |
+| model_type | models | what it holds |
 |---|---|---|
-| llama | Llama 1 to 3.3, TinyLlama, SmolLM2, and most that came after | `attention_bias` puts a bias on q, k, v and o |
+| llama | Llama 1 to 3.3, TinyLlama, SmolLM2, and most that came after | attention and SwiGLU; biases of all of q, k, v and o |
 | qwen2 | Qwen 2 and 2.5 | biases of q, k and v |
-| qwen3 | Qwen 3 | RMSNorm over each head of q and k, heads of a size of their own |
-| mistral | Mistral 7B, Nemo | a sliding window in all layers, heads of a size of their own |
+| qwen3 | Qwen 3 | RMSNorm over each head of q and k |
+| mistral | Mistral 7B, Nemo | a sliding window in all layers |
+| mixtral | Mixtral | experts with the softmax router in all layers |
+| qwen3_moe | Qwen 3 MoE | the same with head norms, and dense layers between |
+| glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
+| granitemoehybrid | Granite 4 | Mamba-2, attention or both; SwiGLU, or experts with shared ones |
+| deepseek_v3 | DeepSeek V3 | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
+| qwen3_5 | Qwen 3.5 | Gated DeltaNet and attention with head norms |
+| qwen3_next | Qwen3-Next | the same with experts and shared ones |
 
-A model goes out as the first row that expresses it. `window`: what of it another program is known to misread is told in a note.
+A model goes out as the first row that holds it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from convert import layouts
+from convert.ties import Tie
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
+
+HEADS = {"head_size"}
+EXPERTS = {"experts", "experts_per_token", "expert_dim"}
+SHARED = {*EXPERTS, "shared_experts"}
+QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 
 
 class Family(NamedTuple):
     """A row.
 
-    architecture: transformers' class. gguf: llama.cpp's name, "" where a GGUF file cannot hold it. interleaved: llama.cpp turns neighbours
-    of a head there, not halves. defaults: what transformers takes where config.json is silent. options: which fields of a ModelConfig it
-    has beside those of every row; a value of None: either, another: only that.
+    architecture: transformers' class. defaults: what transformers takes where config.json is silent. options: fields of a ModelConfig it
+    may have beside those of every row. holds: whether it holds a model without other options. layout: the ties of its tensors. gguf:
+    llama.cpp's name, "" where there is none here. interleaved: llama.cpp turns neighbours of a head there, not halves.
     """
 
     architecture: str
-    gguf: str
-    interleaved: bool
     defaults: Mapping[str, Any]
-    options: Mapping[str, Any]
+    options: set[str]
+    holds: Callable[[ModelConfig], bool]
+    layout: Callable[[ModelConfig], list[Tie]] = layouts.llama
+    gguf: str = ""
+    interleaved: bool = False
+
+
+def _plain(config: ModelConfig) -> bool:
+    return set(config.mixer) == {"attention"} and set(config.ffn) == {"swiglu"}
+
+
+def _dense_first(config: ModelConfig) -> bool:
+    """Whether no dense layer comes after one with experts, and there is one of those."""
+    kinds = [config.ffn_of(layer) for layer in range(config.layers)]
+    return "experts" in kinds and "swiglu" not in kinds[kinds.index("experts") :]
+
+
+def dense_prefix(config: ModelConfig) -> int:
+    """How many dense layers come first."""
+    return sum(config.ffn_of(layer) == "swiglu" for layer in range(config.layers))
+
+
+def _mixtral(config: ModelConfig) -> bool:
+    return set(config.mixer) == {"attention"} and set(config.ffn) == {"experts"} and config.router == "softmax"
+
+
+def _qwen3_moe(config: ModelConfig) -> bool:
+    return set(config.mixer) == {"attention"} and "experts" in config.ffn and config.router == "softmax" and config.qk_norm
+
+
+def _glm4_moe(config: ModelConfig) -> bool:
+    return set(config.mixer) == {"attention"} and config.router == "bias" and _dense_first(config)
+
+
+def _granite(config: ModelConfig) -> bool:
+    kinds = {config.ffn_of(layer) for layer in range(config.layers)}
+    routed = kinds == {"experts"} and config.router == "softmax" and config.shared_experts > 0
+    return set(config.mixer) <= {"ssm", "attention"} and (routed or (kinds == {"swiglu"} and "ssm" in config.mixer))
+
+
+def _deepseek(config: ModelConfig) -> bool:
+    """Two of its norms have an eps of 1e-6, whatever config.json says; scaled RoPE was not compared."""
+    routed = config.router == "bias" and _dense_first(config)
+    plain = config.norm_eps == 1e-6 and config.rope_scaling == "none"
+    return set(config.mixer) == {"mla"} and plain and (set(config.ffn) == {"swiglu"} or routed)
+
+
+def _delta(config: ModelConfig) -> bool:
+    mixers = {config.mixer_of(layer) for layer in range(config.layers)}
+    return mixers == {"gated-deltanet", "attention"} and config.qk_norm
+
+
+def _qwen3_5(config: ModelConfig) -> bool:
+    """Attention comes every so many layers, at the end of each pattern."""
+    interval = len(config.mixer)
+    regular = config.mixer == ("gated-deltanet",) * (interval - 1) + ("attention",)
+    return _delta(config) and set(config.ffn) == {"swiglu"} and regular
+
+
+def _qwen3_next(config: ModelConfig) -> bool:
+    return _delta(config) and set(config.ffn) == {"experts"} and config.router == "softmax" and config.shared_experts > 0
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
-        "llama",
-        True,
-        {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
-        {"head_size": None, "qkv_bias": None, "o_bias": None},
+        {"max_position_embeddings": 2048},
+        {*HEADS, "qkv_bias", "o_bias"},
+        lambda config: _plain(config) and config.qkv_bias == config.o_bias,
+        gguf="llama",
+        interleaved=True,
     ),
     "qwen2": Family(
-        "Qwen2ForCausalLM",
-        "qwen2",
-        False,
-        {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768, "sliding_window": 4096},
-        {"qkv_bias": True},
+        "Qwen2ForCausalLM", QWEN, {"qkv_bias"}, lambda config: _plain(config) and config.qkv_bias and not config.o_bias, gguf="qwen2"
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        "qwen3",
-        False,
-        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
-        {"qk_norm": True, "head_size": None},
+        {**QWEN, "head_dim": 128},
+        {*HEADS, "qk_norm"},
+        lambda config: _plain(config) and config.qk_norm,
+        gguf="qwen3",
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        "",  # llama.cpp reads it as a llama, without the window
-        True,
-        {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096},
-        {"window": None, "head_size": None},
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        {*HEADS, "window"},
+        _plain,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "num_local_experts": 8, "num_experts_per_tok": 2},
+        {*HEADS, *EXPERTS},
+        _mixtral,
+        layouts.mixtral,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"num_key_value_heads": 4, "max_position_embeddings": 32768},
+        {*HEADS, *EXPERTS, "qk_norm"},
+        _qwen3_moe,
+        layouts.qwen3_moe,
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM", {"max_position_embeddings": 131072}, {*HEADS, *SHARED, "qk_norm", "router"}, _glm4_moe, layouts.glm4_moe
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        {"max_position_embeddings": 2048},
+        {*SHARED, "conv_width", "ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups"},
+        _granite,
+        layouts.granitemoehybrid,
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {"max_position_embeddings": 4096},
+        {*SHARED, "router", "mla_kv_rank", "mla_q_rank", "mla_rope_dim"},
+        _deepseek,
+        layouts.deepseek_v3,
+    ),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", {"max_position_embeddings": 32768}, {"qk_norm", "conv_width"}, _qwen3_5, layouts.qwen3_5),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM", {"max_position_embeddings": 32768}, {*SHARED, "qk_norm", "conv_width"}, _qwen3_next, layouts.qwen3_next
     ),
 }
 
@@ -71,26 +174,16 @@ EXPRESSED = {
 
 
 def family_of(config: ModelConfig, target: str) -> str:
-    """The first row that expresses a model. `target` names the format in errors.
-
-    Raises ConfigError, by name, for what none does: other mixers, other feed-forwards, options or sets of options.
-    """
-    for what, names, known in (("mixer", config.mixer, "attention"), ("feed-forward", config.ffn, "swiglu")):
-        if odd := sorted(set(names) - {known}):
-            raise ConfigError(
-                f"A model with the {what} {odd[0]} has no {target} form.",
-                f"The layouts that other programs run have {known} only.",
-                "Keep it neutral: both backends run it.",
-            )
+    """The first row that holds a model. `target` names the format in errors. Raises ConfigError, by name, for what none does."""
     values, plain = config.to_dict(), ModelConfig(64, 2, 1, 1, 1, 1).to_dict()
     special = {name: values[name] for name in values.keys() - EXPRESSED if values[name] != plain[name]}
     for name, family in FAMILIES.items():
-        only = {option for option, value in family.options.items() if value is not None}
-        if special.keys() <= family.options.keys() and only <= special.keys() and (name != "llama" or config.qkv_bias == config.o_bias):
+        if special.keys() <= family.options and family.holds(config):
             return name
+    kinds = ", ".join(dict.fromkeys((*config.mixer, *config.ffn)))
     wanted = ", ".join(f"{name} = {value}" for name, value in sorted(special.items()))
     raise ConfigError(
-        f"A model with {wanted} has no {target} form.",
-        "No layout that other programs run expresses it.",
+        f"A model of {kinds}{' with ' if wanted else ''}{wanted} has no {target} form.",
+        "No architecture that other programs run has it; docs/convert.md lists those that there are.",
         "Keep it neutral: both backends run it.",
     )

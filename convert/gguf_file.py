@@ -18,7 +18,7 @@ import numpy as np
 
 from convert import gguf_tokenizer
 from convert.families import FAMILIES, family_of
-from convert.hf_config import rope_to_hf
+from convert.hf_rope import rope_to_hf
 from convert.names import rows
 from convert.portable import Lazy, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf_config, hf_import, hf_tokenizer
+from convert import hf_config, hf_import, hf_tokenizer, ties
+from convert.families import FAMILIES
 from convert.json_file import write_json, write_text
-from convert.names import rows
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import write_tensors
 from smedjan_common.errors import CheckpointError
@@ -37,7 +37,8 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     eos = tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
     values = hf_config.to_hf(config, dtype.name, eos)  # refuses before anything is written
     chat, turn_ends = hf_tokenizer.chat_of(tokenizer) if tokenizer else (None, [])
-    tensors = {row.hf: cast(row.ours, model.tensors[row.ours], dtype) for row in rows(config)}
+    layout = FAMILIES[values["model_type"]].layout(config)
+    tensors = {name: cast(name, tensor, dtype) for name, tensor in ties.written(layout, model.tensors).items()}
     with atomic_directory(target) as temporary:
         write_json(temporary / hf_import.CONFIG, values)
         write_json(temporary / "generation_config.json", _generation(model, eos, turn_ends))

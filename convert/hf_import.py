@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf_config, hf_tokenizer
+from convert import hf_config, hf_tokenizer, layouts, ties
+from convert.families import FAMILIES
 from convert.json_file import read_json
-from convert.names import HEAD_ROW, MODEL_ROWS, Row, rows
+from convert.names import HEAD_ROW, MODEL_ROWS
 from convert.portable import Lazy, Portable, cast
 from convert.safetensors_file import open_tensors
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
-from smedjan_common.model.params import head_name, parameter_table
 from smedjan_common.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -62,13 +62,17 @@ def read(path: Path) -> Portable:
     dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
     if config.layers > len(stored):  # before a table of that many layers is made
         raise CheckpointError(f"{where} promises {config.layers} layers.", f"There are only {len(stored)} tensors.", "Download it again.")
-    names = rows(config)
-    stored, left_out = _without_extras(stored, names, path)
-    _check_shapes(stored, config, names, path)
+    layout = FAMILIES[values["model_type"]].layout(config)
+    stored, left_out = _without_extras(stored, layout, path)
+    _check_shapes(stored, config, layout, path)
     tokenizer, more = hf_tokenizer.read(path, config.vocab_size)
-    tensors = {row.ours: _finite(row.hf, cast(row.ours, stored[row.hf], np.dtype(np.float32)), path) for row in names}
     config = _with_vocabulary(config, tokenizer)
-    tensors |= {name: _padded(tensors[name], config) for name in {"embed.weight", head_name(config)}}
+    stored = {name: _finite(name, cast(name, tensor, np.dtype(np.float32)), path) for name, tensor in stored.items()}
+    stored |= {name: _padded(stored[name], config) for name in stored if _is_table(name)}
+    if name := ties.lost(layout, stored):
+        what = f"{path} has a tensor {name} with values that are zero in every model from here. The model cannot be expressed here."
+        raise ConfigError(what, "Attention and shared experts have no gates of their own.", "Choose another model.")
+    tensors = ties.read(layout, stored, config)
     if values.get("auto_map"):
         notes.append(f"It names code of its own (auto_map), which was not read: it is taken for a plain {values['model_type']}.")
     source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
@@ -110,10 +114,11 @@ def _open_shards(path: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _without_extras(stored: Mapping[str, Lazy], names: list[Row], path: Path) -> tuple[dict[str, Lazy], list[str]]:
+def _without_extras(stored: Mapping[str, Lazy], layout: list[ties.Tie], path: Path) -> tuple[dict[str, Lazy], list[str]]:
     """The tensors of the model alone: what more there is must change nothing, or is refused by name."""
-    known, notes = {row.hf for row in names}, []
-    if missing := [row.hf for row in names if row.hf not in stored]:
+    wanted = [name for tie in layout for name in tie.theirs]
+    known, notes = set(wanted), []
+    if missing := [name for name in wanted if name not in stored]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}.", f"The model of {CONFIG} has it.", "Download it again.")
     for name in stored.keys() - known:
@@ -133,8 +138,9 @@ def _without_extras(stored: Mapping[str, Lazy], names: list[Row], path: Path) ->
 def _tied(values: Mapping[str, Any], stored: Mapping[str, Lazy], path: Path) -> tuple[bool, list[str]]:
     """Whether the head is the embedding, and what to tell of it. Raises CheckpointError for a head that should be there and is not."""
     said = values.get("tie_word_embeddings")
-    if HEAD in stored and EMBED in stored:
-        head, embed = stored[HEAD], stored[EMBED]
+    table = next((tensor for name, tensor in stored.items() if name != HEAD and _is_table(name)), None)
+    if HEAD in stored and table is not None:
+        head, embed = stored[HEAD], table
         return head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32)), []
     if said is False:
         raise CheckpointError(
@@ -158,14 +164,19 @@ def _finite(name: str, tensor: Lazy, path: Path) -> Lazy:
     return tensor.then(check)
 
 
-def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, names: list[Row], path: Path) -> None:
-    table = parameter_table(config)
-    for row in names:
-        shape = (config.vocab_size, config.dim) if row.ours in ("embed.weight", "head.weight") else table[row.ours].shape
-        if stored[row.hf].shape != shape:
-            raise CheckpointError(
-                f"The tensor {row.hf} in {path} has shape {stored[row.hf].shape}.", f"{CONFIG} asks for {shape}.", "Download it again."
-            )
+def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, layout: list[ties.Tie], path: Path) -> None:
+    for tie in layout:
+        for name, shape in zip(tie.theirs, tie.shapes, strict=True):
+            shape = (config.vocab_size, config.dim) if _is_table(name) else shape
+            if stored[name].shape != shape:
+                raise CheckpointError(
+                    f"The tensor {name} in {path} has shape {stored[name].shape}.", f"{CONFIG} asks for {shape}.", "Download it again."
+                )
+
+
+def _is_table(name: str) -> bool:
+    """Whether its rows are the vocabulary's, which need not be padded."""
+    return name == HEAD or name.endswith(EMBED.removeprefix(layouts.PREFIX))
 
 
 def _with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -126,8 +126,9 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
         ({"window": 64, "qk_norm": True}, "window = 64"),
         ({"o_bias": True}, "o_bias"),
         ({"qk_norm": True, "qkv_bias": True}, "qk_norm = True"),
-        ({"ffn": ("experts",), "experts": 4}, "experts"),
-        *(({"mixer": ("attention", m)}, m) for m in ("mla", "block-sparse", "ssm")),
+        ({"ffn": ("experts", "swiglu"), "experts": 4}, "experts"),
+        ({"mixer": ("mla",), "kv_heads": 4}, "mla"),  # its norms have another eps there
+        *(({"mixer": ("attention", m)}, m) for m in ("mla", "block-sparse", "linear")),
     ],
 )
 def test_a_model_that_no_layout_has_is_refused_by_name_and_nothing_is_written(tmp_path: Path, capsys, change: dict, name: str):
@@ -201,7 +202,7 @@ def test_other_values_on_the_disk_are_noticed(tmp_path: Path, monkeypatch: pytes
         return out | {"tokenizer.json": json.dumps(document)}
 
     for module, name, broken, word in (
-        (convert.hf_export, "write_tensors", one_bit, "norm.weight has other values"),
+        (convert.hf_export, "write_tensors", one_bit, "down_proj.weight has other values"),
         (hf_config, "to_hf", lambda *args: to_hf(*args) | {"rope_theta": 1e5, "rope_parameters": None}, "another model"),
         (hf_tokenizer, "files", other_token, "tokenizer.json reads back differently"),
     ):
@@ -227,7 +228,7 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(tmp_path: Path, cap
     source = neutral(tmp_path / "run", config, params)
     for form in ("hf", "gguf"):
         said = refused(capsys, source, tmp_path / "out", "--to", form, "--dtype", "float16")
-        assert "layers.1.ffn.up_proj.weight has the value 70000" in said or "blk.1.ffn_up.weight has the value 70000" in said
+        assert "mlp.up_proj.weight has the value 70000" in said or "blk.1.ffn_up.weight has the value 70000" in said
     assert os.listdir(tmp_path) == ["run"]
     run(source, tmp_path / "hf", "--to", "hf", "--dtype", "bf16")
 

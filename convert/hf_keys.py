@@ -1,0 +1,265 @@
+"""What config.json says beyond a plain Llama, by architecture: written from a ModelConfig, and read into fields of one.
+
+What these keys ask for and a model of smedjan does not compute is refused by name.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from convert.families import dense_prefix
+from convert.hf_values import inexpressible, integer
+from smedjan_common.config import ModelConfig
+from smedjan_common.model.ffns.experts import width
+from smedjan_common.model.mixers import ssm
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+
+Values = Mapping[str, Any]
+
+
+# written
+
+
+def _mixtral(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": width(config),
+        "num_local_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "sliding_window": None,
+    }
+
+
+def _routed(config: ModelConfig) -> dict[str, Any]:
+    return {"num_experts_per_tok": config.experts_per_token, "moe_intermediate_size": width(config), "norm_topk_prob": True}
+
+
+def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    dense = [layer for layer in range(config.layers) if config.ffn_of(layer) == "swiglu"]
+    return {**_routed(config), "num_experts": config.experts, "mlp_only_layers": dense, "decoder_sparse_step": 1, "sliding_window": None}
+
+
+_NO_SHARED = "smedjan_no_shared_experts"
+
+
+def _grouped(config: ModelConfig) -> dict[str, Any]:
+    """The router that DeepSeek V3 and GLM share, with one group and no scaling."""
+    return {
+        **_routed(config),
+        "n_routed_experts": config.experts,
+        "n_shared_experts": max(1, config.shared_experts),  # programs fail without one: it is written with weights of zero
+        **({} if config.shared_experts else {_NO_SHARED: True}),
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": dense_prefix(config),
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "tie_word_embeddings": False,  # the head is written out: not every program ties it in this architecture
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _glm4_moe(config: ModelConfig) -> dict[str, Any]:
+    return {**_grouped(config), "use_qk_norm": config.qk_norm, "partial_rotary_factor": 1.0}
+
+
+def _deepseek_v3(config: ModelConfig) -> dict[str, Any]:
+    routed = _grouped(config) if "experts" in config.ffn else {**_NO_EXPERTS, "first_k_dense_replace": config.layers}
+    return {
+        **routed,
+        "kv_lora_rank": kv_rank(config),
+        "q_lora_rank": config.mla_q_rank or None,
+        "qk_nope_head_dim": config.head_dim,
+        "qk_rope_head_dim": rope_dim(config),
+        "v_head_dim": config.head_dim,
+        "head_dim": rope_dim(config),  # what turns, for this architecture
+        "rope_interleave": True,
+    }
+
+
+_NO_EXPERTS = {  # a dense model of this architecture still has to say something valid
+    **{"n_routed_experts": 2, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 8, "norm_topk_prob": True},
+    **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    **{"moe_layer_freq": 1, "tie_word_embeddings": False, "num_nextn_predict_layers": 0},
+}
+
+
+def _granitemoehybrid(config: ModelConfig) -> dict[str, Any]:
+    experts = "experts" in config.ffn
+    layers = [config.mixer_of(layer) for layer in range(config.layers)]
+    return {
+        "layer_types": ["mamba" if name == "ssm" else "attention" for name in layers],
+        "intermediate_size": width(config) if experts else config.ffn_dim,
+        "shared_intermediate_size": config.shared_experts * width(config) if experts else config.ffn_dim,
+        "num_local_experts": config.experts if experts else 0,
+        "num_experts_per_tok": config.experts_per_token if experts else 0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "attention_multiplier": config.head_dim**-0.5,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": ssm.heads(config),
+        "mamba_d_head": config.ssm_head_dim,
+        "mamba_d_state": config.ssm_state,
+        "mamba_n_groups": config.ssm_groups,
+        "mamba_d_conv": config.conv_width,
+        "mamba_expand": config.ssm_expand,
+        "mamba_chunk_size": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "time_step_limit": [0.0, 1e30],  # written: without it mlx-lm has bounds of its own
+    }
+
+
+def _delta(config: ModelConfig) -> dict[str, Any]:
+    kinds = ["full_attention" if config.mixer_of(layer) == "attention" else "linear_attention" for layer in range(config.layers)]
+    return {
+        "layer_types": kinds,
+        "full_attention_interval": len(config.mixer),
+        "linear_conv_kernel_dim": config.conv_width,
+        "linear_key_head_dim": config.head_dim,
+        "linear_value_head_dim": config.head_dim,
+        "linear_num_key_heads": config.kv_heads,
+        "linear_num_value_heads": config.heads,
+        "partial_rotary_factor": 1.0,
+    }
+
+
+def _qwen3_next(config: ModelConfig) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": config.shared_experts * width(config), "mlp_only_layers": [], "decoder_sparse_step": 1}
+    return {**_delta(config), **_routed(config), **shared, "num_experts": config.experts}
+
+
+WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "mistral": lambda config: {"sliding_window": config.window or None},
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "glm4_moe": _glm4_moe,
+    "granitemoehybrid": _granitemoehybrid,
+    "deepseek_v3": _deepseek_v3,
+    "qwen3_5": _delta,
+    "qwen3_next": _qwen3_next,
+}
+
+
+# read
+
+
+def _asks_for(values: Values, where: str, **expected: Any) -> None:
+    """Raises ConfigError for a key that is there and says something else."""
+    for key, value in expected.items():
+        if key in values and values[key] != value and values[key] is not None:
+            raise inexpressible(where, f"{key} {values[key]!r}", f"Here it is always {value}")
+
+
+def _experts_of(values: Values, where: str, count: str, hidden: str, router: str = "softmax") -> dict[str, Any]:
+    return {
+        "experts": integer(values, count, where),
+        "experts_per_token": integer(values, "num_experts_per_tok", where),
+        "expert_dim": integer(values, hidden, where),
+        "router": router,
+    }
+
+
+def _read_mixtral(values: Values, where: str) -> dict[str, Any]:
+    return {"ffn": ("experts",), **_experts_of(values, where, "num_local_experts", "intermediate_size")}
+
+
+def _read_qwen3_moe(values: Values, where: str) -> dict[str, Any]:
+    count = "num_experts" if "num_experts" in values else "num_local_experts"
+    _asks_for(values, where, norm_topk_prob=True, decoder_sparse_step=1)
+    if "norm_topk_prob" not in values:
+        raise inexpressible(where, "norm_topk_prob false, the default", "The weights of a token's experts add up to 1 here")
+    dense, layers = set(values.get("mlp_only_layers") or ()), integer(values, "num_hidden_layers", where)
+    ffn = tuple("swiglu" if layer in dense else "experts" for layer in range(layers))
+    return {"qk_norm": True, "ffn": _shortest(ffn), **_experts_of(values, where, count, "moe_intermediate_size")}
+
+
+def _read_grouped(values: Values, where: str) -> dict[str, Any]:
+    layers = integer(values, "num_hidden_layers", where)
+    dense = values.get("first_k_dense_replace", 0)
+    if type(dense) is not int or not 0 <= dense <= layers:
+        raise inexpressible(where, f"first_k_dense_replace {dense!r}", "It counts layers")
+    if dense == layers:
+        return {}
+    _asks_for(values, where, n_group=1, topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=True, scoring_func="sigmoid")
+    found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", "bias")
+    ffn = ("swiglu",) * dense + ("experts",) * (layers - dense)
+    shared = 0 if values.get(_NO_SHARED) is True else values.get("n_shared_experts") or 0
+    return found | {"ffn": _shortest(ffn), "shared_experts": shared}
+
+
+def _read_glm4_moe(values: Values, where: str) -> dict[str, Any]:
+    return {**_read_grouped(values, where), "qk_norm": values.get("use_qk_norm") is True}
+
+
+def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
+    dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
+    _asks_for(values, where, qk_nope_head_dim=dim // heads, v_head_dim=dim // heads, rms_norm_eps=1e-6, rope_interleave=True)
+    ranks = {"mla_kv_rank": integer(values, "kv_lora_rank", where), "mla_rope_dim": integer(values, "qk_rope_head_dim", where)}
+    q_rank = 0 if values.get("q_lora_rank") is None else integer(values, "q_lora_rank", where)
+    return {**_read_grouped(values, where), "mixer": ("mla",), "head_size": 0, "mla_q_rank": q_rank, **ranks}
+
+
+def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
+    dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
+    kinds = values.get("layer_types") or values.get("layers_block_type")
+    if not isinstance(kinds, list) or set(kinds) - {"mamba", "attention"}:
+        raise inexpressible(where, f"layer_types {kinds!r}", "Layers are mamba or attention")
+    _asks_for(values, where, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, mamba_conv_bias=True)
+    if "attention" in kinds:
+        _asks_for(values, where, position_embedding_type="rope", attention_multiplier=(dim // heads) ** -0.5)
+    mixer = _shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
+    found: dict[str, Any] = {"mixer": mixer}
+    if "mamba" in kinds:
+        _asks_for(values, where, mamba_proj_bias=False)
+        names = {"ssm_state": "mamba_d_state", "ssm_head_dim": "mamba_d_head", "ssm_groups": "mamba_n_groups", "ssm_expand": "mamba_expand"}
+        found |= {name: integer(values, key, where) for name, key in (names | {"conv_width": "mamba_d_conv"}).items()}
+    if not values.get("num_local_experts"):
+        return found | {"ffn_dim": integer(values, "shared_intermediate_size", where)}
+    hidden, shared = integer(values, "intermediate_size", where), integer(values, "shared_intermediate_size", where)
+    if shared % hidden:
+        raise inexpressible(where, f"shared experts of width {shared}", f"They are a multiple of an expert's, {hidden}")
+    routed = _experts_of(values, where, "num_local_experts", "intermediate_size")
+    return found | routed | {"ffn": ("experts",), "shared_experts": shared // hidden}
+
+
+def _read_delta(values: Values, where: str) -> dict[str, Any]:
+    kinds = values.get("layer_types")
+    if not isinstance(kinds, list) or set(kinds) - {"linear_attention", "full_attention"}:
+        raise inexpressible(where, f"layer_types {kinds!r}", "Layers are linear_attention or full_attention")
+    head_dim, heads, kv_heads = (integer(values, key, where) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+    _asks_for(values, where, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim)
+    _asks_for(values, where, linear_num_value_heads=heads, linear_num_key_heads=kv_heads)
+    mixer = _shortest(tuple("attention" if kind == "full_attention" else "gated-deltanet" for kind in kinds))
+    return {"mixer": mixer, "qk_norm": True, "conv_width": integer(values, "linear_conv_kernel_dim", where)}
+
+
+def _read_qwen3_next(values: Values, where: str) -> dict[str, Any]:
+    _asks_for(values, where, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    found = _experts_of(values, where, "num_experts", "moe_intermediate_size")
+    shared = integer(values, "shared_expert_intermediate_size", where)
+    if shared % found["expert_dim"]:
+        raise inexpressible(where, f"a shared expert of width {shared}", f"It is a multiple of an expert's, {found['expert_dim']}")
+    return {**_read_delta(values, where), **found, "ffn": ("experts",), "shared_experts": shared // found["expert_dim"]}
+
+
+def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern that repeats to this one."""
+    for size in range(1, len(pattern)):
+        if all(name == pattern[i % size] for i, name in enumerate(pattern)):
+            return pattern[:size]
+    return pattern
+
+
+READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
+    "qwen2": lambda values, where: {"qkv_bias": True, "o_bias": False},
+    "qwen3": lambda values, where: {"qk_norm": True},
+    "mixtral": _read_mixtral,
+    "qwen3_moe": _read_qwen3_moe,
+    "glm4_moe": _read_glm4_moe,
+    "granitemoehybrid": _read_granitemoehybrid,
+    "deepseek_v3": _read_deepseek_v3,
+    "qwen3_5": _read_delta,
+    "qwen3_next": _read_qwen3_next,
+}

@@ -1,0 +1,89 @@
+"""The rotary embedding in a config.json, either generation's keys.
+
+Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`rope_theta`, `rope_scaling`) read the same model:
+    none   rope_type default
+    ntk    rope_type default with the base that NTK-aware scaling comes to, base * s^(K/(K-2)): nobody has a static NTK-aware form
+    linear, llama3   by their names
+    yarn   rope_type yarn with factor, original_max_position_embeddings, beta_fast 32, beta_slow 1. The attention factor is left to
+           the formula that all readers share, 0.1 ln s + 1; llama.cpp before 2026 would apply one that is written down twice.
+"""
+
+import math
+from typing import Any
+
+from convert.hf_values import inexpressible, integer, number
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import CheckpointError
+from smedjan_common.model import rope
+from smedjan_common.model.json_fields import MAX_POSITION
+
+
+def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
+    """(base, scaling) of the rotary embedding: the scaling is None where a base says it all."""
+    if config.rope_scaling == "yarn":
+        return config.rope_base, {
+            "rope_type": "yarn",
+            "factor": config.rope_factor,
+            "original_max_position_embeddings": rope.original_length(config),
+            "beta_fast": rope.BETA_FAST,
+            "beta_slow": rope.BETA_SLOW,
+        }
+    if config.rope_scaling == "linear":
+        return config.rope_base, {"rope_type": "linear", "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        return config.rope_base, {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": rope.original_length(config),
+        }
+    if config.rope_scaling == "ntk":
+        return rope.ntk_base(config, config.head_dim), None
+    return config.rope_base, None
+
+
+def rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str, Any]:
+    """The rope fields of a ModelConfig from either generation's keys."""
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{where} has rope_scaling {scaling!r}.", "It must be a JSON object.", "Restore the file.")
+    base = number({**values, **scaling}, "rope_theta", where, 10000.0)
+    if not base > 1:
+        raise CheckpointError(f"{where} has rope_theta {base:g}.", "It must be over 1.", "Restore the file.")
+    if number({**values, **scaling}, "partial_rotary_factor", where, 1.0) != 1:
+        raise inexpressible(where, "a partial rotary embedding", "RoPE here turns whole heads")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_base": base}
+    if kind not in ("linear", "llama3", "yarn"):
+        raise inexpressible(where, f"RoPE of the type {kind!r}", "RoPE here is default, linear, llama3 or yarn")
+    found: dict[str, Any] = {"rope_base": base, "rope_scaling": kind, "rope_factor": number(scaling, "factor", where)}
+    if kind == "linear":
+        return found
+    found["rope_original_len"] = _original_length(values, scaling, where, context)
+    if kind == "llama3":
+        low, high = number(scaling, "low_freq_factor", where), number(scaling, "high_freq_factor", where)
+        return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    _refuse_other_yarn(scaling, found["rope_factor"], where)
+    return found
+
+
+def _original_length(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> int:
+    """The context before it was extended, which may stand beside the scaling or in it."""
+    key = "original_max_position_embeddings"
+    lengths = {integer(place, key, where, limit=MAX_POSITION) for place in (values, scaling) if place.get(key) is not None}
+    if len(lengths) > 1:
+        both = " and ".join(map(str, sorted(lengths)))
+        raise CheckpointError(f"{where} gives {key} twice, as {both}.", "Programs differ in which one they take.", "Correct the file.")
+    return lengths.pop() if lengths else context
+
+
+def _refuse_other_yarn(scaling: dict[str, Any], factor: float, where: str) -> None:
+    expected = {"beta_fast": rope.BETA_FAST, "beta_slow": rope.BETA_SLOW, "attention_factor": 0.1 * math.log(max(factor, 1.0)) + 1}
+    for name, plain in expected.items():
+        if not math.isclose(number(scaling, name, where, plain) or plain, plain, rel_tol=1e-6):
+            raise inexpressible(where, f"YaRN with {name} {scaling[name]:g}", f"YaRN here has {plain:g}")
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if (mscale and all_dim) or scaling.get("truncate") is False:
+        raise inexpressible(where, "YaRN with mscale_all_dim or without truncation", "YaRN here has neither")

@@ -1,0 +1,33 @@
+"""Values of a config.json: numbers that are numbers, and what cannot be expressed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.model.json_fields import MAX_EXTENT
+
+_NOT_HERE = "The model cannot be expressed here."
+
+
+def integer(values: Mapping[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_EXTENT) -> int:
+    value: Any = default if values.get(key) is None else values[key]
+    if type(value) is not int or not 1 <= value <= limit:
+        raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a positive whole number.", "Restore the file.")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value: Any = default if values.get(key) is None else values[key]
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a number.", "Restore the file.")
+    return float(value)
+
+
+def inexpressible(where: str, what: str, why: str, fix: str = "a model that is the same without it") -> ConfigError:
+    return ConfigError(f"{where} asks for {what}. {_NOT_HERE}", f"{why}.", f"Only this is missing: choose {fix}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,268 @@
+"""Which tensors an architecture of transformers has for each of ours: one function per layout, of ties (ties.py).
+
+llama             Llama, Qwen2, Qwen3, Mistral, and the attention and feed-forward of most others
+mixtral           experts as block_sparse_moe.experts.E.w1, w3, w2
+qwen3_moe         experts as mlp.experts.E.gate_proj, …; dense layers between
+glm4_moe          the same with the bias router and shared experts, after a prefix of dense layers
+granitemoehybrid  Mamba-2 and attention; gate and up in one tensor
+deepseek_v3       latent attention; features that turn by position are neighbours there
+qwen3_next        Gated DeltaNet and attention; norms are added to one, attention has an output gate (0, so a half: o_proj is doubled)
+qwen3_5           the same, its input projections apart
+"""
+
+import functools
+
+import numpy as np
+
+from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, Row
+from convert.ties import Tie, by_expert, joined, reordered, same, scaled, shifted, zeros
+from smedjan_common.config import ModelConfig
+from smedjan_common.model.ffns.experts import width
+from smedjan_common.model.mixers import ssm
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.params import parameter_table
+
+PREFIX = "model."
+_table = functools.lru_cache(maxsize=4)(parameter_table)
+
+
+def llama(config: ModelConfig) -> list[Tie]:
+    """Every tensor by itself."""
+    return [*_ends(config), *(tie for layer in range(config.layers) for tie in (*_attention(config, layer), *_swiglu(config, layer)))]
+
+
+def mixtral(config: ModelConfig) -> list[Tie]:
+    experts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    ties = _ends(config)
+    for i in range(config.layers):
+        ties += _attention(config, i)
+        ties += _experts(config, i, f"model.layers.{i}.block_sparse_moe", "gate.weight", experts)
+    return ties
+
+
+def qwen3_moe(config: ModelConfig) -> list[Tie]:
+    ties = _ends(config)
+    for i in range(config.layers):
+        ties += _attention(config, i)
+        ties += _experts(config, i, f"model.layers.{i}.mlp") if config.ffn_of(i) == "experts" else _swiglu(config, i)
+    return ties
+
+
+def glm4_moe(config: ModelConfig) -> list[Tie]:
+    return [*qwen3_moe(config), *_written_head(config)]
+
+
+def deepseek_v3(config: ModelConfig) -> list[Tie]:
+    H, N, P, R = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
+    queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + _neighbours(P)]) for head in range(H)])
+    latents = np.concatenate([np.arange(R), R + _neighbours(P)])
+    ties = _ends(config)
+    for i in range(config.layers):
+        ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.self_attn."
+        if config.mla_q_rank:
+            ties.append(_as_is(config, f"{ours}q_a_proj.weight", f"{theirs}q_a_proj.weight"))
+            ties.append(_as_is(config, f"{ours}q_a_norm.weight", f"{theirs}q_a_layernorm.weight"))
+            ties.append(reordered(f"{ours}q_b_proj.weight", f"{theirs}q_b_proj.weight", queries, config.mla_q_rank))
+        else:
+            ties.append(reordered(f"{ours}q_proj.weight", f"{theirs}q_proj.weight", queries, config.dim))
+        ties.append(reordered(f"{ours}kv_a_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", latents, config.dim))
+        ties.append(_as_is(config, f"{ours}kv_a_norm.weight", f"{theirs}kv_a_layernorm.weight"))
+        ties += [_as_is(config, f"{ours}{name}.weight", f"{theirs}{name}.weight") for name in ("kv_b_proj", "o_proj")]
+        ties += _norms(config, i)
+        ties += _experts(config, i, f"model.layers.{i}.mlp") if config.ffn_of(i) == "experts" else _swiglu(config, i)
+    return [*ties, *_written_head(config)]
+
+
+def granitemoehybrid(config: ModelConfig) -> list[Tie]:
+    ties = _ends(config)
+    for i in range(config.layers):
+        at = f"model.layers.{i}"
+        ties += _mamba(config, i) if config.mixer_of(i) == "ssm" else _attention(config, i)
+        if config.ffn_of(i) != "experts":
+            ties += _gate_and_up(config, f"layers.{i}.ffn.", f"{at}.shared_mlp", config.ffn_dim)
+            continue
+        ours, E, F, D = f"layers.{i}.ffn.", config.experts, width(config), config.dim
+        ties.append(_as_is(config, f"{ours}router.weight", f"{at}.block_sparse_moe.router.layer.weight"))
+        names = [f"{ours}{name}_proj.weight" for name in ("gate", "up")]
+        ties.append(joined(names, f"{at}.block_sparse_moe.input_linear.weight", [F, F], E, D, axis=1))
+        ties.append(_as_is(config, f"{ours}down_proj.weight", f"{at}.block_sparse_moe.output_linear.weight"))
+        ties += _gate_and_up(config, f"{ours}shared.", f"{at}.shared_mlp", config.shared_experts * F)
+    return ties
+
+
+def qwen3_next(config: ModelConfig) -> list[Tie]:
+    """Queries, keys, values and gates of a key head stand together there, and so do b and a."""
+    G, R, K = config.kv_heads, config.heads // config.kv_heads, config.head_dim
+    ties = _delta_ends(config)
+    for i in range(config.layers):
+        if config.mixer_of(i) == "attention":
+            ties += _gated_attention(config, i)
+        else:
+            ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.linear_attn."
+            names = tuple(f"{ours}{name}_proj.weight" for name in ("q", "k", "v", "z"))
+            ties.append(_by_key_head(names, f"{theirs}in_proj_qkvz.weight", G, (K, K, R * K, R * K), config.dim))
+            ties.append(_by_key_head((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight", G, (R, R), config.dim))
+            ties += _delta(config, i)
+        ties += _delta_feed_forward(config, i)
+    return ties
+
+
+def qwen3_5(config: ModelConfig) -> list[Tie]:
+    keys, values = config.kv_heads * config.head_dim, config.heads * config.head_dim
+    ties = _delta_ends(config)
+    for i in range(config.layers):
+        if config.mixer_of(i) == "attention":
+            ties += _gated_attention(config, i)
+        else:
+            ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.linear_attn."
+            names = [f"{ours}{name}_proj.weight" for name in ("q", "k", "v")]
+            ties.append(joined(names, f"{theirs}in_proj_qkv.weight", [keys, keys, values], config.dim))
+            ties += [_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}in_proj_{name}.weight") for name in ("z", "a", "b")]
+            ties += _delta(config, i)
+        ties += _delta_feed_forward(config, i)
+    nested = "model.language_model."
+    return [tie._replace(theirs=tuple(name.replace(PREFIX, nested, 1) for name in tie.theirs)) for tie in ties]
+
+
+# parts
+
+
+def _as_is(config: ModelConfig, ours: str, theirs: str) -> Tie:
+    return same(ours, theirs, _table(config)[ours].shape)
+
+
+def _row(config: ModelConfig, row: Row, layer: int = 0) -> Tie:
+    return _as_is(config, row.ours.format(i=layer), row.hf.format(i=layer))
+
+
+def _ends(config: ModelConfig) -> list[Tie]:
+    return [_row(config, row) for row in (*MODEL_ROWS, *(() if config.tied_head else (HEAD_ROW,)))]
+
+
+def _written_head(config: ModelConfig) -> list[Tie]:
+    """Programs that read no tied head of this architecture get it written out."""
+    return [_as_is(config, "embed.weight", HEAD_ROW.hf)] if config.tied_head else []
+
+
+def _norms(config: ModelConfig, layer: int) -> list[Tie]:
+    return [_row(config, row, layer) for row in LAYER_ROWS if "_norm." in row.ours]
+
+
+def _attention(config: ModelConfig, layer: int) -> list[Tie]:
+    """The norms of the block among them."""
+    rows = [row for row in LAYER_ROWS if ".mixer." in row.ours]
+    rows += [row for name, more in OPTIONAL_ROWS.items() if getattr(config, name) for row in more]
+    return [*_norms(config, layer), *(_row(config, row, layer) for row in rows)]
+
+
+def _swiglu(config: ModelConfig, layer: int) -> list[Tie]:
+    return [_row(config, row, layer) for row in LAYER_ROWS if ".ffn." in row.ours]
+
+
+def _experts(
+    config: ModelConfig,
+    layer: int,
+    at: str,
+    router: str = "gate.weight",
+    names: dict[str, str] | None = None,
+    shared: str = "shared_experts",
+) -> list[Tie]:
+    ours, E, F, D = f"layers.{layer}.ffn.", config.experts, width(config), config.dim
+    ties = [_as_is(config, f"{ours}router.weight", f"{at}.{router}")]
+    if config.router == "bias":
+        ties.append(_as_is(config, f"{ours}router.bias", f"{at}.gate.e_score_correction_bias"))
+    for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
+        theirs = (names or {}).get(name, name)
+        ties.append(by_expert(f"{ours}{name}.weight", f"{at}.experts.{{e}}.{theirs}.weight", E, *shape))
+        if config.shared_experts:
+            ties.append(_as_is(config, f"{ours}shared.{name}.weight", f"{at}.{shared}.{name}.weight"))
+        elif config.router == "bias":
+            ties.append(zeros(f"{at}.{shared}.{name}.weight", *shape))
+    return ties
+
+
+def _gate_and_up(config: ModelConfig, ours: str, at: str, hidden: int) -> list[Tie]:
+    names = [f"{ours}{name}_proj.weight" for name in ("gate", "up")]
+    return [
+        joined(names, f"{at}.input_linear.weight", [hidden, hidden], config.dim),
+        _as_is(config, f"{ours}down_proj.weight", f"{at}.output_linear.weight"),
+    ]
+
+
+def _mamba(config: ModelConfig, layer: int) -> list[Tie]:
+    ours, theirs = f"layers.{layer}.mixer.", f"model.layers.{layer}.mamba."
+    names = {"in_proj.weight": "in_proj.weight", "conv_bias": "conv1d.bias", "out_proj.weight": "out_proj.weight"}
+    names |= {name: name for name in ("A_log", "dt_bias", "D", "norm.weight")}
+    taps = same(f"{ours}conv.weight", f"{theirs}conv1d.weight", (ssm.convolved_dim(config), 1, config.conv_width))
+    return [*_norms(config, layer), taps, *(_as_is(config, f"{ours}{name}", f"{theirs}{other}") for name, other in names.items())]
+
+
+def _neighbours(size: int) -> np.ndarray:
+    """Halves of a head as neighbours: place 2 j + h has feature j + h size / 2."""
+    return np.arange(size).reshape(2, size // 2).T.reshape(-1)
+
+
+def _delta_ends(config: ModelConfig) -> list[Tie]:
+    embed, norm = MODEL_ROWS
+    head = [] if config.tied_head else [_row(config, HEAD_ROW)]
+    return [_row(config, embed), shifted(norm.ours, norm.hf, -1, config.dim), *head]
+
+
+def _delta(config: ModelConfig, layer: int) -> list[Tie]:
+    ours, theirs = f"layers.{layer}.mixer.", f"model.layers.{layer}.linear_attn."
+    features = (2 * config.kv_heads + config.heads) * config.head_dim
+    return [
+        *_shifted_norms(config, layer),
+        same(f"{ours}conv.weight", f"{theirs}conv1d.weight", (features, 1, config.conv_width)),
+        *(_as_is(config, f"{ours}{name}", f"{theirs}{name}") for name in ("A_log", "dt_bias", "norm.weight")),
+        _as_is(config, f"{ours}o_proj.weight", f"{theirs}out_proj.weight"),
+    ]
+
+
+def _shifted_norms(config: ModelConfig, layer: int) -> list[Tie]:
+    rows = [row for row in LAYER_ROWS if "_norm." in row.ours]
+    return [shifted(row.ours.format(i=layer), row.hf.format(i=layer), -1, config.dim) for row in rows]
+
+
+def _gated_attention(config: ModelConfig, layer: int) -> list[Tie]:
+    ours, theirs, K, D = f"layers.{layer}.mixer.", f"model.layers.{layer}.self_attn.", config.head_dim, config.dim
+
+    def out(arrays):
+        heads = arrays[0].reshape(config.heads, K, D)
+        return [np.concatenate([heads, np.zeros_like(heads)], axis=1).reshape(-1, D)]
+
+    def back(arrays):
+        return [arrays[0].reshape(config.heads, 2 * K, D)[:, :K].reshape(-1, D)]
+
+    return [
+        *_shifted_norms(config, layer),
+        Tie((f"{ours}q_proj.weight",), (f"{theirs}q_proj.weight",), ((2 * config.heads * K, D),), out, back, checked=True),
+        *(_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}{name}_proj.weight") for name in ("k", "v")),
+        scaled(f"{ours}o_proj.weight", f"{theirs}o_proj.weight", 2, D, config.heads * K),
+        *(shifted(f"{ours}{name}_norm.weight", f"{theirs}{name}_norm.weight", -1, K) for name in ("q", "k")),
+    ]
+
+
+def _delta_feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
+    if config.ffn_of(layer) != "experts":
+        return _swiglu(config, layer)
+    at, D = f"model.layers.{layer}.mlp", config.dim
+    ties = _experts(config, layer, at, shared="shared_expert")
+    down = f"layers.{layer}.ffn.shared.down_proj.weight"
+    ties = [tie for tie in ties if tie.ours != (down,)]
+    ties.append(scaled(down, f"{at}.shared_expert.down_proj.weight", 2, D, config.shared_experts * width(config)))
+    return [*ties, zeros(f"{at}.shared_expert_gate.weight", 1, D)]
+
+
+def _by_key_head(ours: tuple[str, ...], theirs: str, groups: int, sizes: tuple[int, ...], dim: int) -> Tie:
+    """Rows of several tensors, of each key head together. sizes: rows of each tensor for one key head."""
+    bounds = np.cumsum(sizes)[:-1]
+
+    def out(arrays):
+        parts = [array.reshape(groups, size, dim) for array, size in zip(arrays, sizes, strict=True)]
+        return [np.concatenate(parts, axis=1).reshape(-1, dim)]
+
+    def back(arrays):
+        return [part.reshape(-1, dim) for part in np.split(arrays[0].reshape(groups, sum(sizes), dim), bounds, axis=1)]
+
+    return Tie(ours, (theirs,), ((groups * sum(sizes), dim),), out, back)

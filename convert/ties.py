@@ -1,0 +1,110 @@
+"""How tensors of ours are written in layouts of others, and read back: Tie, one or several tensors on either side, exact both ways.
+
+What is joined, reordered, doubled or shifted by one is the same numbers: float32 holds 2 w and w / 2 of any weight exactly, and w - 1 of a
+norm's weight is rounded as its own program rounds it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from convert.portable import Lazy
+from smedjan_common.config import ModelConfig
+from smedjan_common.model.params import parameter_table
+
+Arrays = Sequence[np.ndarray]
+Shape = tuple[int, ...]
+
+
+class Tie(NamedTuple):
+    """ours, theirs: names. shapes: of theirs. out: arrays of ours -> of theirs; back: the way back. checked: theirs could say more than
+    ours, so what is read is written again and compared."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    out: Callable[[Arrays], Arrays]
+    back: Callable[[Arrays], Arrays]
+    checked: bool = False
+
+
+def same(ours: str, theirs: str, shape: Shape) -> Tie:
+    """The tensor itself, perhaps with axes of length one more or less."""
+    return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0].reshape(shape)], lambda arrays: list(arrays))
+
+
+def joined(ours: Sequence[str], theirs: str, sizes: Sequence[int], *width: int, axis: int = 0) -> Tie:
+    """Several tensors of `sizes` rows, one after another. width: the extents beside; axis: where the rows are."""
+    bounds = np.cumsum(sizes)[:-1]
+    shape = (*width[:axis], sum(sizes), *width[axis:])
+    return Tie(
+        tuple(ours), (theirs,), (shape,), lambda arrays: [np.concatenate(arrays, axis)], lambda arrays: np.split(arrays[0], bounds, axis)
+    )
+
+
+def by_expert(ours: str, theirs: str, experts: int, *shape: int) -> Tie:
+    """[E, out, in] as one tensor per expert; `{e}` in the name is its number."""
+    names = tuple(theirs.format(e=e) for e in range(experts))
+    return Tie((ours,), names, (shape,) * experts, lambda arrays: list(arrays[0]), lambda arrays: [np.stack(arrays)])
+
+
+def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int) -> Tie:
+    """Rows in another order: theirs[i] is ours[rows[i]]."""
+    back = np.argsort(rows)
+    return Tie((ours,), (theirs,), ((len(rows), *width),), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]])
+
+
+def shifted(ours: str, theirs: str, by: float, *shape: int) -> Tie:
+    """A norm's weight that is added to one there: by = -1."""
+    change = np.float32(by)
+    return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0] + change], lambda arrays: [arrays[0] - change])
+
+
+def scaled(ours: str, theirs: str, by: float, *shape: int) -> Tie:
+    """Times a power of two, which is exact."""
+    change = np.float32(by)
+    return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0] * change], lambda arrays: [arrays[0] / change])
+
+
+def zeros(theirs: str, *shape: int) -> Tie:
+    """A tensor that they need and we do not have."""
+    return Tie((), (theirs,), (shape,), lambda _: [np.zeros(shape, np.float32)], lambda _: [], checked=True)
+
+
+def written(ties: Sequence[Tie], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of others, by name, of ours."""
+    made: dict[str, Lazy] = {}
+    for tie in ties:
+        for number, (name, shape) in enumerate(zip(tie.theirs, tie.shapes, strict=True)):
+            made[name] = Lazy(np.dtype(np.float32), shape, _read(tie.out, [tensors[each] for each in tie.ours], number))
+    return made
+
+
+def read(ties: Sequence[Tie], tensors: Mapping[str, Lazy], config: ModelConfig) -> dict[str, Lazy]:
+    """Ours, by name, of the tensors of others. A name of ours that two ties give is read from the first."""
+    table, made = parameter_table(config), {}
+    for tie in ties:
+        for number, name in enumerate(tie.ours):
+            shape = table[name].shape
+            made.setdefault(name, Lazy(np.dtype(np.float32), shape, _read(tie.back, [tensors[each] for each in tie.theirs], number, shape)))
+    return {name: made[name] for name in table}
+
+
+def lost(ties: Sequence[Tie], tensors: Mapping[str, Lazy]) -> str | None:
+    """The first tensor of others that says something ours cannot."""
+    for tie in ties:
+        if tie.checked:
+            theirs = [tensors[name].read().astype(np.float32) for name in tie.theirs]
+            for name, array, again in zip(tie.theirs, theirs, tie.out(tie.back(theirs)), strict=True):
+                if not np.array_equal(array, again):
+                    return name
+    return None
+
+
+def _read(change: Callable[[Arrays], Arrays], sources: Sequence[Lazy], number: int, shape: Shape | None = None) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        array = np.ascontiguousarray(change([source.read().astype(np.float32, copy=False) for source in sources])[number])
+        return array if shape is None else array.reshape(shape)
+
+    return make
