@@ -80,7 +80,10 @@ class Scores(NamedTuple):
 class Saved(Protocol):
     """What a row of a decoder has seen, on the device: of a model by position no longer than that."""
 
-    position: int
+    @property
+    def position(self) -> int:
+        """Tokens that it has seen."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -134,8 +137,8 @@ class Decoder(Protocol):
         """What a row has seen, to be loaded later, into any row of this decoder."""
         ...
 
-    def load(self, row: int, saved: Saved) -> None:
-        """The row has seen what was saved, and nothing else."""
+    def load(self, row: int, saved: Any) -> None:
+        """The row has seen what was saved (what `save` of this decoder gave), and nothing else."""
         ...
 
 

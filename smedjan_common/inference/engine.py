@@ -142,7 +142,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the decoder and of everything that was kept. No request is answered any more."""
         self._waiting.clear()
-        self._rows, self.decoder, self._prefixes = [], None, Prefixes(0)
+        self._rows, self._prefixes = [], Prefixes(0)
+        del self.decoder
 
     def _piece(self, ticket: Ticket) -> Piece | None:
         """What is new of a request, and how long it took."""

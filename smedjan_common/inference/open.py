@@ -39,8 +39,9 @@ def open_model(path: str | os.PathLike) -> tuple[CheckpointInfo | Foreign, Token
     Raises CheckpointError where there is none, or where the tokenizer is missing or another one; ConfigError for a foreign model that
     cannot be expressed.
     """
-    if _is_foreign(Path(path)):
-        return _open_foreign(Path(path))
+    path = Path(path)
+    if _is_foreign(path):
+        return _open_foreign(path)
     info = newest(path)
     if not (info.path / TOKENIZER).is_file():
         raise CheckpointError(f"{info.path} has no {TOKENIZER}.", "Text cannot become tokens without it.", "Copy the tokenizer there.")

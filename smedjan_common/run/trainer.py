@@ -87,7 +87,7 @@ class Trainer:
         snapshot = self._backend.save(self._state)
         device, saved = self._backend.describe(), self.tokenizer and SavedTokenizer.of(self.tokenizer)
         about = About(model=self.config, tokenizer=saved, framework={"name": device.backend, **device.versions})
-        return write_final(folder, snapshot, about)
+        return write_final(Path(folder), snapshot, about)
 
     def _weights(self, info: Any, seed: int) -> dict[str, Any]:
         if info is None:

@@ -223,7 +223,7 @@ def test_a_text_ends_before_a_stop_text(run, capsys):
 
 def test_nothing_that_a_model_writes_steers_a_terminal(run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert make(capsys, run, "--prompt", "a\x1b[2J\x07\x9bb\tc", "--max-tokens", 0)[1] == "a[2Jb\tc\n"
+    assert make(capsys, run, "--prompt", "a\x1b[2J\x07\x9bb\tc", "--max-tokens", 0)[1] == "a␛[2J␇\ufffdb\tc\n"
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(run):
