@@ -15,7 +15,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
@@ -27,6 +27,7 @@ from smedjan_common.hints import instead
 
 Flags = TypeVar("Flags")
 WANTED = {int: "a whole number", float: "a number"}
+More = Callable[[list[str]], list[str]]
 NAMELESS = "nameless"  # an annotation: words without a flag are values of this one, which are paths
 _PATHS = ("FILE", "PATH", "DIR", "FOLDER", "RUN", "SRC", "DST")  # metavars
 _NUMBER = re.compile(r"-(\d|\.|inf$|infinity$|nan$)", re.IGNORECASE)
@@ -61,11 +62,17 @@ def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *example
 
 
 def read(
-    flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str, first: Mapping[str, str] | None = None
+    flags: type[Flags],
+    prog: str,
+    argv: list[str] | None = None,
+    *examples: str,
+    first: Mapping[str, str] | None = None,
+    more: More = lambda words: [],
 ) -> tuple[Flags, list[str]]:
     """What `parse` gives, and the words of the command line with every flag by its name.
 
-    first: field -> a few words, of the flags that the help shows before all others.
+    first: field -> a few words, of the flags that the help shows before all others. more: words that those of the command line call for,
+    such as those of a file that they name; it may raise UsageError.
     """
     words, known = sys.argv[1:] if argv is None else list(argv), list(flags_of(flags))
     if {"-h", "--help"} & set(words):
@@ -76,6 +83,7 @@ def read(
         about = ""
         try:
             words = check(known, prog, words, *examples)
+            words = [*more(words), *words]
         except UsageError as error:
             sys.exit(run_command(functools.partial(_raise, error)))
     return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,)), words

@@ -16,7 +16,8 @@ def fit(name: str, load: Load, values: Mapping[str, Any]) -> Path:
     """
     from smedjan_common.inference.keywords import check_keywords
     from smedjan_common.run.asked import Asked
-    from smedjan_common.run.flags import TrainFlags, parse
+    from smedjan_common.run.flags import TrainFlags
+    from smedjan_common.run.given import parse
 
     known = list(flags_of(TrainFlags))
     check_keywords("fit", values, known=[each.name[2:].replace("-", "_") for each in known])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smedjan_common.errors import ConfigError, DamagedError, run_command
+from smedjan_common.errors import ConfigError, DamagedError, SmedjanError, run_command
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend, Device
@@ -33,13 +33,26 @@ def main(argv: list[str]) -> int:
     """`smedjan train`: hand over to the backend's own program."""
     from smedjan_common.commands.backends import delegate
 
-    return delegate("train", argv)
+    return delegate("train", [*argv, *_backend_of_config(argv)])
+
+
+def _backend_of_config(argv: list[str]) -> list[str]:
+    """--backend of the file that --config names, where the command line has none: the backend's program is chosen by it."""
+    from smedjan_common.run.flags import given_names
+    from smedjan_common.run.given import words_of_config
+
+    if "backend" in given_names(argv) or not any(word.split("=")[0] == "--config" for word in argv):
+        return []
+    try:
+        return [word for word in words_of_config(argv) if word.startswith("--backend=")]
+    except SmedjanError:
+        return []  # the program says it
 
 
 def run(name: str, load: Load, argv: list[str] | None = None) -> int:
     """Parse and train with the backend `name`; returns the exit code."""
     from smedjan_common.run.asked import Asked
-    from smedjan_common.run.flags import parse
+    from smedjan_common.run.given import parse
 
     argv = sys.argv[1:] if argv is None else argv
     prog = f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train"
@@ -74,10 +87,11 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     from smedjan_common.run.checks import check
     from smedjan_common.run.claim import check_folder
     from smedjan_common.run.completed import complete, data_of
+    from smedjan_common.run.config_file import sources
     from smedjan_common.run.decided import decide, run_config
     from smedjan_common.run.expected import expected, so_far
     from smedjan_common.run.notes import notes
-    from smedjan_common.run.plan import heading, plan
+    from smedjan_common.run.plan import as_list, heading, plan
     from smedjan_common.run.start import find_begin
 
     folder, dry_run = checkpoint_dir(asked), asked.value("dry_run")
@@ -101,6 +115,8 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
         say(f"note: {line}")
     backend, device = _on_devices(decided, framework(), say)
     if dry_run:
+        if decided.asked.value("config"):
+            say(as_list(sources(decided.asked.value("config"), decided.asked.given_values())))
         say(plan(decided, device, expected(decided, device, backend)))
         return 0
     config = run_config(decided, say)

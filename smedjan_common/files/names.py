@@ -1,6 +1,7 @@
 """The names of what smedjan writes, each in this one place."""
 
 CONFIG, METRICS, PLOT, SAMPLES, DATA = "config.json", "metrics.jsonl", "loss.png", "samples", "data"  # in a run folder
+GIVEN = "config.toml"  # in a run folder: the flags that were given
 TRACKERS = "trackers"  # in a run folder: what trackers of others write
 FINAL = "final"  # a run's weights when all steps are done
 MANIFEST, WEIGHTS, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"  # in a checkpoint

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smedjan_common.run.flags import GROUPS, TrainFlags
+from smedjan_common.run.recorded import to_record
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class Asked:
     def is_given(self, name: str) -> bool:
         """Whether the command line has it."""
         return name in self.given
+
+    def given_values(self) -> dict[str, Any]:
+        """Field -> value of the flags that were given, in the order of the help; paths of the run's inputs absolute."""
+        from_anywhere = to_record(self.flags)
+        return {
+            name: from_anywhere.get(name, self.value(name))
+            for group in GROUPS.values()
+            for name in group.__dataclass_fields__
+            if name in self.given
+        }
 
     def having(self, **values: Any) -> "Asked":
         """The same with other values; what was given stays as it is."""

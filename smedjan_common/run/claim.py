@@ -5,12 +5,12 @@ from pathlib import Path
 
 from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.files.foreign import refuse_foreign
-from smedjan_common.files.names import CONFIG, DATA, FINAL, MANIFEST, METRICS, PLOT, QUICKSTART, SAMPLES, TOKENIZER
+from smedjan_common.files.names import CONFIG, DATA, FINAL, GIVEN, MANIFEST, METRICS, PLOT, QUICKSTART, SAMPLES, TOKENIZER
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.folder import read_config
 
 _KEY = re.compile(r"[0-9a-f]{16}")  # of texts in DATA (run.data)
-_WRITTEN = {CONFIG, METRICS, PLOT, SAMPLES, FINAL}
+_WRITTEN = {CONFIG, GIVEN, METRICS, PLOT, SAMPLES, FINAL}
 
 
 def check_folder(folder: Path, asked: Asked | None = None) -> None:

@@ -136,6 +136,7 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         keep_every=value("keep_every"),
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
         flags=to_record(decided.asked.flags),
+        given=decided.asked.given_values(),
         **report,
     )
 

@@ -13,7 +13,11 @@ def ending(folder: Path, rows: list[Row], pace: Pace, seconds: float, finished: 
     """The lines after the one that says why it ended. rows: all of metrics.jsonl. seconds: of this start of the run."""
     lines = [*_reached(rows), ("time", _times(pace, seconds))]
     if finished:
-        lines += [("files", f"{folder}: {_files(folder)}"), ("next", f'smedjan generate {folder} --prompt "Once"')]
+        lines += [
+            ("files", f"{folder}: {_files(folder)}"),
+            ("next", f"smedjan chat {folder}"),
+            ("", f'smedjan generate {folder} --prompt "Once"'),
+        ]
     return "\n".join(f"{name:<12}{words}" for name, words in lines)
 
 

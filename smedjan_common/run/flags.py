@@ -1,6 +1,6 @@
 """The flags of training, one frozen dataclass for both backends. Docstrings under the fields are the help.
 
-`parse` also tells which flags were given: on a resumed run those that were not come from the run itself (recorded.py).
+On a resumed run those that are not given come from the run itself (recorded.py).
 tests/fixtures/train_flags.txt lists the flags, so that drift is noticed.
 """
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from smedjan_common.command_line import NAMELESS, read
+from smedjan_common.command_line import NAMELESS
 from smedjan_common.errors import flag
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
@@ -96,6 +96,8 @@ class RunFlags:
     ] = field(default="auto", metadata=THIS_START)
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Go on where the memory or the disk is too small by estimate."""
+    config: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = field(default=None, metadata=THIS_START)
+    """Flags from a TOML file, flat or in tables by these groups, or from the config.json of a run; those of the command line win."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Say what would be done, write nothing."""
 
@@ -190,30 +192,6 @@ class TrainFlags:
 
 
 GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
-
-
-EXAMPLES = (
-    "smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400",
-    "smedjan train --checkpoint-dir runs/mine --steps 800",
-)
-FIRST = {  # what a newcomer sets, and the few words for it in the help
-    "dataset": "FILE: your text, JSONL or token file",
-    "checkpoint_dir": "DIR: where the run lives; give it again to go on",
-    "size": "the model: tiny, small, medium, large … (`smedjan sizes`)",
-    "mixer": "attention, ssm, linear …: what its layers are",
-    "steps": "how many; by default once over the text",
-    "batch_size": "sequences of a step",
-    "seq_len": "tokens of a sequence: the context of the model",
-    "lr": "the learning rate",
-    "sample_every": "steps between texts that show how it is getting on",
-    "dry_run": "say what would be done, and what memory it takes",
-}
-
-
-def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
-    """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
-    flags, words = read(TrainFlags, prog, argv, *EXAMPLES, first=FIRST)
-    return flags, given_names(words)
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

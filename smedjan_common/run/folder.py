@@ -3,6 +3,7 @@
 CHECKPOINT_DIR/config.json   metrics.jsonl   step-00001000/ (or orbax-00001000/)   final/   loss.png   samples/   data/
 """
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -19,7 +20,7 @@ from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, pru
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
-from smedjan_common.files.names import CONFIG, PLOT, SAMPLES
+from smedjan_common.files.names import CONFIG, GIVEN, PLOT, SAMPLES
 from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import train_flops_per_token
@@ -27,6 +28,7 @@ from smedjan_common.reporting.console import say
 from smedjan_common.reporting.curves import Curve
 from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
+from smedjan_common.run.config_file import to_toml
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
 
@@ -37,7 +39,7 @@ class RunConfig:
 
     train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
-    flags: what config.json records.
+    flags: what config.json records. given: those that were given, for config.toml.
     """
 
     model: ModelConfig
@@ -61,6 +63,7 @@ class RunConfig:
     sample_tokens: int = 128
     tracker: tuple[str, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -107,7 +110,16 @@ class RunFolder:
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
         write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
+        self._write_given()
         return values
+
+    def _write_given(self) -> None:
+        """config.toml: the flags that were given, now and when the run began."""
+        before = ""
+        if self.config.start:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                before = read_regular(self.config.start.path.parent / GIVEN).decode()
+        write_atomically(self.path / GIVEN, to_toml(self.config.given, before).encode("utf-8", "replace"))
 
     def save(self, snapshot: Snapshot, metrics: Row, extra: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep. extra: what the loop needs to go on, beside the state."""

@@ -70,6 +70,12 @@ def as_table(lines: list[Line]) -> str:
     )
 
 
+def as_list(rows: list[tuple[str, str, str]]) -> str:
+    """Flags, their values, and from where they are."""
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {where}" for name, value, where in rows)
+
+
 def _device(decided: Decided, device: Device) -> Line:
     devices = f"{device.count} x {device.name}" if device.count > 1 else device.name
     kind = f" ({device.kind})" if device.kind != device.name else ""

@@ -11,7 +11,7 @@ from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.checks import check
 from smedjan_common.run.decided import decide
-from smedjan_common.run.flags import parse
+from smedjan_common.run.given import parse
 from smedjan_common.run.start import New
 from tests.fakes import bigram
 

@@ -25,7 +25,7 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.optional import MaybeInt
-from smedjan_common.run.flags import FIRST
+from smedjan_common.run.given import FIRST
 from smedjan_common.training.config import ATTENTION, DTYPES, GRADIENT_CHECKPOINTING, PACKING
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES

@@ -18,8 +18,9 @@ from smedjan_common.model.options import options
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.reference import optim
 from smedjan_common.run.data import check_data_flags
-from smedjan_common.run.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names, parse
+from smedjan_common.run.flags import DataFlags, MixerFlags, ReportFlags, RunFlags, TrainFlags, TrainingFlags, flag_names, given_names
 from smedjan_common.run.folder import RunConfig
+from smedjan_common.run.given import parse
 from smedjan_common.run.options import check_options, check_report_options
 from smedjan_common.run.settings import new_model
 from smedjan_common.training.optimizers import OPTIMIZERS

@@ -78,6 +78,7 @@ REASONS = {
     ("smedjan_common.reporting.trackers.*", "wandb"): PACKAGE,
     ("smedjan_common.reporting.trackers.*", "trackio"): PACKAGE,
     ("smedjan_common.reporting.trackers.*", "mlflow.*"): PACKAGE,
+    ("smedjan_common.run.given", "smedjan_common.run.config_file"): "only --config needs it, and TOML",
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,

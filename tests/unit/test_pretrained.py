@@ -10,7 +10,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.rope import original_length
 from smedjan_common.run.asked import Asked
-from smedjan_common.run.flags import parse
+from smedjan_common.run.given import parse
 from smedjan_common.run.options import check_options
 from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length, pretrained_model

@@ -17,6 +17,7 @@ UNREAD = "would do nothing"
 NO_BEARING = {
     "checkpoint-dir": "it names the run",
     "dry-run": "it writes nothing",
+    "config": "what it names counts as given",
     "force": "it is about the machine, not the run",
     "mesh": "it changes no result, and a run may go on on another one",
 }

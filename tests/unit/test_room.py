@@ -11,7 +11,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.run import room
-from smedjan_common.run.flags import parse
+from smedjan_common.run.given import parse
 from smedjan_common.run.room import check_disk, check_memory, needed, new_checkpoints, smaller_models
 from smedjan_common.training.memory import PROCESS_BYTES, state_bytes
 

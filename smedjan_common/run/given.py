@@ -1,0 +1,39 @@
+"""The command line of training: its flags, which of them were given, and what --config adds to them."""
+
+from smedjan_common.command_line import read
+from smedjan_common.run.flags import TrainFlags, given_names
+
+EXAMPLES = (
+    "smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400",
+    "smedjan train --checkpoint-dir runs/mine --steps 800",
+)
+FIRST = {  # what a newcomer sets, and the few words for it in the help
+    "dataset": "FILE: your text, JSONL or token file",
+    "checkpoint_dir": "DIR: where the run lives; give it again to go on",
+    "size": "the model: tiny, small, medium, large … (`smedjan sizes`)",
+    "mixer": "attention, ssm, linear …: what its layers are",
+    "steps": "how many; by default once over the text",
+    "batch_size": "sequences of a step",
+    "seq_len": "tokens of a sequence: the context of the model",
+    "lr": "the learning rate",
+    "sample_every": "steps between texts that show how it is getting on",
+    "dry_run": "say what would be done, and what memory it takes",
+}
+
+
+def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
+    """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
+    flags, words = read(TrainFlags, prog, argv, *EXAMPLES, first=FIRST, more=words_of_config)
+    return flags, given_names(words)
+
+
+def words_of_config(words: list[str]) -> list[str]:
+    """What --config adds to the words of a command line. Raises UsageError."""
+    paths = [
+        word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=False) if word.split("=")[0] == "--config"
+    ]
+    if not paths:
+        return []
+    from smedjan_common.run.config_file import words_of
+
+    return words_of(paths[-1], given_names(words))
