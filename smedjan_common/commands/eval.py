@@ -35,11 +35,13 @@ class EvalFlags:
     checkpoint: Annotated[str, arg(metavar="RUN"), NAMELESS]
     """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/. `smedjan eval RUN` is the same."""
     dataset: Annotated[
-        tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(default: what the run validates on, without --tasks)")
+        tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(default: what the run validates on, without questions)")
     ] = ()
     """Texts to measure the loss on: text files, JSONL, directories, token files. Each gets figures of its own."""
     tasks: Annotated[tuple[str, ...], arg(metavar="TASK ...", help_behavior_hint="")] = ()
     """Questions: JSONL files, folders of them, or generated: sums, copy, reverse, brackets, recall, induction; or `generated` for all."""
+    lm_eval: Annotated[tuple[str, ...], arg(metavar="TASK ...", help_behavior_hint="")] = ()
+    """Tasks of lm-evaluation-harness (pip install 'smedjan[lm-eval]'): names that it knows, YAML files, folders of them."""
     shots: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: what a folder of tasks says, else 0)")] = None
     """How many other questions with their answers stand before each question."""
     limit: int = 0
@@ -86,6 +88,7 @@ def run(name: str, load: "Load", argv: list[str] | None = None) -> int:
 
 def _eval(name: str, load: "Load", flags: EvalFlags) -> int:
     from smedjan_common.commands.backends import check_backend
+    from smedjan_common.evaluation.harness import model_class
     from smedjan_common.evaluation.tasks import find_tasks
     from smedjan_common.evaluation.texts import find_texts
     from smedjan_common.inference.opened import OpenModel
@@ -93,9 +96,11 @@ def _eval(name: str, load: "Load", flags: EvalFlags) -> int:
     check_backend(name, flags.backend)
     opened = OpenModel(flags.checkpoint)
     context, stride = _windows(flags, opened.model.context_length)
-    names = flags.dataset or (() if flags.tasks else _validation(opened.info.path))
+    names = flags.dataset or (() if flags.tasks or flags.lm_eval else _validation(opened.info.path))
     texts = find_texts(names, opened.tokenizer, flags.field)
     tasks = find_tasks(flags.tasks, shots=flags.shots, limit=flags.limit, seed=flags.seed)
+    if flags.lm_eval:
+        model_class()  # whether it is installed is told before weights are read
     opened.use(name, load, flags.dtype)
     started = time.monotonic()
     found = _measure(flags, opened, context, stride, texts, tasks)
@@ -149,6 +154,7 @@ def _validation(checkpoint: Path) -> tuple[str, ...]:
 def _measure(flags: EvalFlags, opened: "OpenModel", context: int, stride: int, texts: list, tasks: list) -> dict[str, Any]:
     from smedjan_common.evaluation.answers import write_answers
     from smedjan_common.evaluation.choices import answer_task
+    from smedjan_common.evaluation.harness import run_harness
     from smedjan_common.evaluation.report import answer_rows, groups, task_row, text_row
     from smedjan_common.evaluation.texts import score_text
     from smedjan_common.inference.scoring import Scorer
@@ -169,6 +175,8 @@ def _measure(flags: EvalFlags, opened: "OpenModel", context: int, stride: int, t
                 result = answer_task(task, scorer, opened.tokenizer, told)
             found["tasks"].append(task_row(result))
             lines += [json.dumps(row, ensure_ascii=False) for row in answer_rows(result)] if flags.answers else []
+    if flags.lm_eval:
+        found["lm_eval"] = run_harness(opened, scorer, flags.lm_eval, shots=flags.shots, limit=flags.limit, seed=flags.seed)
     if flags.answers:
         with atomic_file(flags.answers) as file:
             file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
@@ -176,7 +184,7 @@ def _measure(flags: EvalFlags, opened: "OpenModel", context: int, stride: int, t
 
 
 def _report(flags: EvalFlags, found: dict[str, Any]) -> None:
-    from smedjan_common.evaluation.report import task_lines, text_lines
+    from smedjan_common.evaluation.report import harness_lines, task_lines, text_lines
 
     whole = json.dumps(found, indent=1)
     if flags.output:
@@ -188,6 +196,6 @@ def _report(flags: EvalFlags, found: dict[str, Any]) -> None:
     print(f"{found['checkpoint']} ({where}; context {found['context']}, stride {found['stride']})")
     for row in found["texts"]:
         print(text_lines(row))
-    for line in task_lines(found["tasks"]):
+    for line in (*task_lines(found["tasks"]), *harness_lines(found.get("lm_eval", {}))):
         print(line)
     sys.stdout.flush()

@@ -104,6 +104,15 @@ def task_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"{name}: mean of {counted(group['tasks'], 'task')}, 0 is guessing and 1 all right: {group['centred']:.4f}"
 
 
+def harness_lines(found: dict[str, Any]) -> Iterator[str]:
+    """A line for each task of lm-evaluation-harness, its figures by their names there."""
+    for task, row in found.get("results", {}).items():
+        values = {name.removesuffix(",none"): value for name, value in row.items() if isinstance(value, int | float)}
+        errors = {name.replace("_stderr", "", 1): value for name, value in values.items() if "_stderr" in name}
+        figures = (f"{name} {_with_error(value, errors.get(name))}" for name, value in values.items() if "_stderr" not in name)
+        yield f"{task}  {'  '.join(figures)}"
+
+
 def _number(row: dict[str, Any], key: str) -> str:
     value = row[key]
     return "none" if value is None else _with_error(value, row.get(f"{key}_stderr"))

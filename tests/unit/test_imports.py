@@ -83,6 +83,8 @@ REASONS = {
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,
     ("smedjan_common.evaluation.tasks", "yaml"): PACKAGE,
+    ("smedjan_common.evaluation.harness", "yaml"): PACKAGE,
+    ("smedjan_common.evaluation.harness", "lm_eval*"): PACKAGE,
     ("smedjan_common.text.rows", "datasets"): PACKAGE,
     ("smedjan_common.checkpoint.tensors", "ml_dtypes"): "only bfloat16 needs it",
     ("convert.gguf_file", "gguf"): PACKAGE,
