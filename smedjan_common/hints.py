@@ -51,6 +51,7 @@ FLAGS = {
     "window": "sliding-window attention-window local-window",
     "rope-base": "rope-theta rotary-base theta",
     "qk-norm": "use-qk-norm qk-layernorm",
+    "norm-eps": "rms-norm-eps layer-norm-eps layernorm-epsilon norm-epsilon",
     "head-size": "head-dim kv-channels d-head dim-head",
     "tied-head": "tie-word-embeddings untied-head tie-embeddings untie tied-embeddings tie-weights",
     "qkv-bias": "attention-bias add-qkv-bias",

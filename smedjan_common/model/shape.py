@@ -20,7 +20,7 @@ class Shape:
     context_length: int = option(1024, shape_free=True, inert=True)
     mixer: tuple[str, ...] = ("attention",)
     ffn: tuple[str, ...] = ("swiglu",)
-    norm_eps: float = option(1e-5, over=0, most=1, shape_free=True)
+    norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", over=0, most=1, shape_free=True)
     # with a larger base or factor, periods of NTK-aware scaling overflow float32
     rope_base: float = option(10000.0, "Base of the rotary frequencies.", over=1, most=1e24, shape_free=True)
     rope_scaling: Literal["none", "ntk", "yarn", "linear", "llama3"] = option(
