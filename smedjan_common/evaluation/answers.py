@@ -8,6 +8,7 @@ from smedjan_common.evaluation.tasks import Task
 from smedjan_common.inference.opened import OpenModel
 from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
+from smedjan_common.inference.scoring import beginning
 
 GREEDY = Sampling(temperature=0.0)
 ROWS = 16  # answers that are written side by side
@@ -39,7 +40,7 @@ def write_answers(task: Task, opened: OpenModel, told: Told = lambda done, total
     requests = []
     for number, item in enumerate(task.items):
         text = with_examples(task.examples(number), item.contexts[0], task.delimiter).rstrip()
-        ids = [tokenizer.eot_id, *tokenizer.encode(text)]
+        ids = [beginning(tokenizer), *tokenizer.encode(text)]
         requests.append(Request(ids[-room:], longest + MORE, GREEDY, stop=(stop,)))
     answers = [
         Answer(item, {"exact match": text.strip() in {each.strip() for each in item.options}}, text=text)

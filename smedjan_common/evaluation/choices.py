@@ -7,7 +7,7 @@
     perplexity           e^(mean nats of a continuation), over continuations, as LAMBADA's
     centred              (accuracy - chance) / (1 - chance): 0 is guessing, 1 all right
 
-Every question begins as a document does, after the end-of-text token.
+Every question begins as a document does, after the end-of-text token (or the one that the tokenizer puts before every text).
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any
 
 from smedjan_common.evaluation.items import Item, between, with_examples
 from smedjan_common.evaluation.tasks import Task
-from smedjan_common.inference.scoring import Likelihood, Scorer, seam
+from smedjan_common.inference.scoring import Likelihood, Scorer, beginning, seam
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _alike(lists: Sequence[Sequence[int]]) -> int:
 
 def answer_task(task: Task, scorer: Scorer, tokenizer: Any, told: Callable[[int, int], None] = lambda done, total: None) -> Result:
     """All questions of a task; options of one token after one context share a forward pass. told: (tokens scored, of how many)."""
-    asked = [ask(task, number, tokenizer, [tokenizer.eot_id]) for number in range(len(task.items))]
+    asked = [ask(task, number, tokenizer, [beginning(tokenizer)]) for number in range(len(task.items))]
     pairs = [pair for one in asked for pair in one.pairs]
     done, total = 0, sum(len(continuation) for _, continuation in pairs)
 

@@ -20,7 +20,7 @@ from smedjan_common.evaluation.answers import generate
 from smedjan_common.inference.opened import OpenModel
 from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
-from smedjan_common.inference.scoring import Scorer, seam
+from smedjan_common.inference.scoring import Scorer, beginning, seam
 from smedjan_common.nearby import beside
 
 NAME = "smedjan"
@@ -37,8 +37,13 @@ class Answering:
 
     @property
     def eot_token_id(self) -> int:
-        """What an empty context is."""
+        """The token between documents."""
         return self.tokens.eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context comes after."""
+        return beginning(self.tokens)
 
     @property
     def max_length(self) -> int:
@@ -51,18 +56,20 @@ class Answering:
         return f"smedjan-{self.tokens.hash[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; special tokens in a text are text."""
-        return self.tokens.encode(string)
+        """Ids, after what the tokenizer puts before every text; special tokens in a text are text."""
+        return [*(self._before if add_special_tokens in (None, True) else ()), *self.tokens.encode(string)]
+
+    @property
+    def _before(self) -> list[int]:
+        return [] if self.tokens.bos_id is None else [self.tokens.bos_id]
 
     def tok_decode(self, tokens: Sequence[int], **kwargs: Any) -> str:
         """Text."""
         return self.tokens.decode(tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        cut = seam(self.tokens, context, [continuation], [])
-        if cut.context:
-            return cut.context, cut.continuations[0]
-        return [self.eot_token_id], cut.continuations[0]
+        cut = seam(self.tokens, context, [continuation], self._before)
+        return cut.context or [self.prefix_token_id], cut.continuations[0]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
         found = self.scorer.continuations([(context, continuation) for _, context, continuation in requests])
@@ -74,7 +81,7 @@ class Answering:
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each after the end-of-text token, in windows that do not overlap."""
         texts = [request.args[0] for request in requests]
-        scored = self.scorer.documents([np.array([self.eot_token_id, *self.tok_encode(text)]) for text in texts])
+        scored = self.scorer.documents([np.array([self.prefix_token_id, *self.tokens.encode(text)]) for text in texts])
         sums = [float(logprobs.sum(dtype="float64")) for logprobs in scored]
         for text, total in zip(texts, sums, strict=True):
             self._kept("loglikelihood_rolling", (text,), total)
@@ -97,7 +104,7 @@ class Answering:
             top_p=float(settings.get("top_p", 1.0)),
             seed=int(settings.get("seed", 0)),
         )
-        ids = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.max_length - most) :]
+        ids = (self.tok_encode(context) or [self.prefix_token_id])[-max(1, self.max_length - most) :]
         return Request(ids, most, sampling, stop=[until] if isinstance(until, str) else until)
 
     def _kept(self, kind: str, asked: Any, answer: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from smedjan_common.data.token_file import TokenFile, manifest_path
 from smedjan_common.errors import DataError
-from smedjan_common.inference.scoring import LOT, Scorer
+from smedjan_common.inference.scoring import LOT, Scorer, beginning
 from smedjan_common.inference.tally import Tally
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.text.records import Reading
@@ -95,7 +95,7 @@ def score_text(text: Text, scorer: Scorer, tokenizer: Any, *, stride: int | None
 
 
 def _of_texts(sources: list[Source], tokenizer: Any, field: str) -> Iterator[Document]:
-    reading, end = Reading(field), tokenizer.eot_id
+    reading, begin, end = Reading(field), beginning(tokenizer), tokenizer.eot_id
     for block in reading.blocks(sources):
         for text in reading.texts(block):
             try:
@@ -104,17 +104,17 @@ def _of_texts(sources: list[Source], tokenizer: Any, field: str) -> Iterator[Doc
                 text = mend_surrogates(text)
                 num_bytes = len(text.encode())
             if text:
-                yield Document(np.concatenate(([end], tokenizer.encode_array(text), [end])), num_bytes, len(text.split()), ended=True)
+                yield Document(np.concatenate(([begin], tokenizer.encode_array(text), [end])), num_bytes, len(text.split()), ended=True)
 
 
 def _of_tokens(file: TokenFile, tokenizer: Any) -> Iterator[Document]:
-    sizes, end = tokenizer.token_bytes(), tokenizer.eot_id
+    sizes, begin, end = tokenizer.token_bytes(), beginning(tokenizer), tokenizer.eot_id
     for ids in _pieces(file, end):
         ended = bool(len(ids)) and ids[-1] == end
         text = ids[:-1] if ended else ids
         if len(text):
             words = len(tokenizer.decode_bytes(text).decode("utf-8", "replace").split())
-            yield Document(np.concatenate(([end], ids)), int(sizes[text].sum()), words, ended)
+            yield Document(np.concatenate(([begin], ids)), int(sizes[text].sum()), words, ended)
 
 
 def _pieces(file: TokenFile, end: int) -> Iterator[np.ndarray]:

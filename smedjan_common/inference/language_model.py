@@ -23,7 +23,7 @@ from smedjan_common.inference.keywords import Completion, Loss, Options, check_k
 from smedjan_common.inference.opened import Load, OpenModel
 from smedjan_common.inference.pieces import power_of_two
 from smedjan_common.inference.request import Piece, Request
-from smedjan_common.inference.scoring import Likelihood, seam
+from smedjan_common.inference.scoring import Likelihood, beginning, seam
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import count_params
 from smedjan_common.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ class LanguageModel:
 
     def loss(self, text: Prompt) -> Loss:
         """How well the model foretells a text as a document of its own, however long it is; of ids, all after the first."""
-        ids = [*self._before(), *self.tokenizer.encode(text)] if isinstance(text, str) else self.ids(text)
+        ids = [beginning(self.tokenizer), *self.tokenizer.encode(text)] if isinstance(text, str) else self.ids(text)
         if len(ids) < 2:
             raise ConfigError("There is nothing to score.", "The text has no token after the first.", "Give a longer text.")
         logprobs = self._call(lambda: self._opened.scorer.documents([np.array(ids, np.int32)])[0])
@@ -133,7 +133,7 @@ class LanguageModel:
     def score(self, context: str, continuation: str | Sequence[str]) -> Any:
         """Log-probability of a text after another: a Likelihood(logprob in nats, tokens, greedy); of several texts, a list of them."""
         several = [continuation] if isinstance(continuation, str) else list(continuation)
-        cut = seam(self.tokenizer, context, several, self._before())
+        cut = seam(self.tokenizer, context, several, [beginning(self.tokenizer)])
         found: list[Likelihood] = self._call(lambda: self._opened.scorer.continuations([(cut.context, ids) for ids in cut.continuations]))
         return found[0] if isinstance(continuation, str) else found
 
@@ -154,10 +154,6 @@ class LanguageModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _before(self) -> list[int]:
-        """What a document comes after."""
-        return [self.tokenizer.eot_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
 
     def _completions(self, asked: list[Request]) -> list[Completion]:
         pieces: list[list[Piece]] = [[] for _ in asked]

@@ -72,6 +72,12 @@ class Seam(NamedTuple):
     moved: int
 
 
+def beginning(tokenizer: Any) -> int:
+    """The token that a document comes after: what the tokenizer puts before every text, else the one between documents. Raises DataError
+    where it has neither."""
+    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 def seam(tokenizer: Any, context: str, continuations: Sequence[str], prefix: Sequence[int]) -> Seam:
     """Cut where all texts agree, so that no continuation is empty and all are scored after the same tokens.
 

@@ -15,6 +15,7 @@ from smedjan_common.evaluation.choices import answer_task, ask
 from smedjan_common.evaluation.items import Item, parse_item, read_items
 from smedjan_common.evaluation.report import groups, task_row
 from smedjan_common.evaluation.tasks import find_tasks, make_task
+from smedjan_common.evaluation.texts import find_texts
 from smedjan_common.inference.scoring import Likelihood
 from smedjan_common.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ def test_questions_of_two_kinds_and_empty_files_are_refused(tmp_path: Path):
 class Codepoints:
     """A tokenizer whose ids are code points: what is asked can be read."""
 
-    eot_id = 0
+    eot_id, bos_id = 0, None
 
     def encode(self, text):
         return list(map(ord, text))
@@ -106,6 +107,30 @@ def test_examples_are_others_with_their_answers_and_the_same_as_nanochats():
         assert [text_of(ids) for _, ids in asked.pairs] == [f" {option}" for option in item.options]
     with pytest.raises(DataError, match="--shots 5"):
         make_task("t", items, shots=6, limit=0)
+
+
+def test_what_the_tokenizer_puts_before_every_text_is_before_a_question_and_a_document(tmp_path: Path):
+    """As Llama's <|begin_of_text|>, which is another token than the one between documents."""
+
+    class Beginning(Codepoints):
+        bos_id = 1
+
+        def encode_array(self, text):
+            return np.array(self.encode(text))
+
+    seen = []
+
+    class Looking(Told):
+        def continuations(self, pairs):
+            seen.extend(pairs)
+            return super().continuations(pairs)
+
+    table = {text: Likelihood((-1.0, -2.0), greedy=False) for text in (" x", " y")}
+    answer_task(make_task("t", [Item("multiple_choice", ("q",), ("x", "y"), 0)], shots=0, limit=0), Looking(table), Beginning())
+    assert [text_of(context) for context, _ in seen] == ["\1q", "\1q"]
+    (tmp_path / "a.txt").write_text("abc")
+    [text] = find_texts([str(tmp_path / "a.txt")], Beginning())
+    assert [text_of(document.ids) for document in text.documents(Beginning(), "text")] == ["\1abc\0"]
 
 
 def test_a_schema_is_scored_where_its_texts_end_alike():
