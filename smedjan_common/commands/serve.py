@@ -104,14 +104,14 @@ def _serve(name: str, load: "Load", flags: ServeFlags) -> int:
     streams.put(f"Loading {served.names[0]}, to answer at {where[0]}/v1 …", sys.stdout)
     info = {"model": served.names[0], "backend": name, "version": __version__}
     settings = Settings(access, flags.max_queue, flags.queue_timeout, flags.drain_timeout, not flags.log, info)
-    rows: list[int] = []
+    said: list[str] = []
 
     def engine() -> "Engine":
         made = _engine(opened, name, load, flags, served.context_length)
-        rows.append(made.rows)
+        said.append(_said(opened, served, where[0], made.rows, bool(key)))  # here, as the device is this thread's
         return made
 
-    return start(served, engine, settings, sockets, lambda: _say(opened, served, where, rows[0], flags, bool(key)))
+    return start(served, engine, settings, sockets, lambda: streams.put(said[0], sys.stdout))
 
 
 def _check(flags: ServeFlags) -> None:
@@ -187,19 +187,20 @@ def _warm_up(engine: "Engine", length: int) -> None:
     engine.stats = Stats()
 
 
-def _say(opened: "OpenModel", served: "Served", where: list[str], rows: int, flags: ServeFlags, key: bool) -> None:
+def _said(opened: "OpenModel", served: "Served", where: str, rows: int, key: bool) -> str:
     """What a user needs to know once it answers."""
     from smedjan_common.inference.memory import state_bytes
     from smedjan_common.reporting.console import size
 
-    device = opened.backend.describe()
     memory = size(state_bytes(opened.model, rows, served.context_length, opened.dtype))
-    header = ' -H "Authorization: Bearer $SMEDJAN_API_KEY"' if key else ""
-    lines = (
-        f"{served.names[0]} answers at {where[0]}/v1",
-        f"  {opened.dtype} on {device.name}; context {served.context_length} tokens; {rows} texts at once, {memory} for their states",
-        f"  chats: {served.template.name if served.template else 'none'}",
-        f'  curl {where[0]}/v1/completions{header} -d \'{{"prompt": "Once", "max_tokens": 50}}\'',
-        "Ctrl-C ends it.",
+    header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if key else ""
+    return "\n".join(
+        (
+            f"{served.names[0]} answers at {where}/v1",
+            f"  {opened.dtype} on {opened.backend.describe().name}; context {served.context_length} tokens; "
+            f"{rows} texts at once, {memory} for their states",
+            f"  chats: {served.template.name if served.template else 'none'}",
+            f'  curl {where}/v1/completions{header} -d \'{{"prompt": "Once", "max_tokens": 50}}\'',
+            "Ctrl-C ends it.",
+        )
     )
-    streams.put("\n".join(lines), sys.stdout)

@@ -104,8 +104,8 @@ class Api:
         return "dead" if self.state == "ok" and not self.service.alive else self.state
 
     async def _parse(self, request: Request, read: Read) -> Any:
-        raw = await self._bodies.read(request.receive, request.headers.get("content-length"))
-        return await asyncio.get_running_loop().run_in_executor(self._parser, lambda: read(read_object(raw), self.served))
+        async with self._bodies.read(request.receive, request.headers.get("content-length")) as raw:
+            return await asyncio.get_running_loop().run_in_executor(self._parser, lambda: read(read_object(raw), self.served))
 
     async def _generate(self, request: Request, read: Callable[[dict[str, Any], Served], Asked]) -> Any:
         if (state := self.standing()) == "dead":

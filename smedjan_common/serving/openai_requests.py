@@ -103,6 +103,7 @@ def read_chat(values: dict[str, Any], served: Served) -> Asked:
     else:
         logprobs = logprobs or 0
     messages = read_messages(fields.get("messages"))
+    _check_bytes("".join(each["content"] for each in messages), served, "messages")
     go_on = fields.flag("continue_final_message")
     try:
         ids = template.encode(served.tokenizer, messages, add_generation_prompt=not go_on, continue_final=go_on)
@@ -177,10 +178,15 @@ def _prompt(prompt: Any, name: str, served: Served) -> tuple[list[int], int]:
     text = mend_surrogates(prompt)
     if not text:
         return [served.tokenizer.eot_id], 0
-    _check_length(len(text.encode()) // served.longest_token, served, name, "at least ")
+    _check_bytes(text, served, name)
     ids = served.tokenizer.encode(text)
     _check_length(len(ids), served, name)
     return ids, len(text)
+
+
+def _check_bytes(text: str, served: Served, name: str) -> None:
+    """Refuse a text that is too long whatever its tokens are, without looking for them."""
+    _check_length(len(text.encode()) // served.longest_token, served, name, "at least ")
 
 
 def _check_length(tokens: int, served: Served, name: str, about: str = "") -> None:

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def serve(app: Any, api: Api, sockets: Sequence[socket.socket], ready: Callable[[], None], drain_seconds: float) -> int:
+def serve(app: Any, api: Api, sockets: Sequence[socket.socket], ready: Callable[[], object], drain_seconds: float) -> int:
     """Load the model and answer until a signal comes; returns the exit code. ready: called once requests are taken.
 
     Raises what loading the model raises.
@@ -72,7 +72,7 @@ def serve(app: Any, api: Api, sockets: Sequence[socket.socket], ready: Callable[
     return asyncio.run(_serve(app, api, list(sockets), ready, drain_seconds))
 
 
-async def _serve(app: Any, api: Api, sockets: list[socket.socket], ready: Callable[[], None], drain_seconds: float) -> int:
+async def _serve(app: Any, api: Api, sockets: list[socket.socket], ready: Callable[[], object], drain_seconds: float) -> int:
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -15,7 +15,7 @@ from smedjan_common.serving.guard import Guard
 from smedjan_common.serving.metrics import Metrics
 from smedjan_common.serving.served import Served
 from smedjan_common.serving.server import serve
-from smedjan_common.streams import put
+from smedjan_common.streams import put_now
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
 
 
 def start(
-    served: Served, engine: Callable[[], Engine], settings: Settings, sockets: Sequence[socket.socket], ready: Callable[[], None]
+    served: Served, engine: Callable[[], Engine], settings: Settings, sockets: Sequence[socket.socket], ready: Callable[[], object]
 ) -> int:
     """Serve until a signal comes; returns the exit code. engine: makes it, in a thread of its own. ready: called once it is there.
 
@@ -47,6 +47,6 @@ def start(
     def told(method: str, path: str, status: int, seconds: float, number: str) -> None:
         metrics.told(path, status)
         if not settings.quiet:
-            put(ascii(f"{method} {path[:200]}")[1:-1] + f" {status} {seconds:.3f} s {number}", sys.stderr)
+            put_now(ascii(f"{method} {path[:200]}")[1:-1] + f" {status} {seconds:.3f} s {number}", sys.stderr)
 
     return serve(Guard(api.router(), settings.access, told), api, sockets, ready, settings.drain_seconds)

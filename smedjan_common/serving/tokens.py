@@ -9,6 +9,8 @@ from smedjan_common.serving.messages import read_messages
 from smedjan_common.serving.served import Served
 from smedjan_common.text.cuts import mend_surrogates
 
+LONGEST = 1 << 20  # characters to tokenise at a time: others wait for as long
+
 
 def tokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
     """{prompt | content | text} or {messages} -> {tokens, count, max_model_len}.
@@ -36,6 +38,8 @@ def _ids(fields: Fields, served: Served) -> list[int]:
     text = fields.get(name)
     if not isinstance(text, str):
         fields.refuse(name, f"must be a string, and is {kind(text)}")
+    if len(text) > LONGEST:
+        fields.refuse(name, f"has {len(text)} characters, and {LONGEST} are the most. Send it in parts")
     if text in tokenizer.special_tokens:
         return [tokenizer.special_tokens[text]]
     return tokenizer.encode(mend_surrogates(text), "all" if fields.flag("parse_special") else ())

@@ -158,6 +158,7 @@ def test_tokens_there_and_back(server):
     info = server.ask("GET", "/tokenizer_info")[2]
     assert (info["eos_token"], info["bos_token"]) == ("<|endoftext|>", None)
     assert server.post("/tokenize", {"prompt": info["eos_token"]})["tokens"] == [info["eos_token_id"]], "lm-eval asks so for its id"
+    assert server.refused("/tokenize", {"prompt": 5})["param"] == "prompt"
     for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": 5}), ("/detokenize", {}), ("/detokenize", {"tokens": ["a"]})):
         server.refused(path, body)
 

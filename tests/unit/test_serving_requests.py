@@ -155,6 +155,12 @@ def test_a_prompt_over_the_context_is_refused_with_the_word_that_clients_look_fo
     assert "64 tokens" in error.message
 
 
+@pytest.mark.parametrize(("read", "values"), [(completion, {"prompt": "x" * 9000}), (chat, {"messages": HELLO * 3000})])
+def test_a_text_that_is_too_long_whatever_its_tokens_are_is_not_tokenised(read, values, monkeypatch):
+    monkeypatch.setattr(type(OURS), "encode", lambda *_: pytest.fail("it was tokenised"))
+    assert refusal(read, **values).code == "context_length_exceeded"
+
+
 def test_prompts_in_all_four_forms():
     one, two = OURS.encode("the cat"), OURS.encode("a smith")
     assert [request.prompt for request in completion(prompt="the cat").requests] == [tuple(one)]
