@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import select
 import stat
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from smedjan_common import streams
 from smedjan_common.errors import ConfigError, DataError
 
 MAX_PROMPT_BYTES = 64 << 20  # no endless file, as /dev/zero is, fills the memory
 STDIN = "-"
+PATIENCE = 1.0  # seconds
 
 
 def read_prompts(given: Sequence[str], file: str | None, prompts: str | None) -> list[str]:
@@ -33,6 +36,8 @@ def read_prompts(given: Sequence[str], file: str | None, prompts: str | None) ->
 
 
 def _read(source: str) -> str:
+    if source == STDIN:
+        _tell_where_nothing_comes()
     with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else open(source, "rb") as file:
         raw = file.read(MAX_PROMPT_BYTES + 1)
     if len(raw) > MAX_PROMPT_BYTES:
@@ -43,6 +48,13 @@ def _read(source: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"The prompt in {source!r} is not UTF-8.", f"Byte {error.start} is no text.", "Convert the file.") from None
     return text.removesuffix("\n") if source == STDIN else text  # the line end of `echo`
+
+
+def _tell_where_nothing_comes() -> None:
+    """A note, soon, that standard input is waited for: who forgot the prompt would wait too."""
+    with contextlib.suppress(OSError, ValueError, TypeError):  # it has no file
+        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+            streams.put("note: the prompt is read from standard input, until that ends.", sys.stderr)
 
 
 def _lines(text: str, where: str) -> list[str]:

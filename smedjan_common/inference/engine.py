@@ -166,7 +166,7 @@ class Engine:
         self._waiting = deque(ticket for ticket in self._waiting if ticket.reason is None)
         for row in self._rows:
             if row.ticket and row.ticket.reason:
-                if self._keep_answers and row.ids and row.ticket.filled:
+                if self._keep_answers and row.ticket.filled and self._prefixes.wants(row.ids):
                     self._prefixes.keep(row.ids, self.decoder.save(row.number))
                 self._number += 1
                 row.ticket, row.used = None, self._number
@@ -234,7 +234,7 @@ class Engine:
         """The prompt was consumed: its state is kept where it may be of use again, and the first token is chosen."""
         assert logits is not None
         wanted = not self.decoder.can_rewind or any(other.request.prompt == ticket.request.prompt for other in self._to_begin())
-        if self._prefixes.limit and wanted and ticket.cached < ticket.prompt_length:
+        if wanted and ticket.cached < ticket.prompt_length and self._prefixes.wants(row.ids):
             self._prefixes.keep(row.ids, self.decoder.save(row.number), logits)
         self._guarded(ticket, self._draw, ticket, logits)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+SHORTEST = 32  # tokens: to compute fewer anew takes no longer than to keep their state
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -33,6 +35,10 @@ class Prefixes:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def wants(self, ids: Sequence[int]) -> bool:
+        """Whether the state after `ids` is worth keeping, as far as that is known before it is taken."""
+        return self.limit > 0 and len(ids) >= SHORTEST
 
     def keep(self, ids: Sequence[int], state: Any, logits: np.ndarray | None = None) -> None:
         """Keep the state after `ids`; one that is larger than all that may be kept is not."""

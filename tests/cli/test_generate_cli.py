@@ -206,6 +206,12 @@ def test_a_text_is_piped_in_without_a_flag(run, capsys):
     assert (process.returncode, out, err) == (0, from_flag, "")
 
 
+def test_who_pipes_nothing_in_is_told_what_is_waited_for(run):
+    process = start("tests.fakes.generate", run, "--max-tokens", 4, stdin=-1)
+    assert "read from standard input" in process.stderr.readline()
+    assert process.communicate("the")[0].startswith("the")
+
+
 def test_the_speed_is_told_on_standard_error_where_asked_for(run, capsys):
     code, _, err = make(capsys, run, "--prompt", "the", "--max-tokens", 5, "--stats", "--temperature", 0)
     assert code == 0

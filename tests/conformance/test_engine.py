@@ -17,6 +17,11 @@ ROWS, HELD = 8, 32  # positions that the state holds: some texts are longer
 MODELS = ("attention", "gated-deltanet")  # what can be rewound, and what cannot
 
 
+@pytest.fixture(autouse=True)
+def short_texts_are_kept(monkeypatch):
+    monkeypatch.setattr("smedjan_common.inference.prefixes.SHORTEST", 1)
+
+
 @functools.cache
 def tokenizer() -> Tokenizer:
     return Tokenizer.train_from_texts(["the smith heats the iron until it glows, naïve café 雪"] * 5, vocab_size=270)

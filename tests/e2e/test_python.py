@@ -194,3 +194,18 @@ def test_batches_that_are_none_are_refused(run):
     assert losses[-1] < losses[0]
     assert trainer.evaluate([[1, 2, 3, 4, 5]] * 2)["loss"] < losses[0]
     assert "4 steps done" in repr(trainer)
+
+
+def test_ctrl_c_ends_the_call_and_not_the_model(run):
+    package("mlx")
+    code = f"""
+import smedjan_mlx, threading, os, signal
+lm = smedjan_mlx.load({str(run)!r})
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    lm.generate("a", max_tokens=None, logit_bias={{lm.tokenizer.eot_id: -100}})
+except KeyboardInterrupt:
+    print(len(lm.generate("a", max_tokens=3, logit_bias={{lm.tokenizer.eot_id: -100}}).tokens))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("3\n", "")

@@ -19,6 +19,11 @@ def tokenizer():
     return Tokenizer.train_from_texts(["naïve café — ein Märchen, 雪 and snow"] * 5, vocab_size=257)  # bytes and the end only
 
 
+@pytest.fixture(autouse=True)
+def short_texts_are_kept(monkeypatch):
+    monkeypatch.setattr("smedjan_common.inference.prefixes.SHORTEST", 1)
+
+
 def make(tokenizer, rows=1, **more):
     options = {name: more.pop(name) for name in ("reuse", "keep_bytes", "chunk", "score", "blocks") if name in more}
     decoder = FakeDecoder(tokenizer.vocab_size, rows, **more)
@@ -323,3 +328,12 @@ def test_a_space_that_a_tokenizer_puts_before_a_text_is_not_given_out(tokenizer)
     assert text([tokenizer.eot_id]) == "one two", "it begins a document"
     assert text(tokenizer.encode("a")) == " one two"
     assert text(tokenizer.encode(" a"), echo=True) == "a one two"
+
+
+def test_states_of_short_texts_are_not_worth_keeping(tokenizer, monkeypatch):
+    monkeypatch.setattr("smedjan_common.inference.prefixes.SHORTEST", 32)
+    engine, decoder = make(tokenizer, 1, keep_bytes=100_000, rewinds=False)
+    answers(engine, [request(tokenizer, "abc", 5, ignore_eot=True)])
+    assert not decoder.count("save")
+    answers(engine, [request(tokenizer, "x" * 31, 1), request(tokenizer, "x" * 32, 1)])
+    assert [event[2] for event in decoder.events if event[0] == "save"] == [32, 32], "after the prompt, and after the answer"
