@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
@@ -66,11 +66,11 @@ class GenerateFlags:
     """Stop before any of these texts."""
     echo: bool = True
     """Print the prompt before its continuation."""
-    special: bool = False
+    special: Annotated[bool, FlagCreatePairsOff] = False
     """Show control tokens that the model writes by their names."""
-    json: bool = False
+    json: Annotated[bool, FlagCreatePairsOff] = False
     """Print a JSON object a line for each text: prompt, sample, seed, text, finish_reason, prompt_tokens, completion_tokens."""
-    stats: bool = False
+    stats: Annotated[bool, FlagCreatePairsOff] = False
     """Say at the end, on standard error, how many tokens per second were generated. A terminal is told anyway."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""

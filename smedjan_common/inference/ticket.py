@@ -93,7 +93,8 @@ class Ticket:
         if self.reason is None:
             text, tokens = self._stream.take()
             return Piece(text, tokens) if text else None
-        self._stream.finish()
+        if self.reason in ("stop", "length"):  # else what waits may be the beginning of a character or of a stop text
+            self._stream.finish()
         text, tokens = self._stream.take(last=True)
         return Piece(text, tokens, self.reason, self.usage, words(self.error))
 

@@ -125,6 +125,36 @@ def test_64_requests_side_by_side_each_give_the_text_that_they_give_alone(tokeni
     assert not engine.busy
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_requests_that_come_and_go_at_any_time_end_once_with_the_text_that_they_give_alone(tokenizer, rewinds, blocks):
+    random = np.random.default_rng(7)
+    engine, _ = make(tokenizer, 3, chunk=4, keep_bytes=20_000, rewinds=rewinds, blocks=blocks, max_len=40)
+    asked, texts, ends, tickets = [], [], [], []
+    while len(asked) < 80 or engine.busy:
+        if len(asked) < 80 and random.random() < 0.4:
+            prompt = "the same beginning "[: int(random.integers(1, 20))] + "yz"[: int(random.integers(0, 3))]
+            how = Sampling(float(random.choice([0, 1])), seed=int(random.integers(3)))
+            stop = [["e"], ["th", "q"], []][int(random.integers(3))]
+            asked.append(request(tokenizer, prompt, int(random.integers(0, 30)), sampling=how, stop=stop, echo=random.random() < 0.2))
+            tickets.append(engine.submit(asked[-1]))
+            texts.append("")
+            ends.append([])
+        if tickets and random.random() < 0.2:
+            engine.cancel(random.choice(tickets[-5:]))
+        for ticket, piece in engine.step():
+            texts[tickets.index(ticket)] += piece.text
+            ends[tickets.index(ticket)] += [piece.finish_reason] if piece.finish_reason else []
+    assert all(len(each) == 1 for each in ends)
+    assert {reason for [reason] in ends} == {"stop", "length", "cancelled"}
+    for one, text, [reason] in zip(asked, texts, ends, strict=True):
+        expected, last, _ = alone(tokenizer, one, reuse=False, chunk=4, max_len=40)
+        if reason == "cancelled":
+            assert expected.startswith(text), "what waited is not given out"
+        else:
+            assert (text, reason) == (expected, last.finish_reason)
+
+
 def test_a_long_prompt_delays_the_others_by_one_chunk_a_step(tokenizer):
     engine, decoder = make(tokenizer, 2, chunk=8)
     short = engine.submit(request(tokenizer, "ab", 30, ignore_eot=True))
