@@ -1,7 +1,7 @@
 """`convert SRC DST --to FORMAT`, `smedjan convert`, `python -m convert`."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ class Flags:
     """
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, or a Hugging Face directory (Llama family)."""
+    """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, a Hugging Face directory, or hf://OWNER/NAME."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory for neutral, orbax and hf, a file for gguf."""
     to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
@@ -54,7 +54,8 @@ def _run(flags: Flags) -> int:
     options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
     dst = Path(flags.dst)
     keeps_training = target.name in ("neutral", "orbax")
-    src = training_state(Path(flags.src)) if keeps_training else Path(flags.src)
+    place, origin = _fetched(flags.src)
+    src = training_state(place) if keeps_training else place
     source = source_format(src)
     assert source.read is not None
     if source is target and keeps_training:
@@ -62,18 +63,31 @@ def _run(flags: Flags) -> int:
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
     check_target(src, dst, flags.force, target)
     model = source.read(src)
+    if origin:
+        model = replace(model, source={**model.source, **origin})
     with progress_bar() as show:
         notes = target.write(model, dst, options, show)
     for note in (*model.notes, *notes):
         print(f"note: {note}")
     size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file()) if dst.is_dir() else dst.stat().st_size
-    parameters, taken = model.config.num_params(), model.info.path if model.info else src
+    parameters, taken = model.config.num_params(), model.info.path if model.info else flags.src if origin else src
     state = " and optimizer state" if keeps_training and model.slots else ""
     print(
         f"{dst}: {target.about} of {taken}, {parameters:,} parameters{state} in {options.dtype}, {size / 1e6:,.1f} MB, "
         f"read back and equal, {time.monotonic() - started:.1f} s"
     )
     return 0
+
+
+def _fetched(src: str) -> tuple[Path, dict[str, str]]:
+    """Where the source is on this machine, and which commit of which model it is when it comes from the Hub."""
+    from convert import hub
+
+    if not hub.is_address(src):
+        return Path(src), {}
+    repository = hub.parse(src)
+    folder, commit = hub.fetch(repository)
+    return folder, {"repository": repository.name, "revision": commit}
 
 
 def parse_size(text: str) -> int:

@@ -108,6 +108,7 @@ NAMES = {
     "serve": "server api openai deploy host http",
     "eval": "evaluate perplexity ppl score benchmark test lm-eval",
     "convert": "export import save-pretrained quantize gguf fuse merge",
+    "push": "upload publish upload-to-hub push-to-hub hub",
     "prepare": "encode tokenize tokenise preprocess pretokenize prepare-data",
     "tokenizer": "train-tokenizer bpe tokenizer-train",
     "import-bpe": "import-tokenizer convert-tokenizer",

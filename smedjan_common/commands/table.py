@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("smedjan_common.commands.serve", "answer over HTTP as OpenAI's API does", "ServeFlags"),
     "eval": Command("smedjan_common.commands.eval", "measure loss, bits per byte and right answers of a trained model", "EvalFlags"),
     "convert": Command("convert.cli", "to and from Hugging Face, to llama.cpp's GGUF"),
+    "push": Command("convert.push", "send a model to the Hugging Face Hub"),
     "info": Command("smedjan_common.commands.info", "say what a checkpoint, run, token file or tokenizer is", "InfoFlags"),
     "runs": Command("smedjan_common.commands.runs", "list runs and compare them in numbers", "RunsFlags"),
     "plot": Command("smedjan_common.commands.plot", "draw the loss of one or several runs", "PlotFlags"),
