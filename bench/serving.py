@@ -5,8 +5,10 @@
 
 Table `load`: a model of random weights (2 layers of width 128, context 512; on a GPU the preset small), `clients` that stream texts of 32
 tokens after prompts of some 20, two each, to a server with `batch` rows. Time to the first token and between tokens are the clients', from
-the request's first byte to an event's last; they share the machine with the server. Before, as many texts are asked for so that everything
-is compiled. Table `hostile`: requests of bench/hostile.py, with the memory of the server before the last three quarters and after them.
+the request's first byte to an event's last; they share the machine with the server. Before, as many other texts are asked for, twice, so
+that everything is compiled.
+
+Table `hostile`: requests of bench/hostile.py, with the memory of the server after 1, 4 and 10 tenths of them.
 """
 
 import argparse
@@ -35,8 +37,9 @@ from smedjan_common.model.params import initial_params
 from smedjan_common.tokenizer import Tokenizer
 
 KEY = ("table", "backend", "clients", "batch")
-TEXT = "".join(f"The smith of village {i} heats the iron until it glows; {i * i} sparks fly and the anvil rings.\n" for i in range(200))
+TEXT = "".join(f"The smith of village {i} heats the iron until it glows; {i * i} sparks fly and the anvil rings.\n" for i in range(600))
 TOKENS, EACH = 32, 2
+WARM_UPS = 2
 LOADS = ((1, 16), (16, 16), (64, 16), (64, 64))  # clients, rows
 BATCHES = (1000, 3000, 6000)  # of hostile requests, of 10,000
 
@@ -129,11 +132,11 @@ async def ask(port: int, number: int) -> Times:
     return Times(at[0] - began, [after - before for before, after in itertools.pairwise(at[:-3])], tokens)
 
 
-async def load(port: int, clients: int) -> tuple[float, list[Times]]:
-    """Seconds, and the times of every text, with so many clients at a time."""
+async def load(port: int, clients: int, again: int = 0) -> tuple[float, list[Times]]:
+    """Seconds, and the times of every text, with so many clients at a time. again: how often it was called before; its texts are new."""
 
     async def client(number: int) -> list[Times]:
-        return [await ask(port, number + clients * turn) for turn in range(EACH)]
+        return [await ask(port, number + clients * (turn + EACH * again)) for turn in range(EACH)]
 
     began = time.perf_counter()
     found = await asyncio.gather(*map(client, range(clients)))
@@ -142,8 +145,9 @@ async def load(port: int, clients: int) -> tuple[float, list[Times]]:
 
 def measure(server: Server, clients: int) -> Row:
     """A row of the table `load`."""
-    asyncio.run(load(server.port, clients))
-    seconds, times = asyncio.run(load(server.port, clients))
+    for again in range(WARM_UPS):
+        asyncio.run(load(server.port, clients, again))
+    seconds, times = asyncio.run(load(server.port, clients, WARM_UPS))
     between = [value for each in times for value in each.between]
     memory = server.memory()
     return {

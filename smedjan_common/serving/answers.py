@@ -63,21 +63,22 @@ class Answer:
         self._pieces.extend((index, piece) for piece in pieces)
         self._new.set()
 
-    async def next(self, seconds: float | None = None) -> tuple[int, Piece] | None:
-        """The next piece; None once all have ended. Raises TimeoutError after `seconds` without one, ApiError for one that went wrong."""
-        if not self._pieces:
-            if not self._open:
-                return None
+    async def next(self, seconds: float | None = None) -> list[tuple[int, Piece]]:
+        """(number of the request, piece) of all that have come, at least one; none once all requests have ended.
+
+        Raises TimeoutError after `seconds` without one, ApiError for one that went wrong.
+        """
+        if not self._pieces and self._open:
             self._new.clear()
             async with asyncio.timeout(seconds):
                 await self._new.wait()
-        index, piece = self._pieces.popleft()
-        if piece.finish_reason == "error":
-            raise ApiError(500, piece.error or "The request failed.")
-        if piece.finish_reason == "cancelled":
-            raise ApiError(503, "The server stopped before the answer was whole.", retry_after=1)
-        self._open -= piece.finish_reason is not None
-        return index, piece
+        if self._pieces and (error := _error(self._pieces[0][1])):
+            raise error
+        found = []
+        while self._pieces and not _error(self._pieces[0][1]):
+            found.append(self._pieces.popleft())
+            self._open -= found[-1][1].finish_reason is not None
+        return found
 
     def is_waiting(self) -> bool:
         """Whether none of the requests has a slot yet."""
@@ -87,3 +88,12 @@ class Answer:
         """Nobody listens any more."""
         for handle in self._handles:
             handle.cancel()
+
+
+def _error(piece: Piece) -> ApiError | None:
+    """What a piece that ends a request badly says."""
+    if piece.finish_reason == "error":
+        return ApiError(500, piece.error or "The request failed.")
+    if piece.finish_reason == "cancelled":
+        return ApiError(503, "The server stopped before the answer was whole.", retry_after=1)
+    return None

@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
 from smedjan_common.errors import SmedjanError
+from smedjan_common.inference.request import Piece
 from smedjan_common.inference.service import QueueFull, Service, Unavailable
 from smedjan_common.serving import openai_requests, sse, tokens
 from smedjan_common.serving.answers import Answer, Crossing
@@ -132,32 +133,25 @@ class Api:
             raise ApiError(400, str(error)) from None
 
     async def _whole(self, answer: Answer, replies: Replies) -> dict[str, Any]:
-        async for found in self._pieces(answer):
-            if found:
-                replies.add(*found)
+        async for pieces in self._pieces(answer):
+            for index, piece in pieces:
+                replies.add(index, piece)
         return replies.whole()
 
     async def _events(self, answer: Answer, replies: Replies) -> AsyncIterator[bytes]:
-        """The stream. An error after its begin is an event; then there is no [DONE]."""
+        """The stream; events that are ready together are sent together. An error after its begin is an event; then there is no [DONE]."""
         try:
-            for chunk in replies.begin():
-                yield sse.event(chunk)
-            async for found in self._pieces(answer):
-                if found is None:
-                    yield sse.PING
-                    continue
-                for chunk in replies.chunks(*found):
-                    yield sse.event(chunk)
-            for chunk in replies.end():
-                yield sse.event(chunk)
-            yield sse.DONE
+            yield sse.events(replies.begin())
+            async for pieces in self._pieces(answer):
+                chunks = (chunk for index, piece in pieces for chunk in replies.chunks(index, piece))
+                yield sse.events(chunks) if pieces else sse.PING
+            yield sse.events(replies.end()) + sse.DONE
         except ApiError as error:
-            yield sse.event(error.body())
+            yield sse.events([error.body()])
 
-    async def _pieces(self, answer: Answer) -> AsyncIterator[tuple[int, Any] | None]:
-        """Every piece; None whenever there was none for a while. Raises ApiError, also for a request that waited too long."""
-        begun = time.monotonic()
-        limit = begun + self._queue_seconds if self._queue_seconds else float("inf")
+    async def _pieces(self, answer: Answer) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """Every piece, as they come; an empty list whenever there was none for a while. Raises ApiError, also for what waited too long."""
+        limit = time.monotonic() + self._queue_seconds if self._queue_seconds else float("inf")
         while True:
             waiting = limit < float("inf") and answer.is_waiting()
             seconds = min(PING_SECONDS, max(limit - time.monotonic(), 0.0)) if waiting else PING_SECONDS
@@ -167,8 +161,8 @@ class Api:
                 if waiting and time.monotonic() >= limit and answer.is_waiting():
                     why = f"The request waited {self._queue_seconds:g} seconds for its turn, the longest that this server lets one wait."
                     raise ApiError(503, why, code="queue_timeout", retry_after=5) from None
-                yield None
+                yield []
                 continue
-            if found is None:
+            if not found:
                 return
             yield found

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Sequence
 
 from smedjan_common.errors import SmedjanError
-from smedjan_common.serving.access import is_loopback
 
 LOOPBACKS = ("127.0.0.1", "::1")  # "localhost" is either, and which comes first differs between machines
 MOST_FILES = 8192  # connections and files that a process may have open, where the system allows
@@ -21,15 +20,26 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets bound to `host` and `port`, both loopbacks for either of them; port 0: any free one. Raises AddressError."""
     if not 0 <= port < 1 << 16:
         raise AddressError(f"--port is {port}.", "Ports are 0 (any free one) to 65535.", "Leave it out for 8080.")
-    if is_loopback(host) and host in ("localhost", *LOOPBACKS):
-        first = _bound(LOOPBACKS[0], port)
-        with contextlib.suppress(_NoSuchAddress):  # a machine without IPv6
-            return [first, _bound(LOOPBACKS[1], first.getsockname()[1])]
-        return [first]
+    if host in ("localhost", *LOOPBACKS):
+        return _loopbacks(port)
     try:
         return [_bound(host, port)]
     except _NoSuchAddress:
         raise AddressError(f"--host {host} is no address of this machine.", "", "Take 127.0.0.1, or 0.0.0.0 for all of them.") from None
+
+
+def _loopbacks(port: int) -> list[socket.socket]:
+    """Both at one port, or the one that there is."""
+    first = _bound(LOOPBACKS[0], port)
+    try:
+        return [first, _bound(LOOPBACKS[1], first.getsockname()[1])]
+    except _NoSuchAddress:  # a machine without IPv6
+        return [first]
+    except AddressError:
+        first.close()
+        if port:
+            raise
+        return _loopbacks(port)  # the free port of one is not free on the other
 
 
 class _NoSuchAddress(Exception):

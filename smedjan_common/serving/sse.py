@@ -6,7 +6,7 @@ some clients (Python's str.splitlines, and all that is built on it).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from smedjan_common.serving.departures import Gone, unless_gone
@@ -28,9 +28,9 @@ def to_json(value: Any) -> bytes:
     return text.translate(_ENDS_OF_LINES).encode("utf-8", "replace")  # half a surrogate pair becomes a question mark
 
 
-def event(value: Any) -> bytes:
-    """One event."""
-    return b"data: " + to_json(value) + b"\n\n"
+def events(values: Iterable[Any]) -> bytes:
+    """An event for each value."""
+    return b"".join(b"data: " + to_json(value) + b"\n\n" for value in values)
 
 
 class EventStream:
@@ -49,6 +49,8 @@ class EventStream:
         headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for each in self._events:
+            if not each:  # nothing of it is to be told
+                continue
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await send({"type": "http.response.body", "body": each, "more_body": True})

@@ -4,12 +4,14 @@ import contextlib
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from smedjan_common.commands import serve
 from tests.fakes.bigram import BigramBackend, load
-from tests.fakes.runs import arguments, train_here, write_text
+from tests.fakes.runs import ROOT, arguments, train_here, write_text
 from tests.fakes.serving import Running
 
 
@@ -133,6 +135,12 @@ def test_a_missing_package_is_named_with_what_installs_it(run, capsys, monkeypat
     assert code == 2
     assert "Missing: uvicorn." in err
     assert "pip install 'smedjan[serve]'" in err
+
+
+def test_only_a_server_that_starts_imports_its_packages():
+    code = "import sys, smedjan_common.cli, smedjan_common.commands.serve; print({'starlette', 'uvicorn', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(run, tmp_path, capsys):

@@ -118,6 +118,18 @@ def test_a_prompt_is_scored_by_its_echo(server, tokens):
     assert "".join(told["tokens"][: len(prompt)]) == "the cat sat on the mat"
 
 
+def test_a_prompt_is_echoed_without_its_scores_too(server):
+    asked = {"prompt": ["the cat", ""], "max_tokens": 3, "echo": True, "seed": 1, "ignore_eos": True}
+    texts = [choice["text"] for choice in server.post("/v1/completions", asked)["choices"]]
+    rest = [choice["text"] for choice in server.post("/v1/completions", asked | {"echo": False})["choices"]]
+    assert texts == ["the cat" + rest[0], rest[1]]
+    streamed = ["", ""]
+    for event in server.stream("/v1/completions", asked)[:-1]:
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
 def test_the_token_that_ends_a_text_has_an_entry_so_that_echo_scores_every_token():
     with fake(script="<|endoftext|>") as running:
         asked = {"prompt": "the cat", "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}

@@ -67,7 +67,7 @@ def test_minus_infinity_is_a_number_that_json_has():
 
 def test_an_event_is_one_line_to_every_reader():
     text = "a\u2028b\u2029c\x85d\x0be\x0c\x1cf\r\n😀"
-    raw = sse.event({"text": text})
+    raw = sse.events([{"text": text}])
     assert raw.endswith(b"\n\n")
     assert len(raw.decode().strip().splitlines()) == 1
     assert json.loads(raw.removeprefix(b"data: ")) == {"text": text}
