@@ -256,3 +256,14 @@ def test_pretrained_takes_the_weights_of_an_orbax_checkpoint(finished, tmp_path)
     old, new = (read_checkpoint(folder / "final").snapshot.params for folder in (finished / "run", tmp_path / "new"))
     for name, value in old.items():
         assert np.allclose(value, new[name], rtol=1e-6, atol=1e-12), name
+
+
+def test_it_is_a_model_in_python_too_and_mlx_says_how_to_convert_it(finished):
+    import smedjan_jax
+    import smedjan_mlx
+
+    with smedjan_jax.load(finished / "run" / "orbax-00000004") as orbax, smedjan_jax.load(finished / "run" / "final") as final:
+        assert orbax.name == final.name == "run"
+        assert orbax.generate("the cat", max_tokens=5).tokens == final.generate("the cat", max_tokens=5).tokens
+    with pytest.raises(CheckpointError, match="--to neutral"):
+        smedjan_mlx.load(finished / "run" / "orbax-00000004")
