@@ -115,8 +115,9 @@ def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
     opened.use(name, load, flags.dtype)
     texts, requests = _texts(flags, prompts, ids)
     longest = max(map(len, ids))
-    rows = opened.rows(min(len(texts), MOST_ROWS), longest + flags.max_tokens)
-    engine = opened.engine(rows, longest, flags.max_tokens, keep_rows=int(flags.num_samples > 1), keep_answers=False)
+    kept = int(flags.num_samples > 1)  # the state of a prompt, for its other samples
+    rows = opened.rows(min(len(texts), MOST_ROWS), longest + flags.max_tokens, kept)
+    engine = opened.engine(rows, longest, flags.max_tokens, kept, keep_answers=False)
     started = time.monotonic()
     tickets = [engine.submit(request) for request in requests]
     write(texts, engine.answer(tickets), flags.json, flags.echo)

@@ -167,9 +167,9 @@ def _engine(opened: "OpenModel", name: str, load: "Load", flags: ServeFlags, con
     """In the thread that keeps the device. Raises OutOfMemoryError before anything is allocated."""
     opened.use(name, load, flags.dtype)
     kind = opened.backend.describe().kind
-    rows = flags.max_batch or opened.rows(MOST_ROWS.get(kind, MOST_ROWS["gpu"]), context)
+    rows = flags.max_batch or opened.rows(MOST_ROWS.get(kind, MOST_ROWS["gpu"]), context, KEPT, scores=True)
     try:
-        engine = opened.engine(rows, 0, context, keep_rows=min(KEPT, rows))
+        engine = opened.engine(rows, 0, context, keep_rows=min(KEPT, rows), scores=True)
     except OutOfMemoryError as error:
         fix = "Take a smaller --max-batch or --context, or a machine with more memory."
         raise OutOfMemoryError(error.what, error.why, fix) from None

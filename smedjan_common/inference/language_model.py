@@ -31,6 +31,7 @@ from smedjan_common.tokenizer.chat import Plain, template_of
 
 Result = TypeVar("Result")
 Prompt = str | Sequence[int]  # a text, or its ids
+KEPT = 2  # states of earlier texts
 ROWS = (1, 4, 16, 64)  # texts side by side: few numbers, since each is compiled
 
 
@@ -202,10 +203,11 @@ class LanguageModel:
     def _side_by_side(self, texts: int) -> Engine:
         """An engine for so many texts at once; the one that is there, if it has as many rows."""
         wanted = next(rows for rows in ROWS if rows >= min(texts, ROWS[-1]))
-        rows = max(each for each in ROWS if each <= self._opened.rows(wanted, self.context_length))
+        fit = self._opened.rows(wanted, self.context_length, KEPT)
+        rows = max(each for each in ROWS if each <= fit)
         if self._engine is None or self._engine.rows != rows:
             self._forget()
-            self._engine = self._opened.engine(rows, self.context_length, 0, keep_rows=2)
+            self._engine = self._opened.engine(rows, self.context_length, 0, keep_rows=KEPT)
         return self._engine
 
     def _forget(self) -> None:

@@ -56,26 +56,35 @@ class OpenModel:
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """The weights, on the device."""
-        read = self.info.read if isinstance(self.info, Foreign) else functools.partial(read_weights, self.info, self.backend.own)
-        return self.backend.place(read())
+        """The weights, on the device, as the checkpoint has them. Raises OutOfMemoryError before they are read."""
+        check_room(self.info, self.backend.describe(), self.dtype, 0, 0, scores=True)
+        return self.backend.place(self._read())
 
-    def rows(self, wanted: int, length: int) -> int:
-        """How many of `wanted` texts of up to `length` tokens are decoded side by side: as many as memory holds, at least one."""
-        return max(1, rows_that_fit(self.info, self.backend.describe(), self.dtype, length, wanted))
+    def rows(self, wanted: int, length: int, keep_rows: int = 0, scores: bool = False) -> int:
+        """How many of `wanted` texts of up to `length` tokens are decoded side by side: as many as memory holds, at least one. keep_rows,
+        scores: as for the engine that is to have them."""
+        fit = rows_that_fit(self.info, self.backend.describe(), self.dtype, length, wanted + keep_rows, scores)
+        return max(1, fit - keep_rows)
 
-    def engine(self, rows: int, prompt: int, max_tokens: int, keep_rows: int = 0, keep_answers: bool = True) -> Engine:
+    def engine(
+        self, rows: int, prompt: int, max_tokens: int, keep_rows: int = 0, keep_answers: bool = True, scores: bool = False
+    ) -> Engine:
         """An engine of `rows` rows that hold the state of `prompt` + `max_tokens` tokens each, or of the context; of what comes after,
-        mixers that look back see the last ones. keep_rows: how many states of earlier texts may be kept besides.
+        mixers that look back see the last ones. keep_rows: how many states of earlier texts may be kept besides. scores: prompts will be
+        echoed with log-probabilities, which takes the weights as the checkpoint has them beside those that are decoded with.
 
         Raises OutOfMemoryError before anything is allocated.
         """
-        check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows)
+        check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows, scores)
         length = min(prompt + max_tokens, self.model.context_length)
         keep = keep_rows * (state_bytes(self.model, 1, length, self.dtype) + 4 * self.model.vocab_size)
-        decoder = self.backend.decoder(self.params, length, rows)
+        shared = scores or self.dtype == "float32" or "params" in self.__dict__  # else a decoder alone holds them, cast
+        decoder = self.backend.decoder(self.params if shared else self._read(), length, rows)
         blocks = self.backend.describe().kind == "gpu" and self.model.vocab_size == self.tokenizer.vocab_size  # else compiling costs more
         return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, blocks=blocks, score=self._score)
+
+    def _read(self) -> dict[str, Any]:
+        return self.info.read() if isinstance(self.info, Foreign) else read_weights(self.info, self.backend.own)
 
     @functools.cached_property
     def scorer(self) -> Scorer:

@@ -16,6 +16,7 @@ from smedjan_common.machine import available_memory
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.reporting.console import size
 from smedjan_common.training.memory import PROCESS_BYTES
+from smedjan_common.training.precision import BYTES
 
 
 class Weighed(Protocol):
@@ -31,19 +32,19 @@ class Weighed(Protocol):
     def format(self) -> str: ...
 
 
-def check_room(info: Weighed, device: Device, dtype: str, prompt: int, max_tokens: int, rows: int = 1) -> None:
+def check_room(info: Weighed, device: Device, dtype: str, prompt: int, max_tokens: int, rows: int = 1, scores: bool = False) -> None:
     """Raises OutOfMemoryError where `rows` texts side by side, each of up to `max_tokens` more than the `prompt` tokens, do not fit.
-    Before anything of it is allocated."""
+    Before anything of it is allocated. scores: prompts are scored too."""
 
-    def lacking(tokens: int, rows: int = rows) -> list[tuple[str, int, int]]:
-        return _lacking(info, device, dtype, prompt + tokens, rows)
+    def lacking(tokens: int) -> list[tuple[str, int, int]]:
+        return _lacking(info, device, dtype, prompt + tokens, rows, scores)
 
     if not (short := lacking(max_tokens)):
         return
     place, need, there = short[0]
     fewer = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: bool(lacking(tokens))) - 1
     less = f"Take --max-tokens {fewer}, which fits" if fewer > 0 else "Close other programs, or take a smaller model"
-    if rows > 1 and (fits := rows_that_fit(info, device, dtype, prompt + max_tokens, rows)):
+    if rows > 1 and (fits := rows_that_fit(info, device, dtype, prompt + max_tokens, rows, scores)):
         less = f"Answer fewer at once: {fits} fit"
     again = ", and the machine holds them once more while they are read" if info.format == FORMAT else ""
     raise OutOfMemoryError(
@@ -53,13 +54,15 @@ def check_room(info: Weighed, device: Device, dtype: str, prompt: int, max_token
     )
 
 
-def rows_that_fit(info: Weighed, device: Device, dtype: str, length: int, most: int) -> int:
+def rows_that_fit(info: Weighed, device: Device, dtype: str, length: int, most: int, scores: bool = False) -> int:
     """How many texts of `length` tokens fit side by side, at most `most`; 0 where not even one does."""
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda rows: bool(_lacking(info, device, dtype, length, rows)))
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda rows: bool(_lacking(info, device, dtype, length, rows, scores)))
 
 
-def _lacking(info: Weighed, device: Device, dtype: str, length: int, rows: int) -> list[tuple[str, int, int]]:
+def _lacking(info: Weighed, device: Device, dtype: str, length: int, rows: int, scores: bool) -> list[tuple[str, int, int]]:
     state = state_bytes(info.model, rows, min(length, info.model.context_length), dtype)
+    if scores and dtype != "float32":
+        state += _weights(info) * BYTES[dtype] // BYTES["float32"]  # those that are decoded with; in float32 they are the same
     return [(place, need, there) for place, need, there in _places(info, device, state) if need > there]
 
 

@@ -77,8 +77,29 @@ def test_rows_are_as_many_as_memory_holds_and_more_are_refused_with_how_many_fit
     check_room(info, cpu, "float32", 10, 6, rows=5)
     with pytest.raises(OutOfMemoryError, match="5 fit"):
         check_room(info, cpu, "float32", 10, 6, rows=6)
+    half = lambda scores: rows_that_fit(info, cpu, "bfloat16", 16, 64, scores)  # noqa: E731
+    assert half(False) == 10
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: 2.5 * weights + state_bytes(info.model, 5, 16, "float32"))
+    assert half(True) == 10, "half the weights again, to decode with"
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: 2 * weights + state_bytes(info.model, 5, 16, "float32"))
     assert opened(run).rows(64, 16) == 5
     with pytest.raises(OutOfMemoryError):
         opened(run).engine(4, 10, 6, keep_rows=2)
+    assert opened(run).rows(64, 16, keep_rows=2) == 3
+    opened(run).engine(3, 10, 6, keep_rows=2)
     monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: weights)
     assert opened(run).rows(64, 16) == 1, "that even one does not fit is for the engine to say"
+
+
+def test_a_decoder_in_bfloat16_alone_holds_the_weights_until_scores_are_asked_for(run, monkeypatch):
+    model = opened(run)
+    model.dtype = "bfloat16"
+    made = model.backend.decoder
+    given = []
+    monkeypatch.setattr(model.backend, "decoder", lambda params, *rest: (given.append(params), made(params, *rest))[1])
+    model.engine(1, 8, 8)
+    assert "params" not in model.__dict__
+    model.engine(1, 8, 8, scores=True)
+    model.engine(1, 8, 8)
+    assert given[0] is not model.params
+    assert given[1] is given[2] is model.params
