@@ -11,7 +11,7 @@ from typing import Any
 
 from smedjan_common.errors import CheckpointError, DataError, TemplateError
 from smedjan_common.files.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer import Tokenizer, sentencepiece_model
 from smedjan_common.tokenizer.chat import template_of
 from smedjan_common.tokenizer.library import LibraryTokenizer
 
@@ -89,7 +89,7 @@ def read(directory: Path, rows: int) -> tuple[Tokenizer | None, list[str]]:
 
     None when there is no tokenizer.json. Raises DataError for one that is damaged or has more ids than `rows`.
     """
-    path = directory / FILE
+    path = directory / (FILE if (directory / FILE).is_file() else sentencepiece_model.FILE)
     if not path.is_file():
         return None, [f"There is no {FILE}: only the weights are converted, and text needs a tokenizer with the same ids."]
     tokenizer = Tokenizer.load(path)

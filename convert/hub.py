@@ -16,7 +16,7 @@ from smedjan_common.errors import CheckpointError, ConfigError
 SCHEME = "hf://"
 FETCHED = (
     *("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "LICENSE*"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "*.jinja", "LICENSE*"),
 )
 _TRANSPORTS = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

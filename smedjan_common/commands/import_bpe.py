@@ -11,10 +11,10 @@ from smedjan_common.command_line import parse
 
 @dataclass(frozen=True)
 class Flags:
-    """Turn GPT-2's merges.txt, a tiktoken rank file or a tokenizer.json into a tokenizer.json with the same ids."""
+    """Turn GPT-2's merges.txt, a tiktoken rank file, Mistral's tekken.json or a tokenizer.json into a tokenizer.json with the same ids."""
 
     merges: Annotated[str, tyro.conf.arg(metavar="FILE")]
-    """merges.txt, a tiktoken rank file (base64 and rank on each line), or a tokenizer.json; recognised by its content."""
+    """merges.txt, a tiktoken rank file (base64 and rank on each line), tekken.json or a tokenizer.json; recognised by its content."""
     vocab: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The vocab.json (encoder.json) beside merges.txt; without it ids follow the merges, as GPT-2's do."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"

@@ -38,7 +38,7 @@ def beside(tokenizer: Path, document: Mapping[str, Any], ids: Mapping[str, int])
 
     Files that cannot be read say nothing: they are of other programs.
     """
-    if tokenizer.name != TOKENIZER:
+    if tokenizer.name not in (TOKENIZER, "tokenizer.model"):
         return Ends(bos_id=_template_bos(document, ids))
     generation, config = _values(tokenizer.with_name(GENERATION_CONFIG)), _values(tokenizer.with_name(TOKENIZER_CONFIG))
     model = _values(tokenizer.with_name("config.json"))

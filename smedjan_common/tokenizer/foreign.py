@@ -1,4 +1,4 @@
-"""Vocabularies of other tools: GPT-2's merges.txt with or without vocab.json, and tiktoken's rank files, both ways.
+"""Vocabularies of other tools: GPT-2's merges.txt with or without vocab.json, tiktoken's rank files, both ways, and tekken.json.
 
 A rank file has a line `base64(token) rank` per token and no merges. The merge of a token is what is left of its bytes when only
 tokens of lower rank are merged; tiktoken also takes a word that is a token whole, so `ignore_merges` is set.
@@ -11,11 +11,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from smedjan_common.errors import DataError
-from smedjan_common.tokenizer import hf_json
+from smedjan_common.tokenizer import hf_json, tekken
 from smedjan_common.tokenizer.bytelevel import BYTE_ORDERS, to_bytes
 from smedjan_common.tokenizer.patterns import resolve
+from smedjan_common.tokenizer.tekken import is_one as is_tekken
 from smedjan_common.tokenizer.vocabulary import END_OF_TEXT, Vocabulary, shown
 
 _FIX = "Give GPT-2's merges.txt, a tokenizer.json, or a tiktoken rank file."
@@ -24,7 +26,7 @@ _FIX = "Give GPT-2's merges.txt, a tokenizer.json, or a tiktoken rank file."
 def read(
     path: str | os.PathLike, vocab: str | os.PathLike | None = None, pattern: str | None = None, special_tokens: Sequence[str] = ()
 ) -> Vocabulary:
-    """The vocabulary in a file of any of the three kinds, told by its content.
+    """The vocabulary in a file of any of these kinds, or a tokenizer.json, told by its content.
 
     `vocab`: the vocab.json that gives the ids to a merges.txt. `pattern`: how text is split, where the file does not say
     (default: gpt2 for merges, cl100k for ranks). `special_tokens`: added after the last id where they are not there yet.
@@ -37,6 +39,8 @@ def read(
             raise DataError(
                 f"{where!r} is a tokenizer.json.", "It defines its own ids and its own pattern.", "Leave out --vocab and --pattern."
             )
+        if is_tekken(document := _values(text)):
+            return _with_specials(_from_tekken(document, where), special_tokens)
         return _with_specials(hf_json.parse(text, where), special_tokens)
     first = next((line for line in text.splitlines() if line.strip()), "")
     if _is_rank_line(first):
@@ -61,13 +65,31 @@ def parse_ranks(text: str, where: str, expression: str) -> Vocabulary:
         ranks[data] = int(rank)
     if len(set(ranks.values())) < len(ranks):
         raise DataError(f"{where!r} gives two tokens the same rank.", "", _FIX)
+    return Vocabulary(ranks, _merges(ranks), expression, {}, ignore_merges=True)
+
+
+def _values(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # hf_json says what is wrong
+
+
+def _from_tekken(document: Any, where: str) -> Vocabulary:
+    ranks, pattern, specials = tekken.parse(document, where)
+    tokens = {token: rank + len(specials) for token, rank in ranks.items()}
+    return Vocabulary(tokens, _merges(ranks), resolve(pattern), specials, ignore_merges=True)
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge that makes each token, by rank."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = _parts_below(token, ranks, rank)
             if len(parts) == 2:  # others are reached as whole words only
                 merges.append((parts[0], parts[1]))
-    return Vocabulary(ranks, merges, expression, {}, ignore_merges=True)
+    return merges
 
 
 def dump_ranks(vocabulary: Vocabulary) -> str:

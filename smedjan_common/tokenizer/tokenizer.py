@@ -16,7 +16,7 @@ from smedjan_common.errors import DataError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.nearby import beside
 from smedjan_common.text.cuts import mend_surrogates
-from smedjan_common.tokenizer import chat_files, hf_json
+from smedjan_common.tokenizer import chat_files, hf_json, sentencepiece_model
 from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.batch import encode_in_processes, encode_many
 from smedjan_common.tokenizer.chat_files import ChatSource
@@ -95,14 +95,15 @@ class Tokenizer(BaseTokenizer):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a tokenizer.json or a directory that holds one. Raises DataError for what is damaged or no byte-level BPE, OSError."""
+        """From a tokenizer.json, SentencePiece's tokenizer.model, or a directory that holds one. Raises DataError for what is damaged,
+        OtherTokenizerError for what no program here runs, OSError."""
         file = Path(path)
         if file.is_dir():
-            file = file / TOKENIZER
+            file = next((file / name for name in (TOKENIZER, sentencepiece_model.FILE) if (file / name).is_file()), file / TOKENIZER)
         if not file.is_file():
             fix = "Train one: smedjan tokenizer --input TEXT --output tokenizer.json."
             raise DataError(f"There is no tokenizer {str(path)!r}.", beside(file), fix)
-        text = hf_json.read_text(file)
+        text = sentencepiece_model.read(file) if file.suffix == ".model" else hf_json.read_text(file)
         document = hf_json.document(text, str(file))
         tokenizer = cls._of(text, document, str(file))
         tokenizer.chat = chat_files.beside(file)

@@ -1,5 +1,6 @@
 """Import and export: the same ids as the tools the files come from; files with mistakes are refused by line."""
 
+import base64
 import importlib.util
 import json
 from pathlib import Path
@@ -166,3 +167,30 @@ def test_a_special_token_that_is_an_ordinary_one_cannot_be_added(tmp_path, ours,
     assert import_bpe.main(["--merges", str(file), "--special", "the", "--output", str(tmp_path / "out.json")]) == 2
     assert f"{str(file)!r} has a special token 'the'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def tekken_file(tokenizer: Tokenizer, pattern: str, **more) -> str:
+    """Our vocabulary as Mistral writes one: two special tokens first, more entries than are used."""
+    by_id = sorted(tokenizer.vocabulary.tokens.items(), key=lambda item: item[1])
+    entries = [{"rank": i, "token_bytes": base64.b64encode(token).decode(), "token_str": None} for i, (token, _) in enumerate(by_id)]
+    config = {"pattern": pattern, "default_vocab_size": len(entries) + 2 - 10, "default_num_special_tokens": 2, "version": "v3"}
+    return json.dumps({"config": config, "vocab": entries, **more})
+
+
+def test_a_tekken_file_has_its_ids_behind_its_special_tokens(tmp_path, sample):
+    tiktoken = pytest.importorskip("tiktoken")
+    pattern = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|\p{L}"
+    trained = Tokenizer.train_from_texts([sample * 3], 400, byte_order="raw", special_tokens=())
+    (tmp_path / "tekken.json").write_text(tekken_file(trained, pattern))
+    tokenizer = Tokenizer(foreign.read(tmp_path / "tekken.json"))
+    assert tokenizer.special_tokens == {"<unk>": 0, "<s>": 1}
+    ranks = {token: number - 2 for token, number in tokenizer.vocabulary.tokens.items()}
+    assert len(ranks) == 390
+    oracle = tiktoken.Encoding("tekken", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    assert tokenizer.encode(sample) == [number + 2 for number in oracle.encode_ordinary(sample)]
+    named = [{"rank": 1, "token_str": "</s>", "is_control": True}]
+    (tmp_path / "tekken.json").write_text(tekken_file(trained, pattern, special_tokens=named))
+    assert foreign.read(tmp_path / "tekken.json").specials == {"<SPECIAL_0>": 0, "</s>": 1}
+    (tmp_path / "tekken.json").write_text(tekken_file(trained, pattern).replace('"rank": 7,', '"rank": 8,'))
+    with pytest.raises(DataError, match="Entry 7 of its vocabulary is out of order"):
+        foreign.read(tmp_path / "tekken.json")

