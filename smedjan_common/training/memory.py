@@ -55,10 +55,9 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     place = place or Place(kind="cpu" if train.dtype == "float32" else "gpu")
     width, framework = BYTES[compute_dtype(train.dtype)], "mlx" if place.backend == "mlx" else "jax"
     specs = parameter_table(config).values()
-    own, whole = sum(spec.size // mesh.parts(spec) for spec in specs), sum(spec.size // mesh.parts(spec, but="fsdp") for spec in specs)
+    own = sum(spec.size // mesh.parts(spec) for spec in specs)
     fixed = 4 * own * (train.grad_accum > 1) + state_bytes(config, train, mesh)  # with several parts their gradients add up
-    if mesh.fsdp > 1 or (train.dtype != "float32" and train.gradient_checkpointing != "full"):  # the weights in use are a copy, whole
-        fixed += width * whole
+    fixed += _copies(config, train, mesh, place)
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
     kept, working, layer = _activations(config, train, mesh, place)
     logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
@@ -67,6 +66,20 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     after_forward = round(tokens * kept * width) + max(logits, round(tokens * working * width)) + embed
     gradients = 4 * own + round(tokens * layer * width)
     return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own))
+
+
+def _copies(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> int:
+    """The weights that a step uses, where they are a copy: whole, in the compute dtype. With fsdp linear maps are gathered block by block,
+    but for XLA on a CPU, which gathers once."""
+    if mesh.fsdp == 1 and (train.dtype == "float32" or train.gradient_checkpointing == "full"):
+        return 0
+    specs, width = parameter_table(config), BYTES[compute_dtype(train.dtype)]
+    whole = {name: spec.size // mesh.parts(spec, but="fsdp") for name, spec in specs.items()}
+    if mesh.fsdp == 1 or place.kind != "gpu":
+        return width * sum(whole.values())
+    passing = {name for name, spec in specs.items() if name.startswith("layers.") and len(spec.shape) == 2}
+    block = max(sum(whole[name] for name in passing if name.startswith(f"layers.{layer}.")) for layer in range(config.layers))
+    return width * (2 * block + sum(size for name, size in whole.items() if name not in passing))
 
 
 def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> tuple[float, float, float]:

@@ -70,6 +70,24 @@ def test_the_rows_of_meshes_are_within_15_percent_on_each_device():
         assert estimate == pytest.approx(row["peak_memory_bytes"], rel=WITHIN), row
 
 
+def test_the_rows_of_four_gpus_are_within_15_percent_of_what_xla_lays_out():
+    """Attention: what the kernels of other mixers keep is not in their rows yet."""
+    pytest.importorskip("jax", reason="jax is not installed here")
+    from bench.mesh import SHAPES
+
+    compared = 0
+    for row in json.loads((RESULTS / "scale-h200.json").read_text())["rows"]:
+        if row.get("table") or row["mixer"] != "attention" or not row.get("again", True):
+            continue
+        settings = {"vocab_size": row["vocab_size"], "context_length": row["seq_len"]}
+        shape = SHAPES.get(row["size"])
+        model = ModelConfig.build(**shape, **settings) if shape else ModelConfig.preset(row["size"], **settings)
+        train = TrainConfig(1000, row["batch_size"], row["seq_len"], 3e-4, dtype=row["dtype"])
+        assert training_bytes(model, train, parse_mesh(row["mesh"]) or ONE_DEVICE) == pytest.approx(row["bytes"], rel=WITHIN), row
+        compared += 1
+    assert compared >= 10
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if "cpu" in name])
 def test_a_process_on_a_cpu_grows_by_about_the_estimate(name: str):
     """The process holds more than its arrays: buffers kept for later, threads' own; and the initial values it was made from."""
