@@ -165,5 +165,5 @@ def test_as_many_texts_at_once_as_fit(run, monkeypatch):
 
     opened = OpenModel(run)
     flags = serve.ServeFlags(str(run))
-    monkeypatch.setattr(OpenModel, "rows", lambda self, wanted, length: min(wanted, 5))
+    monkeypatch.setattr(OpenModel, "rows", lambda self, wanted, length, keep_rows=0, scores=False: min(wanted, 5))
     assert serve._engine(opened, "fake", lambda: (BigramBackend, "float32"), flags, 16).rows == 5
