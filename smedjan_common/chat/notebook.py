@@ -8,7 +8,7 @@ from typing import Any
 
 from smedjan_common.chat.talk import Prompt
 from smedjan_common.errors import DataError
-from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.base import BaseTokenizer
 
 
 class Notebook:
@@ -18,7 +18,7 @@ class Notebook:
     stop: tuple[str, ...] = ()
     strips = False
 
-    def __init__(self, tokenizer: Tokenizer, context: int):
+    def __init__(self, tokenizer: BaseTokenizer, context: int):
         self.tokenizer, self.context = tokenizer, context
         self.parts: list[tuple[str, bool]] = []
         self._told = False
@@ -31,7 +31,7 @@ class Notebook:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The end of a text ends an answer."""
-        return frozenset(() if self.tokenizer.eot_name is None else [self.tokenizer.eot_id])
+        return self.tokenizer.eos_ids
 
     @property
     def is_answered(self) -> bool:
@@ -95,4 +95,4 @@ class Notebook:
         self.parts = [(values["text"], False)]
 
     def _ids(self) -> list[int]:
-        return self.tokenizer.encode(self.text) or [self.tokenizer.eot_id]
+        return self.tokenizer.begin(self.text)

@@ -7,7 +7,7 @@ stays. They stay in the talk: /save and /context have them.
 from typing import Any, NamedTuple
 
 from smedjan_common.errors import ConfigError, DataError
-from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_template import ChatTemplate
 
 TURNS = ("user", "assistant")
@@ -25,7 +25,7 @@ class Talk:
 
     in_turns = True
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, context: int, system: str = ""):
+    def __init__(self, tokenizer: BaseTokenizer, template: ChatTemplate, context: int, system: str = ""):
         self.tokenizer, self.template, self.context, self.system = tokenizer, template, context, system
         self.messages: list[dict[str, str]] = []
         self._left_out = 0  # messages that no longer fit

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
 from smedjan_common.errors import ConfigError, run_command
 from smedjan_common.optional import MaybeInt, MaybeStr
@@ -14,12 +15,14 @@ from smedjan_common.reporting.console import count
 from smedjan_common.run.signals import interrupt_ends_at_once
 
 if TYPE_CHECKING:
+    from smedjan_common.inference.engine import Engine
     from smedjan_common.inference.opened import Load, OpenModel
     from smedjan_common.inference.sampling import Sampling
     from smedjan_common.tokenizer.chat_template import ChatTemplate
 
 EXAMPLES = ("smedjan chat runs/mine", "smedjan chat runs/mine --template plain --temperature 0.5 --max-tokens 200")
 NOTEBOOK_TOKENS = 200  # that a base model, which knows no end of an answer, goes on with
+_WARM_UP = 31  # tokens of a prompt: chunks of 16, 8, 4, 2 and 1
 _KEPT_STATES = 2  # of the talk so far, where the model cannot go back in it
 
 
@@ -94,16 +97,30 @@ def _chat(name: str, load: "Load", flags: ChatFlags) -> int:
 
     def engine():
         opened.use(name, load, flags.dtype)
-        return opened.engine(1, 0, opened.model.context_length, _KEPT_STATES)
+        engine = opened.engine(1, 0, opened.model.context_length, _KEPT_STATES)
+        _warm_up(engine, min(_WARM_UP, opened.model.context_length))
+        return engine
 
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.json
+    if in_terminal:
+        streams.put(f"Loading {opened.path} …", sys.stdout)
     service = Service(engine)
     with interrupt_ends_at_once():  # nothing is said yet that could be lost
         service.start()
     most = flags.max_tokens if flags.max_tokens is not None else 0 if template else NOTEBOOK_TOKENS
     answering = Answering(service, talk, Settings(sampling, most, flags.stop))
-    if flags.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _piped(flags, answering)
-    return _terminal(flags, opened, template, answering)
+    try:
+        return _terminal(flags, opened, template, answering) if in_terminal else _piped(flags, answering)
+    finally:
+        service.close(timeout=2)
+
+
+def _warm_up(engine: "Engine", length: int) -> None:
+    """Compile what nearly every answer needs before the first one waits for it."""
+    from smedjan_common.inference.request import Request
+
+    for _ in engine.run([Request((0,) * length, max_tokens=2, stop_ids=frozenset())]):
+        pass
 
 
 def _piped(flags: ChatFlags, answering: Any) -> int:
@@ -114,7 +131,7 @@ def _piped(flags: ChatFlags, answering: Any) -> int:
 
 
 def _terminal(flags: ChatFlags, opened: "OpenModel", template: "ChatTemplate | None", answering: Any) -> int:
-    from smedjan_common.chat.app import App
+    from smedjan_common.chat.app import App, signals_leave
     from smedjan_common.chat.reader import Reader, history_path
     from smedjan_common.chat.screen import Screen
     from smedjan_common.chat.slash import COMMANDS
@@ -123,7 +140,9 @@ def _terminal(flags: ChatFlags, opened: "OpenModel", template: "ChatTemplate | N
     about = f"{count(opened.model.num_params())} parameters, {opened.dtype} on {opened.backend.describe().name}"
     screen.line(f"{opened.path}: {about}, context {opened.model.context_length:,}. /help lists the commands.")
     screen.line(how_it_goes(flags.template, template), "dim")
-    return App(answering, screen, Reader(screen, list(COMMANDS), history_path()), opened.name).run()
+    app = App(answering, screen, Reader(screen, list(COMMANDS), history_path()), opened.name)
+    with signals_leave():
+        return app.run()
 
 
 def how_it_goes(asked: str, template: "ChatTemplate | None") -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from smedjan_common.errors import TemplateError, unknown
 from smedjan_common.tokenizer import chat_files
+from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import CHATML_JINJA, ChatSource
 from smedjan_common.tokenizer.chat_template import ChatTemplate, Message, Piece, check_messages
-from smedjan_common.tokenizer.tokenizer import Tokenizer
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 _CHATML = {IM_START, IM_END}
@@ -23,8 +23,10 @@ class Plain(ChatTemplate):
 
     name, stop, strips = "plain", ("\nUser:",), True
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._begin = [Piece(tokenizer.eot_name, control=True)] if tokenizer.eot_name else []
+    def __init__(self, tokenizer: BaseTokenizer):
+        names = {number: name for name, number in tokenizer.special_tokens.items()}
+        name = tokenizer.eot_name if tokenizer.bos_id is None else names.get(tokenizer.bos_id)
+        self._begin = [Piece(name, control=True)] if name else []
 
     def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
         pieces = list(self._begin)
@@ -61,7 +63,7 @@ class ChatML(ChatTemplate):
         return ChatSource(CHATML_JINJA)
 
 
-def template_of(folder: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+def template_of(folder: str | Path | None, tokenizer: BaseTokenizer) -> ChatTemplate | None:
     """The template of a checkpoint: chat_template.jinja beside its tokenizer, or the key in tokenizer_config.json; else chatml where the
     tokenizer has its two tokens; else None: a base model.
 
@@ -75,7 +77,7 @@ def template_of(folder: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate
     return _jinja(source, tokenizer)
 
 
-def named_template(name: str, folder: str | Path | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+def named_template(name: str, folder: str | Path | None, tokenizer: BaseTokenizer) -> ChatTemplate | None:
     """The template that a user asks for: auto (the checkpoint's own), none, plain, chatml, or a file of Jinja. Raises TemplateError,
     ConfigError."""
     if name == "auto":
@@ -88,14 +90,14 @@ def named_template(name: str, folder: str | Path | None, tokenizer: Tokenizer) -
     return _jinja(ChatSource(chat_files.read_text(Path(name)), own.specials if own else {}), tokenizer)
 
 
-def _chatml(tokenizer: Tokenizer) -> ChatML:
+def _chatml(tokenizer: BaseTokenizer) -> ChatML:
     if lacking := _CHATML - tokenizer.special_tokens.keys():
         why = f"Its tokenizer has no {min(lacking)}."
         raise TemplateError("The template chatml does not fit this model.", why, "Take plain, which needs no control tokens.")
     return ChatML()
 
 
-def _jinja(source: ChatSource, tokenizer: Tokenizer) -> ChatTemplate:
+def _jinja(source: ChatSource, tokenizer: BaseTokenizer) -> ChatTemplate:
     from smedjan_common.tokenizer.chat_jinja import JinjaTemplate
 
     return JinjaTemplate(source, tokenizer)

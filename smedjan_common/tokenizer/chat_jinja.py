@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from smedjan_common.errors import TemplateError
+from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
 from smedjan_common.tokenizer.chat_template import ChatTemplate, Message, Piece
-from smedjan_common.tokenizer.tokenizer import Tokenizer
 
 _PRIVATE = range(0xE000, 0xF900)
 _PROBE = "probeanswer"  # plain letters, which no template changes
@@ -29,7 +29,7 @@ class JinjaTemplate(ChatTemplate):
 
     name = "jinja"
 
-    def __init__(self, source: ChatSource, tokenizer: Tokenizer):
+    def __init__(self, source: ChatSource, tokenizer: BaseTokenizer):
         """Raises TemplateError."""
         self._source = source
         self._names = sorted(tokenizer.special_tokens, key=len, reverse=True)

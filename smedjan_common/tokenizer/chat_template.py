@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smedjan_common.errors import TemplateError
+from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
-from smedjan_common.tokenizer.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -61,7 +61,7 @@ class ChatTemplate:
         return "".join(piece.text for piece in self.pieces(messages, add_generation_prompt))
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True, continue_final: bool = False
+        self, tokenizer: BaseTokenizer, messages: Sequence[Message], add_generation_prompt: bool = True, continue_final: bool = False
     ) -> list[int]:
         """The ids to generate an answer from. continue_final: the last message is an answer to go on with, so its end is left out.
 
@@ -75,14 +75,14 @@ class ChatTemplate:
         reply = Piece(self.spaced(last["content"]), reply=True)
         return encode_pieces(tokenizer, [*self.pieces(before, True), reply])[0]
 
-    def encode_turns(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+    def encode_turns(self, tokenizer: BaseTokenizer, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
         """The ids of a whole talk, and which of them are replies. Raises TemplateError."""
         return encode_pieces(tokenizer, self.labelled(messages))
 
-    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+    def stop_ids(self, tokenizer: BaseTokenizer) -> frozenset[int]:
         """The ids that end an answer: end of turn and end of text, as far as the tokenizer has them."""
-        names = (*self.end_names(), tokenizer.eot_name)
-        return frozenset(tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens)
+        ends = (tokenizer.special_tokens[name] for name in self.end_names() if name in tokenizer.special_tokens)
+        return tokenizer.eos_ids | frozenset(ends)
 
     def spaced(self, reply: str) -> str:
         """A reply as it stands in the text."""
@@ -107,7 +107,7 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     return checked
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[int], list[Span]]:
+def encode_pieces(tokenizer: BaseTokenizer, pieces: Iterable[Piece]) -> tuple[list[int], list[Span]]:
     """Ids, and which of them are replies. Text is cut at control tokens and where a reply begins and ends, nowhere else."""
     ids: list[int] = []
     spans: list[Span] = []

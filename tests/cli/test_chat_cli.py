@@ -115,6 +115,16 @@ def test_sigint_from_another_program_ends_the_answer_alone(terminal):
     assert talk.end() == 0
 
 
+def test_a_signal_gives_the_terminal_back_as_it_was(terminal):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        talk = terminal()
+        assert not talk.echoes, "readline shows what is typed"
+        os.kill(talk.pid, number)
+        talk.wait("\x1b[?2004l")
+        assert talk.echoes
+        assert talk.end() == code
+
+
 def test_several_lines_in_quotes_and_pasted(terminal, tmp_path):
     talk = terminal("--template", "plain", "--max-tokens", 2)
     talk.type('"""one')

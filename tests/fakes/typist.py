@@ -6,6 +6,7 @@ import pty
 import select
 import signal
 import sys
+import termios
 import time
 
 from tests.fakes.runs import ROOT
@@ -47,6 +48,11 @@ class Typist:
             assert self._read(), f"the program ended: {self.shown[begin:]!r}"
         self._seen = at + len(text)
         return self.shown[begin : self._seen]
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal itself shows what is typed, as it does when no program edits lines."""
+        return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
 
     def end(self, seconds: float = 30) -> int:
         """Wait for the program to end by itself; its exit code."""

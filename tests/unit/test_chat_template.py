@@ -2,11 +2,12 @@
 templates read as transformers reads them and take no more than a talk can need."""
 
 import json
+import sys
 
 import pytest
 
 from smedjan_common.errors import ConfigError, TemplateError
-from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer import Tokenizer, chat_jinja, chat_sandbox
 from smedjan_common.tokenizer.chat import ChatML, Plain, named_template, template_of
 from smedjan_common.tokenizer.chat_files import CHATML_JINJA, MAX_BYTES, ChatSource
 from smedjan_common.tokenizer.chat_jinja import JinjaTemplate
@@ -257,3 +258,22 @@ def test_messages_that_a_template_does_not_take_are_refused_by_number(tokenizer,
             template.encode(tokenizer, [TALK[1], message])
     with pytest.raises(TemplateError, match="no messages"):
         ChatML().encode(tokenizer, [])
+
+
+def test_what_is_missing_or_too_old_for_a_foreign_template_is_said(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_sandbox, "version", lambda: (3, 1, 5))
+    with pytest.raises(TemplateError, match=r"needs jinja2 3\.1\.6 or newer"):
+        jinja("headers", tokenizer)
+    monkeypatch.delitem(sys.modules, "smedjan_common.tokenizer.chat_sandbox")
+    monkeypatch.delattr("smedjan_common.tokenizer.chat_sandbox")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    chat_jinja._compiled.cache_clear()
+    with pytest.raises(TemplateError, match=r"needs jinja2.*smedjan\[chat\]"):
+        jinja("headers", tokenizer)
+
+
+def test_the_ends_that_the_files_of_a_model_name_end_an_answer_too(tmp_path, tokenizer):
+    tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.special_tokens["<|end|>"]]}))
+    named = {tokenizer.special_tokens[name] for name in ("<|end|>", "<|im_end|>", "<|endoftext|>")}
+    assert ChatML().stop_ids(Tokenizer.load(tmp_path)) == named
