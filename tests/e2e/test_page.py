@@ -64,7 +64,10 @@ def ask(browser, text: str, wait: bool = True, tokens: int | str = 12) -> None:
     """Ask for an answer of some tokens; "": to its end."""
     browser.run("settings.max_tokens = arguments[0]", tokens)
     browser.one("#ask").type(text)
-    browser.press("Enter")
+    if len(text) % 2:
+        browser.one("#send").click()
+    else:
+        browser.press("Enter")
     if wait:
         done(browser)
 
