@@ -7,6 +7,7 @@ from smedjan_common.files.names import FINAL, METRICS, PLOT, SAMPLES
 from smedjan_common.reporting.console import count, lasted, size
 from smedjan_common.reporting.metrics import Row, eval_rows, train_rows
 from smedjan_common.reporting.pace import Pace
+from smedjan_common.reporting.table import as_table
 
 
 def ending(folder: Path, rows: list[Row], pace: Pace, seconds: float, finished: bool) -> str:
@@ -18,7 +19,7 @@ def ending(folder: Path, rows: list[Row], pace: Pace, seconds: float, finished: 
             ("next", f"smedjan chat {folder}"),
             ("", f'smedjan generate {folder} --prompt "Once"'),
         ]
-    return "\n".join(f"{name:<12}{words}" for name, words in lines)
+    return as_table(lines)
 
 
 def _reached(rows: list[Row]) -> list[tuple[str, str]]:

@@ -1,34 +1,21 @@
 """What a run is about to do, as a table: the heading of every run, and all of a dry run."""
 
 import shutil
-import sys
-import textwrap
 
 from smedjan_common.backend import Device
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import active_params, train_flops_per_token
 from smedjan_common.reporting.console import count, flop, size
+from smedjan_common.reporting.table import Line, as_table
 from smedjan_common.run.decided import Decided
 from smedjan_common.run.expected import Expected
 from smedjan_common.run.room import existing, needed, room
-from smedjan_common.streams import is_live
 from smedjan_common.training.memory import state_bytes
-
-PIPE, NAMES = 80, 9  # columns: of what is no terminal, and of the first column
-Line = tuple[str, str]
 
 
 def heading(decided: Decided, device: Device, time: Expected | None = None) -> str:
     """What, on what, from what, how much and where; time: where it is known."""
-    lines = [
-        _device(decided, device),
-        _memory(decided, device),
-        _model(decided.model),
-        _data(decided),
-        *_training(decided),
-        _folder(decided),
-    ]
-    return as_table([*lines, *([("time", str(time))] if time else [])])
+    return as_table([*_heading(decided, device), *([("time", str(time))] if time else [])])
 
 
 def plan(decided: Decided, device: Device, time: Expected) -> str:
@@ -52,28 +39,18 @@ def plan(decided: Decided, device: Device, time: Expected) -> str:
         *([("besides", often)] if often else []),
         ("time", str(time) if decided.known_steps else "not known before tokenising"),
     ]
-    return f"{heading(decided, device)}\n{as_table(lines)}\nDry run: nothing was written."
-
-
-def as_table(lines: list[Line]) -> str:
-    """Names and words in two columns, within the width of the terminal, and of PIPE elsewhere. A path is never broken."""
-    width = max(40, shutil.get_terminal_size().columns if is_live(sys.stdout) else PIPE)
-    return "\n".join(
-        textwrap.fill(
-            f"{name:<{NAMES}}{words}",
-            width,
-            subsequent_indent=" " * NAMES,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, words in lines
-    )
+    return f"{as_table([*_heading(decided, device), *lines])}\nDry run: nothing was written."
 
 
 def as_list(rows: list[tuple[str, str, str]]) -> str:
     """Flags, their values, and from where they are."""
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {where}" for name, value, where in rows)
+
+
+def _heading(decided: Decided, device: Device) -> list[Line]:
+    known = _device(decided, device), _memory(decided, device), _model(decided.model), _data(decided)
+    return [*known, *_training(decided), _folder(decided)]
 
 
 def _device(decided: Decided, device: Device) -> Line:

@@ -35,8 +35,9 @@ def test_a_terminal_has_a_display_under_the_lines_and_at_the_end_only_lines(text
         assert part in raw
     shown = [line for line in terminal.shown() if line]
     assert not [line for line in shown if "━" in line], "the display is gone"
-    assert "next        smedjan chat " in terminal.raw
-    assert shown[-1] == f'            smedjan generate {tmp_path / "run"} --prompt "Once"'[: len(shown[-1])]
+    assert "next       smedjan chat " in terminal.raw
+    assert [line.split()[:2] for line in shown].count(["smedjan", "generate"]) == 1
+    assert max(map(len, shown[shown.index(next(line for line in shown if line.startswith("Done"))) :])) < 80 + len(str(tmp_path))
     begins = [line.split()[0] for line in shown]
     assert [begins.count(word) for word in ("Done:", "saved", "compiling", "compiled,")] == [1, 4, 1, 1]
     assert [line for line in shown if line.startswith("step 60/60  loss")]

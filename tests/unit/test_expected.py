@@ -8,7 +8,7 @@ import pytest
 
 from smedjan_common.backend import Device
 from smedjan_common.reporting.pace import ENOUGH, Pace
-from smedjan_common.run.plan import as_table
+from smedjan_common.reporting.table import as_table
 from tests.fakes.bigram import BigramBackend
 from tests.fakes.runs import arguments, train_here, write_text
 
@@ -75,7 +75,7 @@ def test_the_table_is_80_columns_wide_in_a_pipe_and_breaks_no_path(text, tmp_pat
     out = capsys.readouterr().out
     table = out[out.index("device ") : out.index("compiling")].splitlines()
     assert all(len(line) <= 80 or str(deep) in line for line in table)
-    assert as_table([("name", "word " * 40)]).splitlines()[1].startswith(" " * 9 + "word")
+    assert as_table([("name", "word " * 40)]).splitlines()[1].startswith(" " * 5 + "word")
 
 
 def test_time_left_is_the_median_of_recent_steps_and_what_comes_beside_them():

@@ -218,8 +218,7 @@ def test_labels_are_moved_apart_and_keep_their_order():
     assert sum(found[:3]) / 3 == pytest.approx(0.503, abs=0.01)
 
 
-@pytest.mark.parametrize("log", ["none", "x", "y", "xy"])
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(("axis", "log"), zip(AXES, ("none", "x", "y", "xy"), strict=True))
 def test_every_look_is_drawn_with_marks_of_what_happened(tmp_path, axis, log):
     happened = [resumed(200, "mlx", "jax"), {"step": 300, "event": "resumed"}, {"step": 310, "event": 7}]
     curve = Curve([*made(*(9 / at for at in range(1, 60)), tokens_per_second=9.0), *happened], 6.0)
