@@ -21,7 +21,7 @@ class Flags:
     """
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, a Hugging Face directory, or hf://OWNER/NAME."""
+    """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, a Hugging Face directory, a GGUF file, or hf://OWNER/NAME."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory for neutral, orbax and hf, a file for gguf."""
     to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
@@ -57,7 +57,6 @@ def _run(flags: Flags) -> int:
     place, origin = _fetched(flags.src)
     src = training_state(place) if keeps_training else place
     source = source_format(src)
-    assert source.read is not None
     if source is target and keeps_training:
         source.read(src)  # a broken one is told so
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert import gguf_file, hf_export, hf_import, neutral, orbax
+from convert import gguf_file, gguf_import, hf_export, hf_import, neutral, orbax
 from convert.portable import Portable, Show
 from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
@@ -33,7 +33,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Format:
-    """detect(path): whether it is this. read: None where it cannot be a source. write(model, path, options, show) -> notes.
+    """detect(path): whether it is this. write(model, path, options, show) -> notes.
 
     parts: patterns of the names in a directory that `write` makes; none where it makes a file.
     """
@@ -42,7 +42,7 @@ class Format:
     about: str
     dtypes: tuple[str, ...]
     detect: Callable[[Path], bool]
-    read: Callable[[Path], Portable] | None
+    read: Callable[[Path], Portable]
     write: Callable[[Portable, Path, Options, Show], list[str]]
     parts: tuple[str, ...] = ()
 
@@ -82,7 +82,7 @@ FORMATS: dict[str, Format] = {
             "llama.cpp's file",
             DTYPES,
             gguf_file.detect,
-            None,
+            gguf_import.read,
             lambda model, path, options, show: gguf_file.write(model, path, options.dtype, show),
         ),
     )
@@ -94,14 +94,10 @@ def source_format(path: Path) -> Format:
     if not path.exists():
         raise CheckpointError(f"There is no {path}.", beside(path) or "Nothing exists at that path.", "Check the path.")
     row = next((row for row in FORMATS.values() if row.detect(path)), FORMATS["hf"] if hf_import.is_damaged(path) else None)
-    readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values() if known.read)
+    readable = ", ".join(f"{known.name} ({known.about})" for known in FORMATS.values())
     if row is None:
         more = "A single file is not a model: give the directory that contains it." if path.is_file() else "Check the path."
         raise CheckpointError(f"The format of {path} is not recognised.", f"Readable formats: {readable}.", more)
-    if row.read is None:
-        raise CheckpointError(
-            f"{path} is {row.about}.", f"It can be written but not read. Readable formats: {readable}.", "Convert what it was made from."
-        )
     return row
 
 

@@ -46,7 +46,7 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     Raises ConfigError for a model or tokenizer that llama.cpp has no form for, and when the `gguf` package is not installed;
     CheckpointError when what was written reads back differently; OSError.
     """
-    gguf = _package()
+    gguf = package()
     family = FAMILIES[family_of(model.config, "GGUF")]
     if not family.gguf:
         raise ConfigError(
@@ -72,7 +72,7 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     return [f"{odd} matrices have rows that are not a multiple of {_BLOCK}: they are float16."] if odd else []
 
 
-def _package() -> Any:
+def package() -> Any:
     try:
         import gguf
     except ImportError:

@@ -40,7 +40,7 @@ def read(path: Path) -> str:
     if not 0 < len(pieces) <= MAX_IDS or len({piece.text for piece in pieces}) < len(pieces):
         raise _damaged(where, f"Of its {len(pieces)} pieces two are the same, or there are none.")
     _refuse_other_kinds(where, trainer, normalizer)
-    return json.dumps(_document(pieces, bool(normalizer.get(3, [1])[-1])), ensure_ascii=False)
+    return json.dumps(document(pieces, bool(normalizer.get(3, [1])[-1])), ensure_ascii=False)
 
 
 def _refuse_other_kinds(where: str, trainer: dict[int, list[Any]], normalizer: dict[int, list[Any]]) -> None:
@@ -51,7 +51,8 @@ def _refuse_other_kinds(where: str, trainer: dict[int, list[Any]], normalizer: d
         raise OtherTokenizerError(f"Cannot use the tokenizer {where!r}.", why, "Use its tokenizer.json.")
 
 
-def _document(pieces: list[Piece], prefix: bool) -> dict[str, Any]:
+def document(pieces: list[Piece], prefix: bool) -> dict[str, Any]:
+    """The values of a tokenizer.json with these pieces as ids. prefix: a space is put before a text."""
     vocab = {piece.text: number for number, piece in enumerate(pieces)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
