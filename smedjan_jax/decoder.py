@@ -21,6 +21,7 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
 from smedjan_jax import sharding
 from smedjan_jax.guard import guarded
+from smedjan_jax.kernels import decoding_obstacle
 from smedjan_jax.model import Model, State
 from smedjan_jax.modules import Params
 from smedjan_jax.noise import gumbel
@@ -29,7 +30,8 @@ from smedjan_jax.weights import decoding_weights, views
 
 Layers = list[State]
 
-NOISE_AT_ONCE = 1 << 25  # float32 values: 128 MiB
+_RECURRENT = {name for name, row in MIXERS.items() if row.linear}
+_NOISE_AT_ONCE = 1 << 25  # float32 values: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class JaxDecoder:
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
         self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
         self.can_rewind = can_rewind(model)
+        sizes = model.heads, model.kv_heads, model.head_dim, max_len, dtype
+        self._kernel = set(model.mixer) <= {"attention", *_RECURRENT} and not decoding_obstacle(*sizes)
         self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
         self._compiled = _functions(model, dtype, max_len, everywhere := sharding.everywhere_with(self._weights))
         self._positions = np.zeros(rows, np.int32)
@@ -87,11 +91,11 @@ class JaxDecoder:
             token[each.row], place[each.row], left[each.row] = each.token, len(each.history), each.most
         read = self._read(max((self.position(each.row) for each in rows), default=0) + steps)
         texts = seen(rows, self.rows, vocab) if kind.penalized else np.zeros((self.rows, 1), bool)
-        begin = Going(token, self._positions.copy(), place, left, left > 0, texts, np.zeros(self.rows, bool))
-        drawn, end, logits = self._run(self._compiled.block, begin, settings(rows, self.rows, vocab), kind, steps, read)
-        asked, drawn = jax.device_get((end.asked, drawn))
-        self._positions = np.array(end.position)
-        waiting = np.asarray(logits) if asked.any() else None
+        begin = Going(token, self._positions, place, left, left > 0, np.zeros(self.rows, bool))
+        sent = _packed((*begin, *settings(rows, self.rows, vocab)))
+        report, logits = self._run(self._compiled.block, sent, texts, kind, steps, read)
+        *drawn, self._positions, asked = np.array(report)
+        drawn, waiting = np.stack(drawn), np.asarray(logits) if asked.any() else None
         return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if asked[each.row] else None) for each in rows]
 
     def reset(self, row: int | None = None) -> None:
@@ -116,8 +120,10 @@ class JaxDecoder:
         self._positions[row] = saved.position
 
     def _read(self, position: int) -> int:
-        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
-        return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
+        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand; a kernel
+        reads what there is of each row by itself."""
+        whole = self._kernel or (self.rows > 1 and self.dtype == "float32")
+        return self.max_len if whole else read_length(self.max_len, position)
 
     def _run(self, function: Callable, *args: Any) -> Any:
         given, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
@@ -132,7 +138,6 @@ class Going(NamedTuple):
     place: Any  # of the next token in the text
     left: Any  # tokens that may be drawn
     active: Any
-    seen: Any  # bool [R, V], or [R, 1] where there is no penalty
     asked: Any  # whether the host is to choose the next token
 
 
@@ -152,9 +157,11 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
     """Decoders of the same model share them, so a run's samples compile once. Of weights that are split, XLA makes what it needs; what
     comes out is `everywhere`."""
 
+    attention = "auto" if len(everywhere.device_set) == 1 else "plain"
+
     def logits(weights: Params, tokens: jax.Array, layers: Layers, position: jax.Array, active: jax.Array | None, length: int):
         state = {"position": position, "layers": layers}
-        scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
+        scores, after = Model(model, views(model, weights), dtype, attention).step(tokens, state, active, length)
         return scores[:, : model.vocab_size], after["layers"]
 
     def feed(weights: Params, layers: Layers, tokens: jax.Array, row: jax.Array, position: jax.Array, length: int):
@@ -164,29 +171,30 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
     def step(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
         return logits(weights, tokens, layers, position, active, length)
 
-    def block(weights: Params, layers: Layers, begin: Going, how: Settings, kind: Way, steps: int, length: int):
-        rows, vocab = len(begin.token), model.vocab_size
-        ahead = kind.random and steps * rows * vocab <= NOISE_AT_ONCE
+    def block(weights: Params, layers: Layers, sent: jax.Array, texts: jax.Array, kind: Way, steps: int, length: int):
+        rows, vocab = len(sent), model.vocab_size
+        begin, how = _unpacked(sent)
+        ahead = kind.random and steps * rows * vocab <= _NOISE_AT_ONCE
         places_SR = begin.place + jnp.arange(steps)[:, None]
         of_place = functools.partial(gumbel, count=vocab)
         noise = jax.vmap(of_place, (None, 0))(how.seed, places_SR) if ahead else jnp.zeros((steps, 0))
 
-        def go_on(carry: tuple[Going, Layers, jax.Array], noise_RV: jax.Array):
-            at, layers, waiting = carry
+        def go_on(carry: tuple[Going, Layers, jax.Array, jax.Array], noise_RV: jax.Array):
+            at, layers, texts, waiting = carry
             scores, layers = logits(weights, at.token[:, None], layers, at.position, at.active, length)
             drawn = noise_RV if ahead or not kind.random else of_place(how.seed, at.place)
-            chosen, sure = draw(scores, drawn, how, at.seen, kind)
+            chosen, sure = draw(scores, drawn, how, texts, kind)
             asked, took = at.active & ~sure, at.active & sure
-            texts = at.seen.at[jnp.arange(rows), chosen].max(took) if kind.penalized else at.seen
+            texts = texts.at[jnp.arange(rows), chosen].max(took) if kind.penalized else texts
             left = at.left - took
             active = took & (left > 0) & ~(chosen[:, None] == how.stops).any(axis=1)
             token = jnp.where(took, chosen, at.token)
-            after = Going(token, at.position + at.active, at.place + took, left, active, texts, at.asked | asked)
-            return (after, layers, jnp.where(asked[:, None], scores, waiting)), jnp.where(took, chosen, -1)
+            after = Going(token, at.position + at.active, at.place + took, left, active, at.asked | asked)
+            return (after, layers, texts, jnp.where(asked[:, None], scores, waiting)), jnp.where(took, chosen, -1)
 
-        start = jax.tree.map(jnp.asarray, begin), layers, jnp.zeros((rows, vocab))
-        (end, layers, waiting), tokens_SR = jax.lax.scan(go_on, start, noise)
-        return (tokens_SR, end, waiting), layers
+        start = begin, layers, texts, jnp.zeros((rows, vocab))
+        (end, layers, _, waiting), tokens_SR = jax.lax.scan(go_on, start, noise)
+        return (jnp.concatenate([tokens_SR, end.position[None], end.asked[None].astype(jnp.int32)]), waiting), layers
 
     def reset(layers: Layers, row: jax.Array) -> Layers:
         return _with_row(layers, row, jax.tree.map(lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype), layers))
@@ -209,6 +217,26 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
         jit(save, static_argnums=2),
         jit(load, donate_argnums=0),
     )
+
+
+def _packed(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of R rows as the columns of one, int32: what goes to the device goes at once."""
+    wide = [array.astype(np.int32) if array.dtype == bool else np.ascontiguousarray(array).view(np.int32) for array in arrays]
+    return np.concatenate([array.reshape(len(array), -1) for array in wide], axis=1)
+
+
+def _unpacked(sent: jax.Array) -> tuple[Going, Settings]:
+    """What was packed."""
+    like, values, column = settings((), 1, 1), [], len(Going._fields)
+    flags = ("active", "asked")
+    going = Going(*(sent[:, i] > 0 if name in flags else sent[:, i] for i, name in enumerate(Going._fields)))
+    for array in like:
+        width = array.reshape(1, -1).shape[1]
+        value = sent[:, column : column + width]
+        value = value > 0 if array.dtype == bool else jax.lax.bitcast_convert_type(value, array.dtype)
+        values.append(value if array.ndim > 1 else value[:, 0])
+        column += width
+    return going, Settings(*values)
 
 
 def _tokens(drawn: np.ndarray) -> list[int]:
