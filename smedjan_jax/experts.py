@@ -21,7 +21,7 @@ from smedjan_common.model.ffns.experts import block_rows, load_names, padded_row
 from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_jax.modules import Carried, Linear, Params, joined, together
+from smedjan_jax.modules import Carried, Linear, Params, apart, joined, together
 from smedjan_jax.products import whole
 
 LOSSES = ("balance_loss", "router_z_loss")
@@ -69,7 +69,11 @@ class Experts(nnx.Module):
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK)
-        gate_RF, up_RF = jnp.split(self._multiply(rows_RD, joined(together(self)), layout), 2, axis=-1)
+        linears = together(self)
+        if apart(linears):
+            gate_RF, up_RF = (self._multiply(rows_RD, linear.weight.astype(rows_RD.dtype), layout) for linear in linears)
+        else:
+            gate_RF, up_RF = jnp.split(self._multiply(rows_RD, joined(linears), layout), 2, axis=-1)
         return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
 
     def mix(self, projected: tuple[jax.Array, ...], carried: Carried) -> tuple[jax.Array, Carried]:

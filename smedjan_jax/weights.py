@@ -15,13 +15,15 @@ from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear, Params, Part
 
 
-def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str) -> Params:
-    """Arrays on the device, for `views`. Arrays that are there already in their dtype are taken as they are, and not joined."""
+def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, join: bool | None = None) -> Params:
+    """Arrays on the device, for `views`; those that are there in their dtype are taken as they are. join None: on one GPU, where a
+    product more takes its time; elsewhere it would be a copy for nothing."""
     cast, groups = compute_weights(config), together(config)
     first = next(iter(params.values()))
-    there = isinstance(first, jax.Array)
-    apart = there and (len(first.sharding.device_set) > 1 or all(params[name].dtype == dtype for name in cast))
-    names = {name: group for group in ([] if apart else groups) for name in group}
+    if join is None:
+        alone = not isinstance(first, jax.Array) or len(first.sharding.device_set) == 1
+        join = alone and jax.default_backend() == "gpu"
+    names = {name: group for group in (groups if join else []) for name in group}
     weights: Params = {}
     for name in params:
         group = names.get(name, (name,))
@@ -32,13 +34,14 @@ def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str) ->
 
 
 def views(config: ModelConfig, weights: Params) -> dict[str, Any]:
-    """The same by their own names, for Model: parts of joined ones are Parts."""
-    table, params = parameter_table(config), {}
+    """The same by their own names, for Model: those that meet the same x are Parts, of a joined one or of themselves."""
+    table, shared = parameter_table(config), {name for group in together(config) for name in group}
+    params = {}
     for key, whole in weights.items():
         start, names = 0, key.split("+")
         for name in names:
-            stop = start + table[name].shape[-2] if len(names) > 1 else 0
-            params[name] = Part(whole, start, stop) if len(names) > 1 else whole
+            stop = start + table[name].shape[-2] if name in shared else 0
+            params[name] = Part(whole, start, stop) if name in shared else whole
             start = stop
     return params
 

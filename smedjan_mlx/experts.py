@@ -19,7 +19,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_mlx.modules import Carried, Linear, Params, joined, together
+from smedjan_mlx.modules import Carried, Linear, Params, apart, joined, together
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -68,7 +68,11 @@ class Experts(nn.Module):
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = cast(mx.array, _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK))
-        gate_RF, up_RF = mx.split(self._multiply(rows_RD, joined(together(self)), layout), 2, axis=-1)
+        linears = together(self)
+        if apart(linears):
+            gate_RF, up_RF = (self._multiply(rows_RD, linear.weight.astype(rows_RD.dtype), layout) for linear in linears)
+        else:
+            gate_RF, up_RF = mx.split(self._multiply(rows_RD, joined(linears), layout), 2, axis=-1)
         return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
 
     def mix(self, projected: tuple[mx.array, ...], carried: Carried) -> tuple[mx.array, Carried]:

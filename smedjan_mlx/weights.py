@@ -11,14 +11,16 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model.params import head_name, parameter_table
 from smedjan_mlx.model import Model
 from smedjan_mlx.modules import Linear, Params, Part
+from smedjan_mlx.precision import on_gpu
 
 
-def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str) -> Params:
-    """Arrays on the device, for `views`. Arrays that are there already in their dtype are taken as they are, and not joined."""
+def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, join: bool | None = None) -> Params:
+    """Arrays on the device, for `views`; those that are there in their dtype are taken as they are. join None: on one GPU, where a
+    product more takes its time; elsewhere it would be a copy for nothing."""
     cast, groups = compute_weights(config), together(config)
-    there = isinstance(next(iter(params.values())), mx.array)
-    apart = there and all(params[name].dtype == getattr(mx, dtype) for name in cast)
-    names = {name: group for group in ([] if apart else groups) for name in group}
+    if join is None:
+        join = on_gpu()
+    names = {name: group for group in (groups if join else []) for name in group}
     weights: Params = {}
     for name in params:
         group = names.get(name, (name,))
@@ -30,13 +32,14 @@ def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str) ->
 
 
 def views(config: ModelConfig, weights: Params) -> dict[str, Any]:
-    """The same by their own names, for Model: parts of joined ones are Parts."""
-    table, params = parameter_table(config), {}
+    """The same by their own names, for Model: those that meet the same x are Parts, of a joined one or of themselves."""
+    table, shared = parameter_table(config), {name for group in together(config) for name in group}
+    params = {}
     for key, whole in weights.items():
         start, names = 0, key.split("+")
         for name in names:
-            stop = start + table[name].shape[-2] if len(names) > 1 else 0
-            params[name] = Part(whole, start, stop) if len(names) > 1 else whole
+            stop = start + table[name].shape[-2] if name in shared else 0
+            params[name] = Part(whole, start, stop) if name in shared else whole
             start = stop
     return params
 

@@ -100,3 +100,19 @@ def test_rows_stay_go_back_and_move_bit_for_bit(backend: str, default_case: Case
         decoder.step(rest[:1].repeat(ROWS), only)
         assert not decoder.rewind(1, 4), "what it would need is overwritten"
         assert decoder.position(1) == 9
+
+
+def test_weights_that_are_joined_give_what_they_give_apart(backend: str, default_case: Case):
+    """A GPU keeps them joined, a CPU does not."""
+    case, weights = default_case, subjects.module(backend, "weights")
+    model_class, array = subjects.module(backend, "model").Model, subjects.framework(backend).array
+    state = model_class(case.model, subjects.on_device(backend, case.params)).init_state(2, HELD)
+    step = subjects.framework(backend).compile(
+        lambda kept, tokens, state: model_class(case.model, weights.views(case.model, kept)).step(tokens, state)[0]
+    )
+    logits = []
+    for join in (True, False):
+        kept = weights.decoding_weights(case.model, case.params, "float32", join)
+        assert len(kept) < len(case.params) if join else kept.keys() == case.params.keys()
+        logits.append(np.asarray(step(kept, array(case.tokens[:2, :3]), state)))
+    demand([Difference("logits", largest(*logits), case.tolerance.forward)])
