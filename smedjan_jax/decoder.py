@@ -21,7 +21,6 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
 from smedjan_jax import sharding
 from smedjan_jax.guard import guarded
-from smedjan_jax.kernels import decoding_obstacle
 from smedjan_jax.model import Model, State
 from smedjan_jax.modules import Params
 from smedjan_jax.noise import gumbel
@@ -30,7 +29,6 @@ from smedjan_jax.weights import decoding_weights, views
 
 Layers = list[State]
 
-_RECURRENT = {name for name, row in MIXERS.items() if row.linear}
 _NOISE_AT_ONCE = 1 << 25  # float32 values: 128 MiB
 
 
@@ -54,8 +52,6 @@ class JaxDecoder:
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
         self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
         self.can_rewind = can_rewind(model)
-        sizes = model.heads, model.kv_heads, model.head_dim, max_len, dtype
-        self._kernel = set(model.mixer) <= {"attention", *_RECURRENT} and not decoding_obstacle(*sizes)
         self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
         self._compiled = _functions(model, dtype, max_len, everywhere := sharding.everywhere_with(self._weights))
         self._positions = np.zeros(rows, np.int32)
@@ -120,10 +116,8 @@ class JaxDecoder:
         self._positions[row] = saved.position
 
     def _read(self, position: int) -> int:
-        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand; a kernel
-        reads what there is of each row by itself."""
-        whole = self._kernel or (self.rows > 1 and self.dtype == "float32")
-        return self.max_len if whole else read_length(self.max_len, position)
+        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
+        return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
 
     def _run(self, function: Callable, *args: Any) -> Any:
         given, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
@@ -157,11 +151,9 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
     """Decoders of the same model share them, so a run's samples compile once. Of weights that are split, XLA makes what it needs; what
     comes out is `everywhere`."""
 
-    attention = "auto" if len(everywhere.device_set) == 1 else "plain"
-
     def logits(weights: Params, tokens: jax.Array, layers: Layers, position: jax.Array, active: jax.Array | None, length: int):
         state = {"position": position, "layers": layers}
-        scores, after = Model(model, views(model, weights), dtype, attention).step(tokens, state, active, length)
+        scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
         return scores[:, : model.vocab_size], after["layers"]
 
     def feed(weights: Params, layers: Layers, tokens: jax.Array, row: jax.Array, position: jax.Array, length: int):

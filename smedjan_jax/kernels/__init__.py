@@ -34,7 +34,6 @@ MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
-MOST_SHARING = 8  # query heads that read one key head, in the kernel of decoding
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 
 
@@ -49,17 +48,6 @@ def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str) -> s
     if implementation == "auto":
         return "pallas" if not why and _measured(mixer, model, dtype) else "plain"
     return implementation
-
-
-def decoding_obstacle(heads: int, kv_heads: int, head_dim: int, length: int, dtype: str) -> str:
-    """Why the kernel of attention in decoding cannot take such a model, and a ring of `length` positions; empty when it can."""
-    if why := _no_device():
-        return why
-    if dtype != "bfloat16":
-        return f"It is for bfloat16; in {dtype} the plain form is exact."
-    if head_dim not in (32, 64, 128) or heads // kv_heads > MOST_SHARING or length < SHORTEST:
-        return f"It takes heads of 32, 64 or 128 features of which at most {MOST_SHARING} share keys, and {SHORTEST} positions or more."
-    return ""
 
 
 def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:

@@ -19,9 +19,8 @@ from flax import nnx
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_jax import sharding
-from smedjan_jax.kernels import decoding_obstacle
 from smedjan_jax.mixers import cudnn
-from smedjan_jax.mixers.cache import extend, write
+from smedjan_jax.mixers.cache import extend
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
 
 
@@ -62,26 +61,9 @@ class Attention(nnx.Module):
         query, key, value = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
-        if x.shape[1] == 1 and self._has_kernel(state["key"]):
-            return self._step_in_a_kernel(query, new, context, state, carried)
         read, seen_BTS, state = extend(state, new, context, axis=2, window=self.window)
         mixed = masked_attention(query, read["key"].swapaxes(1, 2), read["value"].swapaxes(1, 2), seen_BTS)
         return self._output(mixed), state, carried
-
-    def _has_kernel(self, key: jax.Array) -> bool:
-        sizes = self.heads, self.kv_heads, self.head_dim, key.shape[2], str(key.dtype)
-        return self.implementation == "auto" and not decoding_obstacle(*sizes)
-
-    def _step_in_a_kernel(self, query: jax.Array, new: State, context: Context, state: State, carried: Carried):
-        from smedjan_jax.kernels.decode_attention import attend
-
-        assert context.position is not None
-        state = {name: write(state[name], new[name], context, axis=2) for name in new}
-        position, L = context.position, state["key"].shape[2]
-        if context.active is not None:
-            position = jnp.where(context.active, position, 0)  # of what nobody asks for, little is read
-        mixed = attend(query[:, 0], state["key"], state["value"], position, min(self.window or L, L))
-        return self._output(mixed[:, None]), state, carried
 
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions."""
