@@ -360,6 +360,31 @@ def sampling() -> str | None:
     return f"NumPy {report['versions']['numpy']}, one CPU core (`{report['command']}`):\n\n{table(head, body)}"
 
 
+def decode() -> str | None:
+    """Tokens per second of decoding, ours and transformers', and how they were measured."""
+    report = newest("decode")
+    if not report:
+        return None
+    names = {"jax": "JAX", "mlx": "MLX", "torch": "transformers, static cache, torch.compile"}
+    body = [
+        [
+            f"{row['size']}, `{row['mixer']}`",
+            str(row["rows"]),
+            "greedy" if row["temperature"] == 0 else f"temperature {row['temperature']}, top-p {row['top_p']}",
+            names[row["backend"]],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['milliseconds_per_step']:.2f}",
+            f"{row['tokens_per_second'] / row['roofline_tokens_per_second']:.0%}" if row["rows"] == 1 else "",
+            row["measured"],
+        ]
+        for row in report["rows"]
+    ]
+    head = ["model", "rows", "choice", "with", "tokens/s", "ms a step", "of the weights' roofline", "measured"]
+    versions = ", ".join(f"{name} {report['versions'][name]}" for name in ("jax", "torch", "transformers"))
+    where = f"{report['device']}, {report['dtype']}, {report['entries']} positions held, {versions}"
+    return f"{where} (`{report['rows'][0]['command']}` and so on):\n\n{table(head, body)}\n\n{report['notes']}"
+
+
 def _cell(row: Row, field: str, scale: float, shown: str) -> str:
     if field in row and row[field] / scale >= 1000:
         shown = "{:,.0f}"  # three digits would be 1.23e+03
@@ -386,6 +411,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "kernels": kernels,
     "mesh": mesh,
     "sampling": sampling,
+    "decode": decode,
     "stalls": stalls,
     "converts": converts,
     **scale_tables.PARTS,

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +175,18 @@ def test_memory_measures_a_row_and_a_row_that_fails_says_so():
     assert row["planned_step_bytes"] > 0
     assert row["loss_chunks"] == 16
     assert "no-such-size" in memory.measure({**shape, **options, "size": "no-such-size"})["error"]
+
+
+def test_decoding_is_measured_by_blocks_and_by_steps(tmp_path):
+    pytest.importorskip("mlx.core")
+    output = tmp_path / "decode.json"
+    words = "-m bench.decode --backend mlx --size tiny --dtype float32 --rows 2 --prompt 8 --tokens 16 --max-len 64 --output".split()
+    for more in ([], ["--by-step", "--temperature", "0.8"]):
+        subprocess.run([sys.executable, *words, str(output), *more], cwd=render.ROOT, check=True, capture_output=True)
+    blocks, steps = json.loads(output.read_text())
+    assert (blocks["by_step"], steps["by_step"]) == (False, True)
+    assert blocks["tokens_per_second"] > 0 < steps["tokens_per_second"]
+    assert blocks["estimated_bytes"] > 4 * blocks["parameters"]
 
 
 @pytest.mark.parametrize("page", render.PAGES)
