@@ -98,17 +98,17 @@ def _serve(name: str, load: "Load", flags: ServeFlags) -> int:
     access = Access(key, tuple(map(str.lower, flags.allowed_host)), flags.cors_origin, loopback)
     allow_many_files()
     sockets = listen(flags.host, flags.port)
-    where = addresses(sockets)
+    where = addresses(sockets)[0]
     if not loopback and not key:
-        streams.put(f"warning: everybody who reaches {where[0]} can use the model: give an --api-key.", sys.stderr)
-    streams.put(f"Loading {served.names[0]}, to answer at {where[0]}/v1 …", sys.stdout)
+        streams.put(f"warning: everybody who reaches {flags.host} can use the model: give an --api-key.", sys.stderr)
+    streams.put(f"Loading {served.names[0]}, to answer at {where}/v1 …", sys.stdout)
     info = {"model": served.names[0], "backend": name, "version": __version__}
     settings = Settings(access, flags.max_queue, flags.queue_timeout, flags.drain_timeout, not flags.log, info)
     said: list[str] = []
 
     def engine() -> "Engine":
         made = _engine(opened, name, load, flags, served.context_length)
-        said.append(_said(opened, served, where[0], made.rows, bool(key)))  # here, as the device is this thread's
+        said.append(_said(opened, served, where, made.rows, bool(key)))  # here, as the device is this thread's
         return made
 
     return start(served, engine, settings, sockets, lambda: streams.put(said[0], sys.stdout))
@@ -173,18 +173,8 @@ def _engine(opened: "OpenModel", name: str, load: "Load", flags: ServeFlags, con
     except OutOfMemoryError as error:
         fix = "Take a smaller --max-batch or --context, or a machine with more memory."
         raise OutOfMemoryError(error.what, error.why, fix) from None
-    _warm_up(engine, min(WARM_UP.get(kind, WARM_UP["gpu"]), context))
+    engine.warm_up(min(WARM_UP.get(kind, WARM_UP["gpu"]), context))
     return engine
-
-
-def _warm_up(engine: "Engine", length: int) -> None:
-    """Compile what nearly every request needs, before the first one waits for it: steps, and the chunks of `length` tokens."""
-    from smedjan_common.inference.request import Request
-    from smedjan_common.inference.stats import Stats
-
-    for _ in engine.run([Request((engine.tokenizer.eot_id,) * length, max_tokens=2, stop_ids=frozenset())]):
-        pass
-    engine.stats = Stats()
 
 
 def _said(opened: "OpenModel", served: "Served", where: str, rows: int, key: bool) -> str:

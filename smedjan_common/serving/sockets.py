@@ -79,8 +79,9 @@ def _refused(host: str, port: int, error: OSError) -> AddressError:
 
 
 def addresses(sockets: Sequence[socket.socket]) -> list[str]:
-    """http://HOST:PORT of each."""
+    """http://HOST:PORT of each, as this machine reaches it."""
     found = [made.getsockname()[:2] for made in sockets]
+    found = [({"0.0.0.0": LOOPBACKS[0], "::": LOOPBACKS[1]}.get(host, host), port) for host, port in found]
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in found]
 
 

@@ -80,7 +80,8 @@ def test_limits_and_the_key_come_from_flags_and_the_key_from_the_environment_too
 
 def test_everywhere_without_a_key_is_warned_of(run):
     with serving(run, "--host", "0.0.0.0") as running:
-        assert "warning: everybody who reaches" in "".join(running.log)
+        assert "warning: everybody who reaches 0.0.0.0" in "".join(running.log)
+        assert f"mine answers at http://127.0.0.1:{running.port}/v1" in "".join(running.said)
         assert running.ask("GET", "/health")[0] == 200
     with serving(run, "--host", "0.0.0.0", "--api-key", "sesame") as running:
         assert "warning" not in "".join(running.log)

@@ -8,6 +8,7 @@ from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.logprobs import log_softmax
 from smedjan_common.inference.request import Request, Usage
 from smedjan_common.inference.sampling import Sampling
+from smedjan_common.inference.stats import Stats
 from smedjan_common.tokenizer import Tokenizer
 from tests.fakes.rows import FakeDecoder
 
@@ -367,3 +368,12 @@ def test_states_of_short_texts_are_not_worth_keeping(tokenizer, monkeypatch):
     assert not decoder.count("save")
     answers(engine, [request(tokenizer, "x" * 31, 1), request(tokenizer, "x" * 32, 1)])
     assert [event[2] for event in decoder.events if event[0] == "save"] == [32, 32], "after the prompt, and after the answer"
+
+
+def test_warming_up_counts_as_nothing_and_changes_no_text(tokenizer):
+    cold, (warm, decoder) = make(tokenizer, keep_bytes=1000)[0], make(tokenizer, keep_bytes=1000)
+    warm.warm_up(7)
+    assert decoder.count("feed") == 1
+    assert (warm.stats, warm.busy) == (Stats(), False)
+    asked = [request(tokenizer, logprobs=1)]
+    assert answers(warm, asked) == answers(cold, asked)
