@@ -56,6 +56,7 @@ def _remarks(row: Row) -> str:
     said = [NAMES.get(row["mixer"], row["mixer"])] if row["mixer"] != "attention" else []
     said += ["--mask-documents"] if row.get("mask_documents") else []
     said += ["latency hiding scheduler"] if row.get("xla") else []
+    said += ["others compiled meanwhile"] if row.get("shared") else []
     return f" ({', '.join(said)})" if said else ""
 
 

@@ -136,6 +136,7 @@ def measure(path: str) -> None:
             demand_equal_bits(other.save(other.restore(got["snapshot"])).params, got["snapshot"].params, f"{name} restored on {mesh} ")
     report["messages"] = messages()
     report["kernels"] = {name: kernel_over_heads(parse_mesh(name)) for name in ("tensor=2", "data=2,tensor=2", "data=2,fsdp=2,tensor=2")}
+    report["float8"] = float8_over_fsdp()
     report["interpreted"] = {name: interpreted(name) for name in WITH_KERNELS}
     Path(path).write_text(json.dumps(report))
 
@@ -170,6 +171,40 @@ def kernel_over_heads(shape: MeshShape) -> float:
     total = spread.sums(lambda params, x: jnp.sum(sharding.over_heads(double, (x,))))
     params = {name: jnp.zeros(spec.shape) for name, spec in parameter_table(GQA.model).items()}
     return float(jax.jit(total)(params, jax.device_put(jnp.ones((4, 8, 4, 2)), sharding.rows(mesh))))
+
+
+def float8_over_fsdp() -> list[Difference]:
+    """The product of two joined matrices in float8 and its gradients, rows and matrices over fsdp=4, beside one device. The rows of every
+    device have the same largest value, and so the same scale."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from smedjan_jax import products, sharding
+
+    rng, bfloat16 = np.random.default_rng(0), jnp.dtype("bfloat16")
+    x, dy = (jnp.asarray(np.tile(rng.standard_normal((8, size)), (4, 1)), bfloat16) for size in (128, 384))
+    weights = tuple(jnp.asarray(0.02 * rng.standard_normal((size, 128)), jnp.float32) for size in (128, 256))
+
+    def together(x, weights, dy):
+        y, back = jax.vjp(lambda x, weights: products.linear(x, list(weights), float8=True), x, weights)
+        return y, *back(dy)
+
+    def over(x, weights, dy):
+        parts = tuple(products.Shard(weight, at, bfloat16) for weight, at in zip(weights, (1, 0), strict=True))
+        y, dx, dparts = together(x, parts, dy)
+        return y, dx, tuple(part.array for part in dparts)
+
+    rows, places = PartitionSpec("fsdp"), (PartitionSpec(None, "fsdp"), PartitionSpec("fsdp"))
+    specs = {"in_specs": (rows, places, rows), "out_specs": (rows, rows, places)}
+    mesh = sharding.make_mesh(MeshShape(fsdp=4))
+    got = jax.jit(jax.shard_map(over, mesh=mesh, check_vma=False, **specs))(x, weights, dy)
+    want = jax.jit(together)(x, weights, dy)
+    names = ("y", "dx", "first weight", "second weight")
+    pairs = zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    # four sums, each rounded to bfloat16, beside one
+    gates = {"y": 0.0, "dx": 0.0, "first weight": 2**-8, "second weight": 2**-8}
+    return [Difference(name, largest(np.asarray(a, np.float32), np.asarray(b, np.float32)), gates[name]) for name, a, b in pairs]
 
 
 def interpreted(mixer: str) -> list[Difference]:
@@ -238,6 +273,11 @@ def test_matrices_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_
 @ONE_WORKER
 def test_kernels_run_on_every_devices_own_heads(report):
     assert report["kernels"] == dict.fromkeys(report["kernels"], 2.0 * 4 * 8 * 4 * 2)
+
+
+@ONE_WORKER
+def test_float8_over_fsdp_multiplies_the_same_numbers(report):
+    demand(Difference(*values) for values in report["float8"])
 
 
 @ONE_WORKER
