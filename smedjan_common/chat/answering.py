@@ -20,14 +20,15 @@ _LOOK_SECONDS = 0.05  # how often the user is listened to while nothing comes
 
 @dataclass
 class Answer:
-    """What came of a prompt. finish_reason: stop, length or cancelled. speed: tokens per second without the prompt; None: not known.
+    """What came of a prompt. finish_reason: stop, length or cancelled. cached_tokens: of the prompt, those that were not computed again.
 
-    fills_context: whether it could not be longer in the model's context.
+    speed: tokens per second without the prompt; None: not known. fills_context: whether it could not be longer in the model's context.
     """
 
     text: str = ""
     finish_reason: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     speed: float | None = None
     fills_context: bool = False
@@ -81,6 +82,7 @@ class Answering:
             if piece.finish_reason and piece.usage:
                 answer.finish_reason = piece.finish_reason
                 answer.prompt_tokens, answer.tokens = piece.usage.prompt_tokens, piece.usage.completion_tokens
+                answer.cached_tokens = piece.usage.cached_tokens
                 since, tokens = (first, answer.tokens - before) if answer.tokens > before else (begin, answer.tokens)
                 answer.speed = tokens / max(time.monotonic() - since, 1e-9) if tokens else None
         return answer

@@ -3,17 +3,22 @@
 No prompt, no colour, no commands: what a program sends is never taken for anything but text.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import IO
 
 from smedjan_common import streams
 from smedjan_common.chat.answering import Answer, Answering
+from smedjan_common.errors import DataError, reason
+
+MAX_LINE_BYTES = 64 << 20  # more than any model takes: no endless line fills the memory
 
 
-def run(answering: Answering, lines: Iterable[str], as_json: bool) -> int:
-    """Answer every line that is not empty; the exit code. Raises SmedjanError."""
-    for line in lines:
+def run(answering: Answering, stream: IO[bytes], as_json: bool) -> int:
+    """Answer every line of the stream that is not empty; the exit code. Raises SmedjanError."""
+    for line in _lines(stream):
         if text := line.rstrip("\r\n"):
             answering.talk.say(text)
             answer = answering.answer(lambda text: None, _told)
@@ -26,6 +31,21 @@ def run(answering: Answering, lines: Iterable[str], as_json: bool) -> int:
     return 0
 
 
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    """The lines as they come. Raises DataError for one that is no text or has no end."""
+    for number in itertools.count(1):
+        raw = stream.readline(MAX_LINE_BYTES + 1)
+        if not raw:
+            return
+        if len(raw) > MAX_LINE_BYTES:
+            what = f"Line {number} of standard input is too long."
+            raise DataError(what, f"It has over {MAX_LINE_BYTES >> 20} MiB.", "A message is one line: send shorter ones.")
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"Line {number} of standard input is not UTF-8.", reason(error), "Convert it.") from None
+
+
 def values(answer: Answer) -> dict[str, object]:
     """An answer as JSON. tokens_per_second: null where one token or none says nothing."""
     return {
@@ -33,6 +53,7 @@ def values(answer: Answer) -> dict[str, object]:
         "content": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
         "completion_tokens": answer.tokens,
         "tokens_per_second": round(answer.speed, 2) if answer.speed else None,
     }

@@ -127,7 +127,7 @@ def _piped(flags: ChatFlags, answering: Any) -> int:
     from smedjan_common.chat import piped
 
     with interrupt_ends_at_once():
-        return piped.run(answering, sys.stdin, flags.json)
+        return piped.run(answering, sys.stdin.buffer, flags.json)
 
 
 def _terminal(flags: ChatFlags, opened: "OpenModel", template: "ChatTemplate | None", answering: Any) -> int:

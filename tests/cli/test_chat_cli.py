@@ -219,6 +219,14 @@ def test_in_a_pipe_each_line_is_a_message_and_each_answer_a_line(run):
     assert answers[1]["prompt_tokens"] > answers[0]["prompt_tokens"]
 
 
+def test_a_line_that_is_no_text_is_refused_by_its_number(run):
+    process = start("tests.fakes.chat", run, "--max-tokens", 2, stdin=-1, text=False, encoding=None)
+    out, err = process.communicate(b"the cat\n\xff\xfe\n", timeout=60)
+    assert process.returncode == 2
+    assert len(out.splitlines()) == 1
+    assert b"Line 2 of standard input is not UTF-8." in err
+
+
 def test_a_talk_that_outgrows_the_context_loses_its_oldest_turns_and_says_so(run):
     said = "".join(f"question {i}: {'the dog ran off ' * 8}\n" for i in range(6))
     code, out, err = piped("--max-tokens", 4, "--template", "plain", said=said, path=run)

@@ -1,5 +1,6 @@
 """`chat` gives the same talk in both backends: templates, history, what is used again of the state, one answer after another."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ SAID = "The smith heats\nand <|im_end|> then?\nÉ 漢 🔥\n"
 def model(tmp_path_factory):
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = Tokenizer.train_from_texts([TEXT] * 3, 300, special_tokens=names)
-    config = model_config(tokenizer.vocab_size, layers=2, mixer=("attention", "ssm"), ssm_state=8, ssm_head_dim=8)
+    config = model_config(tokenizer.vocab_size, layers=2, mixer=("attention", "ssm"), ssm_state=8, ssm_head_dim=8, context_length=512)
     return neutral(tmp_path_factory.mktemp("chat"), config, tok=tokenizer)
 
 
@@ -41,4 +42,6 @@ def test_both_backends_hold_the_same_talk(model):
     in_jax, in_mlx = (talk(backend, model, "--temperature", "0.8", "--seed", "3") for backend in ("jax", "mlx"))
     assert in_jax == in_mlx
     assert len(in_jax) == 3
-    assert in_jax[0]["prompt_tokens"] < in_jax[1]["prompt_tokens"] < in_jax[2]["prompt_tokens"]
+    for before, answer in itertools.pairwise(in_jax):
+        assert answer["cached_tokens"] >= before["prompt_tokens"], "the state of the talk so far is used again"
+        assert answer["prompt_tokens"] > answer["cached_tokens"]

@@ -356,6 +356,13 @@ def test_a_talk_is_exported_for_the_terminal_and_read_again(browser, tmp_path):
     browser.run("document.getElementById('file').hidden = false")
     browser.one("#file").type(str(tmp_path / "again.json"))
     browser.wait(lambda: browser.one("article.user .said").text == "Export me", "the talk")
+    circle = {"nodes": {"a": {"parent": "", "role": "user", "content": "round"}}, "chosen": {"": "a", "a": "a"}, "system": 5}
+    (tmp_path / "circle.json").write_text(json.dumps({"talk": circle}))
+    browser.one("#file").type(str(tmp_path / "circle.json"))
+    browser.wait(lambda: browser.one("article.user .said").text == "round", "a talk that goes in a circle")
+    (tmp_path / "none.json").write_text('{"messages": 5}')
+    browser.one("#file").type(str(tmp_path / "none.json"))
+    browser.wait(lambda: browser.one("#state").text == "That file holds no talk.", "a refusal")
     assert json.loads(file.read_text())["model"] == "forge"
 
 
