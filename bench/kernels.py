@@ -1,12 +1,14 @@
 """Tokens per second of a whole model's training step with kernels and with the plain forms, beside attention, in one run.
 
     python -m bench.kernels                                 -> bench/results/kernels-DEVICE.json
+    python -m bench.kernels --layers 4 --seq-lens 8192 32768 --kernels auto --output bench/results/kernels-lengths-DEVICE.json
 
-The preset medium, 64 x 1024, bfloat16, random tokens; a step is forward, backward, clipping and AdamW. All steps are compiled first,
+The preset medium, bfloat16, 65,536 random tokens a step; a step is forward, backward, clipping and AdamW. All steps are compiled first,
 side by side, then timed one after the other: the median of three groups of steps.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import statistics
@@ -21,7 +23,8 @@ from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.training.config import KERNELS
 from smedjan_jax.backend import configure
 
-KEY = ("mixer", "kernels", "seq_len", "batch_size")
+KEY = ("mixer", "kernels", "layers", "seq_len", "batch_size")
+MEASURED = ("attention", "linear", "ssm", "rwkv", "gated-deltanet", "block-sparse")
 GROUP_SECONDS = 0.5
 
 
@@ -31,9 +34,9 @@ def main() -> None:
     configure()
     results = Results(args.output or default_output("kernels"), KEY, size=args.size, dtype=args.dtype)
     rows = []
-    for mixer in args.mixers:
+    for mixer, length in itertools.product(args.mixers, args.seq_lens):
         names = args.kernels if MIXERS[mixer].training is Chunked else ["auto"]
-        rows += [dict(zip(KEY, (mixer, name, args.seq_len, args.batch_size), strict=True)) for name in names]
+        rows += [dict(zip(KEY, (mixer, name, args.layers, length, args.tokens // length), strict=True)) for name in names]
     rows = [row for row in rows if not results.has(row)]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         steps = [pool.submit(_step, row, args.size, args.dtype) for row in rows]
@@ -48,7 +51,8 @@ def main() -> None:
 
 
 def _step(row: Row, size: str, dtype: str) -> JaxStep:
-    model = ModelConfig.preset(size, context_length=row["seq_len"], mixer=(row["mixer"],))
+    layers = {"layers": row["layers"]} if row["layers"] else {}
+    model = ModelConfig.preset(size, context_length=row["seq_len"], mixer=(row["mixer"],), **layers)
     options = {"batch_size": row["batch_size"], "seq_len": row["seq_len"], "dtype": dtype, "kernels": row["kernels"]}
     return JaxStep(model, TrainConfig(steps=1000, lr=3e-4, **options))
 
@@ -76,11 +80,12 @@ def _timed(step: JaxStep, row: Row) -> Row:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=["attention", "linear", "ssm", "rwkv", "gated-deltanet"])
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=MEASURED)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["plain", "pallas"])
     parser.add_argument("--size", default="medium")
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
+    parser.add_argument("--seq-lens", nargs="+", type=int, default=[1024])
+    parser.add_argument("--tokens", type=int, default=65536, help="of a step")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/kernels-DEVICE.json")
     return parser.parse_args()

@@ -1,4 +1,5 @@
-"""Training speed on random tokens: ours in JAX or MLX, or transformers + torch.compile beside it, one process each.
+"""Training speed on random tokens: ours in JAX or MLX, transformers + torch.compile, or a PyTorch model written for speed (torch-strong,
+bench/torch_strong.py), one process each.
 
     python bench/train_speed.py --backend jax --size medium --vocab-size 8192 --batch-size 64 --seq-len 1024 --output out.json
 
@@ -172,7 +173,13 @@ def _torch(model: ModelConfig, args: argparse.Namespace):
     return step, torch.cuda.synchronize, device
 
 
-PEERS = {"jax": _jax, "mlx": _mlx, "torch": _torch}
+def _torch_strong(model: ModelConfig, args: argparse.Namespace):
+    from bench.torch_strong import strong
+
+    return strong(model, _batch(model, args))
+
+
+PEERS = {"jax": _jax, "mlx": _mlx, "torch": _torch, "torch-strong": _torch_strong}
 
 
 def _arguments() -> argparse.Namespace:

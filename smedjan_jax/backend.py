@@ -58,6 +58,9 @@ class JaxBackend:
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
         self._kernels = kernels.summary(train.kernels, model, compute_dtype(train.dtype))
+        attention = "reproducible" if train.deterministic and train.attention == "auto" else train.attention
+        blocks = kernels.blocks_summary(attention, model, compute_dtype(train.dtype), train.seq_len)
+        self._kernels = ", ".join(filter(None, (self._kernels, blocks)))
         by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
         self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy
         self._devices = sharding.make_mesh(self.mesh)

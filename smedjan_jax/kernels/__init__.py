@@ -34,6 +34,7 @@ MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
+LONGEST_MASKED = 1024  # positions up to which block-sparse is faster by cuDNN with its choice as a mask than by its kernel
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 
 
@@ -50,6 +51,9 @@ def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str) -> s
     return implementation
 
 
+BLOCKS = {"masked": "cuDNN with a mask", "pallas": "pallas"}  # what the console says of the forms of block-sparse
+
+
 def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:
     sizes = {getattr(model, name) for name in SIZES[mixer]}
     return sizes <= set(FASTER[mixer]) and (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
@@ -63,6 +67,26 @@ def for_loss(implementation: str, vocabulary: int, dtype: str, parts: int = 1) -
     if implementation == "plain" or parts > 1 or vocabulary > LARGEST_VOCABULARY or _no_device():
         return False
     return (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+
+
+def for_blocks(implementation: str, model: ModelConfig, dtype: str, length: int) -> str:
+    """How `block-sparse` attends to the blocks that it chose in sequences of `length` (mixers/block_sparse.py): "plain", "masked" by cuDNN,
+    "pallas" or "gathered". implementation: of --attention, or "reproducible"."""
+    if implementation == "plain":
+        return "plain"
+    tiles = model.block_size, model.head_dim
+    fits = all(size in (16, 32, 64, 128) for size in tiles) and not _no_device()
+    if not fits or (dtype, getattr(jax.devices()[0], "compute_capability", "")) != MEASURED:
+        return "gathered"
+    return "masked" if length <= LONGEST_MASKED and implementation != "reproducible" else "pallas"
+
+
+def blocks_summary(implementation: str, model: ModelConfig, dtype: str, length: int) -> str:
+    """What the console says of `block-sparse`; empty where it takes neither cuDNN nor its kernel, and for other models."""
+    if "block-sparse" not in model.mixer:
+        return ""
+    form = for_blocks(implementation, model, dtype, length)
+    return f"{BLOCKS[form]} for block-sparse" if form in BLOCKS else ""
 
 
 def around(implementation: str, position: Any) -> bool:

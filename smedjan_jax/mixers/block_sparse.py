@@ -9,6 +9,7 @@ One choice per key/value head. The choice itself has no gradient, and a block is
 Implementations: "plain" is ordinary attention under the mask of the choice. "auto" and "fused" compute chosen blocks only: the pairs
 of a query and a chosen earlier block are sorted by block and cut into tiles of queries of one block; what the tiles and the own blocks
 give is merged by log-sum-exp. Time and memory grow with T * block_topk * block_size, besides the scores of the T^2 / block_size choices.
+On a GPU that is a kernel (kernels/blocks.py), and short sequences go through cuDNN with the choice as a mask (kernels.for_blocks).
 
 Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, R = H / G, K head size; J blocks of S
 positions, E = block_topk - 1 earlier blocks; N = B G, P = N T E pairs, X tiles of S queries.
@@ -21,11 +22,14 @@ import jax.numpy as jnp
 
 from smedjan_common.config import ModelConfig
 from smedjan_jax import sharding
+from smedjan_jax.kernels import for_blocks
+from smedjan_jax.mixers import cudnn
 from smedjan_jax.mixers.attention import Attention, masked_attention
 from smedjan_jax.mixers.cache import write
 from smedjan_jax.modules import Carried, Context, Params, State
 
 SCORES_AT_ONCE = 1 << 24  # float32 values: 64 MiB
+MOST_PASSES = 8  # over the scores, for as many blocks
 
 
 class BlockSparseAttention(Attention):
@@ -33,13 +37,13 @@ class BlockSparseAttention(Attention):
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__(config, params, name, implementation)
-        self.block_size, self.block_topk = config.block_size, config.block_topk
+        self.block_size, self.block_topk, self.config = config.block_size, config.block_topk, config
 
     def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         query, key = self._turn(*projected[:2], context)
-        attend = masked_blocks if self.implementation == "plain" else gathered_blocks
-        attend = functools.partial(attend, block_size=self.block_size, block_topk=self.block_topk)
+        form = for_blocks(self.implementation, self.config, str(query.dtype), query.shape[1])
+        attend = functools.partial(FORMS[form], block_size=self.block_size, block_topk=self.block_topk)
         return self._output(sharding.over_heads(attend, (query, key, projected[2]))), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
@@ -68,21 +72,51 @@ def masked_blocks(query: jax.Array, key: jax.Array, value: jax.Array, block_size
     return masked_attention(query, key, value, _seen(chosen_BGTE, at_T, T, block_size))
 
 
+def _masked_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int, block_topk: int) -> jax.Array:
+    """The same by cuDNN, bfloat16 on a GPU."""
+    T, at_T = query.shape[1], jnp.arange(query.shape[1])
+    chosen_BGTE = choose(query, block_means(key, block_size), at_T // block_size, block_topk)
+    seen = jnp.repeat(_seen(chosen_BGTE, at_T, T, block_size), query.shape[2] // key.shape[2], axis=1)
+    return jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=True, implementation=cudnn.IMPLEMENTATION)
+
+
+def _by_kernel(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int, block_topk: int) -> jax.Array:
+    """The same by the kernel of smedjan_jax/kernels/blocks.py."""
+    from smedjan_jax.kernels import blocks
+
+    (B, T, H, K), G = query.shape, key.shape[2]
+    cut, chosen_NTE = _cut(query, key, value, block_size, block_topk)
+    found = blocks.lists(chosen_NTE, -(-T // block_size), block_size)
+    out_NTRK = blocks.attend(*cut, found)
+    return out_NTRK.reshape(B, G, -1, H // G, K).swapaxes(1, 2).reshape(B, -1, H, K)[:, :T]
+
+
+def _cut(query: jax.Array, key: jax.Array, value: jax.Array, S: int, block_topk: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Queries [N, J S, R, K], keys and values [N J, S, K], and the choices [N, J S, E]."""
+    (B, T, H, K), G = query.shape, key.shape[2]
+    J, N = -(-T // S), B * G
+    chosen_BGTE = _chosen_in_parts(query, block_means(key, S), S, block_topk)
+    q_NTRK = _whole_blocks(query, S).reshape(B, J * S, G, H // G, K).swapaxes(1, 2).reshape(N, J * S, H // G, K)
+    key_YSK, value_YSK = (_whole_blocks(a, S).swapaxes(1, 2).reshape(N * J, S, K) for a in (key, value))
+    return (q_NTRK, key_YSK, value_YSK), chosen_BGTE.reshape(N, J * S, -1)
+
+
 def gathered_blocks(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int, block_topk: int) -> jax.Array:
     """The same, computing only what is seen."""
     (B, T, H, K), G, S = query.shape, key.shape[2], block_size
     J, R = -(-T // S), H // G
     N = B * G
-    chosen_BGTE = _chosen_in_parts(query, block_means(key, S), S, block_topk)
-    q_NTRK = _whole_blocks(query, S).reshape(B, J * S, G, R, K).swapaxes(1, 2).reshape(N, J * S, R, K)
-    key_YSK, value_YSK = (_whole_blocks(a, S).swapaxes(1, 2).reshape(N * J, S, K) for a in (key, value))
+    (q_NTRK, key_YSK, value_YSK), chosen_NTE = _cut(query, key, value, S, block_topk)
     q_YSRK = q_NTRK.reshape(N * J, S, R, K)
     own = _tiles(q_YSRK, key_YSK, value_YSK, jnp.arange(N * J), causal=True)
     parts = [tuple(a.reshape(N, J * S, 1, *a.shape[2:]) for a in own)]
-    if E := chosen_BGTE.shape[-1]:
-        parts.append(_earlier_blocks(q_NTRK, key_YSK, value_YSK, chosen_BGTE.reshape(N, J * S, E), J))
+    if chosen_NTE.shape[-1]:
+        parts.append(_earlier_blocks(q_NTRK, key_YSK, value_YSK, chosen_NTE, J))
     out_NTRK = _merge(*(jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)))
     return out_NTRK.reshape(B, G, J * S, R, K).swapaxes(1, 2).reshape(B, J * S, H, K)[:, :T]
+
+
+FORMS = {"plain": masked_blocks, "masked": _masked_by_cudnn, "pallas": _by_kernel, "gathered": gathered_blocks}
 
 
 def block_means(key: jax.Array, block_size: int) -> jax.Array:
@@ -95,7 +129,7 @@ def choose(query: jax.Array, mean: jax.Array, own: jax.Array, block_topk: int) -
     """The earlier blocks that queries [B, T, H, K] of the blocks `own` [T] see, best first, int32 [B, G, T, E]; J stands for none."""
     J = mean.shape[2]
     scores = jnp.where(jnp.arange(J) < own[:, None], _scores(query, mean), -jnp.inf)
-    chosen = jax.lax.top_k(scores, min(block_topk, J) - 1)[1]
+    chosen = _best(scores, min(block_topk, J) - 1)
     return jnp.where(chosen < own[:, None], chosen, J)
 
 
@@ -115,6 +149,18 @@ def _scores(query: jax.Array, mean: jax.Array) -> jax.Array:
     (B, T, H, K), G = query.shape, mean.shape[1]
     summed_BTGK = jax.lax.stop_gradient(query).astype(jnp.float32).reshape(B, T, G, H // G, K).sum(axis=3)
     return jnp.einsum("btgk,bgjk->bgtj", summed_BTGK, jax.lax.stop_gradient(mean), precision=jax.lax.Precision.HIGHEST)
+
+
+def _best(scores: jax.Array, count: int) -> jax.Array:
+    """Where the `count` highest of the last axis are, highest first, of equal ones the first; the axis' length where all else is -inf."""
+    if count > MOST_PASSES:
+        return jax.lax.top_k(scores, count)[1]
+    number, found = jnp.arange(scores.shape[-1]), []
+    for _ in range(count):  # a pass each; on a GPU top_k sorts
+        best = jnp.argmax(scores, axis=-1)
+        found.append(jnp.where(jnp.max(scores, axis=-1) > -jnp.inf, best, scores.shape[-1]))
+        scores = jnp.where(number == best[..., None], -jnp.inf, scores)
+    return jnp.stack(found, axis=-1) if found else jnp.zeros((*scores.shape[:-1], 0), jnp.int32)
 
 
 def _chosen_in_parts(query: jax.Array, mean: jax.Array, block_size: int, block_topk: int) -> jax.Array:

@@ -242,6 +242,27 @@ def test_a_kernel_around_a_core_is_its_twin_with_every_gradient(name: str):
     compare_around(around(name, rows=16), {"B": 2, "T": 37, "K": 24}, True, "float32", FLOAT32.one_op)
 
 
+def by_blocks(form: str, B: int, T: int, heads: tuple[int, int], K: int, S: int, dtype: str) -> list[np.ndarray]:
+    """Output and gradients of a form of block-sparse with three blocks for each query."""
+    from smedjan_jax.mixers.block_sparse import FORMS
+
+    rng = np.random.default_rng(0)
+    query, cotangent = (jnp.asarray(rng.standard_normal((B, T, heads[0], K)), dtype) for _ in range(2))
+    key, value = (jnp.asarray(rng.standard_normal((B, T, heads[1], K)), dtype) for _ in range(2))
+
+    def run(*arrays: Any) -> Any:
+        out, pull = jax.vjp(lambda *arrays: FORMS[form](*arrays, S, 3), *arrays)
+        return out, *pull(cotangent.astype(out.dtype))
+
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(query, key, value)]
+
+
+def test_the_kernel_over_key_blocks_is_attention_under_the_mask_with_every_gradient():
+    """Two heads for each key, a last block that is short, and early queries that find fewer blocks than they may see."""
+    got, want = (by_blocks(form, 2, 70, (4, 2), 16, 16, "float32") for form in ("pallas", "plain"))
+    demand([Difference(f"array {i}", relative_l2(a, b), FLOAT32.one_op) for i, (a, b) in enumerate(zip(got, want, strict=True))])
+
+
 @pytest.mark.parametrize("vocabulary", [64, 300])
 def test_the_loss_by_a_kernel_is_the_loss_with_every_gradient(vocabulary: int):
     from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel
@@ -371,6 +392,15 @@ def test_on_a_gpu_a_kernel_is_its_twin(name: str, size: int, dtype: str, gate: f
 def test_on_a_gpu_a_kernel_around_a_core_is_its_twin(name: str, dtype: str):
     gate = {"bfloat16": 5e-3, "float32": 1e-6}[dtype]
     compare_around(around(name), {"B": 2, "T": 1100, "K": 64}, True, dtype, gate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["pallas", "masked"])
+def test_on_a_gpu_block_sparse_is_attention_under_the_mask(form: str):
+    got, want = (by_blocks(each, 2, 1000, (4, 2), 64, 64, "bfloat16") for each in (form, "plain"))
+    demand([Difference(f"array {i}", relative_l2(a, b), 2e-2) for i, (a, b) in enumerate(zip(got, want, strict=True))])
+    if form == "pallas":
+        assert all((a == b).all() for a, b in zip(got, by_blocks(form, 2, 1000, (4, 2), 64, 64, "bfloat16"), strict=True))
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ ONE_SIDED_FILES = {
     **dict.fromkeys(
         (
             *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay")),
-            *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys")),
+            *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
     ),
@@ -39,7 +39,21 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     **{
         ("jax", "kernels/__init__.py", name): "where JAX's kernels run and pay"
-        for name in ("SIZES", "FASTER", "MEASURED", "LARGEST", "LARGEST_FLOAT32", "LARGEST_VOCABULARY", "SHORTEST", "for_loss", "around")
+        for name in (
+            "SIZES",
+            "FASTER",
+            "MEASURED",
+            "LARGEST",
+            "LARGEST_FLOAT32",
+            "LARGEST_VOCABULARY",
+            "SHORTEST",
+            "for_loss",
+            "around",
+            "for_blocks",
+            "blocks_summary",
+            "BLOCKS",
+            "LONGEST_MASKED",
+        )
     },
     ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",
     ("mlx", "precision.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
