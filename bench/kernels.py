@@ -1,7 +1,7 @@
 """Tokens per second of a whole model's training step with kernels and with the plain forms, beside attention, in one run.
 
     python -m bench.kernels                                 -> bench/results/kernels-DEVICE.json
-    python -m bench.kernels --layers 4 --seq-lens 8192 32768 --kernels auto --output bench/results/kernels-lengths-DEVICE.json
+    python -m bench.kernels --layers 4 --seq-lens 8192 32768 --kernels auto --output bench/results/kernel_lengths-DEVICE.json
 
 The preset medium, bfloat16, 65,536 random tokens a step; a step is forward, backward, clipping and AdamW. All steps are compiled first,
 side by side, then timed one after the other: the median of three groups of steps.

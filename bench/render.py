@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Callable
 
-from bench import scale_tables
+from bench import scale_tables, speed_tables
 from bench.rows import ROOT, Row
 from bench.tables import newest, reports, table
 from smedjan_common.config import ModelConfig
@@ -277,23 +277,6 @@ def memory() -> str | None:
     return "\n\n".join(["Each option alone and with the others (JAX, `python -m bench.memory`; parts: `--grad-accum`):", *parts])
 
 
-def kernels() -> str | None:
-    """Training steps with kernels and with the plain forms."""
-    report = newest("kernels")
-    if not report:
-        return None
-    rows = [row for row in report["rows"] if "error" not in row]
-    speed = {(row["mixer"], row["kernels"]): row["tokens_per_second"] for row in rows}
-    attention = speed.get(("attention", "auto"))
-    body = []
-    for mixer in dict.fromkeys(row["mixer"] for row in rows):
-        plain, fast = speed.get((mixer, "plain"), speed.get((mixer, "auto"))), speed.get((mixer, "pallas"))
-        best = fast or plain
-        body.append([f"`{mixer}`", f"{plain:,}", f"{fast:,}" if fast else "-", f"{best / attention:.2f}" if best and attention else "-"])
-    head = [f"{report['size']}, 64 x 1024, tokens/s", "plain", "kernels", "over attention"]
-    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}, all in one run:\n\n" + table(head, body)
-
-
 def mesh() -> str | None:
     """Several GPUs beside one."""
     found = newest("mesh")
@@ -408,7 +391,9 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "rope": rope,
     "experts": experts,
     "memory": memory,
-    "kernels": kernels,
+    "kernels": speed_tables.kernels,
+    "kernel-lengths": speed_tables.lengths,
+    "peers": speed_tables.peers,
     "mesh": mesh,
     "sampling": sampling,
     "decode": decode,

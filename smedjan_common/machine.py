@@ -4,6 +4,8 @@ Available is what the kernel would give without swapping: MemAvailable on Linux,
 (v2: memory.max, v1: memory.limit_in_bytes; a container has them); free, inactive, speculative and purgeable pages on macOS.
 """
 
+import hashlib
+import platform
 import re
 import resource
 import subprocess
@@ -24,6 +26,15 @@ def peak_memory() -> int:
     """The most bytes of memory that this process ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10  # bytes there, KiB on Linux
+
+
+def processor() -> str:
+    """A short name of what the processor can do: the same where the same compiled code runs."""
+    lines = _text(PROC / "cpuinfo").splitlines()
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "") or _output(
+        "sysctl", "-n", "machdep.cpu.brand_string"
+    )
+    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:8]
 
 
 def _linux() -> int | None:

@@ -19,7 +19,7 @@ from smedjan_common.backend import LESS_TO_SCORE, Device, Metrics, Scores, Snaps
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
-from smedjan_common.machine import peak_memory
+from smedjan_common.machine import peak_memory, processor
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import head_name, parameter_table, require_tree
@@ -254,9 +254,11 @@ def configure(deterministic: bool = False) -> None:
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *missing_flags(given, deterministic)]).strip()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if _platform() == "gpu" and not jax.config.values["jax_compilation_cache_dir"]:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "smedjan" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        # what is compiled for a CPU holds its instructions: a home that machines share has a folder for each kind of them
+        folder = cache if _platform() == "gpu" else cache / f"cpu-{processor()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def missing_flags(given: str, deterministic: bool = False) -> list[str]:

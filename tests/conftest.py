@@ -9,6 +9,8 @@ Property tests draw the same cases on every machine; `make soak` lets them searc
 
 import contextlib
 import gc
+import importlib
+import importlib.util
 import os
 import pathlib
 import platform
@@ -19,7 +21,6 @@ import pytest
 from hypothesis.internal.conjecture import providers
 
 import smedjan_jax.precision
-import smedjan_mlx.precision
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
@@ -30,7 +31,8 @@ DEVICES = ("cpu", "metal", "gpu")
 DEVICE = os.environ.get("SMEDJAN_TEST_DEVICE") or ("metal" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "cpu")
 
 smedjan_jax.precision.exact_float32()  # as the programs do
-smedjan_mlx.precision.exact_float32()
+if importlib.util.find_spec("mlx"):
+    importlib.import_module("smedjan_mlx.precision").exact_float32()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if DEVICE != "gpu":
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -34,7 +34,9 @@ MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
-LONGEST_MASKED = 1024  # positions up to which block-sparse is faster by cuDNN with its choice as a mask than by its kernel
+# positions up to which block-sparse goes through cuDNN with its choice as a mask, whose cost beside attention is proportional to them; the
+# kernel's is not. At 1024 that was twice the kernel's (bench/results/kernels-h200.json: 17.6 ms a step against 8.3), so even at half
+LONGEST_MASKED = 256
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 
 
