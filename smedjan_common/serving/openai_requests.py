@@ -176,17 +176,19 @@ def _prompt(prompt: Any, name: str, served: Served) -> tuple[list[int], int]:
         _check_length(len(ids), served, name)
         return ids, len(served.tokenizer.decode([each for each in ids if each not in served.control]))
     text = mend_surrogates(prompt)
-    if not text:
-        return [served.tokenizer.eot_id], 0
     _check_bytes(text, served, name)
-    ids = served.tokenizer.encode(text)
+    try:
+        ids = served.tokenizer.begin(text)
+    except SmedjanError as error:
+        raise refused(name, str(error)) from None
     _check_length(len(ids), served, name)
     return ids, len(text)
 
 
 def _check_bytes(text: str, served: Served, name: str) -> None:
-    """Refuse a text that is too long whatever its tokens are, without looking for them."""
-    _check_length(len(text.encode()) // served.longest_token, served, name, "at least ")
+    """Refuse a text that is too long whatever its tokens are, without looking for them. Tokenizers of others may shorten a text first."""
+    if served.tokenizer.pattern:
+        _check_length(len(text.encode()) // served.longest_token, served, name, "at least ")
 
 
 def _check_length(tokens: int, served: Served, name: str, about: str = "") -> None:
@@ -211,7 +213,7 @@ def _requests(
     most = fields.whole("max_tokens", 0, 1 << 62, default)
     most = fields.whole("max_completion_tokens", 0, 1 << 62, most)
     limit = min(each for each in (most, served.max_tokens, room) if each is not None)
-    own = frozenset() if fields.flag("ignore_eos") else ends or frozenset({served.tokenizer.eot_id})
+    own = frozenset() if fields.flag("ignore_eos") else ends or served.tokenizer.eos_ids
     ends = own | set(fields.ids("stop_token_ids", served.vocab_size))
     seed = fields.whole("seed", -(1 << 63), MASK, None)
     seed = secrets.randbits(64) if seed is None else seed & MASK

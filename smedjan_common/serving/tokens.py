@@ -16,6 +16,7 @@ def tokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
     """{prompt | content | text} or {messages} -> {tokens, count, max_model_len}.
 
     Control tokens in a text are text, as in prompts, unless parse_special is true; a text that is nothing but the name of one is that one.
+    add_special_tokens: whether a token that stands before every text is among them, true by default, as in prompts.
     """
     fields = Fields(values)
     ids = _ids(fields, served)
@@ -42,7 +43,9 @@ def _ids(fields: Fields, served: Served) -> list[int]:
         fields.refuse(name, f"has {len(text)} characters, and {LONGEST} are the most. Send it in parts")
     if text in tokenizer.special_tokens:
         return [tokenizer.special_tokens[text]]
-    return tokenizer.encode(mend_surrogates(text), "all" if fields.flag("parse_special") else ())
+    bare = fields.get("add_special_tokens") is not None and not fields.flag("add_special_tokens")
+    before = [] if bare or tokenizer.bos_id is None else [tokenizer.bos_id]
+    return before + tokenizer.encode(mend_surrogates(text), "all" if fields.flag("parse_special") else ())
 
 
 def detokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
@@ -56,17 +59,17 @@ def detokenize(values: dict[str, Any], served: Served) -> dict[str, Any]:
 
 def tokenizer_info(served: Served) -> dict[str, Any]:
     """What a client must know to count tokens as the server does."""
-    names = {number: name for name, number in served.tokenizer.special_tokens.items()}
-    eot = names.get(served.tokenizer.eot_id)
+    tokenizer = served.tokenizer
+    bos = None if tokenizer.bos_id is None else served.control.get(tokenizer.bos_id)
     return {
         "tokenizer_class": "smedjan",
         "vocab_size": served.vocab_size,
         "model_max_length": served.context_length,
-        "bos_token": None,
-        "eos_token": eot,
-        "eos_token_id": served.tokenizer.eot_id,
+        "bos_token": bos,
+        "eos_token": tokenizer.eot_name,
+        "eos_token_id": None if tokenizer.eot_name is None else tokenizer.eot_id,
         "pad_token": None,
-        "add_bos_token": False,
-        "special_tokens": served.tokenizer.special_tokens,
-        "hash": served.tokenizer.hash,
+        "add_bos_token": bos is not None,
+        "special_tokens": tokenizer.special_tokens,
+        "hash": tokenizer.hash,
     }

@@ -1,13 +1,17 @@
 """JSON of strangers becomes requests: every field may be null, each is of its type and in its range, and what cannot be done is refused."""
 
+import copy
 import json
 
 import pytest
 
+from smedjan_common.serving import tokens
 from smedjan_common.serving.api_error import ApiError
 from smedjan_common.serving.fields import read_object
 from smedjan_common.serving.openai_requests import ONLY_COMPLETIONS, REFUSED, read_chat, read_completion
 from smedjan_common.serving.served import Served
+from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.ends import Ends
 from tests.fakes.serve import PLAIN, tokenizer
 
 OURS = tokenizer()
@@ -177,6 +181,28 @@ def test_no_prompt_begins_a_document(prompt):
 @pytest.mark.parametrize("prompt", [[], [[]], 5, {}, [1, "a"], ["a", 1], [[1], "a", [None]], [1.5], [-1], [10**9], [[10**30]], [True]])
 def test_prompts_that_are_none_are_refused(prompt):
     assert refusal(completion, prompt=prompt).param.startswith("prompt")
+
+
+def test_what_stands_before_every_text_stands_there_once_and_what_ends_one_is_what_the_model_says():
+    spoken = copy.copy(OURS)
+    spoken.ends = Ends(eos_ids=(7,), bos_id=EOT)
+    served = Served(("mine",), 1, spoken, OURS.vocab_size, 64, template=PLAIN)
+    text = OURS.encode("the cat")
+    assert completion(served).requests[0].prompt == (EOT, *text)
+    assert completion(served, prompt="").requests[0].prompt == (EOT,)
+    assert completion(served, prompt=text).requests[0].prompt == tuple(text), "ids are what they are"
+    assert completion(served).requests[0].stop_ids == {EOT, 7}
+    assert tokens.tokenize({"prompt": "the cat"}, served)["tokens"] == [EOT, *text]
+    assert tokens.tokenize({"prompt": "the cat", "add_special_tokens": False}, served)["tokens"] == text
+    assert tokens.tokenizer_info(served)["bos_token"] == "<|endoftext|>"
+
+
+def test_a_text_that_nothing_begins_is_refused():
+    bare = Tokenizer.train_from_texts(["the cat sat. " * 20], vocab_size=270, special_tokens=())
+    served = Served(("mine",), 1, bare, bare.vocab_size, 64)
+    assert refusal(completion, served=served, prompt="").param == "prompt"
+    assert completion(served).requests[0].stop_ids == frozenset()
+    assert tokens.tokenizer_info(served)["eos_token"] is None
 
 
 def test_control_tokens_in_a_text_are_text():
