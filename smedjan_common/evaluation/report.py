@@ -98,8 +98,10 @@ def task_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         shown = [row["figure"]] if row["group"] else row["figures"]
         figures = "  ".join(f"{name} {_with_error(*row['figures'][name].values())}" for name in shown)
-        shots = f"{row['shots']} shots, " if row["shots"] else ""
-        yield f"{row['task']:<{width}}  {figures}  ({shots}{counted(row['items'], 'item')}, chance {row['chance']:.3g})"
+        about = [counted(row["items"], "item"), f"chance {row['chance']:.3g}"]
+        about += [counted(row["shots"], "example")] if row["shots"] else []
+        about += [f"{row['contexts_cut']:,} longer than the context"] if row["contexts_cut"] else []
+        yield f"{row['task']:<{width}}  {figures}  ({', '.join(about)})"
     for name, group in groups(rows).items():
         yield f"{name}: mean of {counted(group['tasks'], 'task')}, 0 is guessing and 1 all right: {group['centred']:.4f}"
 

@@ -88,6 +88,8 @@ def score_text(text: Text, scorer: Scorer, tokenizer: Any, *, stride: int | None
             waiting = 0
             show(text.name, min(done, text.size), text.size)
     flush()
+    if text.token_file and text.token_file.num_bytes and not limit:  # of the text itself, whatever the tokenizer makes of its bytes
+        tally.bytes = text.token_file.num_bytes
     show(text.name, text.size, text.size)
     if not tally.tokens:
         raise DataError(f"There is no text in {text.name!r}.", "All its documents are empty.", f"Name another with {FLAG}.")

@@ -78,6 +78,10 @@ def test_a_token_file_of_the_same_texts_gives_the_same_figures(run, texts, capsy
     both = json.loads(measure(capsys, run, "--dataset", texts, tmp_path / "texts.bin", "--json"))["texts"]
     of_text, of_tokens = ({key: value for key, value in row.items() if key != "dataset"} for row in both)
     assert of_tokens == pytest.approx(of_text)
+    manifest = json.loads((tmp_path / "texts.bin.json").read_text())
+    (tmp_path / "texts.bin.json").write_text(json.dumps(manifest | {"bytes": 5 * manifest["bytes"]}))
+    [row] = json.loads(measure(capsys, run, "--dataset", tmp_path / "texts.bin", "--json"))["texts"]
+    assert row["bits_per_byte"] == pytest.approx(of_text["bits_per_byte"] / 5), "the bytes are those of the text, as the manifest has them"
     (tmp_path / "texts.bin.offsets").unlink()
     assert json.loads(measure(capsys, run, "--dataset", tmp_path / "texts.bin", "--json"))["texts"][0]["nats"] == of_text["nats"]
 
@@ -105,6 +109,13 @@ def test_what_is_printed_can_be_read_and_is_what_json_has(run, texts, capsys, tm
     assert (recalled["task"], recalled["items"], recalled["chance"]) == ("recall 4", 8, 0.25)
     assert f"recall 4   accuracy {recalled['figures']['accuracy']['value']:.4f}" in out
     assert f"recall: mean of 4 tasks, 0 is guessing and 1 all right: {found['groups']['recall']['centred']:.4f}" in out
+
+
+def test_questions_that_lose_their_beginning_are_told(run, capsys):
+    """The context is 16 tokens."""
+    out = measure(capsys, run, "--tasks", "sums", "copy", "--limit", 3, "--shots", 1)
+    assert "copy 64  accuracy" in out
+    assert "(3 items, chance 0.25, 1 example, 3 longer than the context)" in out.split("copy 64")[1]
 
 
 def test_answers_say_what_was_made_of_each_question(run, capsys, tmp_path):
