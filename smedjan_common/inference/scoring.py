@@ -22,7 +22,8 @@ from smedjan_common.errors import DataError, NotFiniteError
 from smedjan_common.inference.pieces import LEAST, power_of_two
 
 LOT = 64  # batches whose rows are sorted by length together
-BATCH_TOKENS = {"cpu": 4096, "gpu": 1 << 15}  # positions of a forward pass, by the kind of the device
+# positions of a forward pass, by the kind of the device; on a CPU more of them only leave its caches (bench.evaluation)
+BATCH_TOKENS = {"cpu": 1024, "gpu": 1 << 15}
 
 
 Item = TypeVar("Item")
