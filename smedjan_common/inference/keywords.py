@@ -66,7 +66,8 @@ def check_keywords(function: str, given: Collection[str], more: Sequence[str] = 
 
 @dataclass(frozen=True, repr=False)
 class Completion:
-    """A text that a model wrote. tokens: its ids; finish_reason: "stop" or "length"; logprobs: one TokenInfo a token, where asked for."""
+    """A text that a model wrote. tokens: its ids, and the one that ended it; finish_reason: "stop" or "length"; logprobs: a TokenInfo for
+    each, where asked for."""
 
     text: str
     tokens: list[int]

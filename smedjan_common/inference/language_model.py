@@ -7,12 +7,11 @@ It may be used from any thread: whatever touches arrays happens in one thread of
 bind its arrays to the thread that made them. Ctrl-C ends a call, not the model.
 """
 
-import functools
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.keywords import Completion, Loss, Options, check_keywords, request
+from smedjan_common.inference.one_thread import OneThread
 from smedjan_common.inference.opened import Load, OpenModel
 from smedjan_common.inference.pieces import power_of_two
 from smedjan_common.inference.request import Piece, Request
@@ -41,7 +41,7 @@ class LanguageModel:
     def __init__(self, path: str | os.PathLike, name: str, load: Load, dtype: str = "float32"):
         """name, load: of the backend. Raises what OpenModel and its `use` raise."""
         self._opened = OpenModel(path)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="smedjan-model")
+        self._thread = OneThread("smedjan-model")
         self._engine: Engine | None = None
         self._call(self._opened.use, name, load, dtype)
         self._device = self._call(self._opened.backend.describe)
@@ -147,8 +147,9 @@ class LanguageModel:
 
     def close(self) -> None:
         """Give the memory back. What is asked after that raises RuntimeError."""
-        self._thread.submit(self._forget)
-        self._thread.shutdown()
+        if not self._thread.ending.is_set():
+            self._thread.submit(self._forget)
+            self._thread.close()
 
     def __enter__(self) -> "LanguageModel":
         return self
@@ -195,7 +196,7 @@ class LanguageModel:
         pieces = engine.answer(tickets)
         for number, piece in pieces:
             deliver(number, piece)
-            if stopped.is_set():
+            if stopped.is_set() or self._thread.ending.is_set():
                 pieces.close()  # type: ignore[attr-defined]
         if error := next((ticket.error for ticket in tickets if ticket.error), None):
             raise error
@@ -217,7 +218,7 @@ class LanguageModel:
 
     def _call(self, function: Callable[..., Result], *args: Any, stopped: threading.Event | None = None) -> Result:
         """What a function gives in the model's thread. An interrupt ends the waiting at once, and the work with its next token."""
-        future: Future[Result] = self._thread.submit(functools.partial(function, *args))
+        future: Future[Result] = self._thread.submit(function, *args)
         try:
             return future.result()
         except KeyboardInterrupt:

@@ -53,7 +53,9 @@ def run_cells(cells: list[str], backend: str, folder: Path, monkeypatch) -> str:
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         for cell in cells:
-            cell = re.sub(r"steps=\d+", "steps=3", cell.replace("smedjan_jax", f"smedjan_{backend}")).replace("range(20)", "range(2)")
+            cell = re.sub(r"steps=\d+", "steps=3, sample_every=0, eval_every=0", cell.replace("smedjan_jax", f"smedjan_{backend}")).replace(
+                "range(20)", "range(2)"
+            )
             cell = cell.replace("layers=2", "layers=1") if "mixer" not in cell else cell
             *body, last = ast.parse(cell).body  # the value of the last line is shown, as in a notebook
             if isinstance(last, ast.Expr):
@@ -196,16 +198,27 @@ def test_batches_that_are_none_are_refused(run):
     assert "4 steps done" in repr(trainer)
 
 
-def test_ctrl_c_ends_the_call_and_not_the_model(run):
+def test_ctrl_c_ends_the_call_and_not_the_model_and_an_open_stream_does_not_keep_the_program(run):
     package("mlx")
     code = f"""
 import smedjan_mlx, threading, os, signal
 lm = smedjan_mlx.load({str(run)!r})
+endless = {{"max_tokens": None, "logit_bias": {{lm.tokenizer.eot_id: -100}}}}
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    lm.generate("a", max_tokens=None, logit_bias={{lm.tokenizer.eot_id: -100}})
+    lm.generate("a", **endless)
 except KeyboardInterrupt:
     print(len(lm.generate("a", max_tokens=3, logit_bias={{lm.tokenizer.eot_id: -100}}).tokens))
+stream = lm.stream("a", **endless)
+next(stream)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("3\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+def test_what_is_closed_says_so(run):
+    lm = package("mlx").load(run)
+    lm.close()
+    lm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        lm.generate("a")
