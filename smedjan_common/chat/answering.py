@@ -70,9 +70,9 @@ class Answering:
     def _collect(self, request: Request, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
         answer, strip = Answer(), self.talk.strips
         begin, before, first = time.monotonic(), 0, None  # tokens of the first piece, and when it came
-        for piece in self._pieces(request, stopped):
+        for now, piece in self._pieces(request, stopped):
             if first is None:
-                first, before = time.monotonic(), len(piece.tokens)
+                first, before = now, len(piece.tokens)
             text = piece.text.lstrip() if strip and not answer.text else piece.text
             if text:
                 answer.text += text
@@ -84,15 +84,16 @@ class Answering:
                 answer.prompt_tokens, answer.tokens = piece.usage.prompt_tokens, piece.usage.completion_tokens
                 answer.cached_tokens = piece.usage.cached_tokens
                 since, tokens = (first, answer.tokens - before) if answer.tokens > before else (begin, answer.tokens)
-                answer.speed = tokens / max(time.monotonic() - since, 1e-9) if tokens else None
+                answer.speed = tokens / max(now - since, 1e-9) if tokens else None
         return answer
 
-    def _pieces(self, request: Request, stopped: Callable[[], bool]) -> Iterator[Piece]:
-        come: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    def _pieces(self, request: Request, stopped: Callable[[], bool]) -> Iterator[tuple[float, Piece]]:
+        """Each with when it was made, of time.monotonic: this thread may be slow to take it."""
+        come: queue.SimpleQueue[tuple[float, Piece]] = queue.SimpleQueue()
 
         def deliver(pieces: list[Piece]) -> None:
             for piece in pieces:
-                come.put(piece)
+                come.put((time.monotonic(), piece))
 
         handle = self.service.submit(request, deliver)
         try:
@@ -100,10 +101,10 @@ class Answering:
                 if stopped():
                     handle.cancel()
                 try:
-                    piece = come.get(timeout=_LOOK_SECONDS)
+                    now, piece = come.get(timeout=_LOOK_SECONDS)
                 except queue.Empty:
                     continue
-                yield piece
+                yield now, piece
                 if piece.finish_reason:
                     return
         finally:

@@ -1,15 +1,18 @@
 """What a talk and a notebook come to as prompts; settings, files, history, and signs for control characters."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from smedjan_common.chat import files
+from smedjan_common.chat.answering import Answering
 from smedjan_common.chat.notebook import Notebook
-from smedjan_common.chat.reader import append_history, read_history
+from smedjan_common.chat.reader import _set_up, append_history, read_history
 from smedjan_common.chat.settings import SETTINGS, Settings
 from smedjan_common.chat.talk import Talk
 from smedjan_common.errors import ConfigError, DataError
+from smedjan_common.inference.request import Piece, TokenInfo, Usage
 from smedjan_common.inference.sampling import Sampling
 from smedjan_common.streams import harmless
 from smedjan_common.tokenizer import Tokenizer
@@ -160,3 +163,52 @@ def test_control_characters_become_signs():
     assert "\u202e" not in shown
     assert shown.startswith("a␀␁")
     assert shown.endswith("é漢🙂")
+
+
+class Service:
+    """Delivers what it is given, at these moments."""
+
+    def __init__(self, clock, *pieces):
+        self.clock, self.pieces = clock, pieces
+
+    def submit(self, request, deliver):
+        for seconds, text, reason in self.pieces:
+            self.clock.now += seconds
+            tokens = tuple(TokenInfo(1, b"a") for _ in text)
+            deliver([Piece(text, tokens, reason, Usage(3, sum(len(each[1]) for each in self.pieces)) if reason else None)])
+        return self
+
+    def cancel(self):
+        pass
+
+
+def test_the_speed_is_that_of_the_model_however_slow_the_terminal_is(tokenizer, monkeypatch):
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr("smedjan_common.chat.answering.time.monotonic", lambda: Clock.now)
+    talk = Notebook(tokenizer, 100)
+    talk.say("a")
+    pieces = ((2.0, "x", None), (0.5, "yy", None), (0.5, "zz", "length"))
+    answering = Answering(Service(Clock, *pieces), talk, Settings(Sampling(), 5))
+    shown = []
+    answer = answering.answer(lambda text: (shown.append(text), setattr(Clock, "now", Clock.now + 7)), shown.append)
+    assert ("".join(shown), talk.text, answer.tokens, answer.speed) == ("xyyzz", "axyyzz", 5, 4.0)
+
+
+def test_libedit_is_set_up_in_its_own_words(monkeypatch):
+    """macOS has it in the place of readline; it knows no bracketed paste."""
+    told = []
+    fake = SimpleNamespace(__doc__="", parse_and_bind=told.append, set_auto_history=None, set_completer_delims=None, set_completer=None)
+    for name in ("set_auto_history", "set_completer_delims", "set_completer"):
+        setattr(fake, name, lambda value: None)
+    monkeypatch.setenv("TERM", "xterm")
+    for doc, backend, words in (
+        ("Importing this module enables command line editing using libedit readline.", "", ["bind ^I rl_complete"]),
+        ("", "editline", ["bind ^I rl_complete"]),
+        ("", "readline", ["tab: complete", "set enable-bracketed-paste on"]),
+    ):
+        told.clear()
+        fake.__doc__, fake.backend = doc, backend
+        _set_up(fake, ["/help"])
+        assert told == words
