@@ -17,12 +17,13 @@ from smedjan_jax.modules import Linear, Params, Part
 
 def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, join: bool | None = None) -> Params:
     """Arrays on the device, for `views`; those that are there in their dtype are taken as they are. join None: on one GPU, where a
-    product more takes its time; elsewhere it would be a copy for nothing."""
+    product more takes its time, if they are copied anyway."""
     cast, groups = compute_weights(config), together(config)
     first = next(iter(params.values()))
     if join is None:
-        alone = not isinstance(first, jax.Array) or len(first.sharding.device_set) == 1
-        join = alone and jax.default_backend() == "gpu"
+        there = isinstance(first, jax.Array)
+        copied = not there or (len(first.sharding.device_set) == 1 and any(params[name].dtype != dtype for name in cast))
+        join = copied and jax.default_backend() == "gpu"
     names = {name: group for group in (groups if join else []) for name in group}
     weights: Params = {}
     for name in params:

@@ -16,10 +16,12 @@ from smedjan_mlx.precision import on_gpu
 
 def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, join: bool | None = None) -> Params:
     """Arrays on the device, for `views`; those that are there in their dtype are taken as they are. join None: on one GPU, where a
-    product more takes its time; elsewhere it would be a copy for nothing."""
+    product more takes its time, if they are copied anyway."""
     cast, groups = compute_weights(config), together(config)
     if join is None:
-        join = on_gpu()
+        there = isinstance(next(iter(params.values())), mx.array)
+        copied = not there or any(params[name].dtype != getattr(mx, dtype) for name in cast)
+        join = copied and on_gpu()
     names = {name: group for group in (groups if join else []) for name in group}
     weights: Params = {}
     for name in params:
