@@ -15,24 +15,23 @@ HELD = 8  # positions that the state holds: less than half of the tokens that co
 ROWS = 3
 
 
-@pytest.fixture
-def sliding(monkeypatch: pytest.MonkeyPatch, default_case: Case) -> np.ndarray:
+def sliding(monkeypatch: pytest.MonkeyPatch, case: Case) -> np.ndarray:
     """Logits of the definition, where no mixer by position sees more than the newest HELD positions, float64 [BATCH, LENGTH, V]."""
-    case, weights, scores = default_case, mla._weights, block_sparse.scores
+    weights, scores = mla._weights, block_sparse.scores
     assert case.params, "drawn before anything is changed"
 
     def newest(config: ModelConfig, score_BxHxTxS: np.ndarray, visible_TxS: np.ndarray) -> np.ndarray:
         return weights(config, score_BxHxTxS, visible_TxS & (np.arange(score_BxHxTxS.shape[-1]) >= score_BxHxTxS.shape[-1] - HELD))
 
     def of_kept_blocks(config: ModelConfig, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-        score_BxHkxTxJ = scores(config, query, key)
-        kept = HELD // config.block_size
-        score_BxHkxTxJ[..., :-kept] = -np.inf
+        score_BxHkxTxJ, blocks = scores(config, query, key), -(-HELD // config.block_size)
+        score_BxHkxTxJ[..., :-blocks] = -np.inf
         return score_BxHkxTxJ
 
     monkeypatch.setattr(mla, "_weights", newest)
     monkeypatch.setattr(block_sparse, "scores", of_kept_blocks)
-    model = ModelConfig.from_dict({**case.model.to_dict(), "window": HELD}) if "attention" in case.model.mixer else case.model
+    window = {"window": min(case.model.window or HELD, HELD)} if "attention" in case.model.mixer else {}
+    model = ModelConfig.from_dict({**case.model.to_dict(), **window})
     return reference.recurrent_forward(model, case.params, case.tokens)[..., : case.model.vocab_size]
 
 
@@ -40,9 +39,19 @@ def made(backend: str, case: Case, rows: int = ROWS):
     return subjects.backend(backend, case.model, case.train).decoder(case.params, max_len=HELD, rows=rows)
 
 
-def test_rows_at_their_own_positions_give_the_definition_past_what_is_held(backend: str, default_case: Case, sliding: np.ndarray):
-    case, decoder, rng = default_case, made(backend, default_case), np.random.default_rng(3)
-    got = {}
+def test_rows_at_their_own_positions_give_the_definition_past_what_is_held(
+    backend: str, default_case: Case, monkeypatch: pytest.MonkeyPatch
+):
+    demand(side_by_side(backend, default_case, sliding(monkeypatch, default_case)))
+
+
+def test_rows_give_the_definition_in_every_combination(backend: str, other_case: Case, monkeypatch: pytest.MonkeyPatch):
+    demand(side_by_side(backend, other_case, sliding(monkeypatch, other_case)))
+
+
+def side_by_side(backend: str, case: Case, expected: np.ndarray) -> list[Difference]:
+    """Logits of rows that are fed, and go on in turns, to the end of what comes."""
+    decoder, rng, got = made(backend, case), np.random.default_rng(3), {}
     for row, fed in enumerate((12, 4)):  # in chunks of 4; the third of the first row overwrites what its own tokens see
         for start in range(0, fed, 4):
             got[row, start + 3] = decoder.feed(case.tokens[row, start : start + 4].tolist(), row)
@@ -52,8 +61,8 @@ def test_rows_at_their_own_positions_give_the_definition_past_what_is_held(backe
         logits = decoder.step(np.where(active, case.tokens[range(ROWS), positions % LENGTH], 0), active)
         got |= {(row, positions[row]): logits[row] for row in np.flatnonzero(active)}
     assert len(got) >= ROWS * LENGTH - 12
-    want = np.stack([sliding[at] for at in got])
-    demand([Difference(f"{backend} logits", largest(np.stack(list(got.values())), want), case.tolerance.forward)])
+    want = np.stack([expected[at] for at in got])
+    return [Difference(f"{backend} logits", largest(np.stack(list(got.values())), want), case.tolerance.forward)]
 
 
 def test_a_row_has_the_same_bits_whatever_the_others_do(backend: str, default_case: Case):
