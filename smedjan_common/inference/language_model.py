@@ -178,7 +178,8 @@ class LanguageModel:
                 yield piece
         finally:
             stopped.set()
-            future.result()
+            if not self._thread.ending.is_set():  # when Python ends, what a future needs may be gone
+                future.result()
 
     def _check(self, asked: Request) -> None:
         asked.validate(self.tokenizer.vocab_size)
