@@ -94,17 +94,17 @@ def main() -> int:
     ends, failed = time.monotonic() + args.seconds, 0
     pool = ThreadPoolExecutor(args.jobs)
     steps = [pool.submit(Case, case) for case in cases]
-    for number, case in enumerate(cases):
+    for case in cases:
         left = ends - time.monotonic()
+        step = None
         try:
-            step = steps[number].result(timeout=max(1, left))
+            step = steps.pop(0).result(timeout=max(1, left))  # popped, so that its arrays go before the next one's come
             row = step.row() if case.get("compiled") else step.timed(args.groups)
         except Exception as error:
             row, failed = {"error": scrubbed(f"{type(error).__name__}: {error}")}, 1
         _add(args.lines, {**case, **row})
-        if case.get("save") and args.checkpoint and "error" not in row:
+        if step and case.get("save") and args.checkpoint and "error" not in row:
             _add(args.lines, stall(step, args.checkpoint))
-        steps[number] = step = None  # so that its arrays go before the next one's come
     pool.shutdown(wait=False, cancel_futures=True)
     return failed
 
@@ -214,7 +214,7 @@ def stall(step: Case, folder: pathlib.Path) -> Row:
     alone = statistics.median([one() for _ in range(4)][1:])
     backend, began = step.backend, time.perf_counter()
     params, slots = backend.own.tensors(state)
-    arrays = {"params": params, "optimizer_arrays": slots}
+    arrays: Any = {"params": params, "optimizer_arrays": slots}
     begin = start_own(folder, functools.partial(backend.own.begin, state), about, kind="orbax", step=int(state["step"]), **arrays)
     writes = Background()
     writes.start(begin)

@@ -53,7 +53,8 @@ def _alone(row: Row, rows: list[Row]) -> Row | None:
 
 
 def _remarks(row: Row) -> str:
-    said = [NAMES.get(row["mixer"], row["mixer"])] if row["mixer"] != "attention" else []
+    mixer = str(row["mixer"])
+    said = [NAMES.get(mixer, mixer)] if mixer != "attention" else []
     said += ["--mask-documents"] if row.get("mask_documents") else []
     said += ["latency hiding scheduler"] if row.get("xla") else []
     said += ["others compiled meanwhile"] if row.get("shared") else []

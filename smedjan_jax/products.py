@@ -60,8 +60,7 @@ def linear(x: jax.Array, weights: list[Weight], float8: bool = False) -> jax.Arr
     """x W^T, W being the weights one under the other."""
     if float8 or any(isinstance(weight, Shard) for weight in weights):
         return _linear(float8, x, tuple(weights))
-    weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
-    return x @ weight.astype(x.dtype).T
+    return x @ _joined(tuple(weights), x.dtype).T
 
 
 def whole(weight: Weight) -> jax.Array:
