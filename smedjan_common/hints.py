@@ -79,6 +79,7 @@ FLAGS = {
     "rules": "filters filter",
     "json": "as-json output-json",
     "dry-run": "plan check simulate",
+    "config": "config-file cfg yaml recipe config-path conf",
     "tracker": "report-to logger wandb tensorboard use-wandb log-with tracking wandb-project",
     "packing": "pack sample-packing",
     "sample-every": "sample-interval generate-every",

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from smedjan_common.reporting.console import count, counted, duration, flop, size, step_line
+from smedjan_common.reporting.console import count, counted, duration, flop, lasted, printable, size, step_line
 from smedjan_common.reporting.curves import AXES, Curve, apart, limits, smoothed
 from smedjan_common.reporting.meter import Meter, Span
 from smedjan_common.reporting.metrics import TRAIN_KEYS, MetricsFile, read_rows, resumed
 from smedjan_common.reporting.plot import Look, is_drawn_here, plot
 from smedjan_common.reporting.progress import progress_bar
+from smedjan_common.streams import has_colours, is_live
 
 ROW = dict.fromkeys(TRAIN_KEYS, None) | {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -113,6 +114,40 @@ def test_duration(value, shown):
 @pytest.mark.parametrize(("value", "shown"), [(512, "512 B"), (3 << 19, "1.5 MiB"), (80 << 30, "80.0 GiB")])
 def test_size(value, shown):
     assert size(value) == shown
+
+
+def test_what_a_model_writes_cannot_steer_a_terminal():
+    assert printable("a\x1b[31mb\x07c\x9b2Jd\r\x00\x7f\n\té雪") == "a\ufffd[31mb\ufffdc\ufffd2Jd\ufffd\ufffd\ufffd\n\té雪"
+
+
+def test_short_times_have_a_digit_more():
+    assert [lasted(value) for value in (0.04, 9.94, 9.96, 75)] == ["0.0s", "9.9s", "10s", "1m15s"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "live", "coloured"),
+    [
+        ({}, True, True, True),
+        ({}, False, False, False),
+        ({"CI": "true"}, True, False, True),
+        ({"CI": "false"}, True, True, True),
+        ({"TERM": "dumb"}, True, False, False),
+        ({"TERM": ""}, True, False, False),
+        ({"NO_COLOR": "1"}, True, True, False),
+        ({"FORCE_COLOR": "1"}, False, False, True),
+        ({"FORCE_COLOR": "0"}, False, False, False),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, True, True, False),
+    ],
+)
+def test_what_a_stream_may_be_given(monkeypatch, environment, terminal, live, coloured):
+    for name, value in ({"TERM": "xterm", "CI": "", "NO_COLOR": "", "FORCE_COLOR": ""} | environment).items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    assert (is_live(stream), has_colours(stream)) == (live, coloured)
+    stream.close()
+    del stream.isatty
+    assert not is_live(stream)
 
 
 def test_a_step_is_one_line_and_unknown_figures_are_left_out():
