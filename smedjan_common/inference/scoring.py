@@ -128,7 +128,7 @@ class Scorer:
 
     def __init__(self, backend: Backend, params: dict[str, Any], context: int, batch_tokens: int | None = None):
         self.backend, self.params, self.context = backend, params, context
-        self.batch_tokens = batch_tokens or BATCH_TOKENS[backend.describe().kind]
+        self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if backend.describe().kind == "cpu" else "gpu"]
         self.progress: Callable[[int], None] = lambda tokens: None
 
     def documents(self, documents: Sequence[np.ndarray], stride: int | None = None) -> list[np.ndarray]:
