@@ -87,7 +87,7 @@ def test_no_prompt_begins_a_document(run, capsys):
         (("--num-samples", "0"), "--num-samples is 0"),
         (("--presence-penalty", "3"), "--presence-penalty"),
         (("--prompt-file", "missing.txt"), "missing.txt"),
-        (("--dtype", "float8"), "--dtype"),
+        (("--dtype", "float7"), "--dtype"),
         (("--backend", "jax"), "--backend"),
     ],
 )

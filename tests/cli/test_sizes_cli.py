@@ -51,9 +51,10 @@ def test_the_decode_state_is_that_of_the_context_and_the_dtype(dtype, capsys):
 def test_every_option_of_a_mixer_counts(option, capsys):
     mixer, name = option
     value = getattr(ModelConfig.preset("tiny"), name)
-    words = ["--qk-norm"] if name == "qk_norm" else [f"--{name.replace('_', '-')}", str(value or 4)]
+    switch, name_of_flag = value is False, f"--{name.replace('_', '-')}"
+    words = [name_of_flag] if switch else [name_of_flag, str(value or 4)]
     [row] = rows(capsys, "--size", "tiny", "--mixer", mixer, "--seq-len", "512", *words).values()
-    changed = {name: True if name == "qk_norm" else value or 4}
+    changed = {name: True if switch else value or 4}
     model = ModelConfig.preset("tiny", mixer=(mixer,), context_length=512, **changed)
     assert row["parameters"] == model.num_params()
     assert row["train_flops_per_token"] == train_flops_per_token(model, 512)
@@ -95,7 +96,7 @@ def test_custom_and_overridden_sizes(capsys):
         ("--size", "tinny"),
         ("--size", "custom"),
         ("--dim", "64"),
-        ("--dtype", "float8"),
+        ("--dtype", "float7"),
         ("--vocab-size", "0"),
         ("--ssm-state", "16"),
         ("--experts-per-token", "4"),

@@ -156,7 +156,7 @@ NO_STEPS = ("--batch-size", "3", "--grad-accum", "2")
         (("--dataset", "text.txt", "--log-every", "-5"), "--log-every is -5"),
         (("--dataset", "text.txt", "--eval-batches", "0"), "--eval-batches is 0"),
         (("--dataset", "text.txt", "--lr-schedule", "cosin"), "Did you mean cosine?"),
-        (("--dataset", "text.txt", "--dtype", "float8"), "--dtype"),
+        (("--dataset", "text.txt", "--dtype", "float7"), "--dtype"),
         (("--dataset", "text.txt", "--seq-len", "99999999", "--force"), "too short"),
         (("--dataset", "text.txt", "--resume", "nowhere"), "nowhere"),
         (("--dataset", "text.txt", "--pretrained", "nowhere"), "nowhere"),
