@@ -69,9 +69,17 @@ def find_texts(names: Iterable[str], tokenizer: Any, field: str = "text") -> lis
 
 def score_text(text: Text, scorer: Scorer, tokenizer: Any, *, stride: int | None, field: str, limit: int, show: Progress) -> Tally:
     """Sums over its documents; limit: the most of them, 0 all. Raises DataError where there is nothing to score."""
-    tally, lot, waiting, done = Tally(), [], 0, 0
+    tally, lot, before, done, waiting = Tally(), [], 0, 0, 0
 
     def flush() -> None:
+        total, scored = sum(len(document.ids) - 1 for document in lot), 0
+
+        def told(tokens: int) -> None:
+            nonlocal scored
+            scored += tokens
+            show(text.name, min(before + (done - before) * scored // total, text.size), text.size)
+
+        scorer.progress = told
         for document, logprobs in zip(lot, scorer.documents([document.ids for document in lot], stride), strict=True):
             of_text, end = (logprobs[:-1], float(logprobs[-1])) if document.ended else (logprobs, None)
             tally.add(of_text, document.num_bytes, document.words, end)
@@ -81,12 +89,11 @@ def score_text(text: Text, scorer: Scorer, tokenizer: Any, *, stride: int | None
         if limit and number == limit:
             break
         lot.append(document)
-        waiting += len(document.ids)
         done += len(document.ids) - 1 if text.token_file else document.num_bytes
+        waiting += len(document.ids)
         if waiting >= LOT * scorer.batch_tokens:
             flush()
-            waiting = 0
-            show(text.name, min(done, text.size), text.size)
+            before, waiting = done, 0
     flush()
     if text.token_file and text.token_file.num_bytes and not limit:  # of the text itself, whatever the tokenizer makes of its bytes
         tally.bytes = text.token_file.num_bytes

@@ -94,6 +94,21 @@ def test_windows_and_batches_change_nothing_for_a_model_that_looks_back_one_toke
     assert all(row == pytest.approx(rows[0], rel=1e-6, nan_ok=False) for row in rows[1:])
 
 
+def test_progress_comes_within_a_document_and_ends_with_all_of_it(run, texts):
+    from smedjan_common.evaluation.texts import find_texts, score_text
+    from smedjan_common.inference.opened import OpenModel
+    from smedjan_common.inference.scoring import Scorer
+
+    opened, told = OpenModel(run), []
+    opened.use("fake", load)
+    scorer = Scorer(opened.backend, opened.params, 16, batch_tokens=16)
+    [text] = find_texts([str(texts)], opened.tokenizer)
+    score_text(text, scorer, opened.tokenizer, stride=None, field="text", limit=0, show=lambda *row: told.append(row))
+    assert len(told) > 10
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1] == (str(texts), text.size, text.size)
+
+
 def test_nothing_named_is_what_the_run_validates_on(run, capsys):
     found = json.loads(measure(capsys, run, "--json"))
     assert found["texts"][0]["dataset"].endswith("val.bin")
