@@ -41,7 +41,7 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in jax.tree.leaves(self.layers))
+        return sum(array.nbytes for arrays in self.layers for array in arrays.values())
 
 
 class JaxDecoder:
@@ -92,7 +92,7 @@ class JaxDecoder:
         report, logits = self._run(self._compiled.block, sent, texts, kind, steps, read)
         *drawn, self._positions, asked = np.array(report)
         drawn, waiting = np.stack(drawn), np.asarray(logits) if asked.any() else None
-        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if asked[each.row] else None) for each in rows]
+        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if waiting is not None and asked[each.row] else None) for each in rows]
 
     def reset(self, row: int | None = None) -> None:
         for each in range(self.rows) if row is None else (row,):

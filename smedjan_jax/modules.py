@@ -67,7 +67,7 @@ def together(module: Any) -> list[Linear]:
 def apart(linears: list[Linear]) -> bool:
     """Whether a decoder keeps these weights one by one: to join them for every token would cost more than one matmul saves."""
     first, last = linears[0].weight, linears[-1].weight
-    return isinstance(first, Part) and first.whole is not last.whole
+    return isinstance(first, Part) and isinstance(last, Part) and first.whole is not last.whole
 
 
 def joined(linears: list[Linear]) -> jax.Array:

@@ -50,7 +50,8 @@ def views(config: ModelConfig, weights: Params) -> dict[str, Any]:
 def together(config: ModelConfig) -> list[tuple[str, ...]]:
     """Names of the weights that meet the same x, group by group."""
     found = ((".".join(map(str, path)), module) for path, module in nnx.iter_modules(_shapes(config)))
-    return [tuple(f"{at}.{name}.weight" for name in module.together) for at, module in found if hasattr(module, "together")]
+    groups = (tuple(f"{at}.{name}.weight" for name in getattr(module, "together", ())) for at, module in found)
+    return [group for group in groups if group]
 
 
 def compute_weights(config: ModelConfig) -> set[str]:

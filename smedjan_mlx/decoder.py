@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from smedjan_common.backend import LESS_TO_DECODE
 from smedjan_common.config import ModelConfig
@@ -39,7 +39,7 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for _, array in tree_flatten(self.layers))
+        return sum(array.nbytes for arrays in self.layers for array in arrays.values())
 
 
 class MlxDecoder:
@@ -85,7 +85,8 @@ class MlxDecoder:
             token[each.row], place[each.row], left[each.row] = each.token, len(each.history), each.most
         read = self._read(max((self.position(each.row) for each in rows), default=0) + steps)
         texts = seen(rows, self.rows, vocab) if kind.penalized else np.zeros((self.rows, 1), bool)
-        at = Going(*map(mx.array, (token, self._positions, place, left, left > 0, texts, np.zeros(self.rows, bool))))
+        begin: list[Any] = [token, self._positions, place, left, left > 0, texts, np.zeros(self.rows, bool)]
+        at = Going(*map(mx.array, begin))
         how, logits, taken = Settings(*map(mx.array, settings(rows, self.rows, vocab))), mx.zeros((self.rows, vocab)), []
         for _ in range(steps):  # each is under way while the next is prepared
             at, logits, chosen = self._start(self._compiled.block, at, logits, how, kind, read)
@@ -95,7 +96,7 @@ class MlxDecoder:
         asked, drawn = np.array(at.asked), np.stack([np.array(chosen) for chosen in taken])
         self._positions = np.array(at.position)
         waiting = np.array(logits) if asked.any() else None
-        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if asked[each.row] else None) for each in rows]
+        return [Drawn(_tokens(drawn[:, each.row]), waiting[each.row] if waiting is not None and asked[each.row] else None) for each in rows]
 
     def reset(self, row: int | None = None) -> None:
         for each in range(self.rows) if row is None else (row,):

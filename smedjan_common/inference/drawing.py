@@ -15,7 +15,7 @@ one of the first TRIES of them is nearly always inside.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,16 +59,16 @@ class Way(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How each row draws, arrays of R rows; those of rows that do not are never looked at."""
+    """How each row draws, arrays of R rows, the host's or the device's; those of rows that do not are never looked at."""
 
-    seed: np.ndarray  # uint32 [R, 2], low half first
-    greedy: np.ndarray  # bool
-    temperature: np.ndarray  # float32
-    top_k: np.ndarray  # int32
-    top_p: np.ndarray  # float32, 2 for all
-    min_p: np.ndarray  # float32, its logarithm, or -inf
-    penalty: np.ndarray  # float32
-    stops: np.ndarray  # int32 [R, STOPS], filled up with -1
+    seed: Any  # uint32 [R, 2], low half first
+    greedy: Any  # bool
+    temperature: Any  # float32
+    top_k: Any  # int32
+    top_p: Any  # float32, 2 for all
+    min_p: Any  # float32, its logarithm, or -inf
+    penalty: Any  # float32
+    stops: Any  # int32 [R, STOPS], filled up with -1
 
 
 def on_device(sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> bool:
