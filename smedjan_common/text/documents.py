@@ -27,8 +27,8 @@ def documents(block: Block, field: str = "text", errors: str = "strict") -> Iter
             yield record[field]
 
 
-def objects(block: Block, field: str, errors: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or number of the object, object) of a block of JSON, with a text in `field`."""
+def objects(block: Block, field: str | None, errors: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or number of the object, object) of a block of JSON, with a text in `field`; None: whatever it has."""
     at = 0
     for number, line in enumerate(io.BytesIO(block.data), block.line):
         if line.strip():
@@ -61,8 +61,8 @@ def _rows(block: Block, errors: str) -> Iterator[str]:
         at = end
 
 
-def _object(block: Block, number: int, text: str, field: str) -> dict[str, Any]:
-    """A line of JSON as an object with a text in `field`; null becomes an empty text."""
+def _object(block: Block, number: int, text: str, field: str | None) -> dict[str, Any]:
+    """A line of JSON as an object with a text in `field`; null becomes an empty text. None: as any object."""
     where = f"{_NAMES[block.kind]} {number} of {block.path!r}"
     try:
         record = json.loads(text)
@@ -77,6 +77,10 @@ def _object(block: Block, number: int, text: str, field: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
         why = f"It is {kinds.get(type(record), 'a number')}, not an object."
+        if field is None:
+            raise DataError(f"{where} is no row.", why, "Correct or remove it.")
+    elif field is None:
+        return record
     elif field not in record:
         why = f"It has {', '.join(map(repr, list(record)[:8])) or 'no fields'}."
     elif record[field] is None:

@@ -90,7 +90,9 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lacks(record: bytes, field: str) -> tuple[str, str] | None:
-    """Why the beginning of JSON has no records with the field, None where it has them or one cannot know."""
+    """Why the beginning of JSON has no records with the field, None where it has them or one cannot know; "" is any field."""
+    if not field:
+        return None
     key = re.compile(re.escape(json.dumps(field).encode()) + rb"\s*:")
     if key.search(record) or len(record) >= HEAD_BYTES or b"{" not in record:
         return None

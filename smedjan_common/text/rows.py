@@ -17,15 +17,25 @@ _AT_ONCE = 1024
 
 def parquet(name: str, field: str) -> Iterator[list[bytes | None]]:
     """The rows of a file's column `field`. Raises DataError, OSError."""
-    with _errors(name, "The file is damaged or not Parquet; get it again."):
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise DataError(f"Cannot read {name!r}.", "Parquet needs the package pyarrow.", "Run: pip install pyarrow.") from None
-        with parquet.ParquetFile(name) as file:
-            _check_field(name, file.schema_arrow.names, field)
-            for batch in file.iter_batches(_AT_ONCE, columns=[field]):
-                yield _texts(name, batch.column(0), field)
+    with _errors(name, "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
+        _check_field(name, file.schema_arrow.names, field)
+        for batch in file.iter_batches(_AT_ONCE, columns=[field]):
+            yield _texts(name, batch.column(0), field)
+
+
+def parquet_rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all their columns, as Python has them. Raises DataError, OSError."""
+    with _errors(name, "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
+        for batch in file.iter_batches(_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _parquet(name: str) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"Cannot read {name!r}.", "Parquet needs the package pyarrow.", "Run: pip install pyarrow.") from None
+    return parquet.ParquetFile(name)
 
 
 def dataset(name: str, field: str) -> Iterator[list[bytes | None]]:
