@@ -29,8 +29,22 @@ class LiveScreen(Screen):
         from rich.text import Text
 
         class Writer(Console):
+            """What is printed and what is drawn take turns: rich moves up by the height that the display had when a line was begun."""
+
+            turn: Any = contextlib.nullcontext()
+
             def show_cursor(self, show: bool = True) -> bool:
                 return False
+
+            def __enter__(self) -> Console:
+                self.turn.__enter__()
+                return super().__enter__()
+
+            def __exit__(self, *error: Any) -> None:
+                try:
+                    super().__exit__(*error)
+                finally:
+                    self.turn.__exit__(*error)
 
         self._text = Text
         self._stream = _Terminal(sys.stdout)
@@ -42,6 +56,8 @@ class LiveScreen(Screen):
             transient=True,
             redirect_stderr=is_live(sys.stderr),
         )
+
+        self._console.turn = self._live._lock  # a reentrant one, which the thread that draws holds already
 
     def __enter__(self) -> "LiveScreen":
         self._live.start()

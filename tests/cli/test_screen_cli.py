@@ -8,6 +8,7 @@ import time
 import pytest
 
 from smedjan_common.reporting.metrics import read_rows
+from tests.fakes.display import LINES
 from tests.fakes.runs import arguments, saved_steps, start, write_text
 from tests.fakes.terminal import Terminal
 
@@ -133,3 +134,11 @@ def test_what_is_printed_elsewhere_stands_above_the_display(text, tmp_path):
     terminal = Terminal(TRAIN, *words, SMEDJAN_FAKE="seconds=0.05,nan_logits=1")
     assert terminal.end() == 0
     assert sum(line.startswith("note: no sample: ") for line in terminal.shown()) == 2
+
+
+def test_lines_and_a_display_of_changing_height_never_mix():
+    """Two threads write: the one that prints, and the one that draws."""
+    terminal = Terminal("tests.fakes.display")
+    assert terminal.end() == 0
+    assert frames(terminal.raw) > 20
+    assert [line for line in terminal.shown() if line] == [f"line {number}" for number in range(LINES)]
