@@ -85,9 +85,8 @@ def _by_kernel(query: jax.Array, key: jax.Array, value: jax.Array, block_size: i
     from smedjan_jax.kernels import blocks
 
     (B, T, H, K), G = query.shape, key.shape[2]
-    cut, chosen_NTE = _cut(query, key, value, block_size, block_topk)
-    found = blocks.lists(chosen_NTE, -(-T // block_size), block_size)
-    out_NTRK = blocks.attend(*cut, found)
+    (q_NTRK, key_YSK, value_YSK), chosen_NTE = _cut(query, key, value, block_size, block_topk)
+    out_NTRK = blocks.attend(q_NTRK, key_YSK, value_YSK, blocks.lists(chosen_NTE, -(-T // block_size), block_size))
     return out_NTRK.reshape(B, G, -1, H // G, K).swapaxes(1, 2).reshape(B, -1, H, K)[:, :T]
 
 

@@ -14,6 +14,8 @@ g is not bounded, so the exponents are differences, none above 0; what the masks
 Shapes: B batch, T positions, D width, H value and G key heads, K = V head size, F = 2 G K + H V, C chunk; in a chunk [N, B, H, C, K].
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +59,7 @@ class GatedDeltaNet(nnx.Module):
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
         if around(self.implementation, context.position):  # a matmul each for what kernels read: of one matmul they would get copies
-            convolved = [linear.weight for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            convolved: Any = [each.weight for each in (self.q_proj, self.k_proj, self.v_proj)]
             return linear(x, convolved, self.q_proj.float8), self.z_proj(x), *apply_together([self.a_proj, self.b_proj], x)
         q, k, v, z, a, b = apply_together(together(self), x)
         return jnp.concatenate([q, k, v], axis=-1), z, a, b

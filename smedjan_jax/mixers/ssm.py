@@ -111,7 +111,8 @@ class Mamba2(nnx.Module):
     def _core(self, arrays: Arrays, context: Context, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Outputs, float32 or in the compute dtype, and the state after them."""
         if self.implementation != "pallas" or (before is not None and arrays[0].shape[1] < SHORTEST):
-            return scalar_decay(*arrays, context.chunk_size, before, context.documents)
+            query, key, value, log_decay = arrays
+            return scalar_decay(query, key, value, log_decay, context.chunk_size, before, context.documents)
         from smedjan_jax.kernels import scalar_decay as kernel
 
         # values, decays and states over the heads of each group, R; queries and keys are every head's

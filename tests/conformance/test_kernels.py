@@ -263,6 +263,22 @@ def test_the_kernel_over_key_blocks_is_attention_under_the_mask_with_every_gradi
     demand([Difference(f"array {i}", relative_l2(a, b), FLOAT32.one_op) for i, (a, b) in enumerate(zip(got, want, strict=True))])
 
 
+def test_how_block_sparse_attends_is_chosen_by_length_and_said(monkeypatch: pytest.MonkeyPatch):
+    kernels = subjects.module("jax", "kernels")
+    model = ModelConfig.build(vocab_size=64, dim=64, layers=1, heads=2, mixer=("block-sparse",), block_size=16)
+    assert kernels.for_blocks("auto", model, "bfloat16", 64) in ("gathered", "masked")  # a CPU, or a GPU
+    monkeypatch.setattr(kernels, "_no_device", lambda: "")
+    monkeypatch.setattr(kernels, "MEASURED", ("bfloat16", getattr(jax.devices()[0], "compute_capability", "")))
+    short, long = kernels.LONGEST_MASKED, kernels.LONGEST_MASKED + 1
+    assert kernels.blocks_summary("auto", model, "bfloat16", short) == "cuDNN with a mask for block-sparse"
+    assert kernels.blocks_summary("auto", model, "bfloat16", long) == "pallas for block-sparse"
+    assert kernels.for_blocks("reproducible", model, "bfloat16", short) == "pallas", "cuDNN's gradients differ from run to run"
+    assert kernels.for_blocks("plain", model, "bfloat16", long) == "plain"
+    odd = dataclasses.replace(model, block_size=24)
+    assert kernels.for_blocks("auto", odd, "bfloat16", long) == "gathered", "tiles are powers of two"
+    assert kernels.blocks_summary("auto", dataclasses.replace(model, mixer=("attention",)), "bfloat16", long) == ""
+
+
 @pytest.mark.parametrize("vocabulary", [64, 300])
 def test_the_loss_by_a_kernel_is_the_loss_with_every_gradient(vocabulary: int):
     from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel
