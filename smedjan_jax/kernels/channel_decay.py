@@ -49,7 +49,7 @@ Arrays = tuple[jax.Array, ...]
 
 def _plan(width: int, K: int, V: int) -> DeltaPlan:
     """What was fastest on an H100, with fewer loads in flight where shared memory would not hold them. width: bytes of a number."""
-    plan = DeltaPlan(32 if width == 2 or K <= 64 else 16)
+    plan = DeltaPlan(32)
     step = width * plan.chunk * (4 * K + V + plan.chunk)
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
