@@ -3,12 +3,13 @@
 Cuts: windows of the text as one stream (`Windows`), rows of whole documents (`Packed`), pieces of several files (`Mixed`).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from smedjan_common.data.mixture import Mixed, MixedOrder, Mixture
-from smedjan_common.data.order import BatchOrder, Windows
+from smedjan_common.data.order import IGNORED, BatchOrder, Windows, eval_batches
 from smedjan_common.data.packing import Packed
 from smedjan_common.data.token_file import TokenFile
 
@@ -73,3 +74,22 @@ def batches(
         return Batches(order, Mixed(cuts), documents)
     cut = CUTS[packing](data, seq_len)
     return Batches(BatchOrder(cut.num_windows, batch_size, seed), cut, documents)
+
+
+def held_out(
+    data: TokenFile, seq_len: int, batch_size: int, max_batches: int | None = None, documents: bool = False
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """What a run validates on: windows as `eval_batches` has them; of a file with a mask its packed rows, so that no answer loses its
+    question, evenly spread where there are more than `max_batches`. Every batch is [batch_size, seq_len]."""
+    if data.mask is None:
+        yield from eval_batches(data, seq_len, batch_size, max_batches, documents)
+        return
+    cut = Packed(data, seq_len)
+    most = cut.num_windows if max_batches is None else max_batches * batch_size
+    rows = np.arange(cut.num_windows) if cut.num_windows <= most else np.arange(most) * cut.num_windows // most
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        full = np.append(part, np.zeros(batch_size - len(part), np.int64))
+        inputs, targets = cut.read(full)
+        targets[len(part) :] = IGNORED
+        yield (inputs, targets, cut.documents(full)) if documents else (inputs, targets)

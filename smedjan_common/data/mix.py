@@ -47,6 +47,9 @@ def mix(
     files = [TokenFile.open(path) for path, _ in shards]
     weights = [weight for _, weight in shards]
     check_same_tokenizer(files)
+    if masked := next((str(file.path) for file in files if file.mask is not None), None):
+        why = "The mixture would not say which of its tokens are trained."
+        raise DataError(f"{masked!r} holds conversations.", why, "Give the files to `smedjan sft --dataset` together.")
     shares(weights, 1 << 40)  # refuses weights that cannot be
     if tokenizer:
         files[0].check_tokenizer(tokenizer.hash)

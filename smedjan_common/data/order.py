@@ -82,8 +82,11 @@ class Windows:
         self.num_windows = (tokens - 1) // seq_len
 
     def read(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs int32 [B, T], targets int32 [B, T]) of windows int64 [B]."""
-        return read_windows(self._file.tokens, windows, self.seq_len)
+        """(inputs int32 [B, T], targets int32 [B, T], -1 where the file's mask is 0) of windows int64 [B]."""
+        inputs, targets = read_windows(self._file.tokens, windows, self.seq_len)
+        if self._file.mask is not None:
+            targets[read_windows(self._file.mask, windows, self.seq_len)[1] == 0] = IGNORED
+        return inputs, targets
 
     def documents(self, windows: np.ndarray) -> np.ndarray:
         """The document of each input token, int32 [B, T] from 0 in each row. Raises DataError without offsets."""

@@ -61,11 +61,11 @@ class Packed:
         self._starts, self._lengths = starts[order], lengths[order]
         self.num_windows = int(rows.max()) + 1
         self._first = np.searchsorted(rows[order], np.arange(self.num_windows + 1))
-        self._tokens, self.seq_len = token_file.tokens, seq_len
+        self._tokens, self._mask, self.seq_len = token_file.tokens, token_file.mask, seq_len
         self.fill = float(lengths.sum() / (self.num_windows * seq_len))
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs int32 [B, T], targets int32 [B, T], -1 where a row has no more text) of packed rows int64 [B]."""
+        """(inputs int32 [B, T], targets int32 [B, T], -1 where a row has no more text or the mask is 0) of packed rows int64 [B]."""
         inputs = np.zeros((len(numbers), self.seq_len), np.int32)
         targets = np.full((len(numbers), self.seq_len), IGNORED, np.int32)
         for row, number in enumerate(numbers.tolist()):
@@ -73,6 +73,8 @@ class Packed:
             for start, length in self._of(number):
                 piece = self._tokens[start : start + length + 1]
                 inputs[row, at : at + length], targets[row, at : at + length] = piece[:-1], piece[1:]
+                if self._mask is not None:
+                    targets[row, at : at + length][self._mask[start + 1 : start + length + 1] == 0] = IGNORED
                 at += length
         return inputs, targets
 

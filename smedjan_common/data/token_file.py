@@ -3,8 +3,9 @@
     X.bin          raw little-endian uint16 (vocabulary <= 65536) or uint32, nothing else
     X.bin.json     the manifest: dtype, counts, tokenizer hash, SHA-256 of X.bin, sources
     X.bin.offsets  uint64: where each document starts, in tokens
+    X.bin.mask     uint8, of conversations: 1 where the token is trained as a target, 0 where it is only read
 
-All three appear together, whole, or not at all: they are written under temporary names and renamed, the manifest last.
+They appear together, whole, or not at all: they are written under temporary names and renamed, the manifest last.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,8 +41,10 @@ _REQUIRED = {
     "sha256": str,
 }
 STOPPED = (KeyboardInterrupt, MemoryError, OutOfMemoryError, WorkerError)  # the work may go on another time, with fewer workers, say
+_MASK = "mask_sha256"  # in the manifest of a file with a mask
 _AT_ONCE = 1 << 24  # tokens looked at together
 _REMAKE = "Make it again: smedjan prepare."
+_REMAKE_CHATS = "Remove the token file, and make it again: smedjan sft --dataset CHATS."
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -59,21 +62,32 @@ def offsets_path(path: Path) -> Path:
     return path.with_name(path.name + ".offsets")
 
 
-class TokenFile:
-    """An open token file. `tokens`: np.memmap uint16/uint32 [num_tokens]; `documents`: np.memmap uint64 [documents] or None."""
+def mask_path(path: Path) -> Path:
+    """X.bin -> X.bin.mask"""
+    return path.with_name(path.name + ".mask")
 
-    def __init__(self, path: Path, manifest: dict[str, Any], tokens: np.ndarray, documents: np.ndarray | None):
-        self.path, self.manifest, self.tokens, self.documents = path, manifest, tokens, documents
+
+class TokenFile:
+    """An open token file. `tokens`: np.memmap uint16/uint32 [num_tokens]; `documents`: np.memmap uint64 [documents] or None; `mask`:
+    np.memmap uint8 [num_tokens], or None where every token is trained. `hash`: of the tokens, and of the mask where there is one."""
+
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], tokens: np.ndarray, documents: np.ndarray | None, mask: np.ndarray | None = None
+    ):
+        self.path, self.manifest, self.tokens, self.documents, self.mask = path, manifest, tokens, documents, mask
         self.num_tokens: int = manifest["tokens"]
         self.num_bytes: int | None = manifest.get("bytes")
         self.vocab_size: int = manifest["vocab_size"]
         self.tokenizer_hash: str = manifest["tokenizer_hash"]
         self.hash: str = manifest["sha256"]
+        if mask is not None:
+            self.hash = hashlib.sha256(f"{manifest['sha256']}:{manifest[_MASK]}".encode()).hexdigest()
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenFile":
         """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids,
-        an id beyond the vocabulary. The largest id stands in the manifest; a file whose manifest lacks it is read once."""
+        an id beyond the vocabulary, a mask that is missing or was changed. The largest id stands in the manifest; a file whose manifest
+        lacks it is read once, and so is a mask."""
         path = Path(path)
         if not path.is_file():
             raise DataError(
@@ -89,13 +103,13 @@ class TokenFile:
             raise DataError(f"The token file {str(path)!r} is {state}.", f"Its manifest promises {needed} bytes, it has {size}.", _REMAKE)
         tokens = _map(path, dtype)
         _check_ids(path, manifest, tokens)
-        return cls(path, manifest, tokens, _map_offsets(path, manifest["documents"]))
+        return cls(path, manifest, tokens, _map_offsets(path, manifest["documents"]), _map_mask(path, manifest))
 
     def verify(self) -> None:
         """Read the whole file and compare its SHA-256 with the manifest. Raises DataError."""
         found = file_hash(self.path)
-        if found != self.hash:
-            raise DataError(f"The token file {str(self.path)!r} was changed.", f"Its SHA-256 is {found}, not {self.hash}.", _REMAKE)
+        if found != (written := self.manifest["sha256"]):
+            raise DataError(f"The token file {str(self.path)!r} was changed.", f"Its SHA-256 is {found}, not {written}.", _REMAKE)
 
     def check_tokenizer(self, tokenizer_hash: str) -> None:
         """Raises DataError when the file was made with another tokenizer."""
@@ -111,7 +125,7 @@ class TokenFileWriter:
     """Writes a token file piece by piece. `with TokenFileWriter(path, …) as writer: writer.append(…)`; an error leaves nothing behind.
 
     `finish()` or the end of the block without an error gives the files their names. `resume`: the `state()` of a writer that was
-    stopped; `keep_when_stopped`: what is STOPPED leaves its temporary files, for a journal that names them.
+    stopped; `keep_when_stopped`: what is STOPPED leaves its temporary files, for a journal that names them. `masked`: it has a mask too.
     """
 
     def __init__(
@@ -121,15 +135,20 @@ class TokenFileWriter:
         tokenizer_hash: str,
         manifest: Mapping[str, Any] | None = None,
         resume: Mapping[str, Any] | None = None,
+        masked: bool = False,
     ):
+        assert not (masked and resume), "files with a mask are written in one go"
         self.path = Path(path)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
         self.dtype = dtype_for(vocab_size)
         self.num_tokens, self.num_documents, self.num_bytes, self._max_id = 0, 0, 0, -1
-        self._sha = hashlib.sha256()
+        self._sha, self._mask_sha = hashlib.sha256(), hashlib.sha256()
+        self._mask: BinaryIO | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finals = (self.path, offsets_path(self.path), manifest_path(self.path))
+        if masked:
+            finals = (*finals[:2], mask_path(self.path), finals[2])
         self._temporary = {final: hidden("part", final) for final in finals}
         self.keep_when_stopped = False
         if resume:
@@ -142,9 +161,11 @@ class TokenFileWriter:
         with self._by_name():
             self._tokens: BinaryIO | None = open(self._temporary[finals[0]], "xb")  # noqa: SIM115
             self._offsets: BinaryIO | None = open(self._temporary[finals[1]], "xb")  # noqa: SIM115
+            if masked:
+                self._mask = open(self._temporary[finals[2]], "xb")  # noqa: SIM115
         self._lock()
 
-    def _resume(self, state: Mapping[str, Any], finals: tuple[Path, Path, Path]) -> None:
+    def _resume(self, state: Mapping[str, Any], finals: Sequence[Path]) -> None:
         """Open the temporary files of a stopped writer and go back to where its state was taken."""
         self.num_tokens, self.num_documents, self.num_bytes = state["tokens"], state["documents"], state["bytes"]
         self._tokens = open(self._temporary[finals[0]], "r+b")  # noqa: SIM115
@@ -173,13 +194,20 @@ class TokenFileWriter:
         counts = {"tokens": self.num_tokens, "documents": self.num_documents, "bytes": self.num_bytes}
         return {"temporary": names, "itemsize": self.dtype.itemsize} | counts
 
-    def append(self, tokens: np.ndarray, document_starts: np.ndarray, num_bytes: int) -> None:
-        """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for.
+    def append(self, tokens: np.ndarray, document_starts: np.ndarray, num_bytes: int, mask: np.ndarray | None = None) -> None:
+        """More tokens [n]; `document_starts` [d]: where in them documents begin; `num_bytes`: UTF-8 bytes of text they stand for; `mask`
+        bool [n]: which are trained, of a file that has a mask.
 
         Raises DataError for an id that is not of the vocabulary.
         """
         assert self._tokens is not None, "the writer is closed"
         assert self._offsets is not None
+        if self._mask is not None:
+            assert mask is not None
+            assert len(mask) == len(tokens)
+            trained = np.ascontiguousarray(mask, np.uint8).tobytes()
+            self._mask.write(trained)
+            self._mask_sha.update(trained)
         if len(tokens):
             self._max_id = max(self._max_id, int(np.max(tokens)))
             if self._max_id >= self.vocab_size:
@@ -204,13 +232,13 @@ class TokenFileWriter:
             "max_id": self._max_id,
             "tokenizer_hash": self.tokenizer_hash,
             "sha256": self._sha.hexdigest(),
+            **({_MASK: self._mask_sha.hexdigest()} if self._mask else {}),
             **self.manifest,
             "created_by": f"smedjan {__version__}",
         }
-        for file in (self._tokens, self._offsets):
-            assert file is not None
+        for file in filter(None, (self._tokens, self._offsets, self._mask)):
             _sync_and_close(file)
-        self._tokens = self._offsets = None
+        self._tokens = self._offsets = self._mask = None
         with open(self._temporary[manifest_path(self.path)], "xb") as file:
             file.write(json_bytes(manifest, indent=1) + b"\n")
             _sync_and_close(file)
@@ -222,10 +250,9 @@ class TokenFileWriter:
 
     def close(self) -> None:
         """Close the temporary files and leave them."""
-        for file in (self._tokens, self._offsets):
-            if file is not None:
-                file.close()
-        self._tokens = self._offsets = None
+        for file in filter(None, (self._tokens, self._offsets, self._mask)):
+            file.close()
+        self._tokens = self._offsets = self._mask = None
 
     def abort(self) -> None:
         """Close and remove what was written."""
@@ -320,6 +347,20 @@ def _map_offsets(path: Path, documents: int) -> np.ndarray | None:
         why = f"It should hold {documents} offsets of 8 bytes, it has {place.stat().st_size} bytes."
         raise DataError(f"The document offsets {str(place)!r} are damaged.", why, _REMAKE)
     return _map(place, np.dtype("<u8"))
+
+
+def _map_mask(path: Path, manifest: Mapping[str, Any]) -> np.ndarray | None:
+    if _MASK not in manifest:
+        return None
+    place = mask_path(path)
+    if not place.is_file():
+        raise DataError(f"The token file {str(path)!r} has no mask.", f"There is no {str(place)!r}.", _REMAKE_CHATS)
+    if (size := place.stat().st_size) != manifest["tokens"]:
+        why = f"It should hold {manifest['tokens']} bytes, it has {size}."
+        raise DataError(f"The mask {str(place)!r} is damaged.", why, _REMAKE_CHATS)
+    if (found := file_hash(place)) != manifest[_MASK]:
+        raise DataError(f"The mask {str(place)!r} was changed.", f"Its SHA-256 is {found}, not {manifest[_MASK]}.", _REMAKE_CHATS)
+    return _map(place, np.dtype(np.uint8))
 
 
 def _sync_and_close(file: BinaryIO) -> None:

@@ -17,8 +17,7 @@ from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
 from smedjan_common.checkpoint import Background, latest_checkpoint, read_state, read_weights
-from smedjan_common.data.batches import batches
-from smedjan_common.data.order import eval_batches
+from smedjan_common.data.batches import batches, held_out
 from smedjan_common.errors import NotFiniteError, OutOfMemoryError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
 from smedjan_common.files.names import METRICS
@@ -242,14 +241,14 @@ class _Loop:
     def evaluate(self, state: State, step: int) -> None:
         assert self.config.val_data is not None
         parts = self.train.grad_accum  # as much memory as training takes
-        held_out = eval_batches(
+        batches_of = held_out(
             self.config.val_data,
             self.train.seq_len,
             self.train.batch_size // parts,
             self.config.eval_batches * parts,
             self.train.mask_documents,
         )
-        row = {"step": step, **evaluate(self.backend, state, held_out, self.config.tokenizer.token_bytes())}
+        row = {"step": step, **evaluate(self.backend, state, batches_of, self.config.tokenizer.token_bytes())}
         self.report(row)
         self.last |= {"val_loss": row["val_loss"], "val_bits_per_byte": row["val_bits_per_byte"]}
         self.status.figures |= self.last

@@ -18,7 +18,7 @@ from typing import Any
 from smedjan_common.errors import TemplateError
 from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
-from smedjan_common.tokenizer.chat_template import ChatTemplate, Message, Piece
+from smedjan_common.tokenizer.chat_template import REFUSED, ChatTemplate, Message, Piece
 
 _PRIVATE = range(0xE000, 0xF900)
 _PROBE = "probeanswer"  # plain letters, which no template changes
@@ -55,6 +55,8 @@ class JinjaTemplate(ChatTemplate):
         for number, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
+            if number == 0:  # templates look at the first message, and fail where there is none
+                raise TemplateError("The talk begins with an answer.", "No template asks for one.", "Begin with a question.", case=REFUSED)
             before, after = self._run(marked[:number], True), self._run(marked[: number + 1], False)
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
                 why = f"Its text before message {number + 1} is not the beginning of the text after it."
@@ -150,7 +152,8 @@ def _render(template: Any, variables: dict[str, Any]) -> str:
         raise _refusal(f"It takes more than a talk can need: {error}.") from None
     except Exception as error:  # whatever the program of a stranger runs into
         if type(error) is sandbox.jinja2.TemplateError:  # raise_exception
-            raise TemplateError("The chat template refuses these messages.", f"It says: {_short(error)}.", "Change the messages.") from None
+            why = f"It says: {_short(error)}."
+            raise TemplateError("The chat template refuses these messages.", why, "Change the messages.", case=REFUSED) from None
         raise _refusal(f"It fails: {_short(error)}.") from None
     return "".join(parts)
 

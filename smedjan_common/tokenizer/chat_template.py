@@ -15,6 +15,7 @@ from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
 
 Message = Mapping[str, Any]
+REFUSED = "refused"  # the case of a TemplateError about these messages; others are about the template
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -96,11 +97,15 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
         role, content = message.get("role"), message.get("content")
         role = "system" if role == "developer" else role
         if role not in ROLES:
-            raise TemplateError(f"Message {number} has the role {role!r}.", f"Roles are {', '.join(ROLES)}.", "Give it one of these.")
+            raise TemplateError(
+                f"Message {number} has the role {role!r}.", f"Roles are {', '.join(ROLES)}.", "Give it one of these.", case=REFUSED
+            )
         if message.get("tool_calls"):
-            raise TemplateError(f"Message {number} has tool_calls.", "This template has no form for them.", "Leave them out.")
+            raise TemplateError(f"Message {number} has tool_calls.", "This template has no form for them.", "Leave them out.", case=REFUSED)
         if not isinstance(content, str):
-            raise TemplateError(f"The content of message {number} is no text.", "This template takes text alone.", "Give it text.")
+            raise TemplateError(
+                f"The content of message {number} is no text.", "This template takes text alone.", "Give it text.", case=REFUSED
+            )
         checked.append({"role": role, "content": content})
     if not checked:
         raise TemplateError("There are no messages.", "A talk has at least one.", "Give one with the role user.")

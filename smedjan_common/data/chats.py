@@ -1,0 +1,105 @@
+"""Conversations -> a token file with a mask: one document each, and of each token whether it is trained.
+
+Trained are the answers with the token that ends them, and nothing else: no header, no line break after the end. Ids are cut where an
+answer begins and ends (tokenizer/chat_template.py), so that training sees the ids that generation will see. A conversation that does not
+fit into the context is dropped or cut at its end: its second half would have no question.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from smedjan_common.data.token_file import TokenFileWriter
+from smedjan_common.errors import DataError, TemplateError
+from smedjan_common.text.conversations import Dropped, Talk, conversations
+from smedjan_common.text.sources import Source
+from smedjan_common.tokenizer.base import BaseTokenizer
+from smedjan_common.tokenizer.chat_template import REFUSED, ChatTemplate
+
+TRAIN_ON = ("replies", "all")
+TOO_LONG = ("drop", "truncate")
+_HASH_RANGE = 1 << 64
+
+
+class ChatCut(NamedTuple):
+    """What of conversations becomes tokens. most: tokens of one; max_dropped: the part of the rows that may be useless."""
+
+    most: int
+    too_long: str = "drop"
+    train_on: str = "replies"
+    max_dropped: float = 0.05
+
+
+def prepare_chats(
+    sources: Iterable[Source],
+    output: str | os.PathLike,
+    tokenizer: BaseTokenizer,
+    template: ChatTemplate,
+    cut: ChatCut,
+    val_output: str | os.PathLike | None = None,
+    val_fraction: float = 0.0,
+) -> Dropped:
+    """Write the token file, and that of the part that is held out by a hash of each row; gives what was dropped.
+
+    Raises DataError where a row is wrong, too many are useless or none is left, TemplateError, OSError; nothing half-written is left.
+    """
+    dropped, sizes = Dropped(), tokenizer.token_bytes()
+    source = template.source()
+    notes = {"kind": "chats", "template": template.name, "template_sha256": source.sha256 if source else None, **cut._asdict()}
+    with contextlib.ExitStack() as stack:
+        paths = [output, *([val_output] if val_output else [])]
+        writers = [
+            stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, dict(notes), masked=True)) for path in paths
+        ]
+        for talk in conversations(sources, dropped):
+            if (fitting := _fitted(tokenizer, template, talk, cut, dropped)) is None:
+                continue
+            ids, mask = fitting
+            side = 1 if val_output and talk.key < val_fraction * _HASH_RANGE else 0
+            writers[side].append(ids, np.zeros(1, np.int64), int(sizes[ids].sum()), mask)
+        dropped.check(cut.max_dropped)
+        if not writers[0].num_documents:
+            why = f"{dropped.rows} rows were read, {dropped.counts.total()} dropped, the rest is held out to validate on."
+            raise DataError("No conversation is left to train on.", why, "Give more, or --val-fraction 0.")
+        for writer in writers:
+            writer.manifest["dropped"] = dict(dropped.counts)
+    return dropped
+
+
+def encode_talk(tokenizer: BaseTokenizer, template: ChatTemplate, talk: Talk, train_on: str = "replies") -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [n], which are trained bool [n]) of a conversation. Raises TemplateError where it is not known what is an answer.
+
+    train_on: "replies", or "all", which leaves out the first token, that nothing comes before, and the answers that the row leaves out.
+    """
+    ids, spans = template.encode_turns(tokenizer, talk.messages)
+    if len(spans) != len(talk.trained):
+        why = f"It has {len(talk.trained)} answers, the text of the template {len(spans)}."
+        raise TemplateError(f"The template {template.name} does not show the answers of {talk.place}.", why, "Name another: chatml, say.")
+    mask = np.full(len(ids), train_on == "all")
+    for span, trains in zip(spans, talk.trained, strict=True):
+        mask[span.start : span.stop] = trains
+    mask[:1] = False
+    return np.array(ids, np.int32), mask
+
+
+def _fitted(
+    tokenizer: BaseTokenizer, template: ChatTemplate, talk: Talk, cut: ChatCut, dropped: Dropped
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and mask of a conversation of at most `most` tokens; None where it is dropped."""
+    try:
+        ids, mask = encode_talk(tokenizer, template, talk, cut.train_on)
+    except TemplateError as error:
+        if error.case != REFUSED:
+            raise TemplateError(f"{talk.place}: {error.what}", error.why, error.fix) from None
+        dropped.add("the template refuses it", talk.place, error.what)
+        return None
+    if len(ids) > cut.most and cut.too_long == "drop":
+        dropped.add(f"longer than {cut.most} tokens", talk.place, f"{len(ids)} tokens")
+        return None
+    if not mask[: cut.most].any():
+        dropped.add(f"no answer within {cut.most} tokens", talk.place, f"{len(ids)} tokens")
+        return None
+    return ids[: cut.most], mask[: cut.most]
