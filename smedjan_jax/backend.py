@@ -26,7 +26,7 @@ from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.optimizers import check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
-from smedjan_jax import experts, kernels, optim, products, sharding
+from smedjan_jax import experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
 from smedjan_jax.guard import guarded
@@ -57,9 +57,13 @@ class JaxBackend:
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
+        if train.kernels == "auto":
+            held.ask(model, compute_dtype(train.dtype), train.seq_len)
         self._kernels = kernels.summary(train.kernels, model, compute_dtype(train.dtype))
         attention = "reproducible" if train.deterministic and train.attention == "auto" else train.attention
         blocks = kernels.blocks_summary(attention, model, compute_dtype(train.dtype), train.seq_len)
+        if train.kernels == "auto":
+            held.ask(model, compute_dtype(train.dtype), train.seq_len)
         self._kernels = ", ".join(filter(None, (self._kernels, blocks)))
         by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
         self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy

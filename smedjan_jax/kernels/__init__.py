@@ -1,7 +1,8 @@
 """Kernels for the mixers of linear cost, each beside its plain twin in smedjan_jax/mixers, and what --kernels comes to.
 
 "pallas" asked for by name never falls back: where it cannot run that is an error. "auto" takes a kernel only on a GPU and in a dtype in
-which it was measured faster than the twin (bench/layers.py, bench/kernels.py; figures: bench/results/layers-h100.json).
+which it was measured faster than the twin (bench/layers.py, bench/kernels.py; figures: bench/results/layers-h100.json), and a run only
+after the device itself gave the same with both (smedjan_jax/held.py).
 
 The kernels are written in Pallas for its Triton backend. It needs no package, takes cards from Ampere on, and interprets on a CPU, where
 the conformance suite holds every kernel against its twin.
@@ -31,6 +32,7 @@ FASTER = {
     "gated-deltanet": (64, 128),
 }  # and the sizes in which they were measured faster
 MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
+REFUSED: set[str] = set()  # mixers whose kernels are not their plain form on this device; "auto" does not take them
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
@@ -58,7 +60,9 @@ BLOCKS = {"masked": "cuDNN with a mask", "pallas": "pallas"}  # what the console
 
 def _measured(mixer: str, model: ModelConfig, dtype: str) -> bool:
     sizes = {getattr(model, name) for name in SIZES[mixer]}
-    return sizes <= set(FASTER[mixer]) and (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+    if not sizes <= set(FASTER[mixer]) or (dtype, getattr(jax.devices()[0], "compute_capability", "")) != MEASURED:
+        return False
+    return mixer not in REFUSED
 
 
 def for_loss(implementation: str, vocabulary: int, dtype: str, parts: int = 1) -> bool:
@@ -80,7 +84,11 @@ def for_blocks(implementation: str, model: ModelConfig, dtype: str, length: int)
     fits = all(size in (16, 32, 64, 128) for size in tiles) and not _no_device()
     if not fits or (dtype, getattr(jax.devices()[0], "compute_capability", "")) != MEASURED:
         return "gathered"
-    return "masked" if length <= LONGEST_MASKED and implementation != "reproducible" else "pallas"
+    if implementation == "reproducible":
+        return "pallas"
+    if length <= LONGEST_MASKED:
+        return "masked"
+    return "gathered" if "block-sparse" in REFUSED else "pallas"
 
 
 def blocks_summary(implementation: str, model: ModelConfig, dtype: str, length: int) -> str:

@@ -17,6 +17,7 @@ PACKAGES = {"jax": ROOT / "smedjan_jax", "mlx": ROOT / "smedjan_mlx"}
 
 ONE_SIDED_FILES = {
     "sharding.py": "JAX shards over devices by a mesh",
+    "held.py": "asks a GPU whether JAX's kernels are their plain forms there",
     "products.py": "products of split matrices, and float8, which MLX does not multiply with float32 sums",
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
@@ -43,6 +44,7 @@ ONE_SIDED_NAMES = {
             "SIZES",
             "FASTER",
             "MEASURED",
+            "REFUSED",
             "LARGEST",
             "LARGEST_FLOAT32",
             "LARGEST_VOCABULARY",

@@ -1,0 +1,128 @@
+"""Whether the kernels of a mixer are their plain form on this very device: held against it once, before `auto` takes them.
+
+The conformance suite holds every kernel against its plain form interpreted on a CPU, and on the GPUs that it ran on. A driver, a card or a
+version of the compiler that nobody tried is another matter, so `--kernels auto` asks the device itself: one small layer, forward and every
+gradient, in both forms, beside the plain form in float32. What it answers is kept in the cache for this device, these versions and these
+sources; a form that differs, or fails, is not taken, and a note says so.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smedjan_common.config import ModelConfig
+from smedjan_common.errors import notice
+from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.model.params import initial_params
+from smedjan_jax import kernels
+from smedjan_jax.model import Model
+
+LENGTH, ROWS = 200, 2  # no multiple of a chunk; several documents in each row
+SLACK = 2.0, 2e-3  # how much farther from float32 a kernel may be than the plain form of its dtype: times, and plus
+
+
+def ask(model: ModelConfig, dtype: str, length: int) -> None:
+    """Let `auto` take no kernel of `model` that is not its plain form here. Takes seconds for each mixer, once on a machine."""
+    for mixer in dict.fromkeys(model.mixer):
+        if mixer == "block-sparse":
+            taken = kernels.for_blocks("auto", model, dtype, length) == "pallas"
+        else:
+            taken = mixer in kernels.SIZES and kernels.chosen(mixer, "auto", model, dtype) == "pallas"
+        if taken and (why := _reason(mixer, small(mixer, model), dtype)):
+            kernels.REFUSED.add(mixer)
+            notice(f"the kernels of {mixer} are not taken on this device: {why}; --kernels pallas takes them all the same.")
+
+
+def small(mixer: str, model: ModelConfig) -> ModelConfig:
+    """A layer of the mixer with the heads and states of `model`, and little else."""
+    dim = 2 * max(model.head_dim, 128)
+    heads = dim // model.head_dim
+    kv_heads = heads if model.kv_heads == model.heads else max(1, heads // 2)
+    sizes = {"vocab_size": 64, "dim": dim, "layers": 1, "heads": heads, "kv_heads": kv_heads, "ffn_dim": 64, "head_size": 0}
+    return dataclasses.replace(model, **sizes, mixer=(mixer,), ffn=("swiglu",), context_length=LENGTH, init_std=0.1, tied_head=True)
+
+
+@functools.lru_cache(maxsize=32)
+def _reason(mixer: str, model: ModelConfig, dtype: str) -> str:
+    """Why the kernels are not taken, from the cache or anew; empty where they are their plain form."""
+    key, file = _key(model, dtype), _file()
+    known = _read(file)
+    if key not in known:
+        known[key] = _compare(mixer, model, dtype)
+        _write(file, known)
+    return known[key]
+
+
+def _compare(mixer: str, model: ModelConfig, dtype: str) -> str:
+    """The same by computing both."""
+    try:
+        exact, plain, kernel = (_layer(mixer, model, *form) for form in (("float32", "plain"), (dtype, "plain"), (dtype, "kernel")))
+    except Exception as error:  # whatever the compiler or the device says
+        return f"they fail ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
+    times, plus = SLACK
+    for name, right in exact.items():
+        if not _distance(kernel[name], right) <= times * _distance(plain[name], right) + plus:
+            return f"{name} differs by {_distance(kernel[name], right):.1e}, the plain form by {_distance(plain[name], right):.1e}"
+    return ""
+
+
+def _layer(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
+    """What the layer gives, and the gradient of every parameter, on the host."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    documents = np.cumsum(rng.random((ROWS, LENGTH)) < 0.02, axis=1).astype(np.int32)
+    weight = rng.standard_normal((ROWS, LENGTH, model.dim)).astype(np.float32)
+    if mixer == "block-sparse":
+        documents, forms = None, {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
+    else:
+        forms = {"kernels": "plain" if form == "plain" else "pallas"}
+
+    def given(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden = Model(model, params, dtype, **forms).hidden(jnp.asarray(tokens), None if documents is None else jnp.asarray(documents))
+        return jnp.sum(hidden.astype(jnp.float32) * weight), hidden
+
+    params = {name: jnp.asarray(value) for name, value in initial_params(model, 0).items()}
+    gradients, hidden = jax.jit(jax.grad(given, has_aux=True))(params)
+    found = {"the output": hidden, **{f"the gradient of {name}": value for name, value in gradients.items()}}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def _distance(found: np.ndarray, right: np.ndarray) -> float:
+    return float(np.linalg.norm(found - right) / max(float(np.linalg.norm(right)), 1e-30))
+
+
+def _key(model: ModelConfig, dtype: str) -> str:
+    """This device, these versions, these sources, these sizes."""
+    device = jax.devices()[0]
+    sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "kernels").glob("*.py")))
+    said = [device.device_kind, jax.__version__, str(getattr(device.client, "platform_version", "")), dtype, model.to_dict()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + sources).hexdigest()
+
+
+def _file() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "smedjan" / "kernels.json"
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: why for key, why in known.items() if isinstance(why, str)} if isinstance(known, dict) else {}
+
+
+def _write(file: Path, known: dict[str, str]) -> None:
+    """Kept for the next start; a folder that cannot be written costs the seconds again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(known, indent=1).encode())
+    except OSError:
+        pass

@@ -1,0 +1,90 @@
+"""Kernels are taken by `auto` after the device gave the same with both forms: the comparison, its memory, what is said otherwise."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+
+from smedjan_common.config import ModelConfig
+
+held = pytest.importorskip("smedjan_jax.held", reason="jax is not installed")
+kernels = pytest.importorskip("smedjan_jax.kernels")
+
+MODEL = ModelConfig.build(vocab_size=300, dim=512, layers=4, heads=8, kv_heads=2, mixer=("linear", "attention"))
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "REFUSED", set())
+    monkeypatch.setattr(kernels, "chosen", lambda mixer, *rest: "pallas" if mixer == "linear" else "plain")
+    held._reason.cache_clear()
+
+
+def layers(monkeypatch: pytest.MonkeyPatch, off: float) -> list[tuple[str, str]]:
+    """A device whose bfloat16 is 1e-3 off, and whose kernels are `off`; gives what was computed."""
+    asked = []
+    right = np.ones(8, np.float32)
+
+    def layer(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
+        asked.append((dtype, form))
+        if form == "kernel" and off == np.inf:
+            raise RuntimeError("out of shared memory\nand more")
+        return {"the output": right * np.float32(1 + (0 if dtype == "float32" else off if form == "kernel" else 1e-3))}
+
+    monkeypatch.setattr(held, "_layer", layer)
+    return asked
+
+
+def told(dtype: str = "bfloat16") -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        held.ask(MODEL, dtype, 1024)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("off", [1e-3, 3e-3])
+def test_kernels_as_near_as_the_plain_form_are_taken_and_the_answer_is_kept(off: float, monkeypatch: pytest.MonkeyPatch):
+    asked = layers(monkeypatch, off)
+    assert told() == []
+    assert set() == kernels.REFUSED
+    assert asked == [("float32", "plain"), ("bfloat16", "plain"), ("bfloat16", "kernel")]
+    held._reason.cache_clear()  # another process
+    assert told() == []
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("off", "why"), [(1e-2, "the output differs by 1.0e-02"), (np.nan, "differs by nan"), (np.inf, "they fail (out of")]
+)
+def test_kernels_that_differ_or_fail_are_not_taken_and_it_is_said_each_time(off: float, why: str, monkeypatch: pytest.MonkeyPatch):
+    layers(monkeypatch, off)
+    for _ in range(2):
+        [said] = told()
+        assert "the kernels of linear are not taken on this device" in said
+        assert why in said
+        assert {"linear"} == kernels.REFUSED
+        held._reason.cache_clear()
+
+
+def test_a_damaged_memory_is_none(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    asked = layers(monkeypatch, 0)
+    (tmp_path / "smedjan").mkdir()
+    (tmp_path / "smedjan/kernels.json").write_text('{"x": 5')
+    assert told() == []
+    assert len(asked) == 3
+
+
+def test_the_layer_has_the_heads_and_states_of_the_model_and_both_forms_compute_it():
+    """On a CPU the plain form stands on both sides: the layer itself, its documents and gradients work for every mixer."""
+    for mixer, more in {"linear": {}, "ssm": {"ssm_head_dim": 64}, "rwkv": {}, "gated-deltanet": {}, "block-sparse": {}}.items():
+        model = dataclasses.replace(MODEL, mixer=(mixer,), kv_heads=8, **more)
+        small = held.small(mixer, model)
+        assert small.head_dim == model.head_dim
+        small.validate()
+    small = held.small("gated-deltanet", dataclasses.replace(MODEL, mixer=("gated-deltanet",)))
+    assert small.heads // small.kv_heads > 1, "grouped as the model is"
+    found = held._layer("gated-deltanet", small, "float32", "plain")
+    assert "the output" in found
+    assert all(np.isfinite(value).all() and value.any() for name, value in found.items() if "embed" not in name)
