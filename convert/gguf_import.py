@@ -109,6 +109,8 @@ def _config(fields: _Fields, stored: Mapping[str, Any]) -> ModelConfig:
 
 def _rope(fields: _Fields, stored: Mapping[str, Any], context: int) -> dict[str, Any]:
     base = float(f"{fields.number('rope.freq_base', 10000.0, whole=False):.7g}")
+    if not base:
+        raise CheckpointError(f"{fields.where} has rope.freq_base 0.", "Positions would not be told apart.", "Download it again.")
     kind = fields.text("rope.scaling.type") or "none"
     if "rope_freqs.weight" in stored:
         return {"rope_base": base} | _llama3(np.asarray(stored["rope_freqs.weight"].data, np.float64), base)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.gguf_tokenizer import PRE
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.chat_files import ChatSource
 from smedjan_common.tokenizer.ends import Ends
@@ -13,6 +13,10 @@ from smedjan_common.tokenizer.patterns import PATTERNS
 from smedjan_common.tokenizer.sentencepiece_model import Piece, document
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_LISTS: dict[str, tuple[type, ...]] = {"tokens": (str,), "token_type": (int,), "scores": (int, float), "merges": (str,)}
+_WORDS: dict[tuple[type, ...], str] = {(str,): "texts", (int,): "whole numbers", (int, float): "numbers"}
+_IDS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
+_VALUES: dict[str, tuple[type, ...]] = {"model": (str,), "pre": (str,), **dict.fromkeys(_IDS, (int,))}
 # llama.cpp's names of splits that are known here: (pattern, whether a word that is a token is taken whole)
 SPLITS = {name: (pattern, name == whole) for pattern, (whole, merged) in PRE.items() for name in (whole, merged) if name}
 
@@ -21,14 +25,15 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Tokenizer | None, list[
     """The tokenizer, and what its users should know; None where the file has none. Raises ConfigError for a kind that is not known."""
     if "tokenizer.ggml.tokens" not in values:
         return None, ["The file has no tokenizer: only the weights are converted, and text needs one with the same ids."]
+    _check_types(values, where)
     kind, tokens = values.get("tokenizer.ggml.model"), list(values["tokenizer.ggml.tokens"])
-    types = list(values.get("tokenizer.ggml.token_type") or [1] * len(tokens))
-    if len(types) != len(tokens) or len(set(tokens)) < len(tokens):
+    types, scores = (list(values.get(f"tokenizer.ggml.{name}") or [usual] * len(tokens)) for name, usual in (("token_type", 1), ("scores", 0.0)))
+    if not len(types) == len(scores) == len(tokens) or len(set(tokens)) < len(tokens):
         raise ConfigError(
-            f"{where} has a tokenizer that cannot be.", "Types and tokens differ in number, or a token is twice.", "Download it again."
+            f"{where} has a tokenizer that cannot be.", "Types, scores and tokens differ in number, or a token is twice.", "Download it again."
         )
     if kind == "llama":
-        text = _sentencepiece(values, tokens, types)
+        text = _sentencepiece(values, tokens, scores, types)
     elif kind == "gpt2":
         text = _byte_level(values, tokens, types, where)
     else:
@@ -36,6 +41,16 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Tokenizer | None, list[
     tokenizer = Tokenizer.from_json(text, where)
     tokenizer.ends, tokenizer.chat = _ends(values, tokenizer), _chat(values, tokens)
     return tokenizer, [] if tokenizer.eot_name else ["The tokenizer has no end-of-text token by any known name: `prepare` needs one."]
+
+
+def _check_types(values: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for the first value of a tokenizer that is of another kind than such values are."""
+    for name, kinds in (*_LISTS.items(), *_VALUES.items()):
+        found = values.get(f"tokenizer.ggml.{name}")
+        parts = found if name in _LISTS and isinstance(found, list) else [found]
+        if found is not None and ((name in _LISTS) != isinstance(found, list) or not all(type(part) in kinds for part in parts)):
+            wanted = f"a list of {_WORDS[kinds]}" if name in _LISTS else "a text" if str in kinds else "a whole number"
+            raise CheckpointError(f"{where} has tokenizer.ggml.{name} {found!r:.60}.", f"It must be {wanted}.", "Download it again.")
 
 
 def _byte_level(values: Mapping[str, Any], tokens: list[str], types: list[int], where: str) -> str:
@@ -64,8 +79,7 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], types: list[int], 
     return json.dumps(whole_file | {"decoder": byte_level, "model": model}, ensure_ascii=False)
 
 
-def _sentencepiece(values: Mapping[str, Any], tokens: list[str], types: list[int]) -> str:
-    scores = list(values.get("tokenizer.ggml.scores") or [0.0] * len(tokens))
+def _sentencepiece(values: Mapping[str, Any], tokens: list[str], scores: list[float], types: list[int]) -> str:
     pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
     return json.dumps(document(pieces, bool(values.get("tokenizer.ggml.add_space_prefix", True))), ensure_ascii=False)
 

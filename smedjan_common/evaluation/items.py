@@ -13,6 +13,7 @@ Few-shot examples stand before the question, each with its right answer and an e
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,9 @@ def _gold(record: dict[str, Any], options: Sequence[str], where: str) -> int:
     elif isinstance(value, str):
         if options.count(value) == 1:
             number = options.index(value)
-        elif value.strip().isdigit():
+        elif re.fullmatch("[0-9]{1,9}", value.strip()):
             number = int(value)
-        elif len(value.strip()) == 1:
+        elif re.fullmatch("[A-Za-z]", value.strip()):
             number = ord(value.strip().upper()) - ord("A")
     if not 0 <= number < len(options):
         why = f"{name!r} is {json.dumps(value)[:60]}, and there are {len(options)} options."

@@ -163,10 +163,21 @@ def _rows(config: Path) -> list[dict[str, Any]]:
         for row in rows:
             if not isinstance(row["label"], str) or not isinstance(row["dataset_uri"], str):
                 raise TypeError
+            _check_row(row, config)
         return rows
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, IndexError):
         why = "It has no list icl_tasks of tasks with a label and a dataset_uri."
         raise DataError(f"{config} does not say which tasks there are.", why, "Restore it from a good copy.") from None
+
+
+def _check_row(row: dict[str, Any], config: Path) -> None:
+    """Raises DataError for what else core.yaml says of a task, where it is of another kind than it must be."""
+    shots, delimiter = row.get("num_fewshot", [0]), row.get("continuation_delimiter", " ")
+    shots = shots[:1] if isinstance(shots, list) else [shots]
+    wrong = "num_fewshot" if not shots or type(shots[0]) is not int or shots[0] < 0 else ""
+    if wrong := wrong or ("" if isinstance(delimiter, str) else "continuation_delimiter"):
+        why = f"It is {row[wrong]!r:.60}; the one is a number from 0, the other a text."
+        raise DataError(f"{config} has a wrong {wrong} for {row['label']!r}.", why, "Correct it.")
 
 
 def _baselines(file: Path) -> dict[str, float]:
@@ -175,7 +186,10 @@ def _baselines(file: Path) -> dict[str, float]:
         return {}
     try:
         with open(file, encoding="utf-8", newline="") as table:
-            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(table)}
+            found = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(table)}
+            if not all(0 <= chance < 1 for chance in found.values()):
+                raise ValueError
+            return found
     except (KeyError, TypeError, ValueError, csv.Error):
-        why = "It needs the columns 'Eval Task' and 'Random baseline', percents."
+        why = "It needs the columns 'Eval Task' and 'Random baseline', percents from 0 to under 100."
         raise DataError(f"{file} does not say what guessing scores.", why, "Restore it from a good copy, or take it away.") from None

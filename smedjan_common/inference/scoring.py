@@ -84,14 +84,17 @@ def seam(tokenizer: Any, context: str, continuations: Sequence[str], prefix: Seq
 
     The whole text is encoded, as it would stand in a document; white space at the end of the context goes with the continuation. Where a
     token spans the join, what the context has of it is scored too, in every continuation alike. `prefix`: ids before the context.
-    Raises DataError for an empty continuation.
+    A continuation that the tokenizer leaves out of a text (a normalizer) gets the last token before it, so that none is without.
+    Raises DataError for an empty continuation, and for a text without any token.
     """
     if "" in continuations:
         raise DataError("A continuation is empty.", "It has no token that could be scored.", "Leave it out, or write what it says.")
     head = context.rstrip()
     ids = tokenizer.encode(head)
     wholes = [tokenizer.encode(context + continuation) for continuation in continuations]
-    keep = min((_common(ids, whole) for whole in wholes), default=len(ids))
+    if not all(wholes):
+        raise DataError("A continuation has no token.", "The tokenizer leaves out what it says.", "Leave it out, or write what it says.")
+    keep = min((min(_common(ids, whole), len(whole) - 1) for whole in wholes), default=len(ids))
     return Seam([*prefix, *ids[:keep]], [whole[keep:] for whole in wholes], len(ids) - keep)
 
 

@@ -5,12 +5,13 @@ text. The file is kept as it is, byte for byte. Special tokens inside text are t
 special are found in every text, as everywhere.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class LibraryTokenizer(BaseTokenizer):
         return [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] if len(texts) else []
 
     def encode_many(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        parts = [one.ids for one in self._library.encode_batch_fast(list(map(_mended, texts)), add_special_tokens=False)]
+        with _without_panic(self.where):
+            parts = [one.ids for one in self._library.encode_batch_fast(list(map(_mended, texts)), add_special_tokens=False)]
         counts = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter((number for part in parts for number in part), np.int32, int(counts.sum())), counts
 
@@ -116,14 +118,32 @@ def _load(raw: str, where: str) -> Any:
         why = "It is not plain byte-level BPE, and the library that runs it, tokenizers, is not installed."
         raise OtherTokenizerError(f"Cannot use the tokenizer {where!r}.", why, "Install it: pip install 'smedjan[foreign]'.") from None
     try:
-        library = tokenizers.Tokenizer.from_str(raw)
+        with _without_panic(where):
+            library = tokenizers.Tokenizer.from_str(raw)
+    except DataError:
+        raise
     except Exception as error:  # the library raises bare Exception
-        why = f"The library tokenizers says: {str(error).splitlines()[0][:200]}."
-        raise DataError(f"Cannot use the tokenizer {where!r}.", why, "Restore the file.") from None
+        raise _refused(where, error) from None
     library.no_padding()
     library.no_truncation()
     library.encode_special_tokens = True  # special tokens in a text are text
     return library
+
+
+@contextlib.contextmanager
+def _without_panic(where: str) -> Iterator[None]:
+    """The library panics at some damaged files, when they are read or later; no handler of errors would see that."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _refused(where, error) from None
+
+
+def _refused(where: str, error: BaseException) -> DataError:
+    why = f"The library tokenizers says: {(str(error) or 'nothing').splitlines()[0][:200]}."
+    return DataError(f"Cannot use the tokenizer {where!r}.", why, "Restore the file.")
 
 
 def _table(library: Any, document: dict[str, Any], where: str) -> list[bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smedjan_common.errors import DataError
+from smedjan_common.errors import DataError, reason
 from smedjan_common.tokenizer.vocabulary import MAX_IDS, OtherTokenizerError
 
 FILE = "tokenizer.model"
@@ -35,8 +35,8 @@ def read(path: Path) -> str:
         raise _damaged(where, f"It has more than {_MAX_BYTES >> 20} MiB.")
     try:
         pieces, trainer, normalizer = _parse(path.read_bytes())
-    except (ValueError, IndexError, struct.error) as error:
-        raise _damaged(where, f"It is no SentencePiece model ({error}).") from None
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise _damaged(where, f"It is no SentencePiece model. {reason(error)}") from None
     if not 0 < len(pieces) <= MAX_IDS or len({piece.text for piece in pieces}) < len(pieces):
         raise _damaged(where, f"Of its {len(pieces)} pieces two are the same, or there are none.")
     _refuse_other_kinds(where, trainer, normalizer)

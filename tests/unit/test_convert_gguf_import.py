@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import gguf_import
+from convert import gguf_import, gguf_vocabulary
 from convert.cli import main
 from smedjan_common.checkpoint import read_checkpoint
+from smedjan_common.errors import CheckpointError
 from smedjan_common.tokenizer import Tokenizer
 from tests.unit.convert_models import LINEAR, LLAMA3, TEXT, YARN, convert, model_config, neutral, parameters, tokenizer
 
@@ -108,6 +109,7 @@ def changed(path: Path, target: Path, key: str, value: Any) -> None:
         ("llama.rope.dimension_count", 4, "turns 4 of 8"),
         ("llama.attention.sliding_window", 32, "sliding window of 32"),
         ("llama.feed_forward_length", 72, "has shape"),
+        ("llama.rope.freq_base", 0.0, "freq_base 0"),
         ("llama.block_count", 3, "lacks the tensor blk.2."),
         ("llama.block_count", 1, "has a tensor 'blk.1."),
     ],
@@ -118,6 +120,22 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
     assert main([str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "neutral"]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tokens", value) for value in (3, "abc", [1, 2])),
+        *(("token_type", value) for value in (1, ["a"])),
+        *(("merges", value) for value in (1, "a b", [1])),
+        *((name, [1]) for name in ("pre", "eos_token_id", "bos_token_id")),
+        ("scores", ["a"]),
+    ],
+)
+def test_a_value_of_the_tokenizer_of_another_kind_is_told(key: str, value: Any):
+    values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1, 1]}
+    with pytest.raises(CheckpointError, match=f"tokenizer.ggml.{key} "):
+        gguf_vocabulary.read(values | {f"tokenizer.ggml.{key}": value}, "m.gguf")
 
 
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):

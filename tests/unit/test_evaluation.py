@@ -57,6 +57,9 @@ def test_the_fields_say_which_kind_of_question_it_is(fields, kind, contexts, opt
         (line(query="a", choices=["x", "y"], gold=-1), "names no option"),
         (line(query="a", choices=["x", "y"], gold=True), "names no option"),
         (line(query="a", choices=["x", "y"], gold="why"), "names no option"),
+        (line(query="a", choices=["x", "y"], gold="\u00b2"), "names no option"),
+        (line(query="a", choices=["x", "y"], gold="\u00df"), "names no option"),
+        (line(query="a", choices=["x", "y"], gold="1" * 5000), "names no option"),
         (line(choices=["x", "y"], gold=0), "lacks 'query'"),
         (line(context="a", continuation=" "), "no text"),
         (line(context=["a"], continuation="b"), "no text"),
@@ -282,7 +285,10 @@ def test_a_folder_without_a_table_of_contents_gives_each_file(core: Path):
         ("core.yaml", "icl_tasks: 3", "does not say which tasks"),
         ("core.yaml", "icl_tasks: [{label: a, dataset_uri: gone.jsonl}]", "There is no"),
         ("core.yaml", CORE.replace("type: multiple_choice", "type: schema"), "another kind"),
+        *(("core.yaml", CORE.replace("[1]", wrong), "wrong num_fewshot for 'pick'") for wrong in ("[]", "-1", "few", "[1.5]")),
+        ("core.yaml", CORE.replace('""', "3"), "wrong continuation_delimiter for 'fill'"),
         ("eval_meta_data.csv", "a,b\n1,2\n", "what guessing scores"),
+        *(("eval_meta_data.csv", f"Eval Task,Random baseline\npick,{wrong}\n", "what guessing scores") for wrong in ("100", "nan", "-1")),
     ],
 )
 def test_a_damaged_folder_is_told(core: Path, file: str, text: str, words: str):

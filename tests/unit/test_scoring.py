@@ -156,6 +156,14 @@ def test_an_empty_continuation_is_refused(tokenizer: Tokenizer):
         seam(tokenizer, "Answer", ["x", ""], prefix=[])
 
 
+def test_a_continuation_that_the_tokenizer_leaves_out_has_a_token_all_the_same():
+    """As normalizers of others do: here white space at the end of a text."""
+    stripping = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text.rstrip()])
+    assert seam(stripping, "ab", [" ", " c"], [0]) == ([0, ord("a")], [[ord("b")], [ord("b"), ord(" "), ord("c")]], 1)
+    with pytest.raises(DataError, match="has no token"):
+        seam(stripping, "", [" "], [0])
+
+
 def test_figures_of_two_documents_by_hand():
     tally = Tally()
     tally.add(np.array([-1.0, -2.0], np.float32), num_bytes=4, words=1, end=-0.5)

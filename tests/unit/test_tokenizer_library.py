@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -194,6 +195,26 @@ def test_a_file_that_the_library_refuses_too_is_an_error_with_both_reasons():
     document["normalizer"] = {"type": "Nothing"}
     with pytest.raises(DataError, match=r"changes the text before splitting .*tokenizers says"):
         Tokenizer.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("when", ["from_str", "encode"])
+def test_a_panic_of_the_library_is_an_error_of_the_file(when: str, monkeypatch: pytest.MonkeyPatch):
+    """Its panics are no Exception: nothing that handles errors would see them."""
+    document = json.loads(byte_bpe(normalizer={"type": "Prepend", "prepend": "_"}))
+    if when == "from_str":
+        document["model"]["continuing_subword_prefix"] = "x" * 100
+        with pytest.raises(DataError, match="range end index"):
+            LibraryTokenizer(json.dumps(document))
+        return
+    tokenizer = LibraryTokenizer(json.dumps(document))
+    panic = type("PanicException", (BaseException,), {})
+
+    def encode_batch_fast(*_: object, **__: object) -> None:
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr(tokenizer, "_library", SimpleNamespace(encode_batch_fast=encode_batch_fast))
+    with pytest.raises(DataError, match="index out of bounds"):
+        tokenizer.encode("a")
 
 
 def test_merges_whose_parts_are_made_later_are_taken():
