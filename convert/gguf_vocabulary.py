@@ -27,10 +27,14 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Tokenizer | None, list[
         return None, ["The file has no tokenizer: only the weights are converted, and text needs one with the same ids."]
     _check_types(values, where)
     kind, tokens = values.get("tokenizer.ggml.model"), list(values["tokenizer.ggml.tokens"])
-    types, scores = (list(values.get(f"tokenizer.ggml.{name}") or [usual] * len(tokens)) for name, usual in (("token_type", 1), ("scores", 0.0)))
+    types, scores = (
+        list(values.get(f"tokenizer.ggml.{name}") or [usual] * len(tokens)) for name, usual in (("token_type", 1), ("scores", 0.0))
+    )
     if not len(types) == len(scores) == len(tokens) or len(set(tokens)) < len(tokens):
         raise ConfigError(
-            f"{where} has a tokenizer that cannot be.", "Types, scores and tokens differ in number, or a token is twice.", "Download it again."
+            f"{where} has a tokenizer that cannot be.",
+            "Types, scores and tokens differ in number, or a token is twice.",
+            "Download it again.",
         )
     if kind == "llama":
         text = _sentencepiece(values, tokens, scores, types)

@@ -57,7 +57,7 @@ def read(path: Path) -> Portable:
         stored = open_weights(path)
         tied, notes = _tied(values, stored, path)
         config = hf_config.from_hf(values, where, tied)
-    except (TypeError, AttributeError, OverflowError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} cannot be used.", reason(error), "Restore it from a good copy.") from None
     dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
     if config.layers > len(stored):  # before a table of that many layers is made
