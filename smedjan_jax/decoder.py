@@ -67,10 +67,20 @@ class JaxDecoder:
         for length in chunk_lengths(self.model, self.max_len, self.position(row), len(tokens), self.largest_chunk):
             chunk, position = tokens[None, start : start + length], self._positions[row : row + 1].copy()
             read = read_length(self.max_len, self.position(row) + (length == 1))
-            logits = self._run(self._compiled.feed, chunk, np.int32(row), position, read)
+            logits = self._feed(row, chunk, position, read)
             self._positions[row] += length
             start += length
         return np.asarray(logits)
+
+    def _feed(self, row: int, chunk: np.ndarray, position: np.ndarray, read: int) -> Any:
+        """Logits [V] after a chunk of a row. The row is taken out and put back by calls of their own: XLA writes into a state that one
+        program reads as well only after it has copied all of it."""
+        if self.rows == 1:
+            return self._run(self._compiled.feed, chunk, position, read)
+        one = self._compiled.take(self._layers, np.int32(row))
+        logits, one = guarded(self._compiled.feed, self._weights, one, chunk, position, read, fix=LESS_TO_DECODE)
+        self._layers = self._compiled.put(self._layers, np.int32(row), one)
+        return logits
 
     def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
         active = np.asarray(active, bool)
@@ -136,9 +146,12 @@ class Going(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """The compiled functions of a decoder. Each takes the layers of the state and gives them back."""
+    """The compiled functions of a decoder. Each takes the layers of the state and gives them back; `feed` those of one row, which `take`
+    takes out and `put` puts back."""
 
+    take: Callable
     feed: Callable
+    put: Callable
     step: Callable
     block: Callable
     reset: Callable
@@ -156,9 +169,9 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
         scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
         return scores[:, : model.vocab_size], after["layers"]
 
-    def feed(weights: Params, layers: Layers, tokens: jax.Array, row: jax.Array, position: jax.Array, length: int):
-        scores, one = logits(weights, tokens, _row(layers, row), position, None, length)
-        return scores[0], _with_row(layers, row, one)
+    def feed(weights: Params, one: Layers, tokens: jax.Array, position: jax.Array, length: int):
+        scores, one = logits(weights, tokens, one, position, None, length)
+        return scores[0], one
 
     def step(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
         return logits(weights, tokens, layers, position, active, length)
@@ -202,7 +215,9 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
 
     jit = functools.partial(jax.jit, out_shardings=everywhere)
     return Functions(
-        jit(feed, donate_argnums=1, static_argnums=5),
+        jit(_row),
+        jit(feed, donate_argnums=1, static_argnums=4),
+        jit(_with_row, donate_argnums=0),
         jit(step, donate_argnums=1, static_argnums=5),
         jit(block, donate_argnums=1, static_argnums=(4, 5, 6)),
         jit(reset, donate_argnums=0),

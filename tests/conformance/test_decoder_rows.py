@@ -125,3 +125,18 @@ def test_weights_that_are_joined_give_what_they_give_apart(backend: str, default
         assert len(kept) < len(case.params) if join else kept.keys() == case.params.keys()
         logits.append(np.asarray(step(kept, array(case.tokens[:2, :3]), state)))
     demand([Difference("logits", largest(*logits), case.tolerance.forward)])
+
+
+def test_what_feeds_a_row_copies_no_other_row():
+    """XLA writes in place into a state that a program does not read: a prompt beside 64 others took as long as a step of all of them."""
+    pytest.importorskip("jax")
+    from smedjan_common.model.params import initial_params
+    from smedjan_jax.decoder import JaxDecoder
+
+    model = ModelConfig.build(vocab_size=64, dim=32, layers=2, heads=2, context_length=256)
+    decoder = JaxDecoder(model, initial_params(model, 0), "float32", 256, rows=16)
+    row, held = np.int32(3), sum(array.nbytes for arrays in decoder._layers for array in arrays.values())
+    one = decoder._compiled.take(decoder._layers, row)
+    put = decoder._compiled.put.lower(decoder._layers, row, one).compile().memory_analysis()
+    assert put.alias_size_in_bytes == held
+    assert put.temp_size_in_bytes < held / 16
