@@ -3,7 +3,8 @@
 tyro's own errors are boxes that show Python's types, so what it would refuse is refused here first, in the three sentences of every
 other error. What a flag takes follows from the type of its field: bool (nothing), int, float, str, a Literal, or a tuple of them; with
 tyro's UseAppendAction a tuple is a flag that may be given several times.
-The name of a flag whose field is annotated with NAMELESS may be left out: `smedjan train my.txt` is `smedjan train --dataset my.txt`.
+The name of a flag whose field is annotated with NAMELESS may be left out: `smedjan train my.txt` is `smedjan train --dataset my.txt`. Where
+there are two, the first takes one word and the second those after it: `smedjan eval RUN a.txt b.txt`.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from smedjan_common.hints import instead
 Flags = TypeVar("Flags")
 WANTED = {int: "a whole number", float: "a number"}
 More = Callable[[list[str]], list[str]]
-NAMELESS = "nameless"  # an annotation: words without a flag are values of this one, which are paths
+NAMELESS = "nameless"  # an annotation: words without a flag are values of this one
 _PATHS = ("FILE", "PATH", "DIR", "FOLDER", "RUN", "SRC", "DST")  # metavars
 _NUMBER = re.compile(r"-(\d|\.|inf$|infinity$|nan$)", re.IGNORECASE)
 
@@ -77,8 +78,7 @@ def read(
     words, known = sys.argv[1:] if argv is None else list(argv), list(flags_of(flags))
     if {"-h", "--help"} & set(words):
         about = _about(flags, examples, first or {})
-        if nameless := _nameless(known):
-            prog += f" {nameless.metavar}" if nameless.required else f" [{nameless.metavar}]"  # in the line of usage
+        prog = " ".join((prog, *map(_in_usage, _nameless(known))))
     else:
         about = ""
         try:
@@ -142,19 +142,35 @@ def check(flags: list[Flag], prog: str, words: list[str], *examples: str) -> lis
     """The words with every flag by its name. Raises UsageError for the first that the command does not understand, and for missing ones."""
     given, named_words, loose = _read(flags, prog, words)
     nameless = _nameless(flags)
-    _check_loose([each for each in flags if each.positional or each is nameless], loose, prog, *examples)
+    free = [each for each in nameless if each not in given and nameless[0] not in given]
+    most = len(loose) if any(each.many for each in free) else len(free)
+    if nameless and loose[most:] and (named := [each for each in nameless if each in given]):
+        raise UsageError(f"{loose[most]!r} and {named[0].name} are both given.", f"A word alone is {named[0].name}.", "Give one of them.")
+    _check_loose([each for each in flags if each.positional or each in free], loose, prog, *examples)
     if nameless and loose:
-        if nameless in given:
-            raise UsageError(f"{loose[0]!r} and {nameless.name} are both given.", f"A word alone is {nameless.name}.", "Give one of them.")
-        given[nameless] = loose
-        words = [*named_words, nameless.name, *(f"./{word}" if word[:1] == "-" != word else word for word in loose)]
+        words = named_words
+        for each, values in zip(free, (loose[:1], loose[1:]) if free[1:] else (loose,), strict=True):
+            if values:
+                given[each] = values
+                words = [*words, *_named(each, values)]
     if missing := [each for each in flags if each.required and not each.positional and each not in given]:
         raise _missing(missing, prog, *examples)
     return words
 
 
-def _nameless(flags: list[Flag]) -> Flag | None:
-    return next((each for each in flags if each.nameless), None)
+def _nameless(flags: list[Flag]) -> list[Flag]:
+    return [each for each in flags if each.nameless]
+
+
+def _named(one: Flag, values: list[str]) -> list[str]:
+    """Words that stood alone, with the flag that they belong to; one that begins with a dash stays a value."""
+    if one.metavar.split()[0] not in _PATHS:
+        return [f"{one.name}={value}" for value in values]
+    return [one.name, *(f"./{value}" if value[:1] == "-" != value else value for value in values)]
+
+
+def _in_usage(one: Flag) -> str:
+    return one.metavar if one.required else f"[{one.metavar}]"
 
 
 def _read(flags: list[Flag], prog: str, words: list[str]) -> tuple[dict[Flag, list[str]], list[str], list[str]]:
@@ -281,8 +297,9 @@ def _check_loose(takers: list[Flag], loose: list[str], prog: str, *examples: str
     """Raises UsageError for words without a flag where the command takes none, or for too few of them. takers: the flags they are for."""
     most = sum(1 for each in takers) if not any(each.many for each in takers) else len(loose)
     if loose[most:]:
-        takes = " ".join(each.metavar for each in takers) or "only flags and their values"
-        fix = f"Name the flag that it belongs to; `{prog} --help` lists them."
+        takes = " ".join(map(_in_usage, takers)) or "only flags and their values"
+        text = takers and takers[-1].repeats
+        fix = "Put a text of several words into quotes." if text else f"Name the flag that it belongs to; `{prog} --help` lists them."
         raise UsageError(f"{loose[most]!r} is not understood.", f"{prog} takes {takes}.", fix)
     if missing := [each for each in takers[len(loose) :] if each.required and each.positional]:
         raise _missing(missing, prog, *examples)
@@ -292,6 +309,7 @@ def _check_loose(takers: list[Flag], loose: list[str], prog: str, *examples: str
 
 def _missing(missing: list[Flag], prog: str, *examples: str) -> UsageError:
     names = [each.metavar if each.positional or each.nameless else f"{each.name} {each.metavar}" for each in missing]
+    names = [name.removesuffix(" ...") for name in names]
     listed = ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
     fix = f"For example: {examples[0]}" if examples else f"`{prog} --help` says what each flag takes."
     return UsageError(f"{prog} needs {listed}.", f"{'They have' if names[1:] else 'It has'} no default.", fix)

@@ -31,7 +31,7 @@ def preload(argv: list[str]) -> None:
         advice = "Debian's package libopenblas0-pthread makes it several times faster."
         put(f"note: MLX will be slow on this CPU, as its own BLAS is. {advice}", sys.stderr)
         return
-    put(f"note: MLX starts with {library} ({OFF}=1: without).", sys.stderr)
+    put(f"note: MLX multiplies matrices with OpenBLAS here ({OFF}=1: without).", sys.stderr)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(library))
 
 

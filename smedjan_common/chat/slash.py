@@ -120,8 +120,18 @@ def _context(app: App, _: str) -> bool:
     if shown := app.talk.shown():
         app.screen.model(shown)
     app.screen.end_line()
-    app.note(f"{app.talk.length():,} of {app.talk.context:,} tokens.")
+    app.note(f"{_fill(app)}.")
     return NO
+
+
+def _fill(app: App) -> str:
+    """How many tokens of its context what was said takes."""
+    length, context = app.talk.length(), app.talk.context
+    return (
+        f"{length:,} of {context:,} tokens"
+        if length <= context
+        else f"{length:,} tokens, of which the model sees the last {context:,} at most"
+    )
 
 
 def _save(app: App, path: str) -> bool:
@@ -133,7 +143,7 @@ def _save(app: App, path: str) -> bool:
 def _load(app: App, path: str) -> bool:
     files.load(_path(path), app.talk)
     app.answering.tries = 0
-    app.note(f"{path} goes on: {app.talk.length():,} of {app.talk.context:,} tokens.")
+    app.note(f"{path} goes on: {_fill(app)}.")
     return NO
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "smedjan eval runs/mine",
-    "smedjan eval runs/mine --dataset held-out.txt other/ --stride 256",
+    "smedjan eval runs/mine held-out.txt other/ --stride 256",
     "smedjan eval runs/mine --tasks generated questions.jsonl --shots 2 --json",
 )
 
@@ -35,9 +35,9 @@ class EvalFlags:
     checkpoint: Annotated[str, arg(metavar="RUN"), NAMELESS]
     """A run folder (its newest weights), or a checkpoint in one: step-*/ or final/. `smedjan eval RUN` is the same."""
     dataset: Annotated[
-        tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(default: what the run validates on, without questions)")
+        tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="(default: what the run validates on, without questions)"), NAMELESS
     ] = ()
-    """Texts to measure the loss on: text files, JSONL, directories, token files. Each gets figures of its own."""
+    """Text files, JSONL, directories and token files to measure the loss on, each by itself. `smedjan eval RUN FILE` is the same."""
     tasks: Annotated[tuple[str, ...], arg(metavar="TASK ...", help_behavior_hint="")] = ()
     """Questions: JSONL files, folders of them, or generated: sums, copy, reverse, brackets, recall, induction; or `generated` for all."""
     lm_eval: Annotated[tuple[str, ...], arg(metavar="TASK ...", help_behavior_hint="")] = ()

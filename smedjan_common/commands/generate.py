@@ -36,8 +36,9 @@ class GenerateFlags:
         tuple[str, ...],
         arg(metavar="TEXT", help_behavior_hint="(default: what is piped in, or the beginning of a document)"),
         UseAppendAction,
+        NAMELESS,
     ] = ()
-    """A text to continue; may be given several times. - reads it from standard input, less the line end of its last line."""
+    """A text to continue; may be given several times. - reads it from standard input. `smedjan generate RUN TEXT` is the same."""
     prompt_file: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None
     """A file with the text to continue."""
     prompts: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = None

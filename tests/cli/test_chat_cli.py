@@ -84,6 +84,14 @@ def test_a_base_model_opens_a_notebook_and_says_why(terminal):
     assert talk.end() == 0
 
 
+def test_a_text_longer_than_the_context_is_told_as_such(terminal):
+    talk = terminal("--max-tokens", 3)
+    talk.type("iron " * 400)
+    talk.wait("[3 tokens")
+    talk.type("/context")
+    talk.wait("tokens, of which the model sees the last 256 at most.")
+
+
 def test_ctrl_c_ends_the_answer_and_keeps_it_and_twice_at_the_prompt_leaves(terminal):
     talk = terminal("--template", "plain", fake="decode_seconds=0.05")
     talk.type("the cat")

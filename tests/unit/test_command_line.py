@@ -79,7 +79,15 @@ def test_every_command_refuses_in_three_sentences_without_boxes_and_types(comman
         ("train", ("--dataset", "--steps", "3"), "--dataset has no value. It takes one or several values. Write --dataset FILE."),
         ("train", ("a.txt", "--dataset", "b.txt"), "'a.txt' and --dataset are both given. A word alone is --dataset."),
         ("generate", ("runs/a", "--checkpoint=runs/b"), "'runs/a' and --checkpoint are both given."),
-        ("generate", ("runs/a", "runs/b"), "'runs/b' is not understood. smedjan generate takes RUN."),
+        (
+            "generate",
+            ("runs/a", "Once", "upon"),
+            "'upon' is not understood. smedjan generate takes RUN [TEXT]. Put a text of several words",
+        ),
+        ("generate", ("runs/a", "Once", "--prompt", "b"), "'Once' and --prompt are both given."),
+        ("chat", ("runs/a", "runs/b"), "'runs/b' is not understood. smedjan chat takes RUN."),
+        ("eval", ("runs/a", "a.txt", "--dataset", "b.txt"), "'a.txt' and --dataset are both given."),
+        ("plot", (), "smedjan plot needs RUN. It has no default."),
         ("sizes", ("tiny",), "'tiny' is not understood. smedjan sizes takes only flags and their values."),
         ("train", ("--deterministic", "true"), "It is a switch and takes none. Write --deterministic or --no-deterministic."),
         ("train", ("--dry-run=yes",), "Write --dry-run or leave it out."),
@@ -217,6 +225,10 @@ def test_help_of_train_begins_with_ten_flags_that_there_are(capsys):
         ("train", ("--val-dataset", "v.txt", "--", "my.txt", "-x.txt"), ("--dataset", "my.txt", "./-x.txt", "--val-dataset", "v.txt")),
         ("generate", ("runs/a", "--prompt=-x", "--stop", "a", "b"), ("--checkpoint", "runs/a", "--prompt=-x", "--stop", "a", "b")),
         ("generate", ("--no-echo", "-3"), ("--checkpoint", "./-3", "--no-echo")),
+        ("generate", ("runs/a", "--seed", "1", "Once upon"), ("--checkpoint", "runs/a", "--prompt", "Once upon", "--seed", "1")),
+        ("generate", ("--", "runs/a", "-x"), ("--checkpoint", "runs/a", "--prompt=-x")),
+        ("eval", ("runs/a", "a.txt", "b/", "--stride", "3"), ("--checkpoint", "runs/a", "--dataset", "a.txt", "b/", "--stride", "3")),
+        ("eval", ("runs/a", "--tasks", "sums"), ("--checkpoint", "runs/a", "--tasks", "sums")),
         ("tokenizer", ("a.txt", "b/", "--vocab-size", "300"), ("--input", "a.txt", "b/", "--vocab-size", "300")),
         ("prepare", ("a.txt",), ("--input", "a.txt")),
         ("process", ("a.txt", "--output", "b.jsonl"), ("--input", "a.txt", "--output", "b.jsonl")),
@@ -231,8 +243,8 @@ def test_the_flag_of_what_a_command_reads_may_be_left_out(command, words, same):
 def test_the_usage_of_a_command_shows_what_it_takes_without_a_flag(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    [nameless] = [each for each in flags_of(FLAGS[command]) if each.nameless]
-    shown = nameless.metavar if nameless.required else f"[{nameless.metavar}]"
+    nameless = [each for each in flags_of(FLAGS[command]) if each.nameless]
+    shown = " ".join(each.metavar if each.required else f"[{each.metavar}]" for each in nameless)
     assert capsys.readouterr().out.startswith(f"usage: smedjan {command} {shown} ")
 
 
