@@ -3,9 +3,11 @@
 | model_type | models | what it holds |
 |---|---|---|
 | llama | Llama 1 to 3.3, TinyLlama, SmolLM2, and most that came after | attention and SwiGLU; biases of all of q, k, v and o |
-| qwen2 | Qwen 2 and 2.5 | biases of q, k and v |
-| qwen3 | Qwen 3 | RMSNorm over each head of q and k |
+| qwen2 | Qwen 2 and 2.5 | biases of q, k and v; a sliding window in any layers |
+| qwen3 | Qwen 3 | RMSNorm over each head of q and k; a sliding window in any layers |
 | mistral | Mistral 7B, Nemo | a sliding window in all layers |
+| ministral | Ministral 8B | a sliding window in some layers |
+| smollm3 | SmolLM3 | layers that do not turn by position, and windows in any |
 | mixtral | Mixtral | experts with the softmax router in all layers |
 | qwen3_moe | Qwen 3 MoE | the same with head norms, and dense layers between |
 | glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
@@ -28,7 +30,8 @@ from smedjan_common.errors import ConfigError
 HEADS = {"head_size"}
 EXPERTS = {"experts", "experts_per_token", "expert_dim"}
 SHARED = {*EXPERTS, "shared_experts"}
-QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+WINDOWS = {"window", "window_layers"}
+QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
 
 class Family(NamedTuple):
@@ -114,12 +117,16 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
     ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", QWEN, {"qkv_bias"}, lambda config: _plain(config) and config.qkv_bias and not config.o_bias, gguf="qwen2"
+        "Qwen2ForCausalLM",
+        QWEN,
+        {*WINDOWS, "qkv_bias"},
+        lambda config: _plain(config) and config.qkv_bias and not config.o_bias,
+        gguf="qwen2",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**QWEN, "head_dim": 128},
-        {*HEADS, "qk_norm"},
+        {*HEADS, *WINDOWS, "qk_norm"},
         lambda config: _plain(config) and config.qk_norm,
         gguf="qwen3",
     ),
@@ -128,6 +135,18 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         {*HEADS, "window"},
         _plain,
+    ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        {*HEADS, *WINDOWS},
+        _plain,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6},
+        {*HEADS, *WINDOWS, "rope_layers", "qkv_bias", "o_bias"},
+        lambda config: _plain(config) and config.qkv_bias == config.o_bias,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",

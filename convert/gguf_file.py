@@ -48,10 +48,10 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     """
     gguf = package()
     family = FAMILIES[family_of(model.config, "GGUF")]
-    if not family.gguf:
+    if model.config.window or not family.gguf:
         raise ConfigError(
-            "A model with a sliding window in all layers has no GGUF form.",
-            "llama.cpp would not apply it.",
+            "A model with a sliding window, or layers that do not turn by position, has no GGUF form.",
+            "llama.cpp would not read it as it is.",
             "Keep it neutral: both backends run it.",
         )
     if model.tokenizer is None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from convert.families import FAMILIES, family_of
-from convert.hf_keys import READ, WRITTEN
+from convert.hf_keys import READ, WRITTEN, rope_layers, shortest
 from convert.hf_rope import rope_from_hf, rope_to_hf
 from convert.hf_values import inexpressible, integer, number
 from smedjan_common.config import ModelConfig
@@ -78,11 +78,11 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
         "context_length": context,
         "norm_eps": number(values, "rms_norm_eps", where, 1e-6),
         "init_std": number(values, "initializer_range", where, 0.02),
-        "window": _window(values, where, kind, layers, context),
         "tied_head": tied,
         "head_size": 0 if head_dim * heads == dim else head_dim,
         "qkv_bias": bias,
         "o_bias": bias,
+        **_window(values, where, kind, layers, context),
         **rope_from_hf(values, where, context),
     }
     config = ModelConfig(**found | READ.get(kind, lambda values, where: {})(values, where))
@@ -100,23 +100,42 @@ def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:
         raise inexpressible(where, "rope_traditional", "RoPE here turns halves of a head, and programs disagree about that key")
 
 
-def _window(values: dict[str, Any], where: str, kind: str, layers: int, context: int) -> int:
-    """The sliding window, which counts a position itself as --window does; 0 where it is as long as the context, or none is used."""
-    kinds = values.get("layer_types")
-    if kinds is None:
-        from_layer = values.get("max_window_layers", layers) if values.get("use_sliding_window") else 0 if kind == "mistral" else layers
-        windowed = layers - min(from_layer, layers) if values.get("sliding_window") is not None else 0
-    elif kind in ("granitemoehybrid", "qwen3_5", "qwen3_next"):
-        return 0  # its layers are of other kinds
-    elif odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise inexpressible(where, f"layers of the type {odd[0]!r}", "Layers here are those of --mixer")
-    else:
-        windowed = kinds.count("sliding_attention")
-    if not windowed:
-        return 0
+def _window(values: dict[str, Any], where: str, kind: str, layers: int, context: int) -> dict[str, Any]:
+    """The sliding window, which counts a position itself as --window does, and which layers have it; nothing where it is as long as the
+    context, or none is used."""
+    if kind in ("granitemoehybrid", "qwen3_5", "qwen3_next"):
+        return {}  # its layers are of other kinds
+    windowed = _windowed(values, where, kind, layers)
+    if "on" not in windowed:
+        return {}
     window = integer(values, "sliding_window", where, limit=MAX_POSITION)
-    if window < context and windowed < layers:
-        raise inexpressible(
-            where, f"a sliding window of {window} positions in {windowed} of {layers} layers", "All layers have one --window"
-        )
-    return window if window < context else 0
+    if window >= context:
+        return {}
+    if "off" in windowed and "window_layers" not in FAMILIES[kind].options:
+        what = f"a sliding window of {window} positions in {windowed.count('on')} of {layers} layers"
+        raise inexpressible(where, what, f"Programs do not agree what that means in {kind}; {', '.join(_SOME)} have it")
+    return {"window": window, "window_layers": shortest(tuple(windowed))}
+
+
+_SOME = [name for name, family in FAMILIES.items() if "window_layers" in family.options]
+
+
+def _windowed(values: dict[str, Any], where: str, kind: str, layers: int) -> list[str]:
+    """Of each layer, on where it has the window."""
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            raise inexpressible(where, f"layers of the type {odd[0]!r}", "Layers here are those of --mixer")
+        if len(kinds) != layers:
+            raise CheckpointError(f"{where} has {len(kinds)} layer_types.", f"The model has {layers} layers.", "Restore the file.")
+        return ["on" if each == "sliding_attention" else "off" for each in kinds]
+    if values.get("sliding_window") is None:
+        return ["off"] * layers
+    if kind in ("mistral", "ministral", "mixtral"):
+        return ["on"] * layers
+    if not values.get("use_sliding_window"):
+        return ["off"] * layers
+    if kind == "smollm3":
+        return ["on" if turns == "off" else "off" for turns in rope_layers(values, where)]
+    full = min(values.get("max_window_layers", layers), layers)
+    return ["off"] * full + ["on"] * (layers - full)

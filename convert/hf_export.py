@@ -18,6 +18,7 @@ from convert.families import FAMILIES
 from convert.json_file import write_json, write_text
 from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
 from convert.safetensors_file import write_tensors
+from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.model import rope
@@ -51,8 +52,8 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
-    if config.window:
-        notes.append("mlx-lm ignores sliding_window: beyond it its logits are those of another model. transformers reads it.")
+    if config.window and values["model_type"] != "smollm3":
+        notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     return notes
 
 
@@ -94,9 +95,16 @@ def _verify(directory: Path, model: Portable, expected: Mapping[str, Lazy]) -> N
     ours, theirs = model.config, again.config
     same = ours.padded_vocab_size == theirs.padded_vocab_size and math.isclose(ours.norm_eps, theirs.norm_eps, rel_tol=1e-12)
     same = same and np.allclose(rope.frequencies(ours), rope.frequencies(theirs), rtol=1e-12, atol=0)
+    same = same and _patterns(ours) == _patterns(theirs)
     if not same or rope.attention_factor(ours) != rope.attention_factor(theirs):
         raise CheckpointError(f"{directory} is not what was written.", "Its config.json describes another model.", "Report this.")
     if model.tokenizer and (again.tokenizer is None or again.tokenizer.hash != model.tokenizer.hash):
         raise CheckpointError(f"{directory} is not what was written.", "Its tokenizer.json reads back differently.", "Report this.")
     if model.tokenizer and again.tokenizer and hf_tokenizer.chat_of(again.tokenizer) != hf_tokenizer.chat_of(model.tokenizer):
         raise CheckpointError(f"{directory} is not what was written.", "Its chat template reads back differently.", "Report this.")
+
+
+def _patterns(config: ModelConfig) -> list[tuple[int, tuple[str, ...]]]:
+    """Of each layer: what its window leaves of the context, and whether it turns."""
+    layers = [config.at(layer) for layer in range(config.layers)]
+    return [(min(one.window or config.context_length, config.context_length), one.rope_layers) for one in layers]

@@ -130,8 +130,31 @@ def _qwen3_next(config: ModelConfig) -> dict[str, Any]:
     return {**_delta(config), **_routed(config), **shared, "num_experts": config.experts}
 
 
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    """Windows of any layers: as transformers and mlx-lm read them, and, where full layers come first, by their number too."""
+    if not config.window:
+        return {}
+    windowed = [config.at(layer).window > 0 for layer in range(config.layers)]
+    full = windowed.index(True)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.window,
+        "max_window_layers": full if all(windowed[full:]) else config.layers,
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
+    }
+
+
+def _smollm3(config: ModelConfig) -> dict[str, Any]:
+    turning = [int(config.at(layer).rope_layers == ("on",)) for layer in range(config.layers)]
+    return {"use_sliding_window": False, "sliding_window": None, **_windows(config), "no_rope_layers": turning}
+
+
 WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "qwen2": _windows,
+    "qwen3": _windows,
     "mistral": lambda config: {"sliding_window": config.window or None},
+    "ministral": _windows,
+    "smollm3": _smollm3,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "glm4_moe": _glm4_moe,
@@ -172,7 +195,7 @@ def _read_qwen3_moe(values: Values, where: str) -> dict[str, Any]:
         raise inexpressible(where, "norm_topk_prob false, the default", "The weights of a token's experts add up to 1 here")
     dense, layers = set(values.get("mlp_only_layers") or ()), integer(values, "num_hidden_layers", where)
     ffn = tuple("swiglu" if layer in dense else "experts" for layer in range(layers))
-    return {"qk_norm": True, "ffn": _shortest(ffn), **_experts_of(values, where, count, "moe_intermediate_size")}
+    return {"qk_norm": True, "ffn": shortest(ffn), **_experts_of(values, where, count, "moe_intermediate_size")}
 
 
 def _read_grouped(values: Values, where: str) -> dict[str, Any]:
@@ -186,7 +209,7 @@ def _read_grouped(values: Values, where: str) -> dict[str, Any]:
     found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", "bias")
     ffn = ("swiglu",) * dense + ("experts",) * (layers - dense)
     shared = 0 if values.get(_NO_SHARED) is True else values.get("n_shared_experts") or 0
-    return found | {"ffn": _shortest(ffn), "shared_experts": shared}
+    return found | {"ffn": shortest(ffn), "shared_experts": shared}
 
 
 def _read_glm4_moe(values: Values, where: str) -> dict[str, Any]:
@@ -209,7 +232,7 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     _asks_for(values, where, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, mamba_conv_bias=True)
     if "attention" in kinds:
         _asks_for(values, where, position_embedding_type="rope", attention_multiplier=(dim // heads) ** -0.5)
-    mixer = _shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
+    mixer = shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
     found: dict[str, Any] = {"mixer": mixer}
     if "mamba" in kinds:
         _asks_for(values, where, mamba_proj_bias=False)
@@ -231,7 +254,7 @@ def _read_delta(values: Values, where: str) -> dict[str, Any]:
     head_dim, heads, kv_heads = (integer(values, key, where) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
     _asks_for(values, where, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim)
     _asks_for(values, where, linear_num_value_heads=heads, linear_num_key_heads=kv_heads)
-    mixer = _shortest(tuple("attention" if kind == "full_attention" else "gated-deltanet" for kind in kinds))
+    mixer = shortest(tuple("attention" if kind == "full_attention" else "gated-deltanet" for kind in kinds))
     return {"mixer": mixer, "qk_norm": True, "conv_width": integer(values, "linear_conv_kernel_dim", where)}
 
 
@@ -244,7 +267,18 @@ def _read_qwen3_next(values: Values, where: str) -> dict[str, Any]:
     return {**_read_delta(values, where), **found, "ffn": ("experts",), "shared_experts": shared // found["expert_dim"]}
 
 
-def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
+def rope_layers(values: Values, where: str) -> tuple[str, ...]:
+    """Of each layer of a SmolLM3, on where it turns by position."""
+    layers, turning = integer(values, "num_hidden_layers", where), values.get("no_rope_layers")
+    if turning is None:
+        every = integer(values, "no_rope_layer_interval", where, 4)
+        turning = [(layer + 1) % every for layer in range(layers)]
+    if not isinstance(turning, list) or len(turning) < layers:
+        raise inexpressible(where, f"no_rope_layers {turning!r}", "It has a number for every layer, 1 where it turns")
+    return tuple("on" if turning[layer] else "off" for layer in range(layers))
+
+
+def shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
     """The shortest pattern that repeats to this one."""
     for size in range(1, len(pattern)):
         if all(name == pattern[i % size] for i, name in enumerate(pattern)):
@@ -255,6 +289,7 @@ def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
 READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "qwen2": lambda values, where: {"qkv_bias": True, "o_bias": False},
     "qwen3": lambda values, where: {"qk_norm": True},
+    "smollm3": lambda values, where: {"rope_layers": shortest(rope_layers(values, where))},
     "mixtral": _read_mixtral,
     "qwen3_moe": _read_qwen3_moe,
     "glm4_moe": _read_glm4_moe,

@@ -49,6 +49,8 @@ FLAGS = {
     "experts-per-token": "num-experts-per-tok moe-top-k experts-top-k top-k-experts moe-router-topk",
     "balance-loss": "aux-loss router-aux-loss-coef moe-aux-loss-coeff load-balancing-loss",
     "window": "sliding-window attention-window local-window",
+    "window-layers": "max-window-layers sliding-window-pattern use-sliding-window",
+    "rope-layers": "no-rope-layers nope no-rope-layer-interval",
     "rope-base": "rope-theta rotary-base theta",
     "qk-norm": "use-qk-norm qk-layernorm",
     "norm-eps": "rms-norm-eps layer-norm-eps layernorm-epsilon norm-epsilon",

@@ -116,7 +116,7 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
         implementation = chosen(row.name, kernels, config, dtype)
     return Block(
         RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
-        mixer_class(row.name)(config, params, f"{at}.mixer", implementation),
+        mixer_class(row.name)(config.at(layer), params, f"{at}.mixer", implementation),
         RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
     )

@@ -3,6 +3,7 @@
 `validate()` refuses what cannot work before anything is allocated.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Self
@@ -55,6 +56,18 @@ class ModelConfig(
         config._check_new()
         return config
 
+    @property
+    def turns(self) -> bool:
+        """Whether any layer turns by position."""
+        return any((dims := MIXERS[name].rope_dims) and dims(self) for name in self.mixer)
+
+    def at(self, layer: int) -> Self:
+        """The model as the mixer of `layer` sees it: patterns of single layers are what they say of that one."""
+        rope, windowed = (pattern[layer % len(pattern)] for pattern in (self.rope_layers, self.window_layers))
+        if self.rope_layers == (rope,) and self.window_layers == ("on",):
+            return self
+        return dataclasses.replace(self, rope_layers=(rope,), window_layers=("on",), window=self.window if windowed == "on" else 0)
+
     def num_params(self) -> int:
         """Exact number of trained values (the tied head counts once)."""
         return count_params(self)
@@ -79,7 +92,7 @@ class ModelConfig(
                 raise ConfigError(
                     f"{flag(name)} would do nothing.", f"--rope-scaling is {self.rope_scaling}.", "Take --rope-scaling llama3."
                 )
-        if self.rope_scaling != "none" and not any(MIXERS[name].rope for name in self.mixer):
+        if self.rope_scaling != "none" and not self.turns:
             raise ConfigError(
                 f"--rope-scaling {self.rope_scaling} would do nothing.",
                 f"The model has {', '.join(dict.fromkeys(self.mixer))}; no layer uses RoPE.",
@@ -90,7 +103,8 @@ class ModelConfig(
         """Raises ConfigError for a new model that has less than was asked for or would never learn."""
         if self.init_std == 0:
             raise ConfigError("--init-std is 0.", "It must be finite and over 0: equal weights would stay equal.", "Take 0.02.")
-        for pattern, names in (("--mixer", self.mixer), ("--ffn", self.ffn)):
+        patterns = {"--mixer": self.mixer, "--ffn": self.ffn, "--rope-layers": self.rope_layers, "--window-layers": self.window_layers}
+        for pattern, names in patterns.items():
             if len(names) > self.layers:
                 raise ConfigError(
                     f"{pattern} names {len(names)} layers, of which the model has only {self.layers}.",

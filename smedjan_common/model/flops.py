@@ -59,7 +59,8 @@ def active_params(config: ModelConfig) -> int:
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:
     """FLOPs of the forward pass per token at context `seq_len`."""
-    mixing = sum(MIXERS[config.mixer_of(layer)].flops(config, seq_len * (2 if full_square else 1)) for layer in range(config.layers))
+    length = seq_len * (2 if full_square else 1)
+    mixing = sum(MIXERS[config.mixer_of(layer)].flops(config.at(layer), length) for layer in range(config.layers))
     return 2 * active_params(config) + mixing
 
 

@@ -37,9 +37,15 @@ class Option(NamedTuple):
     fixed: bool
 
     @property
+    def pattern(self) -> bool:
+        """Whether it is a pattern over the depth, names of its choices: layer i has the one at i modulo their number."""
+        return typing.get_origin(self.type) is tuple
+
+    @property
     def flag_default(self) -> Any:
         """What the flag is when it is not given; None: worked out from other flags."""
-        return self.default if self.unset is dataclasses.MISSING else self.unset
+        default = self.default if self.unset is dataclasses.MISSING else self.unset
+        return ",".join(default) if self.pattern else default
 
 
 def option(
@@ -77,8 +83,11 @@ def check_options(config: Any, known: Mapping[str, Option]) -> None:
     """Raises ConfigError for a value of `config` that is none of an option's choices or outside its bounds."""
     for name, said in known.items():
         value = getattr(config, name)
-        if said.choices and value not in said.choices:
-            raise unknown(flag(name), str(value), said.choices)
+        parts = value if said.pattern else (value,)
+        if not parts:
+            raise ConfigError(f"{flag(name)} is empty.", "It is a pattern over the depth.", f"Known: {', '.join(said.choices)}.")
+        if said.choices and (odd := [part for part in parts if part not in said.choices]):
+            raise unknown(flag(name), str(odd[0]), said.choices)
         if type(value) in (int, float) and not _within(said, value):
             raise ConfigError(f"{flag(name)} is {value}.", f"It must be {_range(said, value)}.", "Leave it out for the default.")
 

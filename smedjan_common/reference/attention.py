@@ -1,7 +1,7 @@
 """Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
 
     q, k, v = x Wq^T, x Wk^T, x Wv^T, each with a bias where the model has one
-    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions
+    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions, but in layers that rope_layers turns off
     p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
 Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
@@ -52,7 +52,9 @@ def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
     query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
     if config.qk_norm:
         query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
-    return rotate(query, config, start), rotate(key, config, start), heads("v_proj", config.kv_heads)
+    if config.rope_layers == ("on",):
+        query, key = rotate(query, config, start), rotate(key, config, start)
+    return query, key, heads("v_proj", config.kv_heads)
 
 
 def linear(params: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tupl
     for layer in range(config.layers):
         mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
         normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-        x = x + mixer.forward(config, under(params, f"{at}mixer."), normed, carried)
+        x = x + mixer.forward(config.at(layer), under(params, f"{at}mixer."), normed, carried)
         normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
         x = x + ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
     return rms_norm(x, params["norm.weight"], config.norm_eps), carried
@@ -73,7 +73,7 @@ def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarra
         for layer in range(config.layers):
             mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
             normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-            mixed, states[layer] = mixer.step(config, under(params, f"{at}mixer."), normed, states[layer], carried)
+            mixed, states[layer] = mixer.step(config.at(layer), under(params, f"{at}mixer."), normed, states[layer], carried)
             x = x + mixed
             normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
             x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]

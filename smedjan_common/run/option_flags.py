@@ -73,8 +73,8 @@ def _type(option: Option) -> Any:
 def _argument(option: Option) -> Any:
     said: dict[str, Any] = {"help": option.help}
     if option.choices:
-        extra = () if option.flag_default in option.choices else (option.flag_default,)  # auto
-        said["metavar"] = "|".join((*extra, *option.choices))
+        extra = () if option.pattern or option.flag_default in option.choices else (option.flag_default,)  # auto
+        said["metavar"] = "|".join((*extra, *option.choices)) + (",..." if option.pattern else "")
     elif option.filled:
         said["metavar"] = option.type.__name__.upper()
         said["help_behavior_hint"] = f"(default: {option.filled})"

@@ -24,7 +24,7 @@ _NONE_OF_IT = {"attention": "auto", "kernels": "auto", "balance_loss": 0.0, "rou
 
 def check_options(model: ModelConfig, given: frozenset[str]) -> None:
     """Raises ConfigError for a given option of a mixer or feed-forward that the model does not have."""
-    if "rope_base" in given and not any(MIXERS[name].rope for name in model.mixer):
+    if "rope_base" in given and not model.turns:
         why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer uses RoPE."
         raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
     for name in sorted(given & unread_of_model(model)):

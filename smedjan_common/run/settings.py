@@ -11,7 +11,7 @@ from smedjan_common.model.options import options
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.model.rope import original_length
 from smedjan_common.run.asked import Asked
-from smedjan_common.run.described import described_model, feed_forward
+from smedjan_common.run.described import described_model, feed_forward, option_values
 from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.option_flags import shape_options
 from smedjan_common.run.resume import difference
@@ -34,7 +34,7 @@ def same_model(base: ModelConfig, asked: Asked) -> ModelConfig:
     if asked.is_given("size") and model.size != "custom":
         ModelConfig.preset(model.size)  # refuses an unknown name
         changes |= PRESETS[model.size]._asdict()
-    names, values = {f.name for f in dataclasses.fields(base)}, {**vars(model), **vars(mixers)}
+    names, values = {f.name for f in dataclasses.fields(base)}, {**vars(model), **option_values(mixers)}
     changes |= {name: values[name] for name in names & asked.given if values.get(name) is not None}
     if asked.is_given("mixer"):
         changes["mixer"] = parse_pattern(model.mixer)

@@ -38,6 +38,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.turns = config.rope_layers == ("on",)
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -66,10 +67,10 @@ class Attention(nnx.Module):
         return self._output(mixed), state, carried
 
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys, normalised by head where the model does so, turned by their positions."""
+        """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        return context.rope(query), context.rope(key)
+        return (context.rope(query), context.rope(key)) if self.turns else (query, key)
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:
         B, T, _, _ = out_BTHK.shape

@@ -35,6 +35,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.turns = config.rope_layers == ("on",)
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
@@ -61,10 +62,10 @@ class Attention(nn.Module):
         return self._output(masked_attention(query, read["key"], read["value"], seen_BTS)), state, carried
 
     def _turn(self, query: mx.array, key: mx.array, context: Context) -> tuple[mx.array, mx.array]:
-        """Queries and keys, normalised by head where the model does so, turned by their positions."""
+        """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        return context.rope(query), context.rope(key)
+        return (context.rope(query), context.rope(key)) if self.turns else (query, key)
 
     def _output(self, out_BHTK: mx.array) -> mx.array:
         B, _, T, _ = out_BHTK.shape

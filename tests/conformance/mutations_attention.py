@@ -8,12 +8,18 @@ from smedjan_common.reference import attention
 from tests.conformance.cases import CASES
 from tests.conformance.mutate import demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off
 
+PATTERNS = CASES["attention-swiglu-mha-patterns"]
 NORM, WINDOW = CASES["attention-swiglu-mha-qk-norm"], CASES["attention-swiglu-mha-window"]
 NORMS = [name for name in parameter_table(NORM.model) if name.endswith(("q_norm.weight", "k_norm.weight"))]
 
 
 def wide_by(more: int) -> Callable:
     return lambda right: lambda config, behind: right(dataclasses.replace(config, window=config.window + more), behind)
+
+
+def other(field: str, value: tuple[str, ...]) -> Callable:
+    """A pattern that says another thing of the layers."""
+    return lambda right: lambda config, *args, **more: right(dataclasses.replace(config, **{field: value}), *args, **more)
 
 
 def after_turning(right: Callable) -> Callable:
@@ -33,5 +39,9 @@ MUTATIONS = {
     "window one wider": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(1))),
     "window one narrower": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(-1))),
     "gradient with a window one wider": (on(demand_gradient, WINDOW), swap(attention, "_visible", wide_by(1))),
+    "every layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("on",)))),
+    "no layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("off",)))),
+    "every layer has the window": (on(demand_forward, PATTERNS), swap(attention, "_visible", other("window", 5))),
+    "decoding without the window": (on(demand_decoding, PATTERNS), swap(attention, "_visible", other("window", 0))),
     "decoding with a window one narrower": (on(demand_decoding, WINDOW), swap(attention, "_visible", wide_by(-1))),
 }

@@ -5,7 +5,7 @@ import pytest
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.inference.chunks import can_rewind
-from smedjan_common.reference import block_sparse, mla
+from smedjan_common.reference import attention, block_sparse, mla
 from smedjan_common.reference import model as reference
 from tests.conformance import subjects
 from tests.conformance.cases import LENGTH, Case
@@ -17,7 +17,7 @@ ROWS = 3
 
 def sliding(monkeypatch: pytest.MonkeyPatch, case: Case) -> np.ndarray:
     """Logits of the definition, where no mixer by position sees more than the newest HELD positions, float64 [BATCH, LENGTH, V]."""
-    weights, scores = mla._weights, block_sparse.scores
+    weights, scores, visible = mla._weights, block_sparse.scores, attention._visible
     assert case.params, "drawn before anything is changed"
 
     def newest(config: ModelConfig, score_BxHxTxS: np.ndarray, visible_TxS: np.ndarray) -> np.ndarray:
@@ -28,11 +28,10 @@ def sliding(monkeypatch: pytest.MonkeyPatch, case: Case) -> np.ndarray:
         score_BxHkxTxJ[..., :-blocks] = -np.inf
         return score_BxHkxTxJ
 
+    monkeypatch.setattr(attention, "_visible", lambda config, behind: visible(config, behind) & (behind < HELD))
     monkeypatch.setattr(mla, "_weights", newest)
     monkeypatch.setattr(block_sparse, "scores", of_kept_blocks)
-    window = {"window": min(case.model.window or HELD, HELD)} if "attention" in case.model.mixer else {}
-    model = ModelConfig.from_dict({**case.model.to_dict(), **window})
-    return reference.recurrent_forward(model, case.params, case.tokens)[..., : case.model.vocab_size]
+    return reference.recurrent_forward(case.model, case.params, case.tokens)[..., : case.model.vocab_size]
 
 
 def made(backend: str, case: Case, rows: int = ROWS):

@@ -46,6 +46,11 @@ MODELS = {
     "qwen2, linear": LINEAR | {"qkv_bias": True, "tied_head": False},
     "qwen3": {"qk_norm": True, "head_size": 12},
     "mistral": {"window": 16, "head_size": 12},
+    "qwen2, window": {"qkv_bias": True, "window": 16, "window_layers": ("off", "on")},
+    "qwen3, window": {"qk_norm": True, "window": 16},
+    "ministral": {"window": 16, "window_layers": ("on", "off"), "head_size": 12},
+    "smollm3": {"rope_layers": ("on", "off"), "head_size": 12},
+    "smollm3, windows": {"rope_layers": ("off",), "window": 16, "window_layers": ("off", "on"), "tied_head": False},
 }
 EXPERTS = {"ffn": ("experts",), "experts": 4, "experts_per_token": 2, "expert_dim": 24}
 ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias"}  # after a dense layer
@@ -65,7 +70,7 @@ MODELS |= {
     "qwen3_5": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "conv_width": 3},
     "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "tied_head": False},
 }
-MISREAD = {"mistral"}  # mlx-lm knows no window
+MISREAD = {"mistral", "qwen2, window", "qwen3, window", "ministral"}  # mlx-lm knows no window there
 
 
 ARCHITECTURES = [kind for kind in MODELS if kind not in {"mha", "gqa", "ntk", "yarn", "llama3, untied, biases"}]
@@ -298,6 +303,17 @@ SAVED = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "qwen2": {"kind": "Qwen2"},
     "qwen2, window": {"kind": "Qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    "qwen2, window of one layer": {"kind": "Qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3, layer types": {
+        **{"kind": "Qwen3", "use_sliding_window": True, "sliding_window": 16, "head_dim": 12},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "ministral": {"kind": "Ministral", "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"kind": "SmolLM3", "no_rope_layer_interval": 2, "pad_token_id": None},
+    "smollm3, windows": {
+        **{"kind": "SmolLM3", "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 16, "pad_token_id": None},
+        "attention_bias": True,
+    },
     "qwen3": {"kind": "Qwen3", "head_dim": 12, "tie_word_embeddings": False},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-3},
 }

@@ -52,6 +52,11 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
         )
         for mixer in ("mla", "linear", "ssm", "rwkv", "gated-deltanet")
     ],
+    ({"rope_layers": ()}, "--rope-layers is empty", "on, off"),
+    ({"rope_layers": ("on", "of")}, "--rope-layers 'of' is unknown", "off"),
+    ({"rope_layers": ("off",), "rope_scaling": "yarn", "rope_factor": 4.0}, "yarn would do nothing", "none"),
+    ({"window_layers": ("on", "off")}, "--window-layers on,off would do nothing", "--window 1024"),
+    ({"window": 8, "window_layers": ("off",)}, "--window-layers off would do nothing", "--window out"),
     ({"rope_original_len": 16}, "--rope-original-len 16 would do nothing", "--rope-scaling yarn"),
     *[
         ({"rope_scaling": "yarn", "rope_factor": 4.0, "kv_heads": 4, "mixer": mixer, "ssm_head_dim": 32}, "yarn would do nothing", "none")
@@ -244,3 +249,19 @@ def test_the_menus_of_names_are_what_the_fields_accept():
         assert refused.fix == f"Choose one of {', '.join(names)}."
     for scaling in ROPE_SCALINGS:
         ModelConfig(**MODEL, rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 2.0).validate()
+
+
+def test_a_layer_has_what_the_patterns_say_of_it_and_a_file_from_before_them_is_read():
+    config = ModelConfig(**{**MODEL, "layers": 5, "window": 8, "window_layers": ("on", "on", "off"), "rope_layers": ("on", "off")})
+    config.validate()
+    assert [config.at(layer).window for layer in range(5)] == [8, 8, 0, 8, 8]
+    assert [config.at(layer).rope_layers[0] for layer in range(5)] == ["on", "off", "on", "off", "on"]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    old = {name: value for name, value in ModelConfig(**MODEL).to_dict().items() if name not in ("window_layers", "rope_layers")}
+    assert ModelConfig.from_dict(old) == ModelConfig(**MODEL)
+    assert ModelConfig(**MODEL).at(3) == ModelConfig(**MODEL)
+
+
+def test_a_pattern_longer_than_the_model_is_refused():
+    with pytest.raises(ConfigError, match="--window-layers names 3 layers, of which the model has only 2"):
+        ModelConfig.build(vocab_size=64, dim=32, layers=2, heads=4, window=4, window_layers=("on", "on", "off"))

@@ -122,7 +122,8 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"window": 64, "qk_norm": True}, "window = 64"),
+        ({"window": 64, "qkv_bias": True, "o_bias": True, "qk_norm": True}, "window = 64"),
+        ({"rope_layers": ("on", "off"), "qk_norm": True}, "rope_layers = ['on', 'off']"),
         ({"o_bias": True}, "o_bias"),
         ({"qk_norm": True, "qkv_bias": True}, "qk_norm = True"),
         ({"ffn": ("experts", "swiglu"), "experts": 4}, "experts"),
@@ -141,7 +142,7 @@ def test_a_window_has_no_form_for_llama_cpp(tmp_path: Path, capsys: pytest.Captu
     source = neutral(tmp_path / "run", model_config(tokenizer().vocab_size, window=64))
     assert "sliding window" in refused(capsys, source, tmp_path / "out", "--to", "gguf")
     run(source, tmp_path / "hf", "--to", "hf")
-    assert "mlx-lm ignores sliding_window" in capsys.readouterr().out
+    assert "mlx-lm does not read this window" in capsys.readouterr().out
 
 
 def test_a_field_that_no_layout_knows_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -82,10 +82,8 @@ INEXPRESSIBLE = {
     "activation": ({"hidden_act": "gelu"}, "the activation 'gelu'"),
     "type": ({"model_type": "gpt2"}, "of the type 'gpt2'"),
     "near type": ({"model_type": "qwen"}, "These are read: llama, qwen2"),
-    "window of qwen2": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        "window of 16 positions in 1 of 2",
-    ),
+    "layers that are not there": ({"layer_types": ["full_attention"]}, "1 layer_types"),
+    "rope of a layer that is not said": ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers [1]"),
     "layers": ({"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
     "window of some layers": ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}, "9 positions in 1 of 2"),
     "traditional rope": ({"rope_traditional": True}, "rope_traditional"),

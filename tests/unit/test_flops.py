@@ -34,6 +34,14 @@ def test_forward_flops_are_those_of_the_matmuls(seq_len: int, kv_heads: int):
     assert forward_flops_per_token(model, seq_len) == counted + norms
 
 
+def test_a_window_saves_only_in_the_layers_that_have_it():
+    def cost(**more) -> int:
+        return forward_flops_per_token(ModelConfig.build(vocab_size=64, dim=64, layers=4, heads=4, **more), 512)
+
+    every, none = cost(window=32), cost()
+    assert cost(window=32, window_layers=("on", "on", "on", "off")) == every + (none - every) // 4
+
+
 def test_the_full_square_counts_attention_twice():
     half, full = (forward_flops_per_token(MEDIUM, 1024, full_square=square) for square in (False, True))
     assert full - half == half - 2 * count_params(MEDIUM)

@@ -56,6 +56,8 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "init-std": (0.5, UNREAD),
     "qk-norm": ((), MODEL),
     "window": (8, MODEL),
+    "window-layers": ("off", MODEL),
+    "rope-layers": ("off", MODEL),
     "linear-decay": ("fixed", MODEL),
     "linear-feature-map": ("elu1", MODEL),
     "linear-normalizer": ("denominator", MODEL),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.activations import Activations, Course, Measured, scores
-from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
+from smedjan_common.model.mixers.shared import SWITCH, HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, bias, head_norm, residual_std, weight
 from smedjan_common.model.shape import Shape
@@ -16,6 +16,9 @@ class Options(HeadNorm):
     """Options of `attention`."""
 
     window: int = option(0, "see only this many newest positions. 0: all.", least=0, shape_free=True)
+    window_layers: tuple[str, ...] = option(
+        ("on",), "whether a layer has the window, a pattern over the depth; the others see all.", choices=SWITCH, shape_free=True
+    )
 
 
 def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
@@ -56,6 +59,21 @@ def validate(config: Shape) -> None:
         )
 
 
+def _validate(config: Options) -> None:
+    validate(config)
+    if "off" in config.window_layers and not (config.window and "on" in config.window_layers):
+        raise ConfigError(
+            f"--window-layers {','.join(config.window_layers)} would do nothing.",
+            "--window is 0." if "on" in config.window_layers else "No layer would have the window.",
+            "Add --window 1024, say, or leave --window-layers out." if not config.window else "Leave --window out.",
+        )
+
+
+def rope_dims(config: HeadNorm) -> tuple[int, ...]:
+    """Whole heads turn, of the layers that do."""
+    return (config.head_dim,) if "on" in config.rope_layers else ()
+
+
 MEASURED: Measured = {
     "gpu": Activations(1.3, 1, 0, 1.8),
     "cpu": Activations(3.1, 0.94, 0.062, 0.29),
@@ -85,8 +103,8 @@ ROW = MixerSpec(
     _flops,
     activations,
     _state,
-    validate,
-    rope_dims=lambda config: (config.head_dim,),
+    _validate,
+    rope_dims=rope_dims,
     training=Softmax,
     head_size=True,
 )

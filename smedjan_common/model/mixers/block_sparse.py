@@ -76,7 +76,7 @@ ROW = MixerSpec(
     _activations,
     _state,
     _validate,
-    rope_dims=lambda config: (config.head_dim,),
+    rope_dims=attention.rope_dims,
     training=Softmax,
     head_size=True,
     documents=False,  # a block may hold the end of one document and the start of the next: its mean key would mix them

@@ -7,6 +7,8 @@ from smedjan_common.errors import ConfigError, nearest_divisor
 from smedjan_common.model.options import option
 from smedjan_common.model.shape import Shape
 
+SWITCH = ("on", "off")
+
 
 @dataclass(frozen=True)
 class HeadNorm(Shape):
@@ -15,6 +17,9 @@ class HeadNorm(Shape):
     qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
     qkv_bias: bool = option(False, "biases of the query, key and value projections (Qwen2).")
     o_bias: bool = option(False, "a bias of the output projection.")
+    rope_layers: tuple[str, ...] = option(
+        ("on",), "whether a layer turns by position, a pattern over the depth (on,on,on,off: SmolLM3).", choices=SWITCH, shape_free=True
+    )
 
 
 @dataclass(frozen=True)
