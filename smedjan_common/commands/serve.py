@@ -190,6 +190,7 @@ def _said(opened: "OpenModel", served: "Served", where: str, rows: int, key: boo
             f"  {opened.dtype} on {opened.backend.describe().name}; context {served.context_length} tokens; "
             f"{rows} texts at once, {memory} for their states",
             f"  chats: {served.template.name if served.template else 'none'}",
+            f"  in a browser: {where}/",
             f'  curl {where}/v1/completions{header} -d \'{{"prompt": "Once", "max_tokens": 50}}\'',
             "Ctrl-C ends it.",
         )

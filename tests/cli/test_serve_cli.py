@@ -42,6 +42,7 @@ def test_it_says_where_it_answers_with_what_and_how_to_ask(run):
         said = "".join(running.said)
         assert f"mine answers at http://127.0.0.1:{running.port}/v1" in said
         assert "context 16 tokens; 3 texts at once" in said
+        assert f"in a browser: http://127.0.0.1:{running.port}/\n" in said
         assert f"curl http://127.0.0.1:{running.port}/v1/completions" in said
         assert "chats: plain" in said
         assert "the model has no chat template" in "".join(running.log)

@@ -401,7 +401,9 @@ def test_a_narrow_page_fits_and_its_parts_can_be_touched(server, tmp_path):
         phone.one("#ask").type("Hello")
         phone.one("#send").click()
         done(phone)
-        assert phone.run("return document.scrollingElement.scrollWidth") <= 360
+        for tab in ("#tab-text", "#tab-chat"):
+            phone.one(tab).click()
+            assert phone.run("return document.scrollingElement.scrollWidth") <= 360, tab
         low = "each.offsetParent && each.getBoundingClientRect().height < 44"
         small = f"return [...document.querySelectorAll('button')].filter((each) => {low}).map((each) => each.id || each.textContent)"
         assert phone.run(small) == []
