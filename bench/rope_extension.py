@@ -24,9 +24,9 @@ from smedjan_common.backend import Backend, State
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.data.order import eval_batches
 from smedjan_common.model.params import initial_params
-from smedjan_common.model.shape import ROPE_SCALINGS
 from smedjan_common.training.config import default_lr
 
+SCALINGS = ("none", "ntk", "yarn")  # linear is ntk's forerunner, and llama3 is of weights that were trained with it
 KEY = ("mixer", "seed", "weights", "rope_scaling", "seq_len")
 FACTOR, PARTS = 4, 8
 FORMS: dict[str, Row] = {
@@ -62,9 +62,7 @@ def main() -> None:
                 results.add({name: value for name, value in row.items() if name != "data"})
 
     lengths = [form["seq_len"] * times for times in (1, 2, FACTOR)]
-    complete = {
-        mixer: sum(row["mixer"] == mixer for row in results.rows) == len(lengths) * (len(ROPE_SCALINGS) + 1) for mixer in args.mixers
-    }
+    complete = {mixer: sum(row["mixer"] == mixer for row in results.rows) == len(lengths) * (len(SCALINGS) + 1) for mixer in args.mixers}
     in_processes("bench.rope_extension", [task for task in tasks if not complete[task["mixer"]]], done, 1, args.limit_seconds)
 
 
@@ -96,7 +94,7 @@ def measure(task: Row) -> None:
             }
             print(json.dumps(row), flush=True)
 
-    for scaling in ROPE_SCALINGS:
+    for scaling in SCALINGS:
         evaluate("trained", weights, scaling)
     more = dataclasses.replace(
         at_length(config, length * FACTOR), steps=task["more_steps"], warmup=task["more_steps"] // 10, lr=config.lr / 3
