@@ -187,7 +187,7 @@ def _notices() -> Iterator[None]:
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, Notice):
                 if str(message) not in told:
-                    streams.put(f"note: {message}", sys.stderr)
+                    streams.put(streams.harmless(f"note: {message}"), sys.stderr)
                 told.add(str(message))
             else:
                 other(message, category, *place, **more)
@@ -223,5 +223,5 @@ _OS_FIXES = {
 def _report(error: BaseException | None, code: int, *sentences: str) -> int:
     if error is not None and os.environ.get("SMEDJAN_DEBUG") == "1":
         traceback.print_exception(error)
-    streams.put("error: " + "\n       ".join(s for s in sentences if s), sys.stderr)
+    streams.put(streams.harmless("error: " + "\n       ".join(s for s in sentences if s)), sys.stderr)  # names may be a stranger's
     return code

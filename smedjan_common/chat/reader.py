@@ -70,7 +70,7 @@ def history_path() -> Path:
 def read_history(path: Path | None) -> list[str]:
     """The last entries, oldest first; none where the file cannot be read. It is cut to these where it has grown long."""
     try:
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path else []
+        lines = path.read_text("utf-8", errors="replace").rstrip("\n").split("\n") if path else []  # not U+2028, a letter of JSON
         if path and len(lines) > 2 * _KEPT:
             path.write_text("".join(f"{line}\n" for line in lines[-_KEPT:]), "utf-8")
     except OSError:

@@ -45,7 +45,7 @@ def words_of(path: str, given: Iterable[str]) -> list[str]:
 def settings(path: Path) -> list[Setting]:
     """What the file says. Raises UsageError for one that cannot be read, or for a name that is no flag."""
     try:
-        text = read_regular(path).decode("utf-8")
+        text = read_regular(path).decode("utf-8-sig")  # Windows' editors begin with a byte order mark
     except FileNotFoundError:
         raise UsageError(
             f"There is no file {str(path)!r}.", "It is what --config names.", "Name a .toml file, or the config.json of a run."
@@ -128,6 +128,8 @@ def _words(one: Flag, setting: Setting) -> list[str]:
     if not all(type(value) in wanted for value in values) or not values:
         raise _wrong(one, setting, WANTED.get(one.takes, "text in quotes"))
     shown = [str(value) for value in values]
+    if any("\0" in value for value in shown):  # no command line can have one, and no path
+        raise _wrong(one, setting, "text without a zero byte")
     if one.many:
         return [one.name, *(f"./{value}" if value.startswith("-") else value for value in shown)]
     return [f"{one.name}={','.join(shown)}"]  # a pattern, such as mixer = ["ssm", "attention"]

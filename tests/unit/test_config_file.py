@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tomllib
 
 import pytest
 
 from smedjan_common.run.config_file import to_toml
 from smedjan_common.run.given import parse
-from tests.fakes.runs import SMALL, arguments, arrays, figures, train_here, write_text
+from tests.fakes.runs import ROOT, SMALL, arguments, arrays, figures, train_here, write_text
 
 
 @pytest.fixture
@@ -51,6 +53,26 @@ def test_names_with_dashes_or_not_flat_or_in_tables_are_flags_and_the_command_li
     assert (flags.training.steps, flags.mixers.qk_norm, flags.training.muon_nesterov) == (7, False, False)
     assert {"seed", "lr", "dataset", "steps", "qk_norm", "mixer", "config"} <= given
     assert parse(["other.txt", f"--config={file}"])[0].data.dataset == ("other.txt",)
+
+
+def test_a_file_of_an_editor_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    assert parse(["--config", str(write(tmp_path, "\ufeffsteps = 7\n"))])[0].training.steps == 7
+
+
+@pytest.mark.parametrize("setting", ['checkpoint_dir = "a\\u0000b"', 'tokenizer = "\\u0000"', 'dataset = ["a\\u0000"]'])
+def test_a_text_that_no_path_can_be_is_told_with_its_line(tmp_path, setting, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--config", str(write(tmp_path, f"\n{setting}\n"))])
+    assert f"line 2: {setting.partition(' ')[0]} cannot be" in capsys.readouterr().err
+
+
+def test_a_name_in_the_file_cannot_steer_the_terminal(tmp_path):
+    file = write(tmp_path, '"\\u001b[2Jx" = 1\n')
+    found = subprocess.run(
+        [sys.executable, "-m", "smedjan_common.cli", "train", "--config", str(file)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 2
+    assert "\u241b[2Jx is no flag" in found.stderr
 
 
 @pytest.mark.parametrize(

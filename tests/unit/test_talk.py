@@ -144,11 +144,11 @@ def test_a_talk_is_saved_and_loaded_and_what_is_none_is_refused(tokenizer, tmp_p
 
 def test_the_history_keeps_lines_and_forgives_what_it_cannot_read(tmp_path):
     path = tmp_path / "state" / "history"
-    for text in ("one", "two\nlines é", "\ud800"):
+    for text in ("one", "two\nlines é", "x\u2028y\x85z", "\ud800"):
         append_history(path, text)
     with open(path, "a") as file:
         file.write("not json\n12\n")
-    assert read_history(path)[:2] == ["one", "two\nlines é"]
+    assert read_history(path)[:3] == ["one", "two\nlines é", "x\u2028y\x85z"]
     assert read_history(tmp_path / "none") == read_history(None) == []
     append_history(tmp_path / "state" / "history" / "below", "a file is in the way")
     path.write_text("".join(f'"{number}"\n' for number in range(3000)))
