@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from numbers import Integral
 from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
@@ -22,7 +23,7 @@ from smedjan_common.inference.keywords import Completion, Loss, Options, check_k
 from smedjan_common.inference.one_thread import OneThread
 from smedjan_common.inference.opened import Load, OpenModel
 from smedjan_common.inference.pieces import power_of_two
-from smedjan_common.inference.request import Piece, Request
+from smedjan_common.inference.request import Piece, Request, check_ids
 from smedjan_common.inference.scoring import Likelihood, beginning, seam
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import count_params
@@ -88,7 +89,7 @@ class LanguageModel:
         Options: see smedjan_common.inference.keywords.Options. Raises TypeError for an unknown one, ConfigError for a wrong one.
         """
         check_keywords("generate", options, ("n",))
-        if n is not None and n < 1:
+        if n is not None and (not isinstance(n, Integral) or n < 1):
             raise ConfigError(f"n is {n}.", "It counts texts.", "Take 1 or more, or leave it out.")
         many = not isinstance(prompt, str) and any(not isinstance(each, int | np.integer) for each in prompt)
         asked = [request(self.ids(each), options, sample) for each in (prompt if many else [prompt]) for sample in range(n or 1)]
@@ -117,14 +118,14 @@ class LanguageModel:
 
     def logits(self, text: Prompt) -> np.ndarray:
         """float32 [T, V]: row t is about the token after the first t + 1. Raises ConfigError for more tokens than the context has."""
-        ids = self._within(self.ids(text), self.context_length)
+        ids = self._known(self._within(self.ids(text), self.context_length))
         inputs = np.zeros((1, min(power_of_two(len(ids)), self.context_length)), np.int32)
         inputs[0, : len(ids)] = ids
         return self._call(lambda: self._opened.backend.logits(self._opened.params, inputs)[0, : len(ids)])
 
     def loss(self, text: Prompt) -> Loss:
         """How well the model foretells a text as a document of its own, however long it is; of ids, all after the first."""
-        ids = [beginning(self.tokenizer), *self.tokenizer.encode(text)] if isinstance(text, str) else self.ids(text)
+        ids = [beginning(self.tokenizer), *self.tokenizer.encode(text)] if isinstance(text, str) else self._known(self.ids(text))
         if len(ids) < 2:
             raise ConfigError("There is nothing to score.", "The text has no token after the first.", "Give a longer text.")
         logprobs = self._call(lambda: self._opened.scorer.documents([np.array(ids, np.int32)])[0])
@@ -185,6 +186,10 @@ class LanguageModel:
         asked.validate(self.tokenizer.vocab_size)
         self._within(asked.prompt, self.context_length)
 
+    def _known(self, ids: Sequence[int]) -> Sequence[int]:
+        check_ids(ids, self.tokenizer.vocab_size)
+        return ids
+
     def _within(self, ids: Sequence[int], most: int) -> Sequence[int]:
         if len(ids) > most:
             raise ConfigError(f"The text has {len(ids)} tokens.", f"The model was trained with a context of {most}.", "Shorten it.")
@@ -193,12 +198,16 @@ class LanguageModel:
     def _answer(self, asked: list[Request], deliver: Callable[[int, Piece], Any], stopped: threading.Event) -> None:
         """Answer in the model's thread; what ends one request with an error is raised once all are answered."""
         engine = self._side_by_side(len(asked))
-        tickets = [engine.submit(each) for each in asked]
-        pieces = engine.answer(tickets)
-        for number, piece in pieces:
-            deliver(number, piece)
-            if stopped.is_set() or self._thread.ending.is_set():
-                pieces.close()  # type: ignore[attr-defined]
+        try:
+            tickets = [engine.submit(each) for each in asked]
+            pieces = engine.answer(tickets)
+            for number, piece in pieces:
+                deliver(number, piece)
+                if stopped.is_set() or self._thread.ending.is_set():
+                    pieces.close()  # type: ignore[attr-defined]
+        except BaseException:
+            self._forget()  # its requests are unfinished, and its state may be used up; the next call makes a new one
+            raise
         if error := next((ticket.error for ticket in tickets if ticket.error), None):
             raise error
 

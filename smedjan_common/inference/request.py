@@ -6,6 +6,7 @@ temperature, penalties and filters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.sampling import Sampling
@@ -35,18 +36,30 @@ class Request:
 
     def validate(self, vocab_size: int) -> None:
         """Raises ConfigError for a request that no model of `vocab_size` tokens can answer."""
-        if not self.prompt:
-            raise ConfigError("The prompt has no token.", "A model goes on from at least one.", "Begin with the end of text.")
-        known = f"The model has tokens 0 to {vocab_size - 1}."
-        if wrong := next((i for i in self.prompt if not 0 <= i < vocab_size), None):
-            raise ConfigError(f"The prompt has the token {wrong}.", known, "Use its own tokenizer.")
+        check_ids(self.prompt, vocab_size)
+        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+            if value is not None and not isinstance(value, Integral):
+                raise ConfigError(f"{name} is {value!r:.60}.", "It must be a whole number.", "Leave it out for the default.")
+        if wrong := next((text for text in self.stop if not isinstance(text, str)), None):
+            raise ConfigError(f"A stop text is {wrong!r:.60}.", "It must be text.", "Put it in quotes.")
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ConfigError(f"--max-tokens is {self.max_tokens}.", "It must be at least 0.", "Leave it out for the default.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"logprobs is {self.logprobs}.", "That is out of range.", f"Take 0 to {MAX_LOGPROBS}.")
         self.sampling.validate()
         if wrong := next((i for i, _ in self.sampling.logit_bias if not 0 <= i < vocab_size), None):
+            known = f"The model has tokens 0 to {vocab_size - 1}."
             raise ConfigError(f"logit_bias names the token {wrong}.", known, "Name one of them.")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ConfigError for a text without a token, and for a token that a model of `vocab_size` does not have."""
+    if not len(ids):
+        raise ConfigError("The prompt has no token.", "A model goes on from at least one.", "Begin with the end of text.")
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        known = f"The model has tokens 0 to {vocab_size - 1}."
+        raise ConfigError(f"The prompt has the token {wrong}.", known, "Use its own tokenizer.")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ write the same text at the same seed. Ties go to the smaller id.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from smedjan_common.errors import ConfigError, NotFiniteError
 
 MAX_BIAS = 100.0  # of logit_bias either way: a ban, or the only choice
 PENALTIES = (0.01, 100.0)  # the least and the most that `repetition_penalty` can be: no logit overflows
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_KINDS: dict[str, type] = {"top_k": Integral, "seed": Integral} | dict.fromkeys(_REAL, Real)
 _OFTEN_ENOUGH = 2048  # most probable tokens: of a trained model they have nearly all of the probability
 _BLOCK = 4  # numbers that Philox makes at once
 _SKIP = 700  # numbers that it makes in the time that one skip takes
@@ -44,6 +47,10 @@ class Sampling:
 
     def validate(self) -> None:
         """Raises ConfigError for a value that makes no distribution, or no number of a logit."""
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                what = f"--{name.replace('_', '-')} is {getattr(self, name)!r:.60}."
+                raise ConfigError(what, f"It must be a {'whole ' if kind is Integral else ''}number.", "Leave it out for the default.")
         least, most = PENALTIES
         for name, ok, fix in (
             ("temperature", 0 <= self.temperature < np.inf, "Take 0 (greedy) or more."),
@@ -58,7 +65,7 @@ class Sampling:
             if not ok:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}.", "That is out of range.", fix)
         for token, bias in self.logit_bias:
-            if not -MAX_BIAS <= bias <= MAX_BIAS:
+            if not isinstance(bias, Real) or not -MAX_BIAS <= bias <= MAX_BIAS:
                 what = f"The logit_bias of token {token} is {bias}."
                 raise ConfigError(what, "That is out of range.", f"Take {-MAX_BIAS:g} to {MAX_BIAS:g}.")
 

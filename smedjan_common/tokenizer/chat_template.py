@@ -94,6 +94,9 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     """Role and text of each message; developer is system. Raises TemplateError for what the built-in templates do not take."""
     checked = []
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            fix = 'Give a list of {"role": "user", "content": "…"}.'
+            raise TemplateError(f"Message {number} is {message!r:.60}.", "A message has a role and a content.", fix, case=REFUSED)
         role, content = message.get("role"), message.get("content")
         role = "system" if role == "developer" else role
         if role not in ROLES:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smedjan_common.errors import CheckpointError, ConfigError
+from smedjan_common.errors import CheckpointError, ConfigError, TemplateError
 from tests.unit import convert_models
 
 ROOT = Path(__file__).parents[2]
@@ -165,11 +165,32 @@ def test_threads_may_share_a_model(lm):
         (lambda lm: lm.generate("iron " * 200), ConfigError, "context of 128"),
         (lambda lm: lm.logits("iron " * 200), ConfigError, "context of 128"),
         (lambda lm: lm.loss(""), ConfigError, "nothing to score"),
+        *((lambda lm, ids=ids: lm.logits(ids), ConfigError, "no token|has the token") for ids in ([], [1 << 20], [-1])),
+        *((lambda lm, ids=ids: lm.loss(ids), ConfigError, "has the token") for ids in ([0, 1 << 20], [0, -1])),
+        (lambda lm: lm.generate("a", max_tokens=2.5), ConfigError, "max_tokens is 2.5"),
+        (lambda lm: lm.generate("a", n=2.5), ConfigError, "n is 2.5"),
+        (lambda lm: lm.generate("a", top_k=1.5), ConfigError, "--top-k is 1.5"),
+        (lambda lm: lm.generate("a", temperature="cold"), ConfigError, "--temperature is 'cold'"),
+        (lambda lm: lm.generate("a", seed=None), ConfigError, "--seed is None"),
+        (lambda lm: lm.generate("a", stop=[1]), ConfigError, "stop text is 1"),
+        (lambda lm: lm.generate("a", logit_bias={1: "x"}), ConfigError, "logit_bias of token 1"),
+        (lambda lm: lm.chat("hello"), TemplateError, "Message 1 is 'h'"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(lm, call, error, what):
     with pytest.raises(error, match=what):
         call(lm)
+
+
+def test_a_call_that_fails_in_the_model_harms_none_after_it(lm, monkeypatch):
+    """What a decoder raises leaves requests unfinished and, in JAX, its state used up."""
+    expected, decoder = lm.generate("the smith", max_tokens=4).tokens, type(lm._engine.decoder)
+    for name in ("feed", "step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, name, lambda *_: (_ for _ in ()).throw(MemoryError("once")))
+            with pytest.raises(MemoryError):
+                lm.generate(f"another text {name}", max_tokens=4)
+        assert lm.generate("the smith", max_tokens=4).tokens == expected
 
 
 def test_a_path_without_a_model_is_told(tmp_path):
