@@ -23,11 +23,14 @@ class Flags:
     src: Annotated[Positional[str], arg(metavar="SRC")]
     """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, a Hugging Face directory, a GGUF file, or hf://OWNER/NAME."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
-    """What to write: a directory for neutral, orbax and hf, a file for gguf."""
-    to: Annotated[str, arg(metavar="neutral|orbax|hf|gguf")]
-    """neutral: smedjan's own, which both backends read. orbax: JAX's own. hf: for transformers and mlx-lm. gguf: for llama.cpp."""
+    """What to write: a directory, or a file for gguf."""
+    to: Annotated[str, arg(metavar="neutral|orbax|hf|quantized|gguf")]
+    """neutral: smedjan's own, which both backends read. orbax: JAX's own. hf: for transformers and mlx-lm. quantized: small, to infer with,
+    for mlx-lm too. gguf: for llama.cpp."""
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
     """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
+    bits: int = 8
+    """quantized: bits of a weight, 8 or 4; the embedding and the head have 8."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """hf: a larger model is written in several files of at most this size (a number with KB, MB or GB)."""
     force: Annotated[bool, FlagCreatePairsOff] = False
@@ -46,18 +49,22 @@ def _run(flags: Flags) -> int:
     from convert.formats import FORMATS, Options, dtype_name, source_format
     from convert.neutral import training_state
     from convert.output import check_target
+    from convert.quantized import note as rounded
+    from smedjan_common.model.quantization import BITS
     from smedjan_common.reporting.progress import progress_bar
 
     if flags.to not in FORMATS:
         raise unknown("--to", flags.to, FORMATS)
     started, target = time.monotonic(), FORMATS[flags.to]
-    options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size))
+    if flags.bits not in BITS:
+        raise unknown("--bits", str(flags.bits), [str(bits) for bits in BITS])
+    options = Options(dtype_name(flags.dtype, target), parse_size(flags.max_shard_size), flags.bits)
     dst = Path(flags.dst)
     keeps_training = target.name in ("neutral", "orbax")
     place, origin = _fetched(flags.src)
     src = training_state(place) if keeps_training else place
     source = source_format(src)
-    if source is target and keeps_training:
+    if source is target and (keeps_training or target.name == "quantized"):
         source.read(src)  # a broken one is told so
         raise ConfigError(f"{src} is {target.name} already.", "There is nothing to convert.", "Copy it, or name another --to.")
     check_target(src, dst, flags.force, target)
@@ -66,13 +73,23 @@ def _run(flags: Flags) -> int:
         model = replace(model, source={**model.source, **origin})
     with progress_bar() as show:
         notes = target.write(model, dst, options, show)
+    if model.packed and target.name in ("neutral", "orbax", "hf") and source.name == "quantized":
+        notes = [rounded(model), *notes]
     for note in (*model.notes, *notes):
         print(f"note: {note}")
     size = sum(file.stat().st_size for file in dst.rglob("*") if file.is_file()) if dst.is_dir() else dst.stat().st_size
     parameters, taken = model.config.num_params(), model.info.path if model.info else flags.src if origin else src
+    small = (
+        f"{options.bits} bits"
+        if target.name == "quantized"
+        else "the bits that they have"
+        if model.packed and target.name == "gguf"
+        else ""
+    )
+    form = small or options.dtype
     state = " and optimizer state" if keeps_training and model.slots else ""
     print(
-        f"{dst}: {target.about} of {taken}, {parameters:,} parameters{state} in {options.dtype}, {size / 1e6:,.1f} MB, "
+        f"{dst}: {target.about} of {taken}, {parameters:,} parameters{state} in {form}, {size / 1e6:,.1f} MB, "
         f"read back and equal, {time.monotonic() - started:.1f} s"
     )
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert import gguf_file, gguf_import, hf_export, hf_import, neutral, orbax
+from convert import gguf_file, gguf_import, hf_export, hf_import, neutral, orbax, quantized
 from convert.portable import Portable, Show
 from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
@@ -25,10 +25,11 @@ _SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 @dataclass(frozen=True)
 class Options:
-    """What a writer is told beside the model: a name of DTYPES, and the bytes of a shard at most."""
+    """What a writer is told beside the model: a name of DTYPES, the bytes of a shard at most, the bits of a quantised weight."""
 
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ FORMATS: dict[str, Format] = {
             orbax.read,
             lambda model, path, options, show: orbax.write(model, path, show),
             (MANIFEST, ARRAYS, TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG),
+        ),
+        Format(  # before hf: it is recognised by more
+            "quantized",
+            "a quantised model of smedjan or mlx-lm",
+            ("float32",),
+            quantized.detect,
+            quantized.read,
+            lambda model, path, options, show: quantized.write(model, path, options.bits, options.max_shard_bytes, show),
+            hf_export.PARTS,
         ),
         Format(
             "hf",

@@ -10,7 +10,7 @@ The `gguf` package (extra `gguf`) writes, quantises and reads the file.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,27 @@ import numpy as np
 
 from convert import gguf_tokenizer
 from convert.families import FAMILIES, family_of
+from convert.gguf_blocks import BLOCKS, KINDS, to_blocks
 from convert.hf_rope import rope_to_hf
 from convert.names import rows
-from convert.portable import Lazy, Portable, Show, cast, watched
+from convert.portable import Lazy, Packed, Portable, Show, cast, watched
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.files.atomic_file import atomic_path
 from smedjan_common.model import rope
+from smedjan_common.model.rounding import Quantized
 
 _MAGIC = b"GGUF"
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # ours -> GGMLQuantizationType
-_FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}  # -> LlamaFileType
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "BF16": "MOSTLY_BF16",
+    "F16": "MOSTLY_F16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_1": "MOSTLY_Q4_1",
+}  # -> LlamaFileType
 _BLOCK = 32  # weights that share a scale in Q8_0
+TABLES = ("embed.weight", "head.weight")
 
 
 def detect(path: Path) -> bool:
@@ -41,7 +50,8 @@ def detect(path: Path) -> bool:
 
 
 def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
-    """Write the file `target` atomically; returns notes for the user. dtype: float32, bfloat16, float16 or q8_0.
+    """Write the file `target` atomically; returns notes for the user. dtype: float32, bfloat16, float16 or q8_0; what is quantised
+    in the source stays bit for bit what it is.
 
     Raises ConfigError for a model or tokenizer that llama.cpp has no form for, and when the `gguf` package is not installed;
     CheckpointError when what was written reads back differently; OSError.
@@ -63,6 +73,13 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
         tensors["rope_freqs.weight"] = _periods_over_plain(model.config)
     kinds = {name: _kind(kind, tensor) for name, tensor in tensors.items()}
     encoded = {name: _encoded(name, tensor, kinds[name], gguf) for name, tensor in tensors.items()}
+    for row in rows(model.config):
+        if row.ours in model.packed:  # as it is: nothing is rounded again
+            packed = model.packed[row.ours]
+            kinds[row.gguf] = KINDS[packed.bits]
+            encoded[row.gguf] = _blocks(packed, tensors[row.gguf].shape, _change(row.ours, model.config, family.interleaved))
+    if model.packed:
+        kind = KINDS[min(packed.bits for packed in model.packed.values())]
     fields["general.file_type"] = int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
     fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     with atomic_path(target) as temporary:
@@ -126,11 +143,23 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _laid_out(name: str, tensor: Lazy, config: ModelConfig, turned: bool) -> Lazy:
     """A tensor of ours as float32 in llama.cpp's layout. turned: it turns neighbours of a head in this architecture."""
-    tensor = cast(name, tensor, np.dtype(np.float32))
-    if name in ("embed.weight", "head.weight"):
-        return tensor.then(lambda array: array[: config.vocab_size], shape=(config.vocab_size, config.dim))
+    shape = (config.vocab_size, config.dim) if name in TABLES else tensor.shape
+    return cast(name, tensor, np.dtype(np.float32)).then(_change(name, config, turned), shape=shape)
+
+
+def _change(name: str, config: ModelConfig, turned: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """What becomes of the rows of a tensor of ours."""
+    if name in TABLES:
+        return lambda array: array[: config.vocab_size]
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2]) if turned else None
-    return tensor.then(lambda array: interleaved(array, heads)) if heads else tensor
+    return (lambda array: interleaved(array, heads)) if heads else lambda array: array
+
+
+def _blocks(packed: Packed, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Lazy:
+    """The bytes of a quantised weight in the file, with its rows changed."""
+    kind = KINDS[packed.bits]
+    size = (*shape[:-1], shape[-1] // _BLOCK * BLOCKS[kind].bytes)
+    return Lazy(np.dtype(np.uint8), size, lambda: to_blocks(Quantized(*(change(part.read()) for part in packed)), kind))
 
 
 def _kind(wanted: str, tensor: Lazy) -> str:

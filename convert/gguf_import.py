@@ -4,8 +4,9 @@ An architecture, a kind of RoPE or a split of the tokenizer that is not known he
 (extra `gguf`) dequantises. In a `llama` the rows of q and k go back from llama.cpp's order.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import numpy as np
 
 from convert import gguf_vocabulary
 from convert.families import FAMILIES
-from convert.gguf_file import package
+from convert.gguf_blocks import BLOCKS, from_blocks
+from convert.gguf_file import TABLES, package
 from convert.names import Row, rows
-from convert.portable import Lazy, Portable
+from convert.portable import Lazy, Packed, Portable
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
 from smedjan_common.model import rope
 from smedjan_common.model.params import parameter_table
+from smedjan_common.model.quantization import GROUP
+from smedjan_common.model.rounding import Quantized
 
 ARCHITECTURES = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
 WHOLE = ("F32", "F16", "BF16")
@@ -47,7 +51,9 @@ def read(path: Path) -> Portable:
     notes = [f"Its weights were quantised ({', '.join(kinds)}): what that rounded away is gone."] if kinds else []
     tokenizer, more = gguf_vocabulary.read(fields.values, str(path))
     source = {"format": "gguf", "architecture": fields.architecture, "types": sorted({t.tensor_type.name for t in stored.values()})}
-    return Portable(config, tensors, tokenizer, 0, source, (*notes, *more))
+    blocks = {row for row in names if stored[row.gguf].tensor_type.name in BLOCKS}
+    packed = {row.ours: _packed(row, stored[row.gguf], config, turned) for row in blocks}
+    return Portable(config, tensors, tokenizer, 0, source, (*notes, *more), packed=packed)
 
 
 class _Fields:
@@ -152,10 +158,9 @@ def _check_frequencies(config: ModelConfig, factors: np.ndarray, where: str) -> 
 def _tensor(row: Row, tensor: Any, config: ModelConfig, turned: bool, where: str, gguf: Any) -> Lazy:
     shape = parameter_shape(config, row.ours)
     found = tuple(int(extent) for extent in reversed(tensor.shape))
-    vocabulary = row.ours in ("embed.weight", "head.weight")
-    if found != ((config.vocab_size, config.dim) if vocabulary else shape):
+    if found != ((config.vocab_size, config.dim) if row.ours in TABLES else shape):
         raise CheckpointError(f"The tensor {row.gguf} in {where} has shape {found}.", f"Its fields ask for {shape}.", "Download it again.")
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(row.ours.split(".")[-2]) if turned else None
+    back = _back(row, config, turned)
 
     def make() -> np.ndarray:
         try:
@@ -167,12 +172,34 @@ def _tensor(row: Row, tensor: Any, config: ModelConfig, turned: bool, where: str
             raise CheckpointError(
                 f"The tensor {row.gguf} in {where} has values that are not finite.", "It is damaged.", "Download it again."
             )
-        if heads:
-            half = array.shape[0] // heads // 2
-            array = array.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(array.shape)
-        return np.pad(array, ((0, shape[0] - found[0]), (0, 0))) if vocabulary else array
+        return back(array)
 
     return Lazy(np.dtype(np.float32), shape, make)
+
+
+def _packed(row: Row, tensor: Any, config: ModelConfig, turned: bool) -> Packed:
+    """The same blocks as a quantised weight of ours, bit for bit."""
+    shape, kind, back = parameter_shape(config, row.ours), tensor.tensor_type.name, _back(row, config, turned)
+
+    @functools.lru_cache(maxsize=1)
+    def read() -> Quantized:
+        return Quantized(*map(back, from_blocks(np.asarray(tensor.data).view(np.uint8), kind)))
+
+    lead, width = shape[:-1], shape[-1]
+    sizes = (*lead, width * BLOCKS[kind].bits // 32), (*lead, width // GROUP), (*lead, width // GROUP)
+    dtypes = (np.uint32, np.float16, np.float16)
+    parts = [Lazy(np.dtype(dtype), size, lambda at=at: read()[at]) for at, (dtype, size) in enumerate(zip(dtypes, sizes, strict=True))]
+    return Packed(*parts)
+
+
+def _back(row: Row, config: ModelConfig, turned: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """What becomes of the rows of a tensor of theirs."""
+    if row.ours in TABLES:
+        return lambda array: np.pad(array, ((0, config.padded_vocab_size - array.shape[0]), (0, 0)))
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(row.ours.split(".")[-2], 0) if turned else 0
+    if not heads:
+        return lambda array: array
+    return lambda array: array.reshape(heads, array.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
 def parameter_shape(config: ModelConfig, name: str) -> tuple[int, ...]:

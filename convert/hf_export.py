@@ -35,19 +35,13 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     Raises ConfigError for a model that is no Llama, CheckpointError when what was written reads back differently, OSError.
     """
     config, tokenizer = model.config, model.tokenizer
-    eos = tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
-    values = hf_config.to_hf(config, dtype.name, eos)  # refuses before anything is written
-    chat, turn_ends = hf_tokenizer.chat_of(tokenizer) if tokenizer else (None, [])
+    values = hf_config.to_hf(config, dtype.name, end_id(model))  # refuses before anything is written
     layout = FAMILIES[values["model_type"]].layout(config)
     tensors = {name: cast(name, tensor, dtype) for name, tensor in ties.written(layout, model.tensors).items()}
     with atomic_directory(target) as temporary:
         write_json(temporary / hf_import.CONFIG, values)
-        write_json(temporary / "generation_config.json", _generation(model, eos, turn_ends))
-        if chat is not None:
-            write_text(temporary / hf_tokenizer.CHAT, chat)
-        for name, value in hf_tokenizer.files(tokenizer, config.padded_vocab_size, config.context_length).items() if tokenizer else ():
-            write_text(temporary / name, value) if isinstance(value, str) else write_json(temporary / name, value, indent=2)
-        _write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
+        write_texts(temporary, model)
+        write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
         _verify(temporary, model, watched(tensors, "verify", show))
     notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
@@ -55,6 +49,23 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
     if config.window and values["model_type"] != "smollm3":
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     return notes
+
+
+def end_id(model: Portable) -> int | None:
+    """The id of the token between documents."""
+    tokenizer = model.tokenizer
+    return tokenizer.special_tokens[name] if tokenizer and (name := hf_tokenizer.end_of_text(tokenizer)) else None
+
+
+def write_texts(directory: Path, model: Portable) -> None:
+    """Everything beside config.json and the weights: how to generate, tokenizer, chat template."""
+    config, tokenizer = model.config, model.tokenizer
+    chat, turn_ends = hf_tokenizer.chat_of(tokenizer) if tokenizer else (None, [])
+    write_json(directory / "generation_config.json", _generation(model, end_id(model), turn_ends))
+    if chat is not None:
+        write_text(directory / hf_tokenizer.CHAT, chat)
+    for name, value in hf_tokenizer.files(tokenizer, config.padded_vocab_size, config.context_length).items() if tokenizer else ():
+        write_text(directory / name, value) if isinstance(value, str) else write_json(directory / name, value, indent=2)
 
 
 def _generation(model: Portable, eos: int | None, turn_ends: Sequence[int]) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def _generation(model: Portable, eos: int | None, turn_ends: Sequence[int]) -> d
     return {"do_sample": False, **special, **({"suppress_tokens": spare} if spare else {})}
 
 
-def _write_weights(directory: Path, tensors: Mapping[str, Lazy], max_shard_bytes: int) -> None:
+def write_weights(directory: Path, tensors: Mapping[str, Lazy], max_shard_bytes: int) -> None:
     shards: list[dict[str, Lazy]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -92,6 +103,11 @@ def _verify(directory: Path, model: Portable, expected: Mapping[str, Lazy]) -> N
     """Raises CheckpointError unless the directory reads back as the model that was to be written."""
     again = hf_import.read(directory)
     check_equal(str(directory), hf_import.open_weights(directory), expected)
+    check_described(directory, model, again)
+
+
+def check_described(directory: Path, model: Portable, again: Portable) -> None:
+    """Raises CheckpointError unless model and tokenizer are those that were to be written."""
     ours, theirs = model.config, again.config
     same = ours.padded_vocab_size == theirs.padded_vocab_size and math.isclose(ours.norm_eps, theirs.norm_eps, rel_tol=1e-12)
     same = same and np.allclose(rope.frequencies(ours), rope.frequencies(theirs), rtol=1e-12, atol=0)

@@ -20,7 +20,7 @@ from convert.families import FAMILIES
 from convert.json_file import read_json
 from convert.names import HEAD_ROW, MODEL_ROWS
 from convert.portable import Lazy, Portable, cast
-from convert.safetensors_file import open_tensors
+from convert.safetensors_file import DTYPES, open_tensors
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
 from smedjan_common.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def read(path: Path) -> Portable:
     stored, left_out = _without_extras(stored, layout, path)
     _check_shapes(stored, config, layout, path)
     tokenizer, more = hf_tokenizer.read(path, config.vocab_size)
-    config = _with_vocabulary(config, tokenizer)
+    config = with_vocabulary(config, tokenizer)
     stored = {name: _finite(name, cast(name, tensor, np.dtype(np.float32)), path) for name, tensor in stored.items()}
     stored |= {name: _padded(stored[name], config) for name in stored if _is_table(name)}
     if name := ties.lost(layout, stored):
@@ -79,12 +79,12 @@ def read(path: Path) -> Portable:
     return Portable(config, tensors, tokenizer, 0, source, (*notes, *left_out, *more))
 
 
-def open_weights(path: Path) -> dict[str, Lazy]:
+def open_weights(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Lazy]:
     """Every tensor of the directory by its name there, none read yet. Raises CheckpointError."""
     if (path / WEIGHTS).exists():
-        return open_tensors(path / WEIGHTS)
+        return open_tensors(path / WEIGHTS, dtypes)
     if (path / INDEX).exists():
-        return _open_shards(path)
+        return _open_shards(path, dtypes)
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
     if pickles:
         raise CheckpointError(
@@ -95,7 +95,7 @@ def open_weights(path: Path) -> dict[str, Lazy]:
     raise CheckpointError(f"{path} has no weights.", f"There is neither {WEIGHTS} nor {INDEX}.", "Download the model again.")
 
 
-def _open_shards(path: Path) -> dict[str, Lazy]:
+def _open_shards(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Lazy]:
     index, where = read_json(path / INDEX).get("weight_map"), path / INDEX
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise CheckpointError(f"{where} has no weight_map of names.", "It says which file has which tensor.", "Download it again.")
@@ -103,7 +103,7 @@ def _open_shards(path: Path) -> dict[str, Lazy]:
     for file in sorted(set(index.values())):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file):
             raise CheckpointError(f"{where} names the file {file!r}.", "Only safetensors files beside it are opened.", "Download it again.")
-        found = open_tensors(path / file)
+        found = open_tensors(path / file, dtypes)
         for name in found:
             if index.get(name) != file:
                 raise CheckpointError(f"{path / file} has a tensor {name!r}.", f"{INDEX} does not list it there.", "Download it again.")
@@ -179,7 +179,7 @@ def _is_table(name: str) -> bool:
     return name == HEAD or name.endswith(EMBED.removeprefix(layouts.PREFIX))
 
 
-def _with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
     """The model with the tokenizer's vocabulary, where that pads to the same number of rows."""
     if tokenizer is None:
         return config

@@ -5,13 +5,15 @@ Tensors have the names, shapes and layout of smedjan_common.model.params: weight
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from smedjan_common.checkpoint import CheckpointInfo
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
+from smedjan_common.model.quantization import bits_of
+from smedjan_common.model.rounding import Quantized, dequantize
 from smedjan_common.tokenizer import Tokenizer
 
 Show = Callable[[str, int, int], None]  # progress: stage, bytes done, bytes in total
@@ -39,6 +41,25 @@ class Lazy:
         return Lazy(np.dtype(dtype or self.dtype), self.shape if shape is None else shape, lambda: function(self.read()))
 
 
+class Packed(NamedTuple):
+    """A quantised weight, still on disk: codes, scales, biases."""
+
+    codes: Lazy
+    scales: Lazy
+    biases: Lazy
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.codes.shape, self.scales.shape)
+
+    def read(self) -> Quantized:
+        return Quantized(*(part.read() for part in self))
+
+    def whole(self, shape: tuple[int, ...]) -> Lazy:
+        """The weight as float32."""
+        return Lazy(np.dtype(np.float32), shape, lambda: dequantize(self.read()))
+
+
 @dataclass(frozen=True)
 class Portable:
     """A model on its way from one format to another.
@@ -46,6 +67,7 @@ class Portable:
     step: optimizer steps done, 0 where that is not known. source: what the file it came from tells of itself (JSON values).
     notes: one sentence each, for the user: what is not the same on the other side.
     slots: optimizer arrays by `{slot}.{parameter}`, and info: what checkpoint.json said, where it was a step checkpoint of smedjan.
+    packed: the weights that are quantised in the source, as they are there; `tensors` has them too, as float32.
     """
 
     config: ModelConfig
@@ -56,6 +78,7 @@ class Portable:
     notes: tuple[str, ...] = ()
     slots: Mapping[str, Lazy] = field(default_factory=dict)
     info: CheckpointInfo | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 def cast(name: str, tensor: Lazy, dtype: np.dtype) -> Lazy:

@@ -19,13 +19,14 @@ from smedjan_common.errors import CheckpointError
 from smedjan_common.files.durable import sync
 
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+PACKED = {**DTYPES, "U32": np.dtype(np.uint32)}  # of quantised models
+_CODES = {dtype: code for code, dtype in PACKED.items()}
 
 
-def open_tensors(path: Path) -> dict[str, Lazy]:
+def open_tensors(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Lazy]:
     """The tensors of a file by name, none of them read yet.
 
-    Raises CheckpointError for a file that is missing, cut short, no safetensors, or has a dtype that is not in DTYPES.
+    Raises CheckpointError for a file that is missing, cut short, no safetensors, or has a dtype that is not among `dtypes`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -41,13 +42,13 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
         position = 8 + int.from_bytes(file.read(8), "little")
     tensors = {}
     for name, code, shape in kinds:
-        if code not in DTYPES:
+        if code not in dtypes:
             raise CheckpointError(
                 f"The tensor {name!r} in {path} has dtype {code}.",
                 "It is quantised, or not a weight: only F32, BF16 and F16 can be converted.",
                 "Use a copy of the model that is not quantised.",
             )
-        tensors[name] = Lazy(DTYPES[code], shape, partial(_read, path, name, position, DTYPES[code], shape))
+        tensors[name] = Lazy(dtypes[code], shape, partial(_read, path, name, position, dtypes[code], shape))
         position += tensors[name].nbytes
     return tensors
 

@@ -35,6 +35,7 @@ from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
 from smedjan_jax.precision import exact_float32
+from smedjan_jax.quantized import weight_of
 from smedjan_jax.scores import logits, scores
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
@@ -139,7 +140,7 @@ class JaxBackend:
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
     ) -> Scores:
         hidden, vocab = guarded(self._hidden, params, inputs, documents, fix=LESS_TO_SCORE), self.model.vocab_size
-        head = params[head_name(self.model)]
+        head = weight_of(params, head_name(self.model))
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
             return jax.device_get(self._scores(hidden, head, places, chosen, vocab=vocab, top=top))
@@ -148,7 +149,7 @@ class JaxBackend:
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
         hidden, vocab = guarded(self._hidden, params, inputs, None, fix=LESS_TO_SCORE), self.model.vocab_size
-        head = params[head_name(self.model)]
+        head = weight_of(params, head_name(self.model))
 
         def piece(places: np.ndarray) -> np.ndarray:
             return np.asarray(self._logits(hidden, head, places, vocab=vocab))

@@ -10,7 +10,7 @@ Shapes: N tokens, K experts of a token, E experts, M = N K pairs, R rows (the pa
 expert), C rows of a block, D width, F hidden features of an expert.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_jax.modules import Carried, Linear, Params, apart, joined, together
 from smedjan_jax.products import whole
+from smedjan_jax.quantized import Quantized
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -80,7 +81,7 @@ class Experts(nnx.Module):
         """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
         logits, gate_RF, up_RF, *shared = projected
         layout, weights_NK, load_E = self._route(logits)
-        out_RD = self._multiply(swiglu(gate_RF, up_RF), whole(self.down_proj.weight), layout)
+        out_RD = self._multiply(swiglu(gate_RF, up_RF), self._down(gate_RF.dtype), layout)
         out_NKD = _collect(out_RD, layout.pair_R, layout.row_NK).astype(jnp.float32)
         y_ND = jnp.sum(weights_NK[..., None] * out_NKD, axis=1)
         y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)
@@ -95,6 +96,10 @@ class Experts(nnx.Module):
 
     def _block(self, pairs: int) -> int:
         return 1 if self.implementation in UNBLOCKED else block_rows(pairs, self.experts)
+
+    def _down(self, dtype: Any) -> jax.Array:
+        weight = self.down_proj.weight
+        return weight.astype(dtype) if isinstance(weight, Quantized) else whole(weight)
 
     def _multiply(self, x_RD: jax.Array, weight: jax.Array, layout: Layout) -> jax.Array:
         return grouped_matmul(x_RD, weight, layout.sizes_E, self._block(layout.row_NK.size), self.implementation)

@@ -20,6 +20,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
 from smedjan_common.training.memory import loss_chunks
 from smedjan_jax import products, sharding
+from smedjan_jax.quantized import Quantized, weight_of
 
 Params = dict[str, jax.Array]
 State = dict[str, jax.Array]  # decode state of one layer, by the names of its row
@@ -30,7 +31,7 @@ class Linear(nnx.Module):
     """y = x W^T, and a bias where there is one; both are used in the dtype of the activations only. W is [out, in]."""
 
     def __init__(self, params: Params, name: str):
-        self.weight = nnx.data(params[f"{name}.weight"])
+        self.weight = nnx.data(weight_of(params, f"{name}.weight"))
         self.bias = nnx.data(params.get(f"{name}.bias"))
         self.float8 = False
 
@@ -67,7 +68,8 @@ def together(module: Any) -> list[Linear]:
 def apart(linears: list[Linear]) -> bool:
     """Whether a decoder keeps these weights one by one: to join them for every token would cost more than one matmul saves."""
     first, last = linears[0].weight, linears[-1].weight
-    return isinstance(first, Part) and isinstance(last, Part) and first.whole is not last.whole
+    quantized = any(isinstance(linear.weight, Quantized) for linear in linears)
+    return quantized or (isinstance(first, Part) and isinstance(last, Part) and first.whole is not last.whole)
 
 
 def joined(linears: list[Linear]) -> jax.Array:
@@ -108,7 +110,7 @@ class Embedding(nnx.Module):
     """Rows of a table [V, D]; the same table, or another, is the output head."""
 
     def __init__(self, params: Params, name: str):
-        self.weight = nnx.data(params[f"{name}.weight"])
+        self.weight = nnx.data(weight_of(params, f"{name}.weight"))
 
     def __call__(self, tokens: jax.Array, dtype: Any, deterministic: bool = False) -> jax.Array:
         """[B, T] -> [B, T, D]. `deterministic`: the gradient is a matrix product, since a GPU adds up equal tokens in any order."""

@@ -18,6 +18,7 @@ Shapes: x [..., in], W [out, in].
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from smedjan_common.errors import ConfigError
+from smedjan_jax.quantized import Quantized
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 CAPABILITY = 9.0  # Hopper
@@ -56,8 +58,9 @@ Weight = jax.Array | Shard
 Scaled = tuple[jax.Array, jax.Array]  # numbers of 8 bits, and the float32 scale
 
 
-def linear(x: jax.Array, weights: list[Weight], float8: bool = False) -> jax.Array:
+def linear(x: jax.Array, weights: Sequence[Weight | Quantized], float8: bool = False) -> jax.Array:
     """x W^T, W being the weights one under the other."""
+    weights = [weight.astype(x.dtype) if isinstance(weight, Quantized) else weight for weight in weights]
     if float8 or any(isinstance(weight, Shard) for weight in weights):
         return _linear(float8, x, tuple(weights))
     return x @ _joined(tuple(weights), x.dtype).T

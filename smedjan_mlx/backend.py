@@ -28,6 +28,7 @@ from smedjan_mlx.guard import guarded
 from smedjan_mlx.loss import cross_entropy, forward_loss
 from smedjan_mlx.model import Model
 from smedjan_mlx.precision import exact_float32, on_gpu
+from smedjan_mlx.quantized import weight_of
 from smedjan_mlx.scores import logits, scores
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
@@ -112,7 +113,7 @@ class MlxBackend:
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None, top: int = 0
     ) -> Scores:
         params, vocab = self.place(params), self.model.vocab_size
-        head = params[head_name(self.model)]
+        head = weight_of(params, head_name(self.model))
         hidden = guarded(self._hidden, params, *_on_device(inputs, documents), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -122,7 +123,7 @@ class MlxBackend:
 
     def logits(self, params: dict[str, Any], inputs: np.ndarray) -> np.ndarray:
         params, vocab = self.place(params), self.model.vocab_size
-        head = params[head_name(self.model)]
+        head = weight_of(params, head_name(self.model))
         hidden = guarded(self._hidden, params, *_on_device(inputs, None), fix=LESS_TO_SCORE)
 
         def piece(places: np.ndarray) -> np.ndarray:

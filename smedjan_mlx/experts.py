@@ -10,7 +10,7 @@ Shapes: N tokens, K experts of a token, E experts, M = N K pairs, R rows (the pa
 expert), C rows of a block, D width, F hidden features of an expert.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,7 @@ from smedjan_common.model.ffns.experts import block_rows, load_names, padded_row
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_mlx.modules import Carried, Linear, Params, apart, joined, together
+from smedjan_mlx.quantized import Quantized
 
 LOSSES = ("balance_loss", "router_z_loss")
 
@@ -79,7 +80,7 @@ class Experts(nn.Module):
         """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
         logits, gate_RF, up_RF, *shared = projected
         layout, weights_NK, load_E = self._route(logits)
-        out_RD = self._multiply(swiglu(gate_RF, up_RF), self.down_proj.weight, layout)
+        out_RD = self._multiply(swiglu(gate_RF, up_RF), self._down(gate_RF.dtype), layout)
         out_NKD = cast(mx.array, _collect(out_RD, layout.pair_R, layout.row_NK)).astype(mx.float32)
         y_ND = mx.sum(weights_NK[..., None] * out_NKD, axis=1)
         y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)
@@ -94,6 +95,10 @@ class Experts(nn.Module):
 
     def _block(self, pairs: int) -> int:
         return 1 if self.implementation in UNBLOCKED else block_rows(pairs, self.experts)
+
+    def _down(self, dtype: Any) -> mx.array:
+        weight = self.down_proj.weight
+        return weight.astype(dtype) if isinstance(weight, Quantized) else weight
 
     def _multiply(self, x_RD: mx.array, weight: mx.array, layout: Layout) -> mx.array:
         return grouped_matmul(x_RD, weight, layout.sizes_E, self._block(layout.row_NK.size), self.implementation)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
 from smedjan_common.training.memory import loss_chunks
+from smedjan_mlx.quantized import Quantized, product, weight_of
 
 Params = dict[str, mx.array]
 State = dict[str, mx.array]  # decode state of one layer, by the names of its row
@@ -27,11 +28,11 @@ class Linear(nn.Module):
 
     def __init__(self, params: Params, name: str):
         super().__init__()
-        self.weight = params[f"{name}.weight"]
+        self.weight = weight_of(params, f"{name}.weight")
         self.bias = params.get(f"{name}.bias")
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = x @ self.weight.astype(x.dtype).T
+        y = product(x, self.weight)
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
@@ -59,7 +60,8 @@ def together(module: Any) -> list[Linear]:
 def apart(linears: list[Linear]) -> bool:
     """Whether a decoder keeps these weights one by one: to join them for every token would cost more than one matmul saves."""
     first, last = linears[0].weight, linears[-1].weight
-    return isinstance(first, Part) and isinstance(last, Part) and first.whole is not last.whole
+    quantized = any(isinstance(linear.weight, Quantized) for linear in linears)
+    return quantized or (isinstance(first, Part) and isinstance(last, Part) and first.whole is not last.whole)
 
 
 def joined(linears: list[Linear]) -> mx.array:
@@ -94,7 +96,7 @@ class Embedding(nn.Module):
 
     def __init__(self, params: Params, name: str):
         super().__init__()
-        self.weight = params[f"{name}.weight"]
+        self.weight = weight_of(params, f"{name}.weight")
 
     def __call__(self, tokens: mx.array, dtype: Any, deterministic: bool = False) -> mx.array:
         """[B, T] -> [B, T, D]. `deterministic`: the gradient is a matrix product, since a GPU adds up equal tokens in any order."""
@@ -105,7 +107,7 @@ class Embedding(nn.Module):
 
     def logits(self, x: mx.array) -> mx.array:
         """Scores of every token [B, T, V], returned in float32; of bfloat16 x they are rounded to that, as MLX's products are."""
-        return (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
+        return product(x, self.weight).astype(mx.float32)
 
 
 @mx.custom_function

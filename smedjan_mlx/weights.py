@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.params import head_name, parameter_table
+from smedjan_common.model.quantization import quantized_names
 from smedjan_mlx.model import Model
 from smedjan_mlx.modules import Linear, Params, Part
 from smedjan_mlx.precision import on_gpu
@@ -17,7 +18,9 @@ from smedjan_mlx.precision import on_gpu
 def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, join: bool | None = None) -> Params:
     """Arrays on the device, for `views`; those that are there in their dtype are taken as they are. join None: on one GPU, where a
     product more takes its time, if they are copied anyway."""
-    cast, groups = compute_weights(config), together(config)
+    kept = quantized_names(params)  # as they are, and one by one
+    cast = compute_weights(config) - kept
+    groups = [group for group in together(config) if not kept & set(group)]
     if join is None:
         there = isinstance(next(iter(params.values())), mx.array)
         copied = not there or any(params[name].dtype != getattr(mx, dtype) for name in cast)
@@ -35,7 +38,7 @@ def decoding_weights(config: ModelConfig, params: dict[str, Any], dtype: str, jo
 
 def views(config: ModelConfig, weights: Params) -> dict[str, Any]:
     """The same by their own names, for Model: those that meet the same x are Parts, of a joined one or of themselves."""
-    table, shared = parameter_table(config), {name for group in together(config) for name in group}
+    table, shared = parameter_table(config), {name for group in together(config) for name in group} - quantized_names(weights)
     params = {}
     for key, whole in weights.items():
         start, names = 0, key.split("+")

@@ -158,8 +158,8 @@ def _read_format_1(directory: Path, values: dict[str, Any]) -> CheckpointInfo:
         **{
             **{key: values[key] for key in fields},
             "path": directory,
-            "model": _config(ModelConfig, values["model"]),
-            "train": None if values["train"] is None else _config(TrainConfig, values["train"]),
+            "model": checked_config(ModelConfig, values["model"]),
+            "train": None if values["train"] is None else checked_config(TrainConfig, values["train"]),
             "files": files,
             "tensors": tensors,
         }
@@ -247,7 +247,7 @@ def _tensor(name: str, values: Any) -> TensorRecord:
     return tensor._replace(shape=tuple(shape))
 
 
-def _config(cls: type, values: dict[str, Any]) -> Any:
+def checked_config(cls: type, values: dict[str, Any]) -> Any:
     """A ModelConfig or TrainConfig; types and sizes are checked before its own checks run over them."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():

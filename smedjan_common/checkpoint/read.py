@@ -1,14 +1,16 @@
 """read_checkpoint: from whatever path a user gives to a checkpoint in memory, or to an error that names a way on."""
 
+import json
 import os
 from pathlib import Path
 
 from smedjan_common.checkpoint.directory import OnSkip, latest_checkpoint, step_directories
 from smedjan_common.checkpoint.load import Checkpoint, faults, load, load_info, step_of
 from smedjan_common.checkpoint.manifest import MANIFEST, CheckpointInfo
+from smedjan_common.checkpoint.tensors import open_regular
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import standing
-from smedjan_common.files.names import FINAL
+from smedjan_common.files.names import CONFIG, FINAL
 from smedjan_common.nearby import beside
 
 
@@ -75,10 +77,25 @@ def _is_run(path: Path) -> bool:
             return True
         foreign = any(path.glob("*.safetensors"))
         runs = sorted(str(inside) for inside in path.iterdir() if inside.is_dir() and _holds_any(inside))
+    if foreign and is_quantized(path):
+        what, why = f"The weights of {path} are quantised.", "They are to infer with: only whole weights are trained."
+        raise CheckpointError(what, why, "Give the model that they were made from.")
     fix = f"Give one of its runs, such as {runs[0]}." if runs else "Check the path, or train first."
     if foreign:
         fix = f"Convert it first: smedjan convert {path} DST --to neutral."
     raise CheckpointError(f"{path} holds no checkpoint.", f"It has no {MANIFEST}, no step-*/ and no {FINAL}/.", fix)
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a directory is of another form, with weights that are quantised (`convert --to quantized`). Never raises."""
+    try:
+        with open_regular(directory / CONFIG) as file:
+            return isinstance(json.loads(file.read(_MOST)).get("quantization"), dict)
+    except (CheckpointError, OSError, ValueError, RecursionError, AttributeError):
+        return False
+
+
+_MOST = 16 << 20  # bytes of a config.json
 
 
 def _holds_any(directory: Path) -> bool:

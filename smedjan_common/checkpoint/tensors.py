@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4}
 DTYPES = tuple(_DTYPES)  # what a checkpoint may hold
 
 

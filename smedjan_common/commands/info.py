@@ -231,6 +231,38 @@ def _is_run(path: Path) -> bool:
     return {"model", "train"} <= (read_config(path) or {}).keys()
 
 
+def _is_quantized(path: Path) -> bool:
+    from smedjan_common.checkpoint.read import is_quantized
+
+    return is_quantized(path)
+
+
+def _quantized(path: Path, verify: bool) -> Facts:
+    """verify: every array is read, which tells those that are not finite; there are no hashes."""
+    from smedjan_common.inference.open import Foreign, open_model
+    from smedjan_common.model.quantization import GROUP, bits_of, names, quantized_names
+
+    info, tokenizer = open_model(path)
+    assert isinstance(info, Foreign)
+    if verify:
+        info.read()
+    shapes = {name: info.weights[name].shape for name in info.weights}
+    weights = quantized_names(info.weights)
+    widths = {bits_of(shapes[name], shapes[names(name).scales]) for name in weights}
+    return {
+        "kind": "quantised model, to infer with",
+        "path": str(path),
+        "format": info.format,
+        "bits": " and ".join(map(str, sorted(widths))),
+        "group": GROUP,
+        "quantised": f"{len(weights)} weights",
+        **_model(info.model, None),
+        "tokenizer_hash": tokenizer.hash,
+        "bytes": sum(tensor.nbytes for tensor in info.weights.values()),
+        "verified": True if verify else None,
+    }
+
+
 def _foreign(path: Path, verify: bool) -> Facts:
     raise DataError(
         f"{path} has a config.json that does not describe a run.",
@@ -243,6 +275,7 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] 
     (_is_checkpoint, lambda path, verify: _checkpoint(path if path.is_dir() else path.parent, verify)),
     (_is_run, _run),
     (_holds_runs, _runs),
+    (_is_quantized, _quantized),
     (lambda path: (path / CONFIG).is_file(), _foreign),
     (lambda path: path.suffix == ".bin", _token_file),
     (lambda path: path.suffix == ".json" or (path / TOKENIZER).is_file(), _tokenizer),

@@ -14,15 +14,16 @@ from smedjan_common.checkpoint import CheckpointInfo, newest
 from smedjan_common.errors import CheckpointError, notice
 from smedjan_common.files.names import MANIFEST, TOKENIZER
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.quantization import FORMAT
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
 
-_FOREIGN = "convert.hf_import"  # by its name: it is built on what is here
+_FOREIGN, _QUANTIZED = "convert.hf_import", "convert.quantized"  # by their names: they are built on what is here
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model in a directory of Hugging Face's form. `read` makes its weights, float32; nothing is written anywhere."""
+    """A model in a directory of Hugging Face's form. `read` makes its weights, float32 or quantised; nothing is written anywhere."""
 
     path: Path
     model: ModelConfig
@@ -68,10 +69,13 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _open_foreign(path: Path) -> tuple[Foreign, Tokenizer]:
-    found = importlib.import_module(_FOREIGN).read(path)
+    quantized = importlib.import_module(_QUANTIZED)
+    small = quantized.detect(path)
+    found = quantized.read(path) if small else importlib.import_module(_FOREIGN).read(path)
     if found.tokenizer is None:
         raise CheckpointError(f"{path} has no {TOKENIZER}.", "Text cannot become tokens without it.", "Copy the tokenizer there.")
     for sentence in found.notes:
         notice(sentence)
-    read = lambda: {name: np.asarray(tensor) for name, tensor in found.tensors.items()}  # noqa: E731
-    return Foreign(path, found.config, found.tensors, read), found.tokenizer
+    weights = quantized.params(found) if small else found.tensors
+    read = lambda: {name: np.asarray(tensor) for name, tensor in weights.items()}  # noqa: E731
+    return Foreign(path, found.config, weights, read, format=FORMAT if small else "hf"), found.tokenizer

@@ -20,6 +20,7 @@ from smedjan_common.inference.open import Foreign, decoding_config, open_model
 from smedjan_common.inference.room import check_room, rows_that_fit
 from smedjan_common.inference.scoring import Scorer, row, windows
 from smedjan_common.inference.ticket import Scored
+from smedjan_common.model.quantization import FORMAT
 
 DTYPES = ("auto", "float32", "bfloat16")  # to infer in
 
@@ -78,7 +79,8 @@ class OpenModel:
         check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows, scores)
         length = min(prompt + max_tokens, self.model.context_length)
         keep = keep_rows * (state_bytes(self.model, 1, length, self.dtype) + 4 * self.model.vocab_size)
-        shared = scores or self.dtype == "float32" or "params" in self.__dict__  # else a decoder alone holds them, cast
+        quantized = self.info.format == FORMAT  # nothing of it is cast
+        shared = scores or quantized or self.dtype == "float32" or "params" in self.__dict__  # else a decoder alone holds them, cast
         decoder = self.backend.decoder(self.params if shared else self._read(), length, rows)
         blocks = self.backend.describe().kind == "gpu" and self.model.vocab_size == self.tokenizer.vocab_size  # else compiling costs more
         return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, blocks=blocks, score=self._score)

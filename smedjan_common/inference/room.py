@@ -14,6 +14,9 @@ from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.machine import available_memory
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.params import parameter_table
+from smedjan_common.model.quantization import FORMAT as QUANTIZED
+from smedjan_common.model.quantization import quantized_names
 from smedjan_common.reporting.console import size
 from smedjan_common.training.memory import PROCESS_BYTES
 from smedjan_common.training.precision import BYTES
@@ -61,7 +64,8 @@ def rows_that_fit(info: Weighed, device: Device, dtype: str, length: int, most: 
 
 def _lacking(info: Weighed, device: Device, dtype: str, length: int, rows: int, scores: bool) -> list[tuple[str, int, int]]:
     state = state_bytes(info.model, rows, min(length, info.model.context_length), dtype)
-    if scores and dtype != "float32":
+    state += _working(info, dtype)
+    if scores and dtype != "float32" and info.format != QUANTIZED:
         state += _weights(info) * BYTES[dtype] // BYTES["float32"]  # those that are decoded with; in float32 they are the same
     return [(place, need, there) for place, need, there in _places(info, device, state) if need > there]
 
@@ -79,3 +83,9 @@ def _places(info: Weighed, device: Device, state: int) -> Iterator[tuple[str, in
 
 def _weights(info: Weighed) -> int:
     return sum(tensor.nbytes for tensor in info.weights.values())
+
+
+def _working(info: Weighed, dtype: str) -> int:
+    """What a step makes besides: of quantised weights the largest, whole."""
+    table, quantized = parameter_table(info.model), quantized_names(info.weights)
+    return max((table[name].size for name in quantized), default=0) * BYTES[dtype]
