@@ -162,7 +162,8 @@ def summary(folder: Path, backend: str) -> str:
     first, last, check = train[0]["loss"], train[-1]["loss"], checks[-1]
     other, more = "mlx" if backend == "jax" else "jax", f"smedjan train --checkpoint-dir {folder} --steps {2 * train[-1]['step']}"
     tries = (
-        (f'smedjan generate {folder} --prompt "To be, or not" --temperature 0.7', "another text"),
+        (f'smedjan generate {folder} "To be, or not" --temperature 0.7', "another text"),
+        (f"smedjan chat {folder}", "write a text together"),
         (more, "goes on"),
         (f"{more} --backend {other}", "goes on in the other framework"),
         ("smedjan train YOUR.txt --size small --checkpoint-dir runs/mine", "your own text"),

@@ -42,6 +42,7 @@ def test_the_readme_names_commands():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_page_runs(tmp_path, page):
     (tmp_path / "my.txt").write_text(TEXT)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
     for command in commands(page):
         done = subprocess.run(
@@ -49,3 +50,18 @@ def test_every_command_of_the_page_runs(tmp_path, page):
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs").is_dir()
+
+
+@pytest.mark.timeout(600)
+def test_the_talk_of_the_first_screen_is_had_by_its_commands(tmp_path):
+    screen = (ROOT / "README.md").read_text().splitlines()[:40]
+    said = [line[4:].removeprefix(">>> ") for line in screen if line.startswith("    ")]
+    asked, answered = said[::2], said[1::2]
+    train, chat = [line for line in commands("README.md") if "runs/smith" in line]
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
+    quick = "--sample-every 0 --eval-every 0 --checkpoint-every 0"
+    subprocess.run(["bash", "-c", f"{train} {quick}"], cwd=tmp_path, env=env, check=True, capture_output=True, timeout=400)
+    words = ["bash", "-c", f"{chat} --temperature 0"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, input="\n".join(asked), text=True, capture_output=True, timeout=120)
+    assert (len(asked), done.stdout.splitlines()) == (2, answered)

@@ -45,6 +45,13 @@ def test_what_the_guide_tells_to_run_is_there():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_the_readme_links_every_page_once_in_lines_that_fit():
+    readme = (ROOT / "README.md").read_text()
+    pages = sorted(re.findall(r"\]\((docs/[\w-]+\.md)\)", readme))
+    assert pages == sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+    assert [line for line in readme.splitlines() if len(line) > 140] == []
+
+
 def test_every_command_of_the_makefile_is_phony():
     phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
     assert phony == TARGETS
