@@ -136,22 +136,8 @@ def test_values_are_checked_as_flags_are(text, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["config.toml", "config.json"])
 def test_a_run_can_be_repeated_by_what_it_wrote(text, tmp_path, kind):
-    more = (
-        "--seed",
-        3,
-        "--weight-decay",
-        0.3,
-        "--lr-schedule",
-        "wsd",
-        "--window",
-        8,
-        "--rope-layers",
-        "off,on",
-        "--log-every",
-        3,
-        "--val-fraction",
-        0.2,
-    )
+    more = ("--seed", 3, "--weight-decay", 0.3, "--lr-schedule", "wsd", "--log-every", 3, "--val-fraction", 0.2)
+    more += ("--window", 8, "--layers", 2, "--window-layers", "on,off", "--rope-layers", "off,on")
     words = [*SMALL.replace("--val-fraction 0.1 ", "").split(), "--dataset", text, "--checkpoint-dir", tmp_path / "a", "--steps", 12, *more]
     assert train_here(*words) == 0
     assert train_here("--config", tmp_path / "a" / kind, "--checkpoint-dir", tmp_path / "b") == 0
