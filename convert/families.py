@@ -11,7 +11,8 @@
 | mixtral | Mixtral | experts with the softmax router in all layers |
 | qwen3_moe | Qwen 3 MoE | the same with head norms, and dense layers between |
 | glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
-| granitemoehybrid | Granite 4 | Mamba-2, attention or both; SwiGLU, or experts with shared ones |
+| granite | Granite 3 | multipliers of embeddings, residuals, scores and logits |
+| granitemoehybrid | Granite 4 | the same; Mamba-2, attention, turned or not, or both; SwiGLU, or experts with shared ones |
 | deepseek_v3 | DeepSeek V3 | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
 | qwen3_5 | Qwen 3.5 | Gated DeltaNet and attention with head norms |
 | qwen3_next | Qwen3-Next | the same with experts and shared ones |
@@ -30,6 +31,7 @@ from smedjan_common.errors import ConfigError
 HEADS = {"head_size"}
 EXPERTS = {"experts", "experts_per_token", "expert_dim"}
 SHARED = {*EXPERTS, "shared_experts"}
+MULTIPLIERS = {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"}
 WINDOWS = {"window", "window_layers"}
 QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
@@ -81,7 +83,12 @@ def _glm4_moe(config: ModelConfig) -> bool:
 def _granite(config: ModelConfig) -> bool:
     kinds = {config.ffn_of(layer) for layer in range(config.layers)}
     routed = kinds == {"experts"} and config.router == "softmax" and config.shared_experts > 0
-    return set(config.mixer) <= {"ssm", "attention"} and (routed or (kinds == {"swiglu"} and "ssm" in config.mixer))
+    alike = len(set(config.rope_layers)) == 1
+    return (
+        alike
+        and set(config.mixer) <= {"ssm", "attention"}
+        and (routed or (kinds == {"swiglu"} and ("ssm" in config.mixer or "off" in config.rope_layers)))
+    )
 
 
 def _deepseek(config: ModelConfig) -> bool:
@@ -148,6 +155,12 @@ FAMILIES: dict[str, Family] = {
         {*HEADS, *WINDOWS, "rope_layers", "qkv_bias", "o_bias"},
         lambda config: _plain(config) and config.qkv_bias == config.o_bias,
     ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {"max_position_embeddings": 2048},
+        {*MULTIPLIERS, "qkv_bias", "o_bias"},
+        lambda config: _plain(config) and config.qkv_bias == config.o_bias,
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -168,7 +181,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(
         "GraniteMoeHybridForCausalLM",
         {"max_position_embeddings": 2048},
-        {*SHARED, "conv_width", "ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups"},
+        {*SHARED, *MULTIPLIERS, "rope_layers", "conv_width", "ssm_state", "ssm_head_dim", "ssm_expand", "ssm_groups"},
         _granite,
         layouts.granitemoehybrid,
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from convert.families import dense_prefix
-from convert.hf_values import inexpressible, integer
+from convert.hf_values import inexpressible, integer, number
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
@@ -84,6 +84,15 @@ _NO_EXPERTS = {  # a dense model of this architecture still has to say something
 }
 
 
+def _multipliers(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": config.embedding_multiplier,
+        "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": config.logits_divisor,
+        "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
+    }
+
+
 def _granitemoehybrid(config: ModelConfig) -> dict[str, Any]:
     experts = "experts" in config.ffn
     layers = [config.mixer_of(layer) for layer in range(config.layers)]
@@ -93,11 +102,8 @@ def _granitemoehybrid(config: ModelConfig) -> dict[str, Any]:
         "shared_intermediate_size": config.shared_experts * width(config) if experts else config.ffn_dim,
         "num_local_experts": config.experts if experts else 0,
         "num_experts_per_tok": config.experts_per_token if experts else 0,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "attention_multiplier": config.head_dim**-0.5,
-        "position_embedding_type": "rope",
+        **_multipliers(config),
+        "position_embedding_type": "nope" if "off" in config.rope_layers else "rope",  # nope: whatever is not rope does not turn
         "mamba_n_heads": ssm.heads(config),
         "mamba_d_head": config.ssm_head_dim,
         "mamba_d_state": config.ssm_state,
@@ -155,6 +161,7 @@ WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "mistral": lambda config: {"sliding_window": config.window or None},
     "ministral": _windows,
     "smollm3": _smollm3,
+    "granite": _multipliers,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "glm4_moe": _glm4_moe,
@@ -224,16 +231,32 @@ def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
     return {**_read_grouped(values, where), "mixer": ("mla",), "head_size": 0, "mla_q_rank": q_rank, **ranks}
 
 
-def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
+def _read_multipliers(values: Values, where: str) -> dict[str, Any]:
+    """Each is 1 where config.json is silent, that of the scores too."""
     dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
+    scores = number(values, "attention_multiplier", where, 1.0)
+    usual = integer(values, "head_dim", where, max(1, dim // heads)) ** -0.5
+    return {
+        "embedding_multiplier": number(values, "embedding_multiplier", where, 1.0),
+        "residual_multiplier": number(values, "residual_multiplier", where, 1.0),
+        "logits_divisor": number(values, "logits_scaling", where, 1.0),
+        "attention_multiplier": 0.0 if scores == usual else scores,
+    }
+
+
+def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     kinds = values.get("layer_types") or values.get("layers_block_type")
     if not isinstance(kinds, list) or set(kinds) - {"mamba", "attention"}:
         raise inexpressible(where, f"layer_types {kinds!r}", "Layers are mamba or attention")
-    _asks_for(values, where, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, mamba_conv_bias=True)
-    if "attention" in kinds:
-        _asks_for(values, where, position_embedding_type="rope", attention_multiplier=(dim // heads) ** -0.5)
+    _asks_for(values, where, mamba_conv_bias=True)
     mixer = shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
-    found: dict[str, Any] = {"mixer": mixer}
+    found: dict[str, Any] = {"mixer": mixer, **_read_multipliers(values, where)}
+    if "attention" not in kinds:
+        found["attention_multiplier"] = 0.0
+    elif (turned := values.get("position_embedding_type")) not in ("rope", "nope", None):
+        raise inexpressible(where, f"position_embedding_type {turned!r}", "Attention here turns (rope) or does not (nope)")
+    elif turned != "rope":
+        found["rope_layers"] = ("off",)
     if "mamba" in kinds:
         _asks_for(values, where, mamba_proj_bias=False)
         names = {"ssm_state": "mamba_d_state", "ssm_head_dim": "mamba_d_head", "ssm_groups": "mamba_n_groups", "ssm_expand": "mamba_expand"}
@@ -290,6 +313,7 @@ READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "qwen2": lambda values, where: {"qkv_bias": True, "o_bias": False},
     "qwen3": lambda values, where: {"qk_norm": True},
     "smollm3": lambda values, where: {"rope_layers": shortest(rope_layers(values, where))},
+    "granite": _read_multipliers,
     "mixtral": _read_mixtral,
     "qwen3_moe": _read_qwen3_moe,
     "glm4_moe": _read_glm4_moe,

@@ -50,6 +50,8 @@ FLAGS = {
     "balance-loss": "aux-loss router-aux-loss-coef moe-aux-loss-coeff load-balancing-loss",
     "window": "sliding-window attention-window local-window",
     "window-layers": "max-window-layers sliding-window-pattern use-sliding-window",
+    "logits-divisor": "logits-scaling logit-scale logits-multiplier",
+    "attention-multiplier": "attention-scale softmax-scale query-pre-attn-scalar",
     "rope-layers": "no-rope-layers nope no-rope-layer-interval",
     "rope-base": "rope-theta rotary-base theta",
     "qk-norm": "use-qk-norm qk-layernorm",

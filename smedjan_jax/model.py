@@ -2,6 +2,8 @@
 
     x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T, or those of a head of its own
 
+Multipliers of the embedding, of what is added and of the logits are 1 unless the model says otherwise.
+
 `Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.model.params) into Flax NNX modules. Building it
 moves no data, so a step builds it anew inside its trace and differentiates with respect to the dict.
 
@@ -73,10 +75,21 @@ class Model(nnx.Module):
         """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
         context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD, carried = self.embed(tokens, self.dtype, self.deterministic), {}
+        x_BTD, carried = self._embedded(tokens, self.deterministic), {}
         for block in self.layers:
             x_BTD, carried = apply(block, x_BTD, context, carried)
-        return self.norm(x_BTD), carried
+        return self._read(x_BTD), carried
+
+    def _embedded(self, tokens: jax.Array, deterministic: bool = False) -> jax.Array:
+        """Where the residual stream begins, [B, T, D]."""
+        x_BTD = self.embed(tokens, self.dtype, deterministic)
+        e = self.config.embedding_multiplier
+        return x_BTD if e == 1 else x_BTD * e
+
+    def _read(self, x_BTD: jax.Array) -> jax.Array:
+        """What the head reads: dividing it divides the logits."""
+        d = self.config.logits_divisor
+        return self.norm(x_BTD) if d == 1 else self.norm(x_BTD) / d
 
     def init_state(self, batch: int, max_len: int) -> State:
         """An empty decode state of `batch` rows for `max_len` positions: {"position" [B], "layers": [arrays by name, …]}."""
@@ -93,11 +106,11 @@ class Model(nnx.Module):
         """
         position, T = state["position"], tokens.shape[1]
         context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
-        x_BTD, layers, carried = self.embed(tokens, self.dtype), [], {}
+        x_BTD, layers, carried = self._embedded(tokens), [], {}
         for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BTD, after, carried = block.step(x_BTD, context, before, carried)
             layers.append(self._where_active(active, layer, before, after))
-        logits_BV = self.head.logits(self.norm(x_BTD[:, -1:]))[:, 0]
+        logits_BV = self.head.logits(self._read(x_BTD[:, -1:]))[:, 0]
         return logits_BV, {"position": position + (T if active is None else T * active), "layers": layers}
 
     def _where_active(self, active: jax.Array | None, layer: int, before: State, after: State) -> State:
@@ -119,6 +132,7 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
         mixer_class(row.name)(config.at(layer), params, f"{at}.mixer", implementation),
         RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
+        config.residual_multiplier,
     )
 
 

@@ -171,28 +171,33 @@ class Context:
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)). Mixers and feed-forwards may add to `carried`, which blocks hand on."""
+    """x + r mixer(norm(x)), then x + r ffn(norm(x)), r = residual. Mixers and feed-forwards may add to `carried`, which blocks hand on."""
 
-    def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any):
+    def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any, residual: float = 1.0):
         self.mixer_norm = mixer_norm
         self.mixer: Any = mixer
         self.ffn_norm = ffn_norm
         self.ffn: Any = ffn
+        self.residual = residual
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
         mixed, carried = self.mixer(self.mixer_norm(x), context, carried)
         # the barriers keep XLA from fusing the residual into both neighbours and computing it twice, which costs memory traffic
-        x = jax.lax.optimization_barrier(x + mixed)
+        x = jax.lax.optimization_barrier(self.add(x, mixed))
         fed, carried = self.ffn(self.ffn_norm(x), carried)
-        return jax.lax.optimization_barrier(x + fed), carried
+        return jax.lax.optimization_barrier(self.add(x, fed)), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """The same for T new tokens of each row, which follow its `context.position` earlier ones."""
         mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
-        x = x + mixed
+        x = self.add(x, mixed)
         fed, carried = self.ffn(self.ffn_norm(x), carried)
-        return x + fed, state, carried
+        return self.add(x, fed), state, carried
+
+    def add(self, x: jax.Array, more: jax.Array) -> jax.Array:
+        """The residual stream with what a mixer or feed-forward adds."""
+        return x + more if self.residual == 1 else x + self.residual * more
 
 
 class Rope(nnx.Module):

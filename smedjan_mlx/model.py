@@ -2,6 +2,8 @@
 
     x = E[tokens];  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) E^T, or those of a head of its own
 
+Multipliers of the embedding, of what is added and of the logits are 1 unless the model says otherwise.
+
 `Model(config, params)` wraps a flat dict of arrays (names of smedjan_common.model.params) into MLX modules. Building it moves
 no data, so a step builds it anew inside its trace and differentiates with respect to the dict.
 
@@ -69,10 +71,21 @@ class Model(nn.Module):
         """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
         context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
-        x_BTD, carried = self.embed(tokens, getattr(mx, self.dtype), self.deterministic), {}
+        x_BTD, carried = self._embedded(tokens, self.deterministic), {}
         for block in self.layers:
             x_BTD, carried = apply(block, x_BTD, context, carried)
-        return self.norm(x_BTD), carried
+        return self._read(x_BTD), carried
+
+    def _embedded(self, tokens: mx.array, deterministic: bool = False) -> mx.array:
+        """Where the residual stream begins, [B, T, D]."""
+        x_BTD = self.embed(tokens, getattr(mx, self.dtype), deterministic)
+        e = self.config.embedding_multiplier
+        return x_BTD if e == 1 else x_BTD * e
+
+    def _read(self, x_BTD: mx.array) -> mx.array:
+        """What the head reads: dividing it divides the logits."""
+        d = self.config.logits_divisor
+        return self.norm(x_BTD) if d == 1 else self.norm(x_BTD) / d
 
     def init_state(self, batch: int, max_len: int) -> State:
         """An empty decode state of `batch` rows for `max_len` positions: {"position" [B], "layers": [arrays by name, …]}."""
@@ -89,11 +102,11 @@ class Model(nn.Module):
         """
         position, T = state["position"], tokens.shape[1]
         context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
-        x_BTD, layers, carried = self.embed(tokens, getattr(mx, self.dtype)), [], {}
+        x_BTD, layers, carried = self._embedded(tokens), [], {}
         for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BTD, after, carried = block.step(x_BTD, context, before, carried)
             layers.append(self._where_active(active, layer, before, after))
-        logits_BV = self.head.logits(self.norm(x_BTD[:, -1:]))[:, 0]
+        logits_BV = self.head.logits(self._read(x_BTD[:, -1:]))[:, 0]
         return logits_BV, {"position": position + (T if active is None else T * active.astype(mx.int32)), "layers": layers}
 
     def _where_active(self, active: mx.array | None, layer: int, before: State, after: State) -> State:
@@ -115,6 +128,7 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
         mixer_class(row.name)(config.at(layer), params, f"{at}.mixer", implementation),
         RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
+        config.residual_multiplier,
     )
 
 
@@ -130,10 +144,10 @@ def _apply_dots(block: Block, x_BTD: mx.array, context: Context, carried: Carrie
     """
     projected = _recomputed([block.mixer_norm, block.mixer], lambda x: block.mixer.project(block.mixer_norm(x), context))(x_BTD)
     mixed, carried = _recomputed([block.mixer], lambda p, c: block.mixer.mix(p, context, c))(projected, carried)
-    x_BTD = x_BTD + mixed
+    x_BTD = block.add(x_BTD, mixed)
     projected = _recomputed([block.ffn_norm, block.ffn], lambda x: block.ffn.project(block.ffn_norm(x)))(x_BTD)
     fed, carried = _recomputed([block.ffn], lambda p, c: block.ffn.mix(p, c))(projected, carried)
-    return x_BTD + fed, carried
+    return block.add(x_BTD, fed), carried
 
 
 def _apply_full(block: Block, x_BTD: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:

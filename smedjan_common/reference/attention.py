@@ -2,7 +2,8 @@
 
     q, k, v = x Wq^T, x Wk^T, x Wv^T, each with a bias where the model has one
     qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions, but in layers that rope_layers turns off
-    p_ts = softmax over s <= t of  q_t . k_s / sqrt(K);   window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
+    p_ts = softmax over s <= t of  q_t . k_s / sqrt(K) (or times attention_multiplier);
+    window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
 Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
 """
@@ -52,6 +53,8 @@ def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
     query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
     if config.qk_norm:
         query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
+    if config.attention_multiplier:  # scores are divided by sqrt(K) later
+        query = query * (config.attention_multiplier * np.sqrt(config.head_dim))
     if config.rope_layers == ("on",):
         query, key = rotate(query, config, start), rotate(key, config, start)
     return query, key, heads("v_proj", config.kv_heads)

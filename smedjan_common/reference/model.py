@@ -1,8 +1,10 @@
 """The whole model: embedding, pre-norm blocks, final norm, head.
 
-    x = embed[tokens]
-    x = x + mixer(rms_norm(x)); x = x + ffn(rms_norm(x))        for every layer
-    logits = rms_norm(x) head^T                                  the head is the embedding, or a matrix of its own
+    x = e embed[tokens]
+    x = x + r mixer(rms_norm(x)); x = x + r ffn(rms_norm(x))    for every layer
+    logits = rms_norm(x) / d head^T                              the head is the embedding, or a matrix of its own
+
+e, r, d: embedding_multiplier, residual_multiplier, logits_divisor, which are 1 unless a model says otherwise (Granite 3, 2024).
 
 Mixers and feed-forwards come from the rows of smedjan_common.model.mixers, so a new row needs its file beside this one and nothing here.
 """
@@ -40,14 +42,14 @@ def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, document
 def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tuple[np.ndarray, dict]:
     """What the output head reads, and what the layers left beside it."""
     params = {name: as_float64(value) for name, value in params.items()}
-    x, carried = params["embed.weight"][tokens_BxT], {}
+    x, carried = config.embedding_multiplier * params["embed.weight"][tokens_BxT], {}
     for layer in range(config.layers):
         mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
         normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-        x = x + mixer.forward(config.at(layer), under(params, f"{at}mixer."), normed, carried)
+        x = x + config.residual_multiplier * mixer.forward(config.at(layer), under(params, f"{at}mixer."), normed, carried)
         normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-        x = x + ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
-    return rms_norm(x, params["norm.weight"], config.norm_eps), carried
+        x = x + config.residual_multiplier * ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
+    return rms_norm(x, params["norm.weight"], config.norm_eps) / config.logits_divisor, carried
 
 
 def router_logits(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> list[np.ndarray]:
@@ -69,15 +71,15 @@ def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarra
     states = [mixer_module(config, layer).initial_state(config, len(tokens_BxT)) for layer in range(config.layers)]
     logits = []
     for tokens_B in tokens_BxT.T:
-        x, carried = params["embed.weight"][tokens_B], {}
+        x, carried = config.embedding_multiplier * params["embed.weight"][tokens_B], {}
         for layer in range(config.layers):
             mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
             normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
             mixed, states[layer] = mixer.step(config.at(layer), under(params, f"{at}mixer."), normed, states[layer], carried)
-            x = x + mixed
+            x = x + config.residual_multiplier * mixed
             normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-            x = x + ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
-        logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) @ params[head_name(config)].T)
+            x = x + config.residual_multiplier * ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
+        logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) / config.logits_divisor @ params[head_name(config)].T)
     return np.stack(logits, axis=1)
 
 

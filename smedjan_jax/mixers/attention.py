@@ -38,7 +38,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.turns = config.rope_layers == ("on",)
+        self.turns, self.multiplier = config.rope_layers == ("on",), config.attention_multiplier
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -70,6 +70,8 @@ class Attention(nnx.Module):
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.multiplier:  # scores are divided by sqrt(K) later
+            query = query * (self.multiplier * self.head_dim**0.5)
         return (context.rope(query), context.rope(key)) if self.turns else (query, key)
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import attention
@@ -17,7 +18,7 @@ def wide_by(more: int) -> Callable:
     return lambda right: lambda config, behind: right(dataclasses.replace(config, window=config.window + more), behind)
 
 
-def other(field: str, value: tuple[str, ...]) -> Callable:
+def other(field: str, value: Any) -> Callable:
     """A pattern that says another thing of the layers."""
     return lambda right: lambda config, *args, **more: right(dataclasses.replace(config, **{field: value}), *args, **more)
 
@@ -39,6 +40,10 @@ MUTATIONS = {
     "window one wider": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(1))),
     "window one narrower": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(-1))),
     "gradient with a window one wider": (on(demand_gradient, WINDOW), swap(attention, "_visible", wide_by(1))),
+    "scores times one over the root of the head size": (
+        on(demand_forward, CASES["attention-swiglu-mha-multipliers"]),
+        swap(attention, "project", other("attention_multiplier", 0.0)),
+    ),
     "every layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("on",)))),
     "no layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("off",)))),
     "every layer has the window": (on(demand_forward, PATTERNS), swap(attention, "_visible", other("window", 5))),

@@ -33,7 +33,16 @@ def _smollm3(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILIES = {"patterns": ("SmolLM3", _smollm3)}  # by the variant of the suite's models
+def _granite(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": model.embedding_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+        "attention_multiplier": model.attention_multiplier,
+        "logits_scaling": model.logits_divisor,
+    }
+
+
+FAMILIES = {"patterns": ("SmolLM3", _smollm3), "multipliers": ("Granite", _granite)}  # by the variant of the suite's models
 CASES_HERE = [pytest.param(CASES[f"attention-swiglu-mha-{variant}"], id=variant) for variant in FAMILIES]
 
 
@@ -89,9 +98,20 @@ def test_every_gradient_equals_torch_autograd(backend: str, case_here: Case):
     demand(tensors(ours, {name: gradients[oracle_name(name)] for name in ours}, case.tolerance.gradient, "gradient of "))
 
 
-@pytest.mark.parametrize("changed", [{"rope_layers": ("off", "on")}, {"window_layers": ("on", "off")}, {"window_layers": ("on",)}], ids=str)
-def test_a_pattern_that_is_off_is_caught_by_the_oracle(backend: str, changed: dict[str, Any]):
-    case = CASES["attention-swiglu-mha-patterns"]
+OFF = [
+    *(
+        ("patterns", {"rope_layers": ("off", "on")}),
+        ("patterns", {"window_layers": ("on", "off")}),
+        ("patterns", {"window_layers": ("on",)}),
+    ),
+    *(("multipliers", {"embedding_multiplier": 2.51}), ("multipliers", {"residual_multiplier": 0.701})),
+    *(("multipliers", {"attention_multiplier": 0.0}), ("multipliers", {"logits_divisor": 1.501})),
+]
+
+
+@pytest.mark.parametrize(("variant", "changed"), OFF, ids=str)
+def test_an_option_that_is_off_is_caught_by_the_oracle(backend: str, variant: str, changed: dict[str, Any]):
+    case = CASES[f"attention-swiglu-mha-{variant}"]
     got = subjects.logits(backend, dataclasses.replace(case.model, **changed), case.params, case.tokens)
     with pytest.raises(Mismatch):
         demand([Difference("logits", largest(got, _logits(case, torch.float32)), FLOAT32.oracle)])

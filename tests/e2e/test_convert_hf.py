@@ -54,6 +54,7 @@ MODELS = {
 }
 EXPERTS = {"ffn": ("experts",), "experts": 4, "experts_per_token": 2, "expert_dim": 24}
 ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias"}  # after a dense layer
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_divisor": 8.0}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
 MLA = {"mixer": ("mla",), "kv_heads": 4, "norm_eps": 1e-6}
@@ -62,7 +63,11 @@ MODELS |= {
     "qwen3_moe": EXPERTS | {"ffn": ("swiglu", "experts"), "qk_norm": True, "head_size": 12},
     "glm4_moe": ROUTED | {"shared_experts": 1, "qk_norm": True},
     "glm4_moe, none shared": ROUTED | {"ffn": ("experts",)},
+    "granite": MULTIPLIERS,
+    "granite, biases": MULTIPLIERS | {"attention_multiplier": 0.0, "qkv_bias": True, "o_bias": True, "tied_head": False},
     "granitemoehybrid": SSM,
+    "granitemoehybrid, not turned": SSM | MULTIPLIERS | {"rope_layers": ("off",)},
+    "granitemoehybrid, attention alone": MULTIPLIERS | {"rope_layers": ("off",)},
     "granitemoehybrid, experts": SSM | EXPERTS | {"shared_experts": 2, "tied_head": False},
     "granitemoehybrid, attention": EXPERTS | {"shared_experts": 1},
     "deepseek_v3": MLA,
@@ -213,9 +218,9 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
         ("glm4_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
         ("glm4_moe", {"n_group": 2}, "n_group 2"),
         ("glm4_moe", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial rotary"),
-        ("granitemoehybrid", {"residual_multiplier": 0.22}, "residual_multiplier 0.22"),
-        ("granitemoehybrid", {"attention_multiplier": 0.1}, "attention_multiplier 0.1"),
-        ("granitemoehybrid", {"position_embedding_type": "nope"}, "position_embedding_type 'nope'"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
+        ("granitemoehybrid", {"residual_multiplier": "x"}, "residual_multiplier 'x'"),
+        ("granitemoehybrid", {"attention_multiplier": -1.0}, "attention_multiplier -1"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention", "conv"]}, "layer_types"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
         ("deepseek_v3", {"v_head_dim": 16}, "v_head_dim 16"),
@@ -314,6 +319,11 @@ SAVED = {
         **{"kind": "SmolLM3", "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 16, "pad_token_id": None},
         "attention_bias": True,
     },
+    "granite": {
+        **{"kind": "Granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625},
+        "logits_scaling": 8.0,
+    },
+    "granite, nothing said": {"kind": "Granite"},
     "qwen3": {"kind": "Qwen3", "head_dim": 12, "tie_word_embeddings": False},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-3},
 }

@@ -17,6 +17,9 @@ class HeadNorm(Shape):
     qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
     qkv_bias: bool = option(False, "biases of the query, key and value projections (Qwen2).")
     o_bias: bool = option(False, "a bias of the output projection.")
+    attention_multiplier: float = option(
+        0.0, "what scores of attention are multiplied by.", least=0, most=1e6, filled="1 over the root of the head size", shape_free=True
+    )
     rope_layers: tuple[str, ...] = option(
         ("on",), "whether a layer turns by position, a pattern over the depth (on,on,on,off: SmolLM3).", choices=SWITCH, shape_free=True
     )
