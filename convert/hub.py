@@ -18,6 +18,7 @@ FETCHED = (
     *("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "*.jinja", "LICENSE*"),
 )
+_LEFT = ("*/*", "consolidated*")  # of subfolders nothing is read, and of Mistral's weights the other copy is
 _TRANSPORTS = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -51,7 +52,7 @@ def fetch(repository: Repository) -> tuple[Path, str]:
         commit = hub.HfApi().model_info(repository.name, revision=repository.revision).sha
         if not commit:
             raise CheckpointError(f"{repository.name} names no commit.", "The Hub's answer lacks it.", "Try again.")
-        return Path(hub.snapshot_download(repository.name, revision=commit, allow_patterns=list(FETCHED))), commit
+        return Path(hub.snapshot_download(repository.name, revision=commit, allow_patterns=[*FETCHED], ignore_patterns=[*_LEFT])), commit
 
 
 def package() -> Any:
@@ -81,6 +82,8 @@ def explained(repository: Repository) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         why = "The Hub knows no such model, or it is private."
         raise CheckpointError(f"There is no {where}.", why, "Check the name; for a private one set HF_TOKEN.") from None
+    except ValueError as error:  # of the package: a name that would lead out of its cache, an answer that is no JSON
+        raise CheckpointError(f"{where} cannot be fetched.", _first(error), "Choose another model, or tell its owner.") from None
     except Exception as error:  # the package's transport raises errors of its own
         known = isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError))
         if not known and type(error).__module__.partition(".")[0] not in _TRANSPORTS:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smedjan_common.inference.request import Request
     from smedjan_common.inference.sampling import Sampling
 
+MOST_TEXTS = 100_000
 MOST_ROWS = 64  # texts side by side; more wait for a free row
 EXAMPLES = (
     'smedjan generate runs/mine --prompt "Once" --max-tokens 100',
@@ -110,6 +111,11 @@ def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
             raise ConfigError(f"{what} is {number}.", f"It must be at least {least}.", "Leave it out for the default.")
     _sampling(flags, 0).validate()
     prompts = read_prompts(flags.prompt, flags.prompt_file, flags.prompts)
+    if (many := flags.num_samples * len(prompts)) > MOST_TEXTS:
+        why = f"They and {len(prompts):,} prompts make {many:,} texts, all of which are kept until they are written."
+        raise ConfigError(
+            f"--num-samples is {flags.num_samples:,}.", why, f"Take {MOST_TEXTS:,} texts at most, and another --seed for more."
+        )
     opened = OpenModel(flags.checkpoint)
     length = opened.model.context_length
     ids = [_prompt_ids(prompt, opened.tokenizer, length) for prompt in prompts]

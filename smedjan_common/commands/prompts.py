@@ -44,7 +44,7 @@ def _read(source: str) -> str:
         why = f"It has over {MAX_PROMPT_BYTES >> 20} MiB, more than any model takes."
         raise DataError(f"The prompt in {source!r} is too long.", why, "Give a shorter text.")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # Windows' editors begin with a byte order mark
     except UnicodeDecodeError as error:
         raise DataError(f"The prompt in {source!r} is not UTF-8.", f"Byte {error.start} is no text.", "Convert the file.") from None
     return text.removesuffix("\n") if source == STDIN else text  # the line end of `echo`
@@ -59,7 +59,7 @@ def _tell_where_nothing_comes() -> None:
 
 def _lines(text: str, where: str) -> list[str]:
     """A prompt a line, empty ones left out; lines of JSON where the first one is an object."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{where!r} has no prompts.", "Every line is empty.", "Write one prompt a line.")
     if not lines[0][1].lstrip().startswith("{"):

@@ -93,7 +93,7 @@ def _serve(name: str, load: "Load", flags: ServeFlags) -> int:
     check_backend(name, flags.backend)
     opened = OpenModel(flags.checkpoint)
     served = _served(opened, flags)
-    key = os.environ.get(KEY_VARIABLE, "") if flags.api_key is None else flags.api_key
+    key = _key(flags)
     loopback = is_loopback(flags.host)
     access = Access(key, tuple(map(str.lower, flags.allowed_host)), flags.cors_origin, loopback)
     allow_many_files()
@@ -120,11 +120,21 @@ def _check(flags: ServeFlags) -> None:
         value = getattr(flags, field)
         if value is not None and not value >= least:
             raise ConfigError(f"--{field.replace('_', '-')} is {value}.", f"It must be at least {least}.", "Leave it out for the default.")
-    if flags.api_key == "":
-        raise ConfigError("--api-key is empty.", "An unset shell variable has this effect.", "Give it a value, or leave it out.")
+    _key(flags)
     for origin in flags.cors_origin:
         if origin != "*" and ("://" not in origin or origin.rstrip("/").count("/") != 2 or origin.endswith("/")):
             raise ConfigError(f"--cors-origin {origin} is no origin.", "One is a scheme and a host.", "Write it as https://app.example.")
+
+
+def _key(flags: ServeFlags) -> str:
+    """What requests must bring, without white space around it, which a header does not keep; "": nothing. Raises ConfigError."""
+    name, given = (KEY_VARIABLE, os.environ.get(KEY_VARIABLE)) if flags.api_key is None else ("--api-key", flags.api_key)
+    key = (given or "").strip()
+    if given and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{name} has letters that no header carries.", "Clients send them in several ways, or not at all.", "Use ASCII.")
+    if not key and (given or flags.api_key is not None):
+        raise ConfigError(f"{name} is empty.", "An unset shell variable has this effect.", "Give it a value, or leave it out.")
+    return key
 
 
 def _check_installed() -> None:

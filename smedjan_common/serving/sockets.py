@@ -50,7 +50,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family, kind, protocol)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: a name with a part that is empty, or too long
         raise _NoSuchAddress from None
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6 and address[0] == LOOPBACKS[1]:

@@ -85,6 +85,7 @@ def test_no_prompt_begins_a_document(run, capsys):
         (("--prompt", "a", "--prompt-file", "b"), "--prompt-file"),
         (("--prompt", "a", "--prompts", "b"), "--prompts"),
         (("--num-samples", "0"), "--num-samples is 0"),
+        (("--num-samples", "100001"), "100,001 texts"),
         (("--presence-penalty", "3"), "--presence-penalty"),
         (("--prompt-file", "missing.txt"), "missing.txt"),
         (("--dtype", "float7"), "--dtype"),
@@ -180,6 +181,9 @@ def test_prompts_of_a_file_a_line_each_plain_or_json(run, capsys, tmp_path):
     expected = make(capsys, run, "--max-tokens", 4, "--prompt", "the cat", "--prompt", "a dog")[1]
     for name in ("plain.txt", "rows.jsonl"):
         assert make(capsys, run, "--max-tokens", 4, "--prompts", tmp_path / name)[1] == expected
+    for text in ("\ufeffthe cat\r\na dog\n", '{"prompt": "the cat"}\n{"prompt": "a dog", "also": "\u2028"}\n'):
+        (tmp_path / "odd").write_text(text, newline="")
+        assert make(capsys, run, "--max-tokens", 4, "--prompts", tmp_path / "odd")[1] == expected
     for text, what in (("\n", "no prompts"), ('{"prompt": "a"}\n{"text": 1}', "Line 2"), ('{"prompt": "a"}\nx', "no JSON")):
         (tmp_path / "bad").write_text(text)
         code, _, err = make(capsys, run, "--prompts", tmp_path / "bad")

@@ -86,6 +86,29 @@ def test_a_download_that_fails_leaves_nothing_half_and_goes_on(models: Path, tmp
     assert read_checkpoint(tmp_path / "neutral").snapshot.params
 
 
+class Strange(Hub):
+    """One whose list of files has `extra` ones."""
+
+    extra: tuple[str, ...] = ()
+
+    def files(self, name: str) -> dict[str, bytes]:
+        return super().files(name) | {file: b"strange" for file in self.extra}
+
+
+def test_files_that_lead_out_of_the_cache_or_that_nothing_reads_are_not_fetched(models: Path, tmp_path: Path):
+    words = ("convert", "hf://me/model", tmp_path / "neutral", "--to", "neutral")
+    with Strange(models) as hub:
+        hub.extra = ("../../../out.safetensors", "/out.safetensors", "original/model.safetensors", "consolidated.safetensors")
+        done = command(hub, tmp_path / "home", *words)
+        assert done.returncode == 0, done.stderr
+        assert not [path for path in hub.asked if "/resolve/" in path and path.endswith(hub.extra)]
+        hub.extra = ("C:out.safetensors",)  # a drive on Windows
+        done = command(hub, tmp_path / "other", *words, "--force")
+    assert done.returncode == 2
+    assert "error: me/model cannot be fetched." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_a_network_it_is_said_what_was_not_reached(tmp_path: Path, models: Path):
     with Hub(models) as hub:
         pass

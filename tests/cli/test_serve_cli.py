@@ -84,8 +84,9 @@ def test_everywhere_without_a_key_is_warned_of(run):
         assert "warning: everybody who reaches 0.0.0.0" in "".join(running.log)
         assert f"mine answers at http://127.0.0.1:{running.port}/v1" in "".join(running.said)
         assert running.ask("GET", "/health")[0] == 200
-    with serving(run, "--host", "0.0.0.0", "--api-key", "sesame") as running:
+    with serving(run, "--host", "0.0.0.0", "--api-key", "sesame\n") as running:  # as out of a file
         assert "warning" not in "".join(running.log)
+        assert running.ask("GET", "/v1/models", headers={"Authorization": "Bearer sesame"})[0] == 200
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(run, capsys):
@@ -106,10 +107,14 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run, capsys):
         (("--context", 17), "context of 16"),
         (("--queue-timeout", "-1"), "--queue-timeout is -1"),
         (("--api-key", ""), "--api-key is empty"),
+        (("--api-key", " "), "--api-key is empty"),
+        (("--api-key", "nyckel-å"), "letters that no header carries"),
         (("--cors-origin", "app.example"), "is no origin"),
         (("--cors-origin", "https://app.example/"), "is no origin"),
         (("--port", 70000), "--port is 70000"),
         (("--host", "192.0.2.1", "--port", 0), "is no address of this machine"),
+        (("--host", "a" * 70, "--port", 0), "is no address of this machine"),
+        (("--host", ".x", "--port", 0), "is no address of this machine"),
         (("--chat-template", "chatml"), "<|im_"),
         (("--chat-template", "no-such"), "no-such"),
         (("--model-alias", "x"), "--alias"),
