@@ -1,4 +1,4 @@
-"""`smedjan info PATH`: what a checkpoint, run folder, folder of runs, token file or tokenizer is."""
+"""`smedjan info PATH`: what a checkpoint, run folder, folder of runs, Hugging Face directory, token file or tokenizer is."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ RUNS = "folder of runs"
 
 @dataclass(frozen=True)
 class InfoFlags:
-    """Say what a file or folder is: a run folder, a folder of runs, a checkpoint, a token file or a tokenizer."""
+    """Say what a file or folder is: a run folder, a folder of runs, a checkpoint, a Hugging Face directory, a token file, a tokenizer."""
 
     path: Annotated[str, tyro.conf.Positional, arg(metavar="PATH")]
     """The file or folder to look at."""
@@ -264,11 +264,26 @@ def _quantized(path: Path, verify: bool) -> Facts:
 
 
 def _foreign(path: Path, verify: bool) -> Facts:
-    raise DataError(
-        f"{path} has a config.json that does not describe a run.",
-        "That of a run has model and train; a Hugging Face directory has a different one.",
-        f"Convert a model of Hugging Face first: smedjan convert {path} DST --to neutral, then smedjan info DST.",
-    )
+    """A model of Hugging Face's form. No weight is read."""
+    from smedjan_common.inference.open import Foreign, open_model
+
+    if not any(path.glob("*.safetensors")):
+        raise DataError(
+            f"{path} has a config.json that does not describe a run.",
+            "That of a run has model and train, and a Hugging Face directory has *.safetensors beside it.",
+            "Give a run, a checkpoint, or a directory with its weights.",
+        )
+    if verify:
+        what = "A Hugging Face directory keeps no hashes of its files."
+        raise DataError(f"{path} cannot be verified.", what, "Leave --verify out.")
+    info, tokenizer = open_model(path)
+    return {
+        "kind": "Hugging Face directory, quantised" if isinstance(info, Foreign) and info.format != "hf" else "Hugging Face directory",
+        "path": str(path),
+        **_model(info.model, None),
+        "tokenizer_hash": tokenizer.hash,
+        "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+    }
 
 
 KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (

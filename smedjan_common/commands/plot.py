@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 class PlotFlags:
     """Draw training and validation loss over tokens, from metrics.jsonl of run folders."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, arg(metavar="RUN ...")]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, arg(metavar="RUN ...", help_behavior_hint="(required)")]
     """Run folders."""
     output: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="(default: RUN/loss.png, or loss.png for several)")] = None
     """The picture: .png, .svg or .pdf. One that `smedjan` drew is replaced."""

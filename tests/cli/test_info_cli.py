@@ -10,6 +10,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.model.flops import train_flops_per_token
 from tests.fakes.runs import arguments, train_here, write_text
+from tests.unit.convert_models import convert
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,19 @@ def test_a_directory_of_hugging_face_is_no_run(tmp_path, text, capsys):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert info.main([str(tmp_path)]) == 2
-    assert "smedjan convert" in capsys.readouterr().err
+    assert "*.safetensors beside it" in capsys.readouterr().err
+
+
+def test_a_model_of_hugging_face_is_described_without_being_converted(made, tmp_path, capsys):
+    convert(made / "run", tmp_path / "hf", "--to", "hf")
+    capsys.readouterr()
+    run, found = facts(capsys, made / "run"), facts(capsys, tmp_path / "hf")
+    assert found["kind"] == "Hugging Face directory"
+    assert {name: found[name] for name in ("parameters", "tokenizer_hash")} == {
+        name: run[name] for name in ("parameters", "tokenizer_hash")
+    }
+    assert info.main([str(tmp_path / "hf"), "--verify"]) == 2
+    assert "keeps no hashes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["missing", "text.txt", "run/data"])
