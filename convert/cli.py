@@ -25,8 +25,7 @@ class Flags:
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory, or a file for gguf."""
     to: Annotated[str, arg(metavar="neutral|orbax|hf|quantized|gguf")]
-    """neutral: smedjan's own, which both backends read. orbax: JAX's own. hf: for transformers and mlx-lm. quantized: small, to infer with,
-    for mlx-lm too. gguf: for llama.cpp."""
+    """neutral: smedjan's own. orbax: JAX's own. hf: for transformers and mlx-lm. quantized: small, to infer with. gguf: for llama.cpp."""
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
     """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
     bits: int = 8

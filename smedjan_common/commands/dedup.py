@@ -22,15 +22,15 @@ class Flags:
     """The least similarity (Jaccard, estimated from 112 hashes) of a near repeat."""
     exact_only: bool = False
     """Leave out exact repeats only."""
-    separator: str = ""
+    separator: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
     """What separates documents in text files, \\n for a newline; by default a file is one document."""
-    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write counts and samples of what was dropped as JSON."""
     field: str = "text"
     """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
-    workers: int | None = None
+    workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes; all cores by default."""
     force: bool = False
     """Replace --output and --report if they exist."""

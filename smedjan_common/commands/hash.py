@@ -15,7 +15,7 @@ from smedjan_common.errors import DataError
 class Flags:
     """Print the hash of files: for a tokenizer.json of what determines its ids, for a token file its SHA-256, once checked."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...", help_behavior_hint="(required)")]
     """Tokenizers, token files, or any other files (SHA-256 of the content)."""
 
 

@@ -15,13 +15,13 @@ class Flags:
 
     merges: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """merges.txt, a tiktoken rank file (base64 and rank on each line), tekken.json or a tokenizer.json; recognised by its content."""
-    vocab: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    vocab: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """The vocab.json (encoder.json) beside merges.txt; without it ids follow the merges, as GPT-2's do."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """What to write; a name that ends in .tiktoken gives a rank file."""
-    pattern: Annotated[str | None, tyro.conf.arg(metavar="NAME|REGEX")] = None
+    pattern: Annotated[str | None, tyro.conf.arg(metavar="NAME|REGEX", help_behavior_hint="")] = None
     """How text is split, where the file does not say: gpt2 (default for merges), cl100k (default for ranks), or an expression."""
-    special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """Special tokens to add after the last id; <|endoftext|> by default where merges.txt comes without a vocabulary."""
     force: bool = False
     """Replace --output if it exists."""

@@ -17,11 +17,11 @@ class Flags:
     """Token files and their weights, such as a.bin:0.7,b.bin:0.3; shares are of tokens."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The token file to write."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Stop at this many tokens; by default when the first file runs out of documents."""
     seed: int = 0
     """Determines the order of the documents."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """The tokenizer of the files, to count the bytes of text in the mixture."""
     force: bool = False
     """Replace --output if it exists."""

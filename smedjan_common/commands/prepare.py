@@ -21,7 +21,7 @@ class Flags:
     """The tokenizer.json to use."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "train.bin"
     """The token file; its manifest and document offsets go beside it."""
-    val_output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    val_output: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """A second token file with the validation part; needs --val-fraction."""
     val_fraction: float = 0.0
     """The part held out, between 0 and 1: whole documents, or the end of the text where there are few documents."""
@@ -29,7 +29,7 @@ class Flags:
     """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
-    workers: int | None = None
+    workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes that tokenise; all cores by default."""
     force: bool = False
     """Replace --output and --val-output if they exist."""

@@ -19,19 +19,19 @@ class Flags:
     """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields and gain "source"."""
-    rules: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
+    rules: Annotated[str, tyro.conf.arg(metavar="NAME,…", help_behavior_hint="")] = ""
     """Presets (gopher, gopher-quality, gopher-repetition, c4) and single rules; -NAME removes one. Made for English prose."""
-    normalise: Annotated[str, tyro.conf.arg(metavar="NAME,…")] = ""
+    normalise: Annotated[str, tyro.conf.arg(metavar="NAME,…", help_behavior_hint="")] = ""
     """nfc, newlines (CRLF to LF), control (drop control characters), trailing (drop white space at line ends)."""
-    separator: str = ""
+    separator: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
     """What separates documents in text files, \\n for a newline; by default a file is one document."""
-    url: str | None = None
+    url: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Where the texts come from, for records that do not say."""
-    licence: str | None = None
+    licence: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Their licence, for records that do not say."""
-    log: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    log: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """A .jsonl file with a line per document: source, url, licence, kept or the rule that dropped it."""
-    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write counts and samples as JSON."""
     list_rules: bool = False
     """Print every rule and preset, then end."""
@@ -39,7 +39,7 @@ class Flags:
     """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
-    workers: int | None = None
+    workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes; all cores by default."""
     force: bool = False
     """Replace outputs that exist."""

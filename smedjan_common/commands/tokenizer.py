@@ -32,7 +32,7 @@ class Flags:
     """The field or column that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
-    workers: int | None = None
+    workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes that count words; all cores by default."""
     report: bool = False
     """After training print bytes per token by kind of text, the longest tokens and how many are unused."""

@@ -97,7 +97,7 @@ def test_every_command_refuses_in_three_sentences_without_boxes_and_types(comman
         ("prepare", ("--errors", "ignore"), "It must be one of strict, replace."),
         ("mix", (), "needs --shards FILE:WEIGHT,… and --output FILE."),
         ("convert", ("a",), "needs DST."),
-        ("convert", ("a", "b"), "needs --to neutral|orbax|hf|gguf."),
+        ("convert", ("a", "b"), "needs --to neutral|orbax|hf|quantized|gguf."),
         ("info", ("a", "b"), "'b' is not understood."),
         ("prepare", ("--input", ""), "--input is empty. An unset shell variable has this effect. Give --input a value."),
         ("train", ("--dataset", ""), "--dataset is empty."),
@@ -237,6 +237,13 @@ def test_help_of_train_begins_with_ten_flags_that_there_are(capsys):
 )
 def test_the_flag_of_what_a_command_reads_may_be_left_out(command, words, same):
     assert parse(FLAGS[command], command, list(words)) == parse(FLAGS[command], command, list(same))
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_help_shows_no_default_where_there_is_none(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert not re.findall(r"default:[\s│]*(?:None|\))", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("command", [name for name, kind in FLAGS.items() if any(each.nameless for each in flags_of(kind))])
