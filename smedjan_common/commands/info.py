@@ -1,6 +1,9 @@
 """`smedjan info PATH`: what a checkpoint, run folder, folder of runs, Hugging Face directory, token file or tokenizer is."""
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +53,12 @@ def _info(flags: InfoFlags) -> int:
         print(table(facts["runs"]))
     else:
         width, unread = max(map(len, facts)) + 2, _unread(facts)
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
         for name, value in facts.items():
             if name in ("model", "training") and value:
                 value = {key: item for key, item in value.items() if key not in unread}
             if value is not None:
-                print(f"{name.replace('_', ' '):<{width}}{_shown(name, value)}")
+                print(f"{name.replace('_', ' '):<{width}}{folded(_shown(name, value), width, columns)}")
     if facts.get("verified") is False:
         broken = facts["broken"]
         what = f"{len(broken)} of the checkpoints in {path} {'is' if len(broken) == 1 else 'are'} broken."
@@ -340,6 +344,16 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return _figure(value)
+
+
+def folded(text: str, indent: int, columns: int) -> str:
+    """A text on lines that fit into a terminal, those after the first indented; columns 0: on one line, as programs read it."""
+    room = columns - indent
+    if room < 20 or len(text) <= room:
+        return text
+    pairs = ", ".join(pair.replace(" ", "\0") for pair in text.split(", "))  # a name stays beside its value
+    lines = textwrap.wrap(pairs, room, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines).replace("\0", " ")
 
 
 def _figure(value: Any) -> str:

@@ -1,6 +1,7 @@
 """`info` and `plot`: they tell what each thing is that smedjan makes."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -79,6 +80,18 @@ def test_plain_text_output_has_every_fact(made, capsys):
     unread = ("rwkv_head_dim", "expert_dim", "muon_steps", "balance_loss")
     assert not [name for name in unread if f"{name} " in out], "a person is told the options that the run reads"
     assert all(name in facts(capsys, made / "run")[where] for name, where in zip(unread, ("model",) * 2 + ("training",) * 2, strict=True))
+
+
+def test_facts_fit_into_a_terminal_and_are_one_line_each_elsewhere(made, capsys, monkeypatch):
+    assert info.main([str(made / "run")]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(info.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(info.sys.stdout, "isatty", lambda: True, raising=False)
+    assert info.main([str(made / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, whole.splitlines())) > 80
+    assert [line for line in shown.splitlines() if len(line) > 80 and len(line.split()) > 4] == []
+    assert shown.split() == whole.split()
 
 
 def test_a_damaged_checkpoint_is_refused_by_verify(made, tmp_path, capsys):
