@@ -9,6 +9,9 @@ FLAGS = {
     "lr": "learning-rate max-lr peak-lr base-lr",
     "steps": "max-steps num-steps n-steps max-iters iters num-iters train-steps max-train-steps total-steps iterations epochs num-epochs"
     " num-train-epochs max-epochs n-epochs train-iters",
+    "epochs": "num-epochs num-train-epochs max-epochs n-epochs",
+    "train-on": "train-on-inputs mask-prompt mask-inputs assistant-only-loss completion-only-loss train-on-completions",
+    "too-long": "excess-length-strategy truncation",
     "seq-len": "context-length block-len max-seq-len max-seq-length sequence-length seq-length ctx-len n-ctx context-len context"
     " max-position-embeddings model-max-length max-length",
     "checkpoint-dir": "output-dir out-dir save-dir output-path run-dir ckpt-dir save-path output out adapter-path",
@@ -111,7 +114,8 @@ FLAGS = {
     "pattern": "regex split-pattern pre-tokenizer",
 }
 NAMES = {
-    "train": "finetune fine-tune sft pretrain fit continue resume lora",
+    "train": "finetune fine-tune pretrain fit continue resume lora",
+    "sft": "finetune fine-tune instruct instruction-tune supervised teach",
     "generate": "sample chat infer inference complete predict run",
     "serve": "server api openai deploy host http",
     "eval": "evaluate perplexity ppl score benchmark test lm-eval",
@@ -170,7 +174,8 @@ NAMES = {
 }
 NOTES = {  # names, and the sentence that says more than another name does
     "epochs num-epochs num-train-epochs max-epochs n-epochs": "Training is counted in --steps; without it, it is one pass over the data.",
-    "finetune fine-tune sft lora": "`smedjan train --pretrained CHECKPOINT` starts from the weights of a model.",
+    "finetune fine-tune": "`smedjan sft` teaches a model conversations, `smedjan train --pretrained CHECKPOINT` goes on with texts.",
+    "lora": "`smedjan train --pretrained CHECKPOINT` starts from the weights of a model.",
     "adam": "adamw with --weight-decay 0 is Adam.",
     "gqa grouped-query": "It is attention with fewer --kv-heads than --heads.",
     "mqa": "It is attention with --kv-heads 1.",
@@ -191,4 +196,6 @@ def instead(name: str, known: Container[str]) -> str:
     ours = [dashes + our for our, others in table.items() if theirs in others.split() and dashes + our in known]
     if not ours:
         return ""
+    if "--epochs" in ours:  # where there is such a flag, the note does not hold
+        return "It is called --epochs here."
     return next((note for names, note in NOTES.items() if theirs in names.split()), f"It is called {' or '.join(ours)} here.")

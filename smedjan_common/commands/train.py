@@ -29,34 +29,34 @@ if TYPE_CHECKING:
 Load = Callable[[bool], "Framework"]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], command: str = "train") -> int:
     """`smedjan train`: hand over to the backend's own program."""
     from smedjan_common.commands.backends import delegate
 
-    return delegate("train", [*argv, *_backend_of_config(argv)])
+    return delegate(command, [*argv, *_backend_of_config(argv, command)])
 
 
-def _backend_of_config(argv: list[str]) -> list[str]:
+def _backend_of_config(argv: list[str], command: str) -> list[str]:
     """--backend of the file that --config names, where the command line has none: the backend's program is chosen by it."""
     from smedjan_common.run.flags import given_names
-    from smedjan_common.run.given import words_of_config
+    from smedjan_common.run.given import KINDS, words_of_config
 
     if "backend" in given_names(argv) or not any(word.split("=")[0] == "--config" for word in argv):
         return []
     try:
-        return [word for word in words_of_config(argv) if word.startswith("--backend=")]
+        return [word for word in words_of_config(argv, KINDS[command]) if word.startswith("--backend=")]
     except SmedjanError:
         return []  # the program says it
 
 
-def run(name: str, load: Load, argv: list[str] | None = None) -> int:
-    """Parse and train with the backend `name`; returns the exit code."""
+def run(name: str, load: Load, argv: list[str] | None = None, command: str = "train") -> int:
+    """Parse and train with the backend `name`; returns the exit code. command: a key of run.given.KINDS."""
     from smedjan_common.run.asked import Asked
-    from smedjan_common.run.given import parse
+    from smedjan_common.run.given import KINDS, parse
 
     argv = sys.argv[1:] if argv is None else argv
-    prog = f"python -m smedjan_{name}.train" if "smedjan_" in Path(sys.argv[0]).parent.name else "smedjan train"
-    return run_command(lambda: train(name, load, Asked(*parse(argv, prog=prog))))
+    prog = f"python -m smedjan_{name}.{command}" if "smedjan_" in Path(sys.argv[0]).parent.name else f"smedjan {command}"
+    return run_command(lambda: train(name, load, Asked(*parse(argv, prog, KINDS[command]))))
 
 
 def train(name: str, load: Load, asked: "Asked") -> int:
@@ -82,8 +82,10 @@ def train(name: str, load: Load, asked: "Asked") -> int:
 
 def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged: set[Path]) -> int:
     """The steps of a run. damaged: checkpoints that turned out not to be whole."""
+    from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.console import say
     from smedjan_common.run import loop
+    from smedjan_common.run.chat_data import shown_row
     from smedjan_common.run.checks import check
     from smedjan_common.run.claim import check_folder
     from smedjan_common.run.completed import complete, data_of
@@ -110,6 +112,8 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
 
     decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run, check_known))
     check(decided)
+    if decided.done:
+        return _done_already(decided, say)
     decided = decided.computing_in(framework()[1])
     for line in notes(decided):
         say(f"note: {line}")
@@ -121,6 +125,9 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
         return 0
     config = run_config(decided, say)
     say(heading(decided, device, so_far(decided, device)))
+    if config.objective == "sft" and isinstance(config.train_data, TokenFile) and config.train_data.mask is not None:
+        row = shown_row(config.train_data, config.train.seq_len, config.tokenizer)
+        say("One conversation as it is learned; what is trained stands in brackets:\n  | " + row.rstrip("\n").replace("\n", "\n  | "))
     return loop.run(config, backend)
 
 
@@ -167,4 +174,4 @@ def checkpoint_dir(asked: "Asked") -> Path:
         raise ConfigError(
             "There is nothing to train on.", "No text is given.", "Give one: smedjan train my.txt, or the --checkpoint-dir of a run."
         )
-    return Path("runs") / f"{Path(dataset[0]).name.split('.')[0] or 'data'}-{asked.value('size')}"
+    return Path("runs") / f"{Path(dataset[0]).name.split('.')[0] or 'data'}-{'sft' if asked.chats else asked.value('size')}"

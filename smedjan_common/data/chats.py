@@ -16,7 +16,7 @@ from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError, TemplateError
 from smedjan_common.text.conversations import Dropped, Talk, conversations
 from smedjan_common.text.sources import Source
-from smedjan_common.tokenizer.base import BaseTokenizer
+from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.chat_template import REFUSED, ChatTemplate
 
 TRAIN_ON = ("replies", "all")
@@ -36,7 +36,7 @@ class ChatCut(NamedTuple):
 def prepare_chats(
     sources: Iterable[Source],
     output: str | os.PathLike,
-    tokenizer: BaseTokenizer,
+    tokenizer: Tokenizer,
     template: ChatTemplate,
     cut: ChatCut,
     val_output: str | os.PathLike | None = None,
@@ -69,7 +69,7 @@ def prepare_chats(
     return dropped
 
 
-def encode_talk(tokenizer: BaseTokenizer, template: ChatTemplate, talk: Talk, train_on: str = "replies") -> tuple[np.ndarray, np.ndarray]:
+def encode_talk(tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, train_on: str = "replies") -> tuple[np.ndarray, np.ndarray]:
     """(ids int32 [n], which are trained bool [n]) of a conversation. Raises TemplateError where it is not known what is an answer.
 
     train_on: "replies", or "all", which leaves out the first token, that nothing comes before, and the answers that the row leaves out.
@@ -86,7 +86,7 @@ def encode_talk(tokenizer: BaseTokenizer, template: ChatTemplate, talk: Talk, tr
 
 
 def _fitted(
-    tokenizer: BaseTokenizer, template: ChatTemplate, talk: Talk, cut: ChatCut, dropped: Dropped
+    tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, cut: ChatCut, dropped: Dropped
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Ids and mask of a conversation of at most `most` tokens; None where it is dropped."""
     try:

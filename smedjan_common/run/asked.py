@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from smedjan_common.run.flags import GROUPS, TrainFlags
+from smedjan_common.run.flags import ALL_GROUPS, ChatFlags, SftFlags, TrainFlags
 from smedjan_common.run.recorded import to_record
 
 
@@ -14,6 +14,11 @@ class Asked:
 
     flags: TrainFlags
     given: frozenset[str]
+
+    @property
+    def chats(self) -> ChatFlags | None:
+        """How conversations are learned; None where texts are."""
+        return self.flags.chats if isinstance(self.flags, SftFlags) else None
 
     def value(self, name: str) -> Any:
         """The value of a flag by the name of its field: "batch_size"."""
@@ -28,7 +33,7 @@ class Asked:
         from_anywhere = to_record(self.flags)
         return {
             name: from_anywhere.get(name, self.value(name))
-            for group in GROUPS.values()
+            for group in ALL_GROUPS.values()
             for name in group.__dataclass_fields__
             if name in self.given
         }
@@ -43,4 +48,4 @@ class Asked:
 
 
 def _group_of(name: str) -> str:
-    return next(group for group, fields in GROUPS.items() if name in fields.__dataclass_fields__)
+    return next(group for group, fields in ALL_GROUPS.items() if name in fields.__dataclass_fields__)

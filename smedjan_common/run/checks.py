@@ -11,8 +11,9 @@ from smedjan_common.data.order import document_offsets
 from smedjan_common.errors import ConfigError, flag, unknown
 from smedjan_common.reporting.trackers import check_trackers
 from smedjan_common.run.asked import Asked
+from smedjan_common.run.chat_data import check_chat_flags
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
-from smedjan_common.run.decided import Decided, base_of
+from smedjan_common.run.decided import Decided, base_of, objective_of
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
 from smedjan_common.run.recorded import COUNTS
 from smedjan_common.run.resume import check_fixed, check_same
@@ -31,6 +32,8 @@ def check_words(asked: Asked, backend: str) -> None:
     _check_format(asked.value("checkpoint_format"), backend)
     check_mesh_of(backend, parse_mesh(asked.value("mesh")))
     check_precision(backend, asked.value("dtype"))
+    if asked.chats:
+        check_chat_flags(asked.chats)
 
 
 def check(decided: Decided) -> None:
@@ -71,15 +74,31 @@ def _check_format(kind: str, backend: str) -> None:
         )
 
 
+def _check_objective(decided: Decided) -> None:
+    """Conversations for a model that can say nothing yet, or for a run that learns texts."""
+    if not decided.asked.chats:
+        return
+    if isinstance(decided.begin, New):
+        what, why = "--pretrained is not given.", f"Answers are taught to a trained model, and {decided.folder} has no run to go on with."
+        raise ConfigError(what, why, "Name one: smedjan sft chats.jsonl --pretrained runs/mine --checkpoint-dir runs/chat.")
+    if isinstance(decided.begin, GoOn) and objective_of(decided.asked, decided.begin) != "sft":
+        what = f"The run in {decided.folder} learns texts."
+        why = "A run goes on with what it began with."
+        raise ConfigError(what, why, f"Begin another with its weights: --pretrained {decided.folder} --checkpoint-dir NEW.")
+
+
 def _check_run(decided: Decided) -> None:
     """Another run than the one that goes on."""
     if not (info := decided.start):
         return
     check_fixed(info, decided.train)
     check_same(info, decided.model, decided.train)
-    if decided.asked.is_given("steps") and decided.train.steps < info.step:
+    given = next((name for name in ("steps", "epochs") if decided.asked.is_given(name)), None)
+    if given and decided.known_steps and decided.train.steps < info.step:
+        asked = f"--{given} {decided.asked.value(given):g}"
+        steps = "" if given == "steps" else f", {decided.train.steps} steps,"
         raise ConfigError(
-            f"--steps {decided.train.steps} is less than the {info.step} steps that the run has done.",
+            f"{asked}{steps} is less than the {info.step} steps that the run has done.",
             "A run does not go back.",
             "Give more, or go on from an older checkpoint: --resume CHECKPOINT_DIR/step-… --checkpoint-dir NEW.",
         )
@@ -173,6 +192,7 @@ def _check_writable(decided: Decided) -> None:
 
 
 CHECKS: tuple[Callable[[Decided], None], ...] = (
+    _check_objective,
     _check_run,
     _check_weights,
     _check_initial,

@@ -3,20 +3,24 @@
 Flags that are given and contradict the run are refused here or in run.checks; what differs and is allowed is told (run.notes).
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, DataError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.run.asked import Asked
+from smedjan_common.run.chat_data import chat_data, check_masked, speaker
 from smedjan_common.run.data import RunData, check_same_share, check_vocab_size, recorded_datasets, run_data
+from smedjan_common.run.flags import ChatFlags
 from smedjan_common.run.recorded import recall
 from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.ends import Ends
+from smedjan_common.tokenizer.growing import extends
 
 
 def complete(asked: Asked, begin: Begin, say: Say) -> Asked:
@@ -34,7 +38,7 @@ def complete(asked: Asked, begin: Begin, say: Say) -> Asked:
 def _recalled(asked: Asked, begin: GoOn, say: Say) -> Asked:
     flags = begin.recorded.get("flags") or {}
     _check_vocab_size(asked, begin, flags, say)
-    return Asked(recall(asked.flags, asked.given, flags), asked.given)
+    return dataclasses.replace(asked, flags=recall(asked.flags, asked.given, flags))
 
 
 def _check_vocab_size(asked: Asked, begin: GoOn, flags: dict[str, Any], say: Say) -> None:
@@ -57,6 +61,8 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
     """
     info = None if isinstance(begin, New) else begin.info
     own = Tokenizer.load(info.path) if info and (info.path / TOKENIZER).is_file() else None
+    if asked.chats and (not isinstance(begin, GoOn) or asked.is_given("dataset")):
+        return _conversations(asked, asked.chats, begin, own, folder, dry_run, before)
     given = asked.given
     if isinstance(begin, GoOn):
         asked, given = _with_own_data(asked, begin, own), given - {"vocab_size"}  # held against the run already
@@ -72,7 +78,32 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
         data.tokenizer.chat = own.chat  # the tokenizer of a token file is often a copy without it
     if own and data.tokenizer and data.tokenizer.ends == Ends():
         data.tokenizer.ends = own.ends
+    if asked.chats:
+        check_masked(data)
     return data
+
+
+def _conversations(
+    asked: Asked, chats: ChatFlags, begin: Begin, own: Tokenizer | None, folder: Path, dry_run: bool, before: Callable[[RunData], None]
+) -> RunData:
+    """The data of `smedjan sft`, which may give the tokenizer of the weights a few tokens more. Raises DataError, TemplateError."""
+    assert not isinstance(begin, New), "run.checks"
+    if not asked.value("dataset"):
+        raise DataError("There is nothing to learn from.", "--dataset is not given.", "Give conversations: smedjan sft FILE.jsonl.")
+    base = Tokenizer.load(asked.value("tokenizer")) if asked.value("tokenizer") and not isinstance(begin, GoOn) else own
+    if base is None:
+        raise DataError(f"{begin.info.path} has no tokenizer.", "Conversations become tokens by that of the weights.", "Give --tokenizer.")
+    if own is None or not extends(base, own):
+        check_tokenizer(begin.info, base)
+    if isinstance(begin, Pretrained):
+        check_vocab_size(asked.flags.data, asked.given, base, f"the tokenizer of {begin.info.path}")
+    goes_on = isinstance(begin, GoOn)
+    name = chats.template if asked.is_given("template") or not goes_on else "auto"
+    train = begin.info.train if goes_on else None
+    seen = own.vocab_size if own else base.vocab_size
+    speaks = speaker(name, base, may_grow=not goes_on)
+    speaks = speaks._replace(gained=max(0, speaks.tokenizer.vocab_size - seen))
+    return chat_data(asked, chats, (train or asked.flags.training).seq_len, folder, speaks, dry_run, before)
 
 
 def _with_own_data(asked: Asked, begin: GoOn, own: Tokenizer | None) -> Asked:

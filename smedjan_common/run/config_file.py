@@ -20,7 +20,8 @@ from smedjan_common.files.names import CONFIG
 from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig, ffn_width
 from smedjan_common.model.options import options
-from smedjan_common.run.flags import GROUPS, THIS_START, TrainFlags
+from smedjan_common.run.flags import ALL_GROUPS as GROUPS
+from smedjan_common.run.flags import THIS_START, SftFlags, TrainFlags
 from smedjan_common.run.options import unread_of_model, unread_of_training
 from smedjan_common.training.config import TrainConfig
 
@@ -35,10 +36,14 @@ class Setting(NamedTuple):
     where: str
 
 
-def words_of(path: str, given: Iterable[str]) -> list[str]:
+def words_of(path: str, given: Iterable[str], kind: type[TrainFlags] = TrainFlags) -> list[str]:
     """The words of the settings of a file whose flags are not `given`. Raises UsageError, with the line."""
-    known = {each.name: each for each in flags_of(TrainFlags)}
+    known = {each.name: each for each in flags_of(kind)}
     taken = set(given)
+    for one in settings(Path(path)):
+        if flag(one.name) not in known:
+            what, why = f"{one.where}: {one.name} is no flag of this.", "It is about conversations."
+            raise UsageError(what, why, "Give the file to `smedjan sft`.")
     return [word for one in settings(Path(path)) if one.name not in taken for word in _words(known[flag(one.name)], one)]
 
 
@@ -180,14 +185,15 @@ def _default(name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def to_toml(given: dict[str, Any], before: str = "") -> str:
+def to_toml(given: dict[str, Any], before: str = "", command: str = "train") -> str:
     """The flags of a run that were given, in tables. `before`: the file as it was, whose values stay where nothing else is given."""
     try:
         had = {name.replace("-", "_"): value for _, name, value in _flat(tomllib.loads(before))}
     except (ValueError, RecursionError):
         had = {}
     values = had | given
-    parts = ["# What was given to this run; `smedjan train --config THIS --checkpoint-dir NEW` repeats it. config.json has every value."]
+    repeated = f"`smedjan {command} --config THIS --checkpoint-dir NEW` repeats it"
+    parts = [f"# What was given to this run; {repeated}. config.json has every value."]
     for group, kind in GROUPS.items():
         lines = [f"{name} = {_toml(values[name])}" for name in kind.__dataclass_fields__ if name in values and _records(kind, name)]
         parts += ["", f"[{group}]", *lines] if lines else []
@@ -209,7 +215,7 @@ def _toml(value: Any) -> str:
 def sources(path: str, given: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(flag, value, from where) of every value that is given, by the file or by the command line, which wins."""
     of_file = {one.name: one for one in settings(Path(path))}
-    known = {each.name: each for each in flags_of(TrainFlags)}
+    known = {each.name: each for each in flags_of(SftFlags)}
     rows = []
     for name, value in given.items():
         one = of_file.get(name)

@@ -36,12 +36,14 @@ _FIXES = {  # case of an error -> what to do in `train`, which has other flags t
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains and validates on. `train` is None only in a dry run over text that is not tokenised yet."""
+    """What a run trains and validates on. `train` is None only in a dry run over text that is not tokenised yet. gained: how many tokens
+    the tokenizer has more than that of the weights."""
 
     train: TokenFile | Mixture | None
     val: TokenFile | None
     tokenizer: Tokenizer | None
     text_bytes: int = 0
+    gained: int = 0
 
 
 @contextlib.contextmanager

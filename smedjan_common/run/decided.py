@@ -5,6 +5,7 @@ It is decided twice by the same function: before texts are tokenised, which may 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData, trains_tokenizer
-from smedjan_common.run.folder import RunConfig
+from smedjan_common.run.folder import EXTENDS, RunConfig
 from smedjan_common.run.recorded import to_record
 from smedjan_common.run.settings import new_model, pretrained_model, same_model, takes_auto, train_config
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
@@ -53,12 +54,14 @@ class Decided:
     @property
     def known_steps(self) -> bool:
         """Whether the number of steps is final: not where it is one pass over texts that are not tokenised yet."""
-        return self.asked.is_given("steps") or base_of(self.begin) is not None or bool(self.data and self.data.train)
+        if self.data and self.data.train:
+            return True
+        return self.asked.is_given("steps") or (base_of(self.begin) is not None and not self.asked.is_given("epochs"))
 
     @property
     def done(self) -> bool:
         """Whether the run that goes on has all its steps, and final/ is of the last."""
-        if not (info := self.start) or info.step < self.train.steps:
+        if not (info := self.start) or not self.known_steps or info.step < self.train.steps:
             return False
         try:
             return read_info(self.folder / FINAL).step == info.step
@@ -80,7 +83,7 @@ class Decided:
 def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData | None = None) -> Decided:
     """Raises ConfigError for flags that make no model or no training."""
     mesh = parse_mesh(asked.value("mesh"))
-    model = _model(asked, begin, _vocab_size(asked, mesh, data))
+    model = _model(_grown(begin, data), asked, _vocab_size(asked, mesh, data))
     train = train_config(asked, base_of(begin), model.dim, _epoch(asked, begin, data))
     return Decided(backend, asked, begin, folder, mesh, model, train, data)
 
@@ -90,7 +93,15 @@ def base_of(begin: Begin) -> TrainConfig | None:
     return begin.info.train if isinstance(begin, GoOn) else None
 
 
-def _model(asked: Asked, begin: Begin, vocab_size: int) -> ModelConfig:
+def _grown(begin: Begin, data: RunData | None) -> Begin:
+    """The beginning, its weights with rows for the tokens that the tokenizer has gained."""
+    if not isinstance(begin, Pretrained) or not data or not data.gained or not data.tokenizer:
+        return begin
+    size = max(begin.info.model.vocab_size, data.tokenizer.vocab_size)
+    return Pretrained(dataclasses.replace(begin.info, model=dataclasses.replace(begin.info.model, vocab_size=size)))
+
+
+def _model(begin: Begin, asked: Asked, vocab_size: int) -> ModelConfig:
     match begin:
         case New():
             return new_model(asked.flags, vocab_size)
@@ -111,7 +122,8 @@ def _epoch(asked: Asked, begin: Begin, data: RunData | None) -> int:
     if data is None or data.train is None:
         return asked.value("warmup") or 1
     known = base_of(begin) or asked.flags.training
-    return batches(data.train, known.seq_len, known.batch_size, 0, known.packing).steps_per_epoch
+    found = batches(data.train, known.seq_len, known.batch_size, 0, known.packing)
+    return math.ceil((asked.chats.epochs if asked.chats else 1) * found.num_windows / found.batch_size)
 
 
 def run_config(decided: Decided, say: Say) -> RunConfig:
@@ -137,8 +149,26 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
         flags=to_record(decided.asked.flags),
         given=decided.asked.given_values(),
+        objective=objective_of(decided.asked, decided.begin),
+        gained=data.gained,
+        extends=_extends(decided, data),
         **report,
     )
+
+
+def objective_of(asked: Asked, begin: Begin) -> str:
+    """What the run learns: "sft" answers, "lm" texts. A run that goes on learns what it did."""
+    if isinstance(begin, GoOn):
+        return begin.recorded.get("objective") or "lm"
+    return "sft" if asked.chats else "lm"
+
+
+def _extends(decided: Decided, data: RunData) -> str | None:
+    """The hash of the tokenizer that the run's own was made of, now or before."""
+    if data.gained and decided.pretrained:
+        return decided.pretrained.tokenizer_hash
+    info = decided.start or decided.pretrained
+    return (info.extra or {}).get(EXTENDS) if info else None
 
 
 def _format_here(kind: str, backend: str, say: Say) -> str:

@@ -18,7 +18,7 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.reporting.trackers import NONE, TRACKERS
-from smedjan_common.run.option_flags import option_flags, row_options, shape_options, training_options
+from smedjan_common.run.option_flags import chat_training_options, option_flags, row_options, shape_options, training_options
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 
@@ -191,14 +191,69 @@ class TrainFlags:
     report: OmitArgPrefixes[ReportFlags] = field(default_factory=ReportFlags)
 
 
+@dataclass(frozen=True)
+class ChatDataFlags(DataFlags):
+    """What to learn from."""
+
+    dataset: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="FILE ...",
+            help="Conversations as JSON lines, JSON or Parquet: messages, ShareGPT, Alpaca, prompt and completion (docs/fine-tuning.md)."
+            " They are tokenised once, into CHECKPOINT_DIR/data. `smedjan sft my.jsonl` is the same.",
+            help_behavior_hint="(required for a new run)",
+        ),
+        NAMELESS,
+    ] = ()
+    val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset", "FILE ...")] = ()
+    """Conversations to validate on, never trained on."""
+    val_fraction: float = 0.02
+    """The part of the rows of --dataset that is held out for validation, by a hash of each, when --val-dataset is not given."""
+    tokenizer: Annotated[MaybeStr, _filled("that of --pretrained", "FILE")] = None
+    """A tokenizer.json: that of the weights, with special tokens added if need be."""
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    """That of the tokenizer of the weights; another one is refused."""
+
+
+@dataclass(frozen=True)
+class ChatFlags:
+    """How conversations are learned."""
+
+    epochs: float = 2.0
+    """How often the conversations are gone through when --steps is not given."""
+    train_on: Annotated[str, _one_of("replies", "all")] = "replies"
+    """What of a conversation is trained. replies: what the assistant says, and the token that ends it; all: everything."""
+    too_long: Annotated[str, _one_of("drop", "truncate")] = "drop"
+    """What is done with a conversation of more tokens than --seq-len: leave it out, or cut off its end."""
+    max_dropped: float = 0.05
+    """Refuse files of which more than this part of the rows teaches nothing and would be dropped."""
+    template: Annotated[str, arg(metavar="auto|chatml|FILE")] = "auto"
+    """How turns are written. auto: the model's own way, else chatml, whose two tokens are added to the tokenizer; or a file of Jinja."""
+
+
+@dataclass(frozen=True)
+class ChatTrainingFlags(option_flags("ChatTrainingFlags", chat_training_options())):
+    """How it is trained; one step sees --batch-size sequences of --seq-len tokens."""
+
+
+@dataclass(frozen=True)
+class SftFlags(TrainFlags):
+    """Teach a trained model to answer, by conversations. Give the same command again to continue a run that was stopped."""
+
+    data: OmitArgPrefixes[ChatDataFlags] = field(default_factory=ChatDataFlags)
+    training: OmitArgPrefixes[ChatTrainingFlags] = field(default_factory=ChatTrainingFlags)
+    chats: OmitArgPrefixes[ChatFlags] = field(default_factory=ChatFlags)
+
+
 GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
+ALL_GROUPS: dict[str, Any] = GROUPS | {"chats": ChatFlags}  # that of one command among them
 
 
 def given_names(argv: list[str]) -> frozenset[str]:
     """Field names of the flags in a command line."""
     names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     names |= {name.removeprefix("no_") for name in names}
-    return frozenset(names & {f.name for group in GROUPS.values() for f in dataclasses.fields(group)})
+    return frozenset(names & {f.name for group in ALL_GROUPS.values() for f in dataclasses.fields(group)})
 
 
 def flag_names() -> list[str]:

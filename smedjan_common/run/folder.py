@@ -32,6 +32,9 @@ from smedjan_common.run.config_file import to_toml
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
 
+COMMANDS = {"lm": "train", "sft": "sft"}  # what a run learns -> the command that begins one
+EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -39,7 +42,8 @@ class RunConfig:
 
     train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
-    flags: what config.json records. given: those that were given, for config.toml.
+    flags: what config.json records. given: those that were given, for config.toml. objective: a key of COMMANDS. gained: how many tokens
+    the tokenizer has more than that of `pretrained`; extends: the hash of that one.
     """
 
     model: ModelConfig
@@ -64,6 +68,9 @@ class RunConfig:
     tracker: tuple[str, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
+    objective: str = "lm"
+    gained: int = 0
+    extends: str | None = None
 
 
 class RunFolder:
@@ -77,6 +84,7 @@ class RunFolder:
             tokenizer=SavedTokenizer.of(config.tokenizer),
             dataset=self._dataset(config.train_data),
             framework={"name": device.backend, "device": device.name, **device.versions},
+            extra={EXTENDS: config.extends} if config.extends else None,
         )
 
     def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
@@ -100,6 +108,7 @@ class RunFolder:
             initial = (read_config(self.config.start.path.parent) or {}).get("initial_values")
         values = {
             "model": self.config.model.to_dict(),
+            "objective": self.config.objective,
             "train": self.config.train.to_dict(),
             "flags": self.config.flags,
             "dataset": self._about.dataset,
@@ -119,11 +128,11 @@ class RunFolder:
         if self.config.start:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 before = read_regular(self.config.start.path.parent / GIVEN).decode()
-        write_atomically(self.path / GIVEN, to_toml(self.config.given, before).encode("utf-8", "replace"))
+        write_atomically(self.path / GIVEN, to_toml(self.config.given, before, COMMANDS[self.config.objective]).encode("utf-8", "replace"))
 
     def save(self, snapshot: Snapshot, metrics: Row, extra: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep. extra: what the loop needs to go on, beside the state."""
-        about = dataclasses.replace(self._about, extra=extra)
+        about = dataclasses.replace(self._about, extra=self._extra(extra))
         return self._pruned(write_checkpoint(self.path, snapshot, about, metrics=metrics))
 
     def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row, extra: Row) -> Callable[[], Path]:
@@ -132,7 +141,7 @@ class RunFolder:
         finish = start_own(
             self.path,
             lambda folder: own.begin(state, folder),
-            dataclasses.replace(self._about, extra=extra),
+            dataclasses.replace(self._about, extra=self._extra(extra)),
             kind=own.name,
             step=step,
             params=params,
@@ -140,6 +149,9 @@ class RunFolder:
             metrics=metrics,
         )
         return lambda: self._pruned(finish())
+
+    def _extra(self, extra: Row) -> Row:
+        return {**(self._about.extra or {}), **extra}
 
     def _pruned(self, path: Path) -> Path:
         prune_checkpoints(self.path, self.config.keep, keep_every=self.config.keep_every)

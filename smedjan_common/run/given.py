@@ -1,12 +1,11 @@
 """The command line of training: its flags, which of them were given, and what --config adds to them."""
 
-from smedjan_common.command_line import read
-from smedjan_common.run.flags import TrainFlags, given_names
+import functools
+from typing import NamedTuple
 
-EXAMPLES = (
-    "smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400",
-    "smedjan train --checkpoint-dir runs/mine --steps 800",
-)
+from smedjan_common.command_line import read
+from smedjan_common.run.flags import SftFlags, TrainFlags, given_names
+
 FIRST = {  # what a newcomer sets, and the few words for it in the help
     "dataset": "FILE: your text, JSONL or token file",
     "checkpoint_dir": "DIR: where the run lives; give it again to go on",
@@ -21,13 +20,48 @@ FIRST = {  # what a newcomer sets, and the few words for it in the help
 }
 
 
-def parse(argv: list[str] | None = None, prog: str = "smedjan train") -> tuple[TrainFlags, frozenset[str]]:
+class Kind(NamedTuple):
+    """A command that trains: its name, the class of its flags, examples, and the flags that its help shows first."""
+
+    name: str
+    flags: type[TrainFlags]
+    examples: tuple[str, ...]
+    first: dict[str, str]
+
+
+TRAIN = Kind(
+    "train",
+    TrainFlags,
+    ("smedjan train my.txt --checkpoint-dir runs/mine --size tiny --steps 400", "smedjan train --checkpoint-dir runs/mine --steps 800"),
+    FIRST,
+)
+SFT = Kind(
+    "sft",
+    SftFlags,
+    ("smedjan sft chats.jsonl --pretrained runs/mine --checkpoint-dir runs/chat", "smedjan sft --checkpoint-dir runs/chat --epochs 3"),
+    {
+        "dataset": "FILE: your conversations",
+        "pretrained": "PATH: the model that learns them",
+        "checkpoint_dir": FIRST["checkpoint_dir"],
+        "epochs": "how often they are gone through",
+        "batch_size": "sequences of a step, each of several conversations",
+        "lr": "the learning rate",
+        "train_on": "replies, or all of a conversation",
+        "dry_run": FIRST["dry_run"],
+    },
+)
+
+KINDS = {kind.name: kind for kind in (TRAIN, SFT)}
+
+
+def parse(argv: list[str] | None = None, prog: str = "", kind: Kind = TRAIN) -> tuple[TrainFlags, frozenset[str]]:
     """The flags and the names of those that were given. Exits with 2 on a flag that is not known."""
-    flags, words = read(TrainFlags, prog, argv, *EXAMPLES, first=FIRST, more=words_of_config)
+    more = functools.partial(words_of_config, kind=kind)
+    flags, words = read(kind.flags, prog or f"smedjan {kind.name}", argv, *kind.examples, first=kind.first, more=more)
     return flags, given_names(words)
 
 
-def words_of_config(words: list[str]) -> list[str]:
+def words_of_config(words: list[str], kind: Kind = TRAIN) -> list[str]:
     """What --config adds to the words of a command line. Raises UsageError."""
     paths = [
         word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=False) if word.split("=")[0] == "--config"
@@ -36,4 +70,4 @@ def words_of_config(words: list[str]) -> list[str]:
         return []
     from smedjan_common.run.config_file import words_of
 
-    return words_of(paths[-1], given_names(words))
+    return words_of(paths[-1], given_names(words), kind.flags)

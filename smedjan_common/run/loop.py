@@ -17,6 +17,7 @@ from typing import Any
 
 from smedjan_common.backend import Backend, Metrics, Snapshot, State
 from smedjan_common.checkpoint import Background, latest_checkpoint, read_state, read_weights
+from smedjan_common.checkpoint.new_rows import with_new_rows
 from smedjan_common.data.batches import batches, held_out
 from smedjan_common.errors import NotFiniteError, OutOfMemoryError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
@@ -38,9 +39,11 @@ from smedjan_common.run.ending import ending
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
 from smedjan_common.run.signals import StopSignals
+from smedjan_common.tokenizer.chat import template_of
 from smedjan_common.training.schedule import learning_rate
 
 IN_FLIGHT = 4
+_HELLO = "Hello!"  # what a sample of a run that learns answers asks, where --sample-prompt says nothing else
 SINCE_LINE = "loss_since_line"  # in a checkpoint's "extra"
 
 
@@ -125,7 +128,11 @@ class _Loop:
             return read_state(info, self.backend), info.step
         if info := self.config.pretrained:
             say(f"Starting from the weights of {info.path}.")
-            return self.backend.init(read_weights(info, self.backend.own)), 0
+            weights, tokenizer = read_weights(info, self.backend.own), self.config.tokenizer
+            if gained := self.config.gained:
+                say(f"The tokenizer has {gained} tokens more; their rows begin as the mean of the others.")
+                weights = with_new_rows(weights, self.model, tokenizer.vocab_size - gained, tokenizer.vocab_size)
+            return self.backend.init(weights), 0
         params, self.initial = draw(self.model, self.train.seed)
         return self.backend.init(params), 0
 
@@ -259,14 +266,20 @@ class _Loop:
             say(f"note: the validation loss of step {step} is not finite; {METRICS} has null for it. This is said once.")
 
     def sample(self, state: State, step: int) -> None:
-        tokenizer = self.config.tokenizer
-        prompt = tokenizer.begin(self.config.sample_prompt)
+        tokenizer, asked = self.config.tokenizer, self.config.sample_prompt
+        template = template_of(None, tokenizer) if self.config.objective == "sft" else None
+        if template:
+            asked = asked or _HELLO
+            prompt, shown = template.encode(tokenizer, [{"role": "user", "content": asked}]), f"{asked}\n"
+        else:
+            prompt, shown = tokenizer.begin(asked), asked
         length = min(len(prompt) + self.config.sample_tokens, self.model.context_length)
-        request = Request(prompt, length - len(prompt), Sampling(temperature=0.8, seed=self.train.seed), special=True)
+        sampling, stop_ids = Sampling(temperature=0.8, seed=self.train.seed), template.stop_ids(tokenizer) if template else None
+        request = Request(prompt, max(0, length - len(prompt)), sampling, special=not template, stop_ids=stop_ids)
         try:
             engine = Engine(self.backend.decoder(self.backend.params_of(state), length), tokenizer, reuse=False)
             ticket = engine.submit(request)
-            text = self.config.sample_prompt + "".join(piece.text for _, piece in engine.answer([ticket]))
+            text = shown + "".join(piece.text for _, piece in engine.answer([ticket]))
             if ticket.error:
                 raise ticket.error
         except (NotFiniteError, OutOfMemoryError) as error:  # whether the run itself goes on is for its next step to say

@@ -56,6 +56,21 @@ def training_options() -> list[Option]:
     return [_by_optimizer(option) if name in ("beta2", "weight_decay") else option for name, option in known.items()]
 
 
+_CHATS: dict[str, dict[str, Any]] = {  # what differs where conversations are learned
+    "steps": {"filled": "--epochs times over the conversations"},
+    "lr": {"filled": "a fifth of that of `train`: 6e-5 * sqrt(4096 / dim)"},
+    "warmup": {"filled": "10% of --steps, at most 1000"},
+    "weight_decay": {"unset": 0.0, "filled": ""},
+    "packing": {"unset": "documents"},
+    "mask_documents": {"unset": True},
+}
+
+
+def chat_training_options() -> list[Option]:
+    """The options of training with the defaults for conversations: whole ones in a row, kept apart."""
+    return [option._replace(**_CHATS.get(option.name, {})) for option in training_options()]
+
+
 def _by_optimizer(option: Option) -> Option:
     """An option whose default the row of the optimizer says."""
     values = {name: getattr(row, option.name) for name, row in OPTIMIZERS.items()}

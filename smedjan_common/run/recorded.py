@@ -8,10 +8,11 @@ from typing import Any
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.json_fields import is_of
-from smedjan_common.run.flags import GROUPS, TrainFlags
+from smedjan_common.run.flags import ALL_GROUPS, SftFlags, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 RECALLED = ("data", "report", "run")  # groups of flags that config.json records, those of one start aside
+_OF_CHATS = (*RECALLED, "chats")
 COUNTS = {  # the least of each flag that counts batches, tokens or checkpoints
     **dict.fromkeys(("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
     **dict.fromkeys(("eval_batches", "sample_tokens"), 1),
@@ -38,8 +39,8 @@ def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
 
 
 def _recorded_types() -> dict[str, Any]:
-    types = {group: typing.get_type_hints(GROUPS[group]) for group in RECALLED}
-    return {name: types[group][name] for group in RECALLED for name in recorded_names(group)}
+    types = {group: typing.get_type_hints(ALL_GROUPS[group]) for group in _OF_CHATS}
+    return {name: types[group][name] for group in _OF_CHATS for name in recorded_names(group)}
 
 
 def is_dataset(data: Any) -> bool:
@@ -55,7 +56,7 @@ def is_dataset(data: Any) -> bool:
 def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -> TrainFlags:
     """`flags` with what was not given taken from a run's recorded flags."""
     groups = {}
-    for group in RECALLED:
+    for group in _groups(flags):
         values = getattr(flags, group)
         known = {name: _tuple(recorded[name]) for name in recorded_names(group) if name not in given and name in recorded}
         if group == "data" and "dataset" in given:
@@ -66,13 +67,17 @@ def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -
 
 def to_record(flags: TrainFlags) -> dict[str, Any]:
     """The flags that config.json records; paths are absolute, since the run may go on from another directory."""
-    values = {name: getattr(getattr(flags, group), name) for group in RECALLED for name in recorded_names(group)}
+    values = {name: getattr(getattr(flags, group), name) for group in _groups(flags) for name in recorded_names(group)}
     return values | {name: _absolute(values[name]) for name in _PATHS}
+
+
+def _groups(flags: TrainFlags) -> tuple[str, ...]:
+    return _OF_CHATS if isinstance(flags, SftFlags) else RECALLED
 
 
 def recorded_names(group: str) -> tuple[str, ...]:
     """The flags of a group that config.json records."""
-    return tuple(f.name for f in dataclasses.fields(GROUPS[group]) if "this_start" not in f.metadata)
+    return tuple(f.name for f in dataclasses.fields(ALL_GROUPS[group]) if "this_start" not in f.metadata)
 
 
 def _absolute(value: Any) -> Any:

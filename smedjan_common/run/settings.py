@@ -18,6 +18,7 @@ from smedjan_common.run.resume import difference
 from smedjan_common.training.config import TrainConfig, default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS
 
+_OF_CHATS = 0.2  # of the learning rate of pre-training
 _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if option.shape_free)
 
 
@@ -82,14 +83,16 @@ def train_config(asked: Asked, base: TrainConfig | None, dim: int, epoch: int) -
     values = dataclasses.asdict(asked.flags.training)
     if base is not None:
         values |= {name: value for name, value in dataclasses.asdict(base).items() if not asked.is_given(name)}
+        if asked.is_given("epochs") and not asked.is_given("steps"):
+            values["steps"] = None
     if values["steps"] is None:
         values["steps"] = max(1, epoch)
     optimizer = OPTIMIZERS.get(values["optimizer"], OPTIMIZERS["adamw"])  # an unknown one is refused below
     if values["lr"] is None:
-        values["lr"] = default_lr(dim, optimizer.name)
+        values["lr"] = default_lr(dim, optimizer.name) if not asked.chats else float(f"{_OF_CHATS * default_lr(dim, optimizer.name):.1e}")
     values |= {name: getattr(optimizer, name) for name in ("beta2", "weight_decay") if values[name] is None}
     if values["warmup"] is None:
-        values["warmup"] = min(1000, values["steps"] // 20)
+        values["warmup"] = min(1000, values["steps"] // (10 if asked.chats else 20))
     if not asked.is_given("warmup"):
         values["warmup"] = min(values["warmup"], max(values["steps"], 0))  # a resumed run may have become shorter
     if values["dtype"] == "auto":

@@ -6,6 +6,7 @@ and line. A row that teaches nothing is dropped, counted by its reason, and the 
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -59,7 +60,11 @@ class Dropped:
         total = self.counts.total()
         if total and total > most * self.rows:
             what = f"{total} of {self.rows} rows would be dropped, more than --max-dropped {most:g} allows."
-            raise DataError(what, "\n".join(("Why:", *self.lines())), f"Correct them, or allow it: --max-dropped {total / self.rows:.2g}.")
+            raise DataError(
+                what,
+                "\n".join(("Why:", *self.lines())),
+                f"Correct them, or allow it: --max-dropped {math.ceil(100 * total / self.rows) / 100}.",
+            )
 
 
 def conversations(sources: Iterable[Source], dropped: Dropped) -> Iterator[Talk]:

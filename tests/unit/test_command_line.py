@@ -125,6 +125,8 @@ def test_what_is_wrong_is_told_with_its_remedy(command, words, told):
         ("train", "--max-steps", "called --steps here"),
         ("train", "--epochs", "counted in --steps"),
         ("train", "--num-train-epochs", "counted in --steps"),
+        ("sft", "--num-train-epochs", "called --epochs here"),
+        ("sft", "--assistant-only-loss", "called --train-on here"),
         ("train", "--context-length", "called --seq-len here"),
         ("train", "--output-dir", "called --checkpoint-dir here"),
         ("train", "--per-device-train-batch-size", "called --batch-size here"),
@@ -147,7 +149,8 @@ def test_flags_of_other_programs_are_known(command, theirs, told):
     ("known", "theirs", "told"),
     [
         (cli.COMMANDS, "finetune", "--pretrained"),
-        (cli.COMMANDS, "sft", "--pretrained"),
+        (cli.COMMANDS, "finetune", "`smedjan sft`"),
+        (cli.COMMANDS, "instruct", "called sft here"),
         (cli.COMMANDS, "export", "called convert here"),
         (cli.COMMANDS, "sample", "called generate here"),
         (cli.COMMANDS, "chat", "called generate here"),
