@@ -196,6 +196,26 @@ def test_a_grown_tokenizer_extends_the_old_one_alone(base):
     assert new.encode(text) == old.encode(text)
 
 
+def test_a_template_of_jinja_needs_no_new_tokens_and_goes_with_the_model(base, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content + ('<|endoftext|>' if m.role == 'assistant' else ' ') }}{% endfor %}"
+    text += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "t.jinja").write_text(text)
+    words = ("--pretrained", base / "run", "--checkpoint-dir", tmp_path / "run", "--template", tmp_path / "t.jinja", "--steps", 4, *SFT)
+    assert sft_here(base / "chats.jsonl", *words) == 0
+    out = capsys.readouterr().out
+    assert "assistant: \u27e6It sat on mat" in out
+    assert "<|endoftext|>\u27e7" in out
+    assert "tokens more" not in out
+    final = tmp_path / "run" / "final"
+    assert (final / "chat_template.jinja").read_text() == text
+    assert read_info(final).tokenizer_hash == read_info(base / "run").tokenizer_hash
+    (tmp_path / "t.jinja").unlink()  # the run has it
+    assert sft_here(base / "chats.jsonl", "--checkpoint-dir", tmp_path / "run", "--steps", 5) == 0
+    assert len(list((tmp_path / "run" / "data").iterdir())) == 1
+    assert (final / "chat_template.jinja").read_text() == text
+
+
 def test_weights_go_with_a_larger_tokenizer_in_sft_alone(base, taught, tmp_path, capsys):
     larger = taught / "final" / "tokenizer.json"
     words = ("--pretrained", base / "run", "--tokenizer", larger, "--checkpoint-dir", tmp_path / "run")
