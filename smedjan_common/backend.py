@@ -29,7 +29,8 @@ LESS_TO_SCORE = "Take fewer tokens at once: a lower --batch-tokens, or a shorter
 
 def out_of_memory(text: str, fix: str) -> OutOfMemoryError:
     """The error of a device whose framework says `text`; `fix`: what takes less of it."""
-    return OutOfMemoryError("The device ran out of memory.", text.splitlines()[0][:200].rstrip(".") + ".", fix)
+    first = (text.strip() or "It said no more").splitlines()[0][:200].rstrip(".")
+    return OutOfMemoryError("The device ran out of memory.", f"{first}.", fix)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def prepare(
     split = _choose_split(found, val_fraction, field) if val_output else "none"
     notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
     outputs = [(path, side) for path, side in ((output, "train"), (val_output, "validation")) if path is not None]
-    options = [tokenizer.hash, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
+    options = [tokenizer.hash, tokenizer.bos_id, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
     journal = Journal([path for path, _ in outputs], found, options, journal_bytes)
     state = journal.load()
     with journal, ExitStack() as stack:

@@ -93,7 +93,7 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 def _places(text: str) -> dict[tuple[str, str], int]:
     """(table, name) -> the line where it is set, counted from 1."""
     table, places = "", {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if line.startswith("["):
             table = line.strip("[] ").partition("]")[0].strip().strip("\"'")

@@ -108,7 +108,7 @@ class LibraryTokenizer(BaseTokenizer):
         return ids[kept], counts - left_out
 
     def __reduce__(self):
-        return (LibraryTokenizer, (self.raw, self.where))
+        return (LibraryTokenizer, (self.raw, self.where), {"chat": self.chat, "ends": self.ends})
 
 
 def _load(raw: str, where: str) -> Any:

@@ -178,4 +178,4 @@ class Tokenizer(BaseTokenizer):
         return Encoder(self._merges, Splitter(self.pattern))
 
     def __reduce__(self):
-        return (Tokenizer, (self.vocabulary,))
+        return (Tokenizer, (self.vocabulary,), {"chat": self.chat, "ends": self.ends})

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,6 +189,25 @@ def test_prepare_gives_the_ids_of_whole_documents_with_their_beginnings(kind: st
     expected = [number for text in (document, "the hammer") for number in [*begin, *tokenizer.encode(text), tokenizer.eot_id]]
     assert sum(cut) > 5
     assert np.array(TokenFile.open(tmp_path / "out.bin").tokens).tolist() == expected
+
+
+def test_other_processes_write_the_beginnings_and_ends_that_one_alone_writes(tmp_path: Path):
+    """What stands beside a tokenizer's file, and not in it, goes along to them."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{WORDS} {number}"}) + "\n" for number in range(40)))
+    for number, file in enumerate((byte_bpe(), byte_bpe(normalizer={"type": "NFC"}))):
+        (tmp_path / "tokenizer.json").write_text(file)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert isinstance(tokenizer, LibraryTokenizer) == bool(number)
+        found = []
+        for processes in (1, 2):
+            out = tmp_path / f"{number}-{processes}.bin"
+            prepare([tmp_path / "a.jsonl"], out, tokenizer, workers=processes)
+            found.append(np.array(TokenFile.open(out).tokens).tolist())
+        assert found[0] == found[1]
+        assert found[0].count(tokenizer.bos_id) == found[0].count(tokenizer.eot_id) == 40
+        again = pickle.loads(pickle.dumps(tokenizer))
+        assert (again.ends, again.begin("a")) == (tokenizer.ends, tokenizer.begin("a"))
 
 
 def test_a_file_that_the_library_refuses_too_is_an_error_with_both_reasons():

@@ -24,8 +24,8 @@ def begin_tracking(
             continue
         try:
             begun.append(Tracking(name, functools.partial(make_tracker, name), start_of(name, folder, step, config), tell))
-        except OSError as error:
-            tell(f"note: the tracker {name} did not begin: {error.strerror or error}.")
+        except (OSError, ValueError) as error:  # the latter: what holds the run's id is no text
+            tell(f"note: the tracker {name} did not begin: {getattr(error, 'strerror', None) or error}.")
     return begun
 
 
