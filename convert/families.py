@@ -11,6 +11,7 @@
 | mixtral | Mixtral | experts with the softmax router in all layers |
 | qwen3_moe | Qwen 3 MoE | the same with head norms, and dense layers between |
 | glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
+| olmo2 | OLMo 2 | norms after mixers and feed-forwards; RMSNorm over all heads of q and of k together |
 | granite | Granite 3 | multipliers of embeddings, residuals, scores and logits |
 | granitemoehybrid | Granite 4 | the same; Mamba-2, attention, turned or not, or both; SwiGLU, or experts with shared ones |
 | deepseek_v3 | DeepSeek V3 | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
@@ -154,6 +155,16 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6},
         {*HEADS, *WINDOWS, "rope_layers", "qkv_bias", "o_bias"},
         lambda config: _plain(config) and config.qkv_bias == config.o_bias,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        {"norms", "qk_norm", "qk_norm_over", "qkv_bias", "o_bias"},
+        lambda config: (
+            _plain(config)
+            and (config.norms, config.qk_norm, config.qk_norm_over) == ("post", True, "all")
+            and config.qkv_bias == config.o_bias
+        ),
     ),
     "granite": Family(
         "GraniteForCausalLM",

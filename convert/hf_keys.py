@@ -313,6 +313,7 @@ READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "qwen2": lambda values, where: {"qkv_bias": True, "o_bias": False},
     "qwen3": lambda values, where: {"qk_norm": True},
     "smollm3": lambda values, where: {"rope_layers": shortest(rope_layers(values, where))},
+    "olmo2": lambda values, where: {"norms": "post", "qk_norm": True, "qk_norm_over": "all"},
     "granite": _read_multipliers,
     "mixtral": _read_mixtral,
     "qwen3_moe": _read_qwen3_moe,

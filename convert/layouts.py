@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, Row
+from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, POST_ROWS, Row
 from convert.ties import Tie, by_expert, joined, reordered, same, scaled, shifted, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
@@ -145,7 +145,8 @@ def _written_head(config: ModelConfig) -> list[Tie]:
 
 
 def _norms(config: ModelConfig, layer: int) -> list[Tie]:
-    return [_row(config, row, layer) for row in LAYER_ROWS if "_norm." in row.ours]
+    rows = POST_ROWS if config.norms == "post" else [row for row in LAYER_ROWS if "_norm." in row.ours]
+    return [_row(config, row, layer) for row in rows]
 
 
 def _attention(config: ModelConfig, layer: int) -> list[Tie]:

@@ -29,6 +29,11 @@ LAYER_ROWS = (
     Row("layers.{i}.ffn.down_proj.weight", "model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
 )
 
+POST_ROWS = (  # of a model whose norms come after
+    Row("layers.{i}.mixer_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", ""),
+    Row("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight", ""),
+)
+
 # tensors that only some models have, by what of a ModelConfig says so
 OPTIONAL_ROWS: dict[str, tuple[Row, ...]] = {
     "qkv_bias": tuple(

@@ -55,6 +55,7 @@ FLAGS = {
     "window-layers": "max-window-layers sliding-window-pattern use-sliding-window",
     "logits-divisor": "logits-scaling logit-scale logits-multiplier",
     "attention-multiplier": "attention-scale softmax-scale query-pre-attn-scalar",
+    "norms": "norm-placement post-norm pre-norm sandwich-norm norm-after",
     "rope-layers": "no-rope-layers nope no-rope-layer-interval",
     "rope-base": "rope-theta rotary-base theta",
     "qk-norm": "use-qk-norm qk-layernorm",

@@ -128,9 +128,8 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
     if row.training is Chunked:
         implementation = chosen(row.name, kernels, config, dtype)
     return Block(
-        RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
+        {name: RMSNorm(params, f"{at}.{name}", config.norm_eps) for name in config.block_norms},
         mixer_class(row.name)(config.at(layer), params, f"{at}.mixer", implementation),
-        RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
         config.residual_multiplier,
     )

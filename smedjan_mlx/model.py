@@ -22,7 +22,7 @@ from smedjan_common.model.mixers.shared import Chunked
 from smedjan_mlx.ffn import ffn_class
 from smedjan_mlx.kernels import chosen
 from smedjan_mlx.mixers import mixer_class
-from smedjan_mlx.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope
+from smedjan_mlx.modules import Block, Carried, Context, Embedding, Params, RMSNorm, Rope, normed
 
 State = dict[str, Any]
 
@@ -124,9 +124,8 @@ def _block(config: ModelConfig, params: Params, layer: int, attention: str, kern
     if row.training is Chunked:
         implementation = chosen(row.name, kernels, config, dtype)
     return Block(
-        RMSNorm(params, f"{at}.mixer_norm", config.norm_eps),
+        {name: RMSNorm(params, f"{at}.{name}", config.norm_eps) for name in config.block_norms},
         mixer_class(row.name)(config.at(layer), params, f"{at}.mixer", implementation),
-        RMSNorm(params, f"{at}.ffn_norm", config.norm_eps),
         ffn_class(config.ffn_of(layer))(config, params, f"{at}.ffn"),
         config.residual_multiplier,
     )
@@ -142,16 +141,22 @@ def _apply_dots(block: Block, x_BTD: mx.array, context: Context, carried: Carrie
     Each half is cut right after its input matmuls. MLX evaluates lazily: a matmul at the end of a recomputed piece is
     not run again, since its own output is not needed for its gradient.
     """
-    projected = _recomputed([block.mixer_norm, block.mixer], lambda x: block.mixer.project(block.mixer_norm(x), context))(x_BTD)
+    projected = _recomputed([*_there(block.mixer_norm), block.mixer], lambda x: block.mixer.project(normed(block.mixer_norm, x), context))(
+        x_BTD
+    )
     mixed, carried = _recomputed([block.mixer], lambda p, c: block.mixer.mix(p, context, c))(projected, carried)
-    x_BTD = block.add(x_BTD, mixed)
-    projected = _recomputed([block.ffn_norm, block.ffn], lambda x: block.ffn.project(block.ffn_norm(x)))(x_BTD)
+    x_BTD = block.add(x_BTD, normed(block.mixer_post_norm, mixed))
+    projected = _recomputed([*_there(block.ffn_norm), block.ffn], lambda x: block.ffn.project(normed(block.ffn_norm, x)))(x_BTD)
     fed, carried = _recomputed([block.ffn], lambda p, c: block.ffn.mix(p, c))(projected, carried)
-    return block.add(x_BTD, fed), carried
+    return block.add(x_BTD, normed(block.ffn_post_norm, fed)), carried
 
 
 def _apply_full(block: Block, x_BTD: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
     return _recomputed([block], lambda x, c: block(x, context, c))(x_BTD, carried)
+
+
+def _there(norm: RMSNorm | None) -> list[nn.Module]:
+    return [] if norm is None else [norm]
 
 
 def _recomputed(modules: list[nn.Module], function: Callable) -> Callable:

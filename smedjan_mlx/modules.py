@@ -148,33 +148,39 @@ class Context:
 
 
 class Block(nn.Module):
-    """x + r mixer(norm(x)), then x + r ffn(norm(x)), r = residual. Mixers and feed-forwards may add to `carried`, which blocks hand on."""
+    """x + r mixer(norm(x)), then x + r ffn(norm(x)), r = residual; norms by name, those after a mixer
+    or feed-forward too. Mixers and feed-forwards may add to `carried`, which blocks hand on."""
 
-    def __init__(self, mixer_norm: RMSNorm, mixer: Any, ffn_norm: RMSNorm, ffn: Any, residual: float = 1.0):
+    def __init__(self, norms: dict[str, RMSNorm], mixer: Any, ffn: Any, residual: float = 1.0):
         super().__init__()
-        self.mixer_norm = mixer_norm
+        self.mixer_norm, self.ffn_norm = norms.get("mixer_norm"), norms.get("ffn_norm")
+        self.mixer_post_norm, self.ffn_post_norm = norms.get("mixer_post_norm"), norms.get("ffn_post_norm")
         self.mixer: Any = mixer
-        self.ffn_norm = ffn_norm
         self.ffn: Any = ffn
         self.residual = residual
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
-        mixed, carried = self.mixer(self.mixer_norm(x), context, carried)
-        x = self.add(x, mixed)
-        fed, carried = self.ffn(self.ffn_norm(x), carried)
-        return self.add(x, fed), carried
+        mixed, carried = self.mixer(normed(self.mixer_norm, x), context, carried)
+        x = self.add(x, normed(self.mixer_post_norm, mixed))
+        fed, carried = self.ffn(normed(self.ffn_norm, x), carried)
+        return self.add(x, normed(self.ffn_post_norm, fed)), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """The same for T new tokens of each row, which follow its `context.position` earlier ones."""
-        mixed, state, carried = self.mixer.step(self.mixer_norm(x), context, state, carried)
-        x = self.add(x, mixed)
-        fed, carried = self.ffn(self.ffn_norm(x), carried)
-        return self.add(x, fed), state, carried
+        mixed, state, carried = self.mixer.step(normed(self.mixer_norm, x), context, state, carried)
+        x = self.add(x, normed(self.mixer_post_norm, mixed))
+        fed, carried = self.ffn(normed(self.ffn_norm, x), carried)
+        return self.add(x, normed(self.ffn_post_norm, fed)), state, carried
 
     def add(self, x: mx.array, more: mx.array) -> mx.array:
         """The residual stream with what a mixer or feed-forward adds."""
         return x + more if self.residual == 1 else x + self.residual * more
+
+
+def normed(norm: RMSNorm | None, x: mx.array) -> mx.array:
+    """x normalised, where there is a norm."""
+    return x if norm is None else norm(x)
 
 
 class Rope(nn.Module):

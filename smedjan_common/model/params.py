@@ -1,7 +1,7 @@
 """The parameter table: the one place that knows names, shapes, initial values, decay and sharding axes.
 
     embed.weight [V, D]                   (also the output head, unless the model has head.weight [V, D])      norm.weight [D]
-    layers.{i}.mixer_norm.weight [D]      layers.{i}.ffn_norm.weight [D]
+    layers.{i}.mixer_norm.weight [D]      layers.{i}.ffn_norm.weight [D]      (mixer_post_norm and ffn_post_norm by --norms)
     layers.{i}.mixer.*                    layers.{i}.ffn.*                (rows of smedjan_common.model.mixers)
 
 Weights are [out, in]. A tensor's initial value is drawn by NumPy's Philox keyed by (seed, name), so it depends on
@@ -33,10 +33,12 @@ def parameter_table(config: Shape) -> dict[str, ParamSpec]:
     specs = [embed]
     for layer in range(config.layers):
         at = f"layers.{layer}."
-        specs.append(norm_spec(f"{at}mixer_norm.weight", config.dim))
+        norms = [norm_spec(f"{at}{name}.weight", config.dim) for name in config.block_norms]
+        specs += [spec for spec in norms if ".mixer_norm." in spec.name]
         specs += [spec._replace(name=f"{at}mixer.{spec.name}") for spec in MIXERS[config.mixer_of(layer)].parameters(config, layer)]
-        specs.append(norm_spec(f"{at}ffn_norm.weight", config.dim))
+        specs += [spec for spec in norms if ".mixer_post_norm." in spec.name or ".ffn_norm." in spec.name]
         specs += [spec._replace(name=f"{at}ffn.{spec.name}") for spec in FFNS[config.ffn_of(layer)].parameters(config, layer)]
+        specs += [spec for spec in norms if ".ffn_post_norm." in spec.name]
     specs.append(norm_spec("norm.weight", config.dim))
     if not config.tied_head:
         specs.append(embed._replace(name=head_name(config)))

@@ -41,10 +41,19 @@ class Shape:
     )
     tied_head: bool = option(True, "The output head is the embedding; otherwise a matrix of its own.")
     head_size: int = option(0, "Features of a head of attention and block-sparse.", least=0, filled="--dim over --heads")
+    norms: Literal["pre", "post", "sandwich"] = option(
+        "pre", "Where norms stand: before a mixer or feed-forward, after it (OLMo 2), or both."
+    )
     embedding_multiplier: float = option(1.0, "What embeddings are multiplied by (Granite).", over=0, most=1e6, shape_free=True)
     residual_multiplier: float = option(1.0, "What a mixer or feed-forward adds is multiplied by.", over=0, most=1e6, shape_free=True)
     logits_divisor: float = option(1.0, "What logits are divided by.", over=0, most=1e6, shape_free=True)
     init_std: float = option(0.02, "Standard deviation of the initial weights.", shape_free=True, inert=True)
+
+    @property
+    def block_norms(self) -> tuple[str, ...]:
+        """The norms of a block by name, those before a mixer and a feed-forward and those after."""
+        before, after = ("mixer_norm", "ffn_norm"), ("mixer_post_norm", "ffn_post_norm")
+        return {"pre": before, "post": after, "sandwich": (*before, *after)}[self.norms]
 
     @property
     def head_dim(self) -> int:

@@ -1,7 +1,8 @@
 """Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
 
     q, k, v = x Wq^T, x Wk^T, x Wv^T, each with a bias where the model has one
-    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions, but in layers that rope_layers turns off
+    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head, or over all;  q, k turned by their positions,
+    but in layers that rope_layers turns off
     p_ts = softmax over s <= t of  q_t . k_s / sqrt(K) (or times attention_multiplier);
     window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
@@ -52,12 +53,19 @@ def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
 
     query, key = heads("q_proj", config.heads), heads("k_proj", config.kv_heads)
     if config.qk_norm:
-        query, key = (rms_norm(x, params[f"{n}_norm.weight"], config.norm_eps) for n, x in (("q", query), ("k", key)))
+        query, key = (_normed(config, params[f"{n}_norm.weight"], x) for n, x in (("q", query), ("k", key)))
     if config.attention_multiplier:  # scores are divided by sqrt(K) later
         query = query * (config.attention_multiplier * np.sqrt(config.head_dim))
     if config.rope_layers == ("on",):
         query, key = rotate(query, config, start), rotate(key, config, start)
     return query, key, heads("v_proj", config.kv_heads)
+
+
+def _normed(config: ModelConfig, weight: np.ndarray, x_BxTxHxK: np.ndarray) -> np.ndarray:
+    """Over each head, or over all of them together."""
+    if config.qk_norm_over == "head":
+        return rms_norm(x_BxTxHxK, weight, config.norm_eps)
+    return rms_norm(x_BxTxHxK.reshape(*x_BxTxHxK.shape[:2], -1), weight, config.norm_eps).reshape(x_BxTxHxK.shape)
 
 
 def linear(params: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:

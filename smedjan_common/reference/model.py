@@ -5,6 +5,7 @@
     logits = rms_norm(x) / d head^T                              the head is the embedding, or a matrix of its own
 
 e, r, d: embedding_multiplier, residual_multiplier, logits_divisor, which are 1 unless a model says otherwise (Granite 3, 2024).
+norms: what is added may be normalised instead of what is read (post; OLMo 2, 2025), or both (sandwich).
 
 Mixers and feed-forwards come from the rows of smedjan_common.model.mixers, so a new row needs its file beside this one and nothing here.
 """
@@ -45,10 +46,12 @@ def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tupl
     x, carried = config.embedding_multiplier * params["embed.weight"][tokens_BxT], {}
     for layer in range(config.layers):
         mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
-        normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
-        x = x + config.residual_multiplier * mixer.forward(config.at(layer), under(params, f"{at}mixer."), normed, carried)
-        normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-        x = x + config.residual_multiplier * ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
+        normed = _norm(config, params, f"{at}mixer_norm", x)
+        mixed = mixer.forward(config.at(layer), under(params, f"{at}mixer."), normed, carried)
+        x = x + config.residual_multiplier * _norm(config, params, f"{at}mixer_post_norm", mixed)
+        normed = _norm(config, params, f"{at}ffn_norm", x)
+        fed = ffn.forward(config, under(params, f"{at}ffn."), normed, carried)
+        x = x + config.residual_multiplier * _norm(config, params, f"{at}ffn_post_norm", fed)
     return rms_norm(x, params["norm.weight"], config.norm_eps) / config.logits_divisor, carried
 
 
@@ -58,6 +61,12 @@ def router_logits(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, d
     pieces = [tokens_BxT] if documents_BxT is None else [piece for row in rows for piece in _pieces(*row)]
     scores = [outputs(config, params, piece)[1].get("router_logits", []) for piece in pieces]
     return [np.concatenate([piece.reshape(-1, config.experts) for piece in layer]) for layer in zip(*scores, strict=True)]
+
+
+def _norm(config: ModelConfig, params: Params, name: str, x: np.ndarray) -> np.ndarray:
+    """x normalised, where the model has such a norm."""
+    weight = params.get(f"{name}.weight")
+    return x if weight is None else rms_norm(x, weight, config.norm_eps)
 
 
 def _pieces(tokens_T: np.ndarray, documents_T: np.ndarray) -> list[np.ndarray]:
@@ -74,11 +83,12 @@ def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarra
         x, carried = config.embedding_multiplier * params["embed.weight"][tokens_B], {}
         for layer in range(config.layers):
             mixer, ffn, at = mixer_module(config, layer), ffn_module(config, layer), f"layers.{layer}."
-            normed = rms_norm(x, params[f"{at}mixer_norm.weight"], config.norm_eps)
+            normed = _norm(config, params, f"{at}mixer_norm", x)
             mixed, states[layer] = mixer.step(config.at(layer), under(params, f"{at}mixer."), normed, states[layer], carried)
-            x = x + config.residual_multiplier * mixed
-            normed = rms_norm(x, params[f"{at}ffn_norm.weight"], config.norm_eps)
-            x = x + config.residual_multiplier * ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
+            x = x + config.residual_multiplier * _norm(config, params, f"{at}mixer_post_norm", mixed)
+            normed = _norm(config, params, f"{at}ffn_norm", x)
+            fed = ffn.forward(config, under(params, f"{at}ffn."), normed[:, None], carried)[:, 0]
+            x = x + config.residual_multiplier * _norm(config, params, f"{at}ffn_post_norm", fed)
         logits.append(rms_norm(x, params["norm.weight"], config.norm_eps) / config.logits_divisor @ params[head_name(config)].T)
     return np.stack(logits, axis=1)
 

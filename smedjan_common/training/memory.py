@@ -86,7 +86,8 @@ def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place
     """Values per token: kept by all layers, held beside them while the last one is differentiated, and in all while the first one is."""
     course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[compute_dtype(train.dtype)], train.attention == "plain")
     layers = [
-        BLOCK.times(config.dim)
+        BLOCK._replace(kept=BLOCK.kept + len(config.block_norms) - 2)
+        .times(config.dim)
         .with_(MIXERS[config.mixer_of(layer)].activations(config, course).times(1 / mesh.tensor))
         .with_(FFNS[config.ffn_of(layer)].activations(config, course).times(1 / mesh.tensor))
         for layer in range(config.layers)

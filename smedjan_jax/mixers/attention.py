@@ -2,8 +2,8 @@
 
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
-Options: qk_norm, an RMSNorm over each head of q and k before they are turned (Qwen3, 2025); window W: position t sees s with t - W < s <= t
-(Mistral, 2023).
+Options: qk_norm, an RMSNorm over each head (or all) of q and k before they are turned (Qwen3, 2025); window W: position t sees
+s with t - W < s <= t (Mistral, 2023).
 
 Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32.
 
@@ -38,6 +38,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.norm_all = config.qk_norm_over == "all"
         self.turns, self.multiplier = config.rope_layers == ("on",), config.attention_multiplier
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
@@ -69,10 +70,17 @@ class Attention(nnx.Module):
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
         if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         if self.multiplier:  # scores are divided by sqrt(K) later
             query = query * (self.multiplier * self.head_dim**0.5)
         return (context.rope(query), context.rope(key)) if self.turns else (query, key)
+
+    def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        """Over each head, or over all of them together."""
+        if not self.norm_all:
+            return norm(x)
+        B, T, _, _ = x.shape
+        return norm(x.reshape(B, T, -1)).reshape(x.shape)
 
     def _output(self, out_BTHK: jax.Array) -> jax.Array:
         B, T, _, _ = out_BTHK.shape

@@ -2,8 +2,8 @@
 
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
-Options: qk_norm, an RMSNorm over each head of q and k before they are turned (Qwen3, 2025); window W: position t sees s with t - W < s <= t
-(Mistral, 2023).
+Options: qk_norm, an RMSNorm over each head (or all) of q and k before they are turned (Qwen3, 2025); window W: position t sees
+s with t - W < s <= t (Mistral, 2023).
 
 Implementations: "fused" is mx.fast.scaled_dot_product_attention (Metal and CUDA kernels; on a CPU MLX composes it);
 "plain" is matmul, softmax, matmul, in float32.
@@ -35,6 +35,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.norm_all = config.qk_norm_over == "all"
         self.turns, self.multiplier = config.rope_layers == ("on",), config.attention_multiplier
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
@@ -64,10 +65,17 @@ class Attention(nn.Module):
     def _turn(self, query: mx.array, key: mx.array, context: Context) -> tuple[mx.array, mx.array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
         if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         if self.multiplier:  # scores are divided by sqrt(K) later
             query = query * (self.multiplier * self.head_dim**0.5)
         return (context.rope(query), context.rope(key)) if self.turns else (query, key)
+
+    def _normed(self, norm: RMSNorm, x: mx.array) -> mx.array:
+        """Over each head, or over all of them together."""
+        if not self.norm_all:
+            return norm(x)
+        B, H, T, K = x.shape
+        return norm(x.swapaxes(1, 2).reshape(B, T, H * K)).reshape(B, T, H, K).swapaxes(1, 2)
 
     def _output(self, out_BHTK: mx.array) -> mx.array:
         B, _, T, _ = out_BHTK.shape

@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Values]] = {
         # a layer that turns and sees all, one that does neither
         "patterns": {"rope_layers": ("on", "off"), "window": 5, "window_layers": ("off", "on"), "kv_heads": 2},
         "multipliers": {"embedding_multiplier": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_divisor": 1.5},
+        "post-norms": {"norms": "post", "qk_norm": True, "qk_norm_over": "all", "kv_heads": 2},
+        "sandwich": {"norms": "sandwich"},
         # heads of a size of their own, every bias, another head: 12 is no power of two
         "untied-biases-heads-of-12": {"tied_head": False, "qkv_bias": True, "o_bias": True, "head_size": 12, "kv_heads": 2},
     },

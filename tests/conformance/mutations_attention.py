@@ -44,6 +44,14 @@ MUTATIONS = {
         on(demand_forward, CASES["attention-swiglu-mha-multipliers"]),
         swap(attention, "project", other("attention_multiplier", 0.0)),
     ),
+    "head norms over each head, not all": (
+        on(demand_forward, CASES["attention-swiglu-mha-post-norms"]),
+        swap(
+            attention,
+            "_normed",
+            lambda right: lambda config, weight, x: attention.rms_norm(x, weight.reshape(x.shape[2:]), config.norm_eps),
+        ),
+    ),
     "every layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("on",)))),
     "no layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("off",)))),
     "every layer has the window": (on(demand_forward, PATTERNS), swap(attention, "_visible", other("window", 5))),

@@ -15,7 +15,8 @@ from tests.conformance import subjects
 from tests.conformance.cases import CASES, Case
 from tests.conformance.compare import Difference, Mismatch, demand, largest, tensors
 from tests.conformance.gates import FLOAT32
-from tests.conformance.test_oracle_llama import oracle_loss, oracle_name
+from tests.conformance.test_oracle_llama import oracle_loss
+from tests.conformance.test_oracle_llama import oracle_name as llama_name
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracle)")
@@ -42,8 +43,18 @@ def _granite(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILIES = {"patterns": ("SmolLM3", _smollm3), "multipliers": ("Granite", _granite)}  # by the variant of the suite's models
+FAMILIES = {
+    "patterns": ("SmolLM3", _smollm3),
+    "multipliers": ("Granite", _granite),
+    "post-norms": ("Olmo2", lambda model: {}),
+}  # by the variant of the suite's models
 CASES_HERE = [pytest.param(CASES[f"attention-swiglu-mha-{variant}"], id=variant) for variant in FAMILIES]
+
+
+def oracle_name(name: str) -> str:
+    """Norms that come after have names of their own."""
+    name = name.replace("mixer_post_norm", "post_attention_layernorm").replace("ffn_post_norm", "post_feedforward_layernorm")
+    return llama_name(name)
 
 
 def oracle(case: Case, dtype: Any = None) -> Any:
@@ -106,6 +117,7 @@ OFF = [
     ),
     *(("multipliers", {"embedding_multiplier": 2.51}), ("multipliers", {"residual_multiplier": 0.701})),
     *(("multipliers", {"attention_multiplier": 0.0}), ("multipliers", {"logits_divisor": 1.501})),
+    ("post-norms", {"norm_eps": 1e-3}),
 ]
 
 

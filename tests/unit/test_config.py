@@ -52,6 +52,8 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
         )
         for mixer in ("mla", "linear", "ssm", "rwkv", "gated-deltanet")
     ],
+    ({"qk_norm_over": "all"}, "--qk-norm-over all would do nothing", "--qk-norm"),
+    ({"norms": "middle"}, "--norms 'middle' is unknown", "pre"),
     ({"rope_layers": ()}, "--rope-layers is empty", "on, off"),
     ({"rope_layers": ("on", "of")}, "--rope-layers 'of' is unknown", "off"),
     ({"rope_layers": ("off",), "rope_scaling": "yarn", "rope_factor": 4.0}, "yarn would do nothing", "none"),

@@ -53,6 +53,8 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "head-size": (8, MODEL),
     "qkv-bias": ((), MODEL),
     "o-bias": ((), MODEL),
+    "norms": ("post", MODEL),
+    "qk-norm-over": ("all", MODEL),
     "embedding-multiplier": (2.0, MODEL),
     "residual-multiplier": (0.5, MODEL),
     "logits-divisor": (2.0, MODEL),

@@ -23,7 +23,8 @@ class Options(HeadNorm):
 
 def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
     kv = config.kv_heads * config.head_dim
-    norms = [head_norm(f"{name}_norm", config.head_dim) for name in ("q", "k")] if config.qk_norm else []
+    spans = (config.inner_dim, kv) if config.qk_norm_over == "all" else (config.head_dim,) * 2
+    norms = [head_norm(f"{name}_norm", span) for name, span in zip("qk", spans, strict=True)] if config.qk_norm else []
     qkv = [bias(f"{n}_proj", *of) for n, of in (("q", (config.inner_dim, "heads")), ("k", (kv, "kv_heads")), ("v", (kv, "kv_heads")))]
     return [
         weight("q_proj", config.inner_dim, config.dim, ("heads", "embed"), config.init_std),
@@ -48,9 +49,11 @@ def _state(config: Options, batch: int, max_len: int) -> list[StateSpec]:
     return [StateSpec("key", shape, axis=2), StateSpec("value", shape, axis=2)]
 
 
-def validate(config: Shape) -> None:
+def validate(config: HeadNorm) -> None:
     """Raises ConfigError for heads that cannot turn, or share keys and values, evenly."""
     check_kv_heads(config, "Every key/value head serves the same number of query heads.")
+    if config.qk_norm_over != "head" and not config.qk_norm:
+        raise ConfigError("--qk-norm-over all would do nothing.", "There is no --qk-norm.", "Add --qk-norm, or leave it out.")
     if config.head_dim % 2:
         raise ConfigError(
             f"A head has {config.head_dim} features, an odd number.",

@@ -14,7 +14,8 @@ SWITCH = ("on", "off")
 class HeadNorm(Shape):
     """Of a model."""
 
-    qk_norm: bool = option(False, "RMSNorm over each head of the queries and keys (Qwen3).")
+    qk_norm: bool = option(False, "RMSNorm over the queries and keys, each head by itself (Qwen3).")
+    qk_norm_over: Literal["head", "all"] = option("head", "what --qk-norm is over: each head, or all of them together (OLMo 2).")
     qkv_bias: bool = option(False, "biases of the query, key and value projections (Qwen2).")
     o_bias: bool = option(False, "a bias of the output projection.")
     attention_multiplier: float = option(
