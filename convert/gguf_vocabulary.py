@@ -27,9 +27,8 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Tokenizer | None, list[
         return None, ["The file has no tokenizer: only the weights are converted, and text needs one with the same ids."]
     _check_types(values, where)
     kind, tokens = values.get("tokenizer.ggml.model"), list(values["tokenizer.ggml.tokens"])
-    types, scores = (
-        list(values.get(f"tokenizer.ggml.{name}") or [usual] * len(tokens)) for name, usual in (("token_type", 1), ("scores", 0.0))
-    )
+    types: list[int] = list(values.get("tokenizer.ggml.token_type") or [1] * len(tokens))
+    scores: list[float] = list(values.get("tokenizer.ggml.scores") or [0.0] * len(tokens))
     if not len(types) == len(scores) == len(tokens) or len(set(tokens)) < len(tokens):
         raise ConfigError(
             f"{where} has a tokenizer that cannot be.",

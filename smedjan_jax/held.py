@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ def _layer(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, n
     tokens = rng.integers(0, model.vocab_size, (ROWS, LENGTH)).astype(np.int32)
     documents = np.cumsum(rng.random((ROWS, LENGTH)) < 0.02, axis=1).astype(np.int32)
     weight = rng.standard_normal((ROWS, LENGTH, model.dim)).astype(np.float32)
+    forms: dict[str, Any]
     if mixer == "block-sparse":
         documents, forms = None, {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
     else:
