@@ -331,6 +331,23 @@ def converts() -> str | None:
     return "\n\n".join(parts) or None
 
 
+def quantized() -> str | None:
+    """Loss and size of a model and its quantised forms, on each device; times only where nothing else ran, which a file does not tell."""
+    return "\n\n".join(_quantized(report) for report in reports("quantized").values()) or None
+
+
+def _quantized(report: Row) -> str:
+    of = {(row["model"], row["form"], row["backend"]): row for row in report["rows"]}
+    body = []
+    for model, form in dict.fromkeys((row["model"], row["form"]) for row in report["rows"]):
+        jax, mlx = (of[model, form, backend] for backend in ("jax", "mlx"))
+        losses = [f"{row['loss']:.4f}" if "loss" in row else "" for row in (jax, mlx)]
+        cells = [f"{model}, {jax['parameters'] / 1e6:.1f}M", form if form == "float32" else f"{form} bits", f"{jax['bytes'] / 1e6:.1f}"]
+        body.append([*cells, *losses])
+    head = ["model", "weights", "MB", "loss, JAX", "loss, MLX"]
+    return f"{report['device']}, float32 (`{report['command']}`):\n\n{table(head, body)}"
+
+
 def sampling() -> str | None:
     """Milliseconds of choosing one token on the host, by vocabulary: as it was first written, and as it is."""
     report = newest("sampling")
@@ -399,6 +416,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "decode": decode,
     "stalls": stalls,
     "converts": converts,
+    "quantized": quantized,
     **scale_tables.PARTS,
 }
 

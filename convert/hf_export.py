@@ -34,7 +34,7 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
 
     Raises ConfigError for a model that is no Llama, CheckpointError when what was written reads back differently, OSError.
     """
-    config, tokenizer = model.config, model.tokenizer
+    config = model.config
     values = hf_config.to_hf(config, dtype.name, end_id(model))  # refuses before anything is written
     layout = FAMILIES[values["model_type"]].layout(config)
     tensors = {name: cast(name, tensor, dtype) for name, tensor in ties.written(layout, model.tensors).items()}
@@ -43,7 +43,13 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
         write_texts(temporary, model)
         write_weights(temporary, watched(tensors, "write", show), max_shard_bytes)
         _verify(temporary, model, watched(tensors, "verify", show))
-    notes = [] if tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
+    return notes_of(model, values)
+
+
+def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
+    """What users of a directory with this config.json should know."""
+    config = model.config
+    notes = [] if model.tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
     if config.window and values["model_type"] != "smollm3":

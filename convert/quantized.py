@@ -63,7 +63,9 @@ def write(model: Portable, target: Path, bits: int, max_shard_bytes: int, show: 
         hf_export.check_described(target, model, again)
     odd = sum(spec.matrix and name not in plan for name, spec in parameter_table(config).items())
     notes = [f"{odd} matrices stay float32: routers, convolutions and rows that are no multiple of {GROUP}."] if odd else []
-    return notes + ([] if theirs else ["mlx-lm has no form of this model: smedjan alone opens the directory."])
+    return notes + (
+        hf_export.notes_of(model, values) if theirs else ["mlx-lm has no form of this model: smedjan alone opens the directory."]
+    )
 
 
 def read(path: Path) -> Portable:

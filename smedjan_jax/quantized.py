@@ -1,7 +1,4 @@
-"""Quantised weights in JAX (smedjan_common.model.quantization): made whole where they are multiplied, one at a time inside the step.
-
-That saves the memory that they stand in, not the time of a product.
-"""
+"""Quantised weights in JAX (smedjan_common.model.quantization): made whole where they are multiplied, one at a time inside the step."""
 
 from dataclasses import dataclass
 from typing import Any

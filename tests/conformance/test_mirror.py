@@ -62,6 +62,7 @@ ONE_SIDED_NAMES = {
     ("jax", "mixers/block_sparse.py", "MOST_PASSES"): "JAX's choice by passes over the scores; MLX sorts them",
     ("mlx", "quantized.py", "product"): "MLX multiplies quantised weights as they are; in JAX products.py makes them whole",
     ("mlx", "quantized.py", "Quantized.times"): "the same",
+    ("mlx", "quantized.py", "MOST_ROWS"): "the same",
     ("mlx", "precision.py", "on_gpu"): "MLX compiles and takes bfloat16 on a GPU only; JAX knows by itself",
 }
 SAME_WORDS = (

@@ -19,7 +19,7 @@ from smedjan_common.inference.room import rows_that_fit
 from smedjan_common.model.params import count_params
 from smedjan_common.reference import model as reference
 from smedjan_common.reference.loss import logsumexp
-from tests.unit.convert_models import PROMPT, convert, model_config, neutral, parameters, tokenizer
+from tests.unit.convert_models import PROMPT, TEXT, convert, model_config, neutral, parameters, tokenizer
 
 OPTIONS = {"llama": {"tied_head": False}, "qwen3": {"qk_norm": True, "head_size": 16}, "own": {"mixer": ("linear",), "kv_heads": 4}}
 IDS = np.random.default_rng(1).integers(0, 299, (1, 40), dtype=np.int32)
@@ -204,3 +204,23 @@ def test_the_commands_run_it(made: Path, tmp_path: Path):
     assert small != whole
     assert small == pytest.approx(whole, rel=0.02)
     assert run("chat", made / "llama-8", "--max-tokens", 4, "--temperature", 0, said="Hello\n")
+
+
+def test_llama_cpp_runs_its_gguf(made: Path, tmp_path: Path):
+    """It rounds activations to 8 bits too, so log-probabilities are as near as those of its own Q8_0."""
+    pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
+    from tests.unit.test_convert_gguf import llama_cpp
+
+    convert(made / "llama-4", tmp_path / "model.gguf", "--to", "gguf")
+    ids, tok = tokenizer().encode(TEXT)[:60], tokenizer()
+    prefixes = [ids[:end] for end in range(4, 60, 8)]
+    asked = {"texts": [TEXT], "prefixes": prefixes, "prompt": tok.encode(PROMPT), "tokens": 1, "size": tok.vocab_size}
+    found, _, logprobs, _ = llama_cpp(tmp_path / "model.gguf", **asked)
+    assert found == [tok.encode(TEXT)]
+    ours = definition(made / "llama-4", np.array([ids], np.int32))[0]
+    ours -= logsumexp(ours)[:, None]
+    known = [(len(prefix), row) for prefix, row in zip(prefixes, logprobs, strict=True) if row]
+    assert len(known) >= 4
+    for end, row in known:
+        theirs = np.array([row[str(number)] for number in range(tok.vocab_size)])
+        assert np.abs(theirs - ours[end - 1]).max() / np.abs(ours[end - 1]).max() < 3e-2
