@@ -9,6 +9,7 @@
 A row of the wrong shape is an error; a row of the right shape that teaches nothing is useless, with a reason.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -156,7 +157,8 @@ def _as_text(name: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return repr(value)[:40]
+    """A value as its file has it."""
+    return "missing" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
 def _has(*keys: str) -> Callable[[Row], bool]:

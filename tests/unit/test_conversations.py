@@ -83,8 +83,8 @@ def test_a_blank_line_is_no_row_and_does_not_move_the_numbers(tmp_path):
         ({"prompt": "Hi", "completion": "Hello."}, "kind prompt/completion"),
         ({"messages": "Hi"}, "not a list"),
         ({"messages": [{"content": "Hi"}]}, "not an object with role"),
-        ({"messages": [{"role": "user", "content": 3}]}, "not a text"),
-        ({"messages": [{"role": "user"}]}, "not a text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 is 3, not a text"),
+        ({"messages": [{"role": "user"}]}, "message 1 is missing, not a text"),
         ({"messages": [HI[0], HI[1] | {"weight": 0.5}]}, "neither 0 nor 1"),
     ],
 )
