@@ -184,7 +184,7 @@ def test_flags_and_checkpoints_refuse_the_same_numbers():
                 for value, fits in ((limit, True), (limit + 1, False)):
                     assert is_of(int, value, most(field.name)) == fits
                 with pytest.raises(CheckpointError, match=rf"{field.name} is {limit + 1}"):
-                    manifest._config(type(config), config.to_dict() | {field.name: limit + 1})
+                    manifest.checked_config(type(config), config.to_dict() | {field.name: limit + 1})
 
 
 @pytest.mark.parametrize(("config", "values"), [(ModelConfig(**MODEL), MODEL), (TrainConfig(**TRAIN), TRAIN)], ids=["model", "train"])

@@ -109,7 +109,7 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
         ((tmp_path / "nothing", tmp_path / "x", "--to", "hf"), ["not recognised", "neutral", "hf"]),
         ((source / "model.safetensors", tmp_path / "x", "--to", "hf"), ["give the directory"]),
         ((source, tmp_path / "x", "--to", "neutral"), ["neutral already"]),
-        ((source, tmp_path / "x", "--to", "huggingface"), ["--to 'huggingface'", "neutral, orbax, hf, gguf"]),
+        ((source, tmp_path / "x", "--to", "huggingface"), ["--to 'huggingface'", "neutral, orbax, quantized, hf, gguf"]),
         ((source, tmp_path / "x", "--to", "hf", "--dtype", "bfloat"), ["bfloat", "Did you mean bfloat16"]),
         ((source, tmp_path / "x", "--to", "hf", "--dtype", "q8_0"), ["q8_0 does not fit --to hf", "float32"]),
         ((source, tmp_path / "x", "--to", "hf", "--max-shard-size", "big"), ["big", "5GB"]),
