@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smedjan_common.commands import eval
-from tests.e2e.test_evaluation import in_folder
+from tests.e2e.test_evaluation_docs import in_folder
 from tests.e2e.test_readme import TEXT
 
 # a vocabulary that is a multiple of 64: an exported model has no rows that are no tokens
