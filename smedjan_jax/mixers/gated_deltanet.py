@@ -88,6 +88,8 @@ class GatedDeltaNet(nnx.Module):
         arrays, T = (*self._heads(convolved), *self._gates(a, b)), x.shape[1]
         if self.implementation == "pallas" and T >= SHORTEST:
             o, S = self._kernel(arrays, state["S"], None)
+        elif T == 1:
+            o, S = _one(arrays, state["S"])
         else:
             o, S = gated_delta_rule(arrays, state["S"], None, min(context.chunk_size, T))
         return self._output(o, z), {"window": window, "S": S}, carried
@@ -139,8 +141,6 @@ def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | No
     """
     q, k, v, log_decay, beta = arrays
     T, dtype = q.shape[1], q.dtype
-    if T == 1 and documents is None:
-        return _one(arrays, state)
     q, k, v = (cut(each.astype(jnp.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)

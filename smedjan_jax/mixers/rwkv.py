@@ -89,6 +89,8 @@ class Rwkv(nnx.Module):
         arrays, gate, carried = self._prepare(self._project(x, token_shift(x, state["shift"], None)), carried)
         if self.implementation == "pallas" and x.shape[1] >= SHORTEST:
             o, S = self._kernel(arrays, state["S"], None)
+        elif x.shape[1] == 1:
+            o, S = _one(arrays, state["S"])
         else:
             o, S = dplr_delta_rule(arrays, state["S"], None, min(context.chunk_size, LARGEST_CHUNK, x.shape[1]))
         return self._output(o, arrays, gate), {"shift": x[:, -1], "S": S}, carried
@@ -212,8 +214,6 @@ def dplr_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | Non
     arrays: r, log w, k, v, a, b, [B, T, H, K] each; state [B, H, V, K] float32; documents [B, T]. Matmuls in the dtype of r.
     """
     T, dtype = arrays[0].shape[1], arrays[0].dtype
-    if T == 1 and documents is None:
-        return _one(arrays, state)
     r, log_decay, k, v, a, b = (cut(each.astype(jnp.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
     upto = same & jnp.tril(jnp.ones((C, C), bool))

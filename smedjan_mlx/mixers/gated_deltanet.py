@@ -71,8 +71,11 @@ class GatedDeltaNet(nn.Module):
         """Decoding: T new tokens after those that made the state: `window`, what is convolved with them, and `S` [B, H, V, K]."""
         features, z, a, b = self.project(x, context)
         convolved, window = causal_conv(features, self.conv.weight, None, state["window"])
-        chunk = min(context.chunk_size, x.shape[1])
-        o, S = gated_delta_rule((*self._heads(convolved), *self._gates(a, b)), state["S"], None, chunk)
+        arrays, T = (*self._heads(convolved), *self._gates(a, b)), x.shape[1]
+        if T == 1:
+            o, S = _one(arrays, state["S"])
+        else:
+            o, S = gated_delta_rule(arrays, state["S"], None, min(context.chunk_size, T))
         return self._output(o, z), {"window": window, "S": S}, carried
 
     def _heads(self, convolved: mx.array) -> Arrays:
@@ -102,8 +105,6 @@ def gated_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None
     """
     q, k, v, log_decay, beta = arrays
     T, dtype = q.shape[2], q.dtype
-    if T == 1 and documents is None:
-        return _one(arrays, state)
     q, k, v = (cut(each.astype(mx.float32), C) for each in (q, k, v))
     log_decay, beta = (cut(each[..., None], C) for each in (log_decay, beta))
     same, reads, writes, keeps = borders(documents, C)

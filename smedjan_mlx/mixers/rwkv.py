@@ -77,7 +77,10 @@ class Rwkv(nn.Module):
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after those that made the state: `shift`, the last one's x [B, D], and `S` [B, H, V, K]."""
         arrays, gate, carried = self._prepare(self._project(x, token_shift(x, state["shift"], None)), carried)
-        o, S = dplr_delta_rule(arrays, state["S"], None, min(context.chunk_size, LARGEST_CHUNK, x.shape[1]))
+        if x.shape[1] == 1:
+            o, S = _one(arrays, state["S"])
+        else:
+            o, S = dplr_delta_rule(arrays, state["S"], None, min(context.chunk_size, LARGEST_CHUNK, x.shape[1]))
         return self._output(o, arrays, gate), {"shift": x[:, -1], "S": S}, carried
 
     def _project(self, x: mx.array, previous: mx.array) -> Arrays:
@@ -147,8 +150,6 @@ def dplr_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None,
     arrays: r, log w, k, v, a, b, [B, H, T, K] each; state [B, H, V, K] float32; documents [B, T]. Matmuls in the dtype of r.
     """
     T, dtype = arrays[0].shape[2], arrays[0].dtype
-    if T == 1 and documents is None:
-        return _one(arrays, state)
     r, log_decay, k, v, a, b = (cut(each.astype(mx.float32), C) for each in arrays)
     same, reads, writes, keeps = borders(documents, C)
     upto = same & mx.tril(mx.ones((C, C), dtype=mx.bool_))
