@@ -1,7 +1,6 @@
 """`info` and `plot`: they tell what each thing is that smedjan makes."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -85,7 +84,7 @@ def test_plain_text_output_has_every_fact(made, capsys):
 def test_facts_fit_into_a_terminal_and_are_one_line_each_elsewhere(made, capsys, monkeypatch):
     assert info.main([str(made / "run")]) == 0
     whole = capsys.readouterr().out
-    monkeypatch.setattr(info.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(info.sys.stdout, "isatty", lambda: True, raising=False)
     assert info.main([str(made / "run")]) == 0
     shown = capsys.readouterr().out
