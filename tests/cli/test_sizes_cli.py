@@ -52,7 +52,8 @@ def test_every_option_of_a_mixer_counts(option, capsys):
     mixer, name = option
     value = getattr(ModelConfig.preset("tiny"), name)
     switch, name_of_flag = value is False, f"--{name.replace('_', '-')}"
-    words = [name_of_flag] if switch else [name_of_flag, str(value or 4)]
+    text = ",".join(value) if isinstance(value, tuple) else str(value or 4)
+    words = [name_of_flag] if switch else [name_of_flag, text]
     [row] = rows(capsys, "--size", "tiny", "--mixer", mixer, "--seq-len", "512", *words).values()
     changed = {name: True if switch else value or 4}
     model = ModelConfig.preset("tiny", mixer=(mixer,), context_length=512, **changed)
