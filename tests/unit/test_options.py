@@ -70,7 +70,10 @@ def test_a_flag_has_the_default_the_help_and_the_choices_of_its_option(capsys):
 def test_every_option_of_a_row_is_a_field_of_the_model_and_a_flag_with_its_default(row, name):
     said = ROWS[row].own[name]
     assert options(ModelConfig)[name] == said
-    assert said.default == ModelConfig.preset("tiny").to_dict()[name] == getattr(MixerFlags(), name)
+    assert said.default == getattr(ModelConfig.preset("tiny"), name)
+    pattern = isinstance(said.default, tuple)  # a list in JSON, joined by commas in a flag
+    assert ModelConfig.preset("tiny").to_dict()[name] == (list(said.default) if pattern else said.default)
+    assert getattr(MixerFlags(), name) == (",".join(said.default) if pattern else said.default)
     assert said.help.endswith(".")
 
 
@@ -100,10 +103,13 @@ def test_every_field_of_the_training_is_an_option_with_a_flag():
 
 def test_what_changes_a_tensor_is_not_shape_free_and_what_does_not_is():
     """The table of a model tells: an option is shape-free where another value gives the same tensors."""
-    others = {int: lambda value: 2 * value or 1, float: lambda value: 2 * value, bool: lambda value: not value}
+    others = {int: lambda value: 2 * value or 1, float: lambda value: 2 * value or 1.0, bool: lambda value: not value}
+    others[tuple] = lambda value: ("off",)
     for row in ROWS.values():
         used = {"mixer": (row.name,)} if row.name in MIXERS else {"ffn": (row.name,)}
-        model = ModelConfig(**{**MODEL, "kv_heads": 4, "mla_kv_rank": 8, "mla_q_rank": 8, "mla_rope_dim": 4, "expert_dim": 32, **used})
+        model = ModelConfig(
+            **{**MODEL, "kv_heads": 4, "mla_kv_rank": 8, "mla_q_rank": 8, "mla_rope_dim": 4, "expert_dim": 32, "qk_norm": True, **used}
+        )
         for name, said in row.own.items():
             value = getattr(model, name)
             choices = [choice for choice in said.choices if choice != value] or [others[type(value)](value)]
