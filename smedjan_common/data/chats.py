@@ -7,8 +7,8 @@ fit into the context is dropped or cut at its end: its second half would have no
 
 import contextlib
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,27 +46,58 @@ def prepare_chats(
 
     Raises DataError where a row is wrong, too many are useless or none is left, TemplateError, OSError; nothing half-written is left.
     """
-    dropped, sizes = Dropped(), tokenizer.token_bytes()
+    dropped = Dropped()
+
+    def units() -> Iterator[Unit]:
+        for talk in conversations(sources, dropped):
+            if fitting := _fitted(tokenizer, template, talk, cut, dropped):
+                yield Unit(talk.key, [fitting])
+
+    write_units(units(), dropped, output, tokenizer, manifest_notes("chats", template, cut), val_output, val_fraction)
+    return dropped
+
+
+class Unit(NamedTuple):
+    """What is trained or held out together: its key, and of each document ids int32 [n] and which are trained, bool [n]."""
+
+    key: int
+    documents: list[tuple[np.ndarray, np.ndarray]]
+
+
+def manifest_notes(kind: str, template: ChatTemplate, cut: ChatCut) -> dict[str, Any]:
+    """What the manifest of a token file with a mask says of how it was made. kind: "chats" or "pairs"."""
     source = template.source()
-    notes = {"kind": "chats", "template": template.name, "template_sha256": source.sha256 if source else None, **cut._asdict()}
+    return {"kind": kind, "template": template.name, "template_sha256": source.sha256 if source else None, **cut._asdict()}
+
+
+def write_units(
+    units: Iterable[Unit],
+    dropped: Dropped,
+    output: str | os.PathLike,
+    tokenizer: Tokenizer,
+    notes: dict[str, Any],
+    val_output: str | os.PathLike | None,
+    val_fraction: float,
+) -> None:
+    """Write a token file with a mask, and that of the part that is held out by the keys of units. Raises DataError where too many rows are
+    dropped or none is left; nothing half-written is left."""
+    sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
         paths = [output, *([val_output] if val_output else [])]
         writers = [
             stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, dict(notes), masked=True)) for path in paths
         ]
-        for talk in conversations(sources, dropped):
-            if (fitting := _fitted(tokenizer, template, talk, cut, dropped)) is None:
-                continue
-            ids, mask = fitting
-            side = 1 if val_output and talk.key < val_fraction * _HASH_RANGE else 0
-            writers[side].append(ids, np.zeros(1, np.int64), int(sizes[ids].sum()), mask)
-        dropped.check(cut.max_dropped)
+        for unit in units:
+            side = 1 if val_output and unit.key < val_fraction * _HASH_RANGE else 0
+            for ids, mask in unit.documents:
+                writers[side].append(ids, np.zeros(1, np.int64), int(sizes[ids].sum()), mask)
+        dropped.check(notes["max_dropped"])
         if not writers[0].num_documents:
+            what = {"chats": "conversation", "pairs": "pair of answers"}[notes["kind"]]
             why = f"{dropped.rows} rows were read, {dropped.counts.total()} dropped, the rest is held out to validate on."
-            raise DataError("No conversation is left to train on.", why, "Give more, or --val-fraction 0.")
+            raise DataError(f"No {what} is left to train on.", why, "Give more, or --val-fraction 0.")
         for writer in writers:
             writer.manifest["dropped"] = dict(dropped.counts)
-    return dropped
 
 
 def encode_talk(tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, train_on: str = "replies") -> tuple[np.ndarray, np.ndarray]:
@@ -85,17 +116,26 @@ def encode_talk(tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, train_
     return np.array(ids, np.int32), mask
 
 
-def _fitted(
-    tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, cut: ChatCut, dropped: Dropped
+def encode_or_drop(
+    tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, dropped: Dropped, train_on: str = "replies"
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and mask of a conversation of at most `most` tokens; None where it is dropped."""
+    """As encode_talk; None where the template refuses the messages, which is told to `dropped`. Raises TemplateError with the place."""
     try:
-        ids, mask = encode_talk(tokenizer, template, talk, cut.train_on)
+        return encode_talk(tokenizer, template, talk, train_on)
     except TemplateError as error:
         if error.case != REFUSED:
             raise TemplateError(f"{talk.place}: {error.what}", error.why, error.fix) from None
         dropped.add("the template refuses it", talk.place, error.what)
         return None
+
+
+def _fitted(
+    tokenizer: Tokenizer, template: ChatTemplate, talk: Talk, cut: ChatCut, dropped: Dropped
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and mask of a conversation of at most `most` tokens; None where it is dropped."""
+    if (encoded := encode_or_drop(tokenizer, template, talk, dropped, cut.train_on)) is None:
+        return None
+    ids, mask = encoded
     if len(ids) > cut.most and cut.too_long == "drop":
         dropped.add(f"longer than {cut.most} tokens", talk.place, f"{len(ids)} tokens")
         return None

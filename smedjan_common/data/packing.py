@@ -4,6 +4,8 @@ A document of L tokens gives L - 1 positions, inputs x_0 … x_{L-2} with target
 stretches of T first. Stretches are placed from the longest to the shortest, each into the fullest row that has room (best fit decreasing,
 Johnson 1974), which on real text fills 99.9 % of the positions, where cutting text into windows cuts every fifth document. No target
 reaches into another document; attention stays inside by `documents`. The rows of each epoch are permuted as windows are (order.py).
+
+Pairs of answers, two documents each, are placed as one: no pair is parted between rows, so none between the parts of a step or devices.
 """
 
 import numpy as np
@@ -56,8 +58,10 @@ class Packed:
         starts, lengths = stretches(document_offsets(token_file), token_file.num_tokens, seq_len)
         if not len(starts):
             raise DataError(f"The dataset {str(token_file.path)!r} has no documents of two tokens.", "", "Prepare more text.")
-        rows = best_fit(lengths, seq_len)
-        order = np.argsort(rows, kind="stable")
+        self._place(token_file, seq_len, starts, lengths, best_fit(lengths, seq_len))
+
+    def _place(self, token_file: TokenFile, seq_len: int, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
+        self._order = order = np.argsort(rows, kind="stable")
         self._starts, self._lengths = starts[order], lengths[order]
         self.num_windows = int(rows.max()) + 1
         self._first = np.searchsorted(rows[order], np.arange(self.num_windows + 1))
@@ -89,3 +93,29 @@ class Packed:
     def _of(self, number: int) -> list[tuple[int, int]]:
         inside = slice(self._first[number], self._first[number + 1])
         return list(zip(self._starts[inside].tolist(), self._lengths[inside].tolist(), strict=True))
+
+
+class PackedPairs(Packed):
+    """The rows of whole pairs. pairs_of_row: how many the fullest one has; num_pairs: how many there are."""
+
+    def __init__(self, token_file: TokenFile, seq_len: int):
+        starts = document_offsets(token_file).astype(np.int64)
+        lengths = np.diff(np.append(starts, token_file.num_tokens)) - 1
+        units = lengths[0::2] + lengths[1::2] if len(lengths) % 2 == 0 else lengths[:0]
+        if not len(units) or lengths.min() < 1:
+            raise DataError(f"The token file {str(token_file.path)!r} holds no pairs.", "", "Make it again: smedjan dpo --dataset PAIRS.")
+        if (longest := int(units.max())) > seq_len:
+            what = f"A pair of {str(token_file.path)!r} has {longest} tokens to read."
+            raise DataError(what, f"A row has --seq-len {seq_len}, and pairs are not parted.", f"Take --seq-len {longest} or more.")
+        rows = best_fit(units, seq_len)
+        self.num_pairs, self.pairs_of_row = len(units), int(np.bincount(rows).max())
+        self._place(token_file, seq_len, starts, lengths, np.repeat(rows, 2))
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which document of the file each one of packed rows [B] is, int64 [B, 2 * pairs_of_row]; -1: there is none. Pair j of a row is
+        its documents 2j, the better answer, and 2j + 1."""
+        out = np.full((len(rows), 2 * self.pairs_of_row), -1, np.int64)
+        for place, row in enumerate(rows.tolist()):
+            inside = self._order[self._first[row] : self._first[row + 1]]
+            out[place, : len(inside)] = inside
+        return out

@@ -69,7 +69,8 @@ def mask_path(path: Path) -> Path:
 
 class TokenFile:
     """An open token file. `tokens`: np.memmap uint16/uint32 [num_tokens]; `documents`: np.memmap uint64 [documents] or None; `mask`:
-    np.memmap uint8 [num_tokens], or None where every token is trained. `hash`: of the tokens, and of the mask where there is one."""
+    np.memmap uint8 [num_tokens], or None where every token is trained; `pairs`: whether documents 2i and 2i + 1 are two answers, the first
+    one better. `hash`: of the tokens, and of the mask where there is one."""
 
     def __init__(
         self, path: Path, manifest: dict[str, Any], tokens: np.ndarray, documents: np.ndarray | None, mask: np.ndarray | None = None
@@ -79,6 +80,7 @@ class TokenFile:
         self.num_bytes: int | None = manifest.get("bytes")
         self.vocab_size: int = manifest["vocab_size"]
         self.tokenizer_hash: str = manifest["tokenizer_hash"]
+        self.pairs = mask is not None and manifest.get("kind") == "pairs"
         self.hash: str = manifest["sha256"]
         if mask is not None:
             self.hash = hashlib.sha256(f"{manifest['sha256']}:{manifest[_MASK]}".encode()).hexdigest()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from smedjan_common.errors import DataError
@@ -20,7 +20,6 @@ from smedjan_common.text.talk_kinds import ASSISTANT, KINDS, Said, TalkKind, Use
 
 _SHOWN = 3  # dropped rows of each reason
 _FIX = "Correct the row, or leave it out."
-_READABLE = ", ".join(kind.name for kind in KINDS if kind.read)
 
 
 class Talk(NamedTuple):
@@ -69,48 +68,63 @@ class Dropped:
 
 def conversations(sources: Iterable[Source], dropped: Dropped) -> Iterator[Talk]:
     """The conversations of all files, in order; what is left out is told to `dropped`. Raises DataError, OSError."""
+    for place, said in useful_rows(sources, dropped, KINDS, _useful):
+        trained = [trains for message, trains in zip(said.messages, said.trained, strict=True) if message["role"] == ASSISTANT]
+        yield Talk(said.messages, trained, place, hash_of(said.messages))
+
+
+def useful_rows(
+    sources: Iterable[Source], dropped: Dropped, kinds: Sequence[TalkKind], useful: Callable[[Any], Any]
+) -> Iterator[tuple[str, Any]]:
+    """(file and line, what it says) of the rows of all files that are of one of `kinds`, each file of one.
+
+    useful: gives what a row says back, or raises UselessRowError; what is left out is told to `dropped`. Raises DataError, OSError.
+    """
     for source in sources:
         kind: TalkKind | None = None
-        for place, row in _rows(source):
+        for place, row in _rows(source, kinds):
             dropped.rows += 1
-            kind = _same_kind(kind, row, place)
+            kind = _same_kind(kind, row, place, kinds)
             assert kind.read
             try:
-                talk = _useful(kind.read(row))
+                said = useful(kind.read(row))
             except WrongRowError as error:
                 raise DataError(f"{place} is no row of the kind {kind.name}.", str(error), _FIX) from None
             except UselessRowError as error:
                 dropped.add(str(error), place, _beginning(row))
                 continue
-            trained = [trains for message, trains in zip(talk.messages, talk.trained, strict=True) if message["role"] == ASSISTANT]
-            yield Talk(talk.messages, trained, place, _key(talk.messages))
+            yield place, said
 
 
-def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(source: Source, kinds: Sequence[TalkKind]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, row)."""
     path = str(source.path)
     if source.kind == "parquet":
         for number, row in enumerate(parquet_rows(path)):
             yield f"{path}:{number}", row
     elif source.kind == "text":
-        raise DataError(f"{path!r} is no file of conversations.", "It is text.", f"Give JSON lines, JSON or Parquet: {_READABLE}.")
+        raise DataError(f"{path!r} is no file of conversations.", "It is text.", f"Give JSON lines, JSON or Parquet: {_readable(kinds)}.")
     else:
         for block in blocks([source], field=""):
             for number, row in objects(block, None, "strict"):
                 yield f"{path}:{number}", row
 
 
-def _same_kind(kind: TalkKind | None, row: dict[str, Any], place: str) -> TalkKind:
+def _same_kind(kind: TalkKind | None, row: dict[str, Any], place: str, kinds: Sequence[TalkKind]) -> TalkKind:
     """The kind of a row, which is that of its file so far. Raises DataError."""
-    own = kind_of_row(row)
+    own = kind_of_row(row, kinds)
     if own is None:
         keys = ", ".join(map(repr, list(row)[:8])) or "no keys"
-        raise DataError(f"{place} is of no kind that is known.", f"It has {keys}. Known are {_READABLE}.", _FIX)
+        raise DataError(f"{place} is of no kind that is known.", f"It has {keys}. Known are {_readable(kinds)}.", _FIX)
     if kind and own is not kind:
         raise DataError(f"{place} is of the kind {own.name}.", f"The rows before it are of the kind {kind.name}.", "Make two files of it.")
     if not own.read:
         raise DataError(f"{place} is of the kind {own.name}, which is not for this.", *own.refused.split(". ", 1))
     return own
+
+
+def _readable(kinds: Sequence[TalkKind]) -> str:
+    return ", ".join(kind.name for kind in kinds if kind.read)
 
 
 def _useful(talk: Said) -> Said:
@@ -125,7 +139,8 @@ def _useful(talk: Said) -> Said:
     return talk
 
 
-def _key(messages: list[dict[str, Any]]) -> int:
+def hash_of(messages: list[dict[str, Any]]) -> int:
+    """64 bits by which what has these messages is held out."""
     text = json.dumps(messages, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

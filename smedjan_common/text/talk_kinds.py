@@ -4,13 +4,13 @@
     ShareGPT            {"conversations": [{"from", "value"}, …]}, and the same with role and content
     prompt/completion   {"prompt", "completion" | "response" | "answer" | "output"}, {"question", "answer"}: texts, or lists of messages
     Alpaca              {"instruction", "output"}, "input", "system" and "history" as well where they are there
-    preference, KTO, text   known, and refused by name: they are no conversations to learn answers from
+    preference, KTO, text   known, and refused by name: they are no conversations to learn answers from (pairs: pair_kinds.py)
 
 A row of the wrong shape is an error; a row of the right shape that teaches nothing is useless, with a reason.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -42,27 +42,28 @@ class Said(NamedTuple):
 
 
 class TalkKind(NamedTuple):
-    """name; `fits` says by the keys of a row whether it is of this kind; `read` gives the conversation, None: `refused` says why not."""
+    """name; `fits` says by the keys of a row whether it is of this kind; `read` gives what it says (Said; Preferred of
+    pairs), None: `refused` says why not."""
 
     name: str
     fits: Callable[[Row], bool]
-    read: Callable[[Row], Said] | None = None
+    read: Callable[[Row], Any] | None = None
     refused: str = ""
 
 
-def kind_of_row(row: Row) -> TalkKind | None:
+def kind_of_row(row: Row, kinds: Sequence[TalkKind]) -> TalkKind | None:
     """The first kind, the most specific ones first, whose keys the row has."""
-    return next((kind for kind in KINDS if kind.fits(row)), None)
+    return next((kind for kind in kinds if kind.fits(row)), None)
 
 
 def said(messages: Any, role: str = "role", content: str = "content") -> Said:
     """A list of messages. Raises WrongRowError, UselessRowError."""
     if not isinstance(messages, list):
-        raise WrongRowError(f"Its messages are {_shown(messages)}, not a list.")
+        raise WrongRowError(f"Its messages are {shown(messages)}, not a list.")
     read, trained = [], []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or role not in message:
-            raise WrongRowError(f"Message {number} is {_shown(message)}, not an object with {role} and {content}.")
+            raise WrongRowError(f"Message {number} is {shown(message)}, not an object with {role} and {content}.")
         read.append(_message(number, message, role, content))
         trained.append(_is_trained(number, message))
     return Said(read, trained)
@@ -71,7 +72,7 @@ def said(messages: Any, role: str = "role", content: str = "content") -> Said:
 def _message(number: int, message: Row, role: str, content: str) -> dict[str, Any]:
     who = message[role]
     if not isinstance(who, str):
-        raise WrongRowError(f"The {role} of message {number} is {_shown(who)}, not a text.")
+        raise WrongRowError(f"The {role} of message {number} is {shown(who)}, not a text.")
     if who.lower() not in _ROLES:
         raise UselessRowError(f"the role {who[:20]!r} is not known")
     kept = {key: message[key] for key in _KEPT if message.get(key)}
@@ -88,14 +89,14 @@ def _text(number: int, content: Any, may_lack: bool) -> str:
         if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
             raise UselessRowError("a message has a part that is no text")
         return "".join(part["text"] for part in content)
-    raise WrongRowError(f"The content of message {number} is {_shown(content)}, not a text.")
+    raise WrongRowError(f"The content of message {number} is {shown(content)}, not a text.")
 
 
 def _is_trained(number: int, message: Row) -> bool:
     for name in _SWITCHES:
         value = message.get(name)
         if value is not None and value not in (0, 1):
-            raise WrongRowError(f"The {name} of message {number} is {_shown(value)}, neither 0 nor 1.")
+            raise WrongRowError(f"The {name} of message {number} is {shown(value)}, neither 0 nor 1.")
         if value is not None and not value:
             return False
     return True
@@ -108,10 +109,14 @@ def _of_messages(row: Row) -> Said:
 
 
 def _of_sharegpt(row: Row) -> Said:
-    turns = row["conversations"]
-    named = isinstance(turns, list) and any(isinstance(turn, Mapping) and "role" in turn for turn in turns)
-    talk = said(turns) if named else said(turns, "from", "value")
-    return _with_system(row, talk)
+    return with_system(row, turns(row["conversations"]))
+
+
+def turns(messages: Any) -> Said:
+    """A list of messages with role and content, or with from and value. Raises WrongRowError, UselessRowError."""
+    keys = {key for turn in messages if isinstance(turn, Mapping) for key in turn} if isinstance(messages, list) else set()
+    named = "role" in keys or "from" not in keys
+    return said(messages) if named else said(messages, "from", "value")
 
 
 def _of_prompt(row: Row) -> Said:
@@ -120,29 +125,29 @@ def _of_prompt(row: Row) -> Said:
     if isinstance(question, list) and isinstance(answer, list):
         before, after = said(question), said(answer)
         return Said(before.messages + after.messages, [False] * len(before.trained) + after.trained)
-    return _with_system(row, _pair(question, answer))
+    return with_system(row, _pair(question, answer))
 
 
 def _of_alpaca(row: Row) -> Said:
     question = row["instruction"]
     if row.get("input"):
-        question = f"{_as_text('instruction', question)}\n\n{_as_text('input', row['input'])}"
+        question = f"{as_text('instruction', question)}\n\n{as_text('input', row['input'])}"
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise WrongRowError(f"Its history is {_shown(history)}, not a list of pairs.")
+        raise WrongRowError(f"Its history is {shown(history)}, not a list of pairs.")
     parts = [_pair(*turn) for turn in history] + [_pair(question, row["output"])]
-    return _with_system(row, Said([one for part in parts for one in part.messages], [one for part in parts for one in part.trained]))
+    return with_system(row, Said([one for part in parts for one in part.messages], [one for part in parts for one in part.trained]))
 
 
 def _pair(question: Any, answer: Any) -> Said:
     messages = [
-        {"role": "user", "content": _as_text("prompt", question)},
-        {"role": ASSISTANT, "content": _as_text("answer", "" if answer is None else answer)},
+        {"role": "user", "content": as_text("prompt", question)},
+        {"role": ASSISTANT, "content": as_text("answer", "" if answer is None else answer)},
     ]
     return Said(messages, [True, True])
 
 
-def _with_system(row: Row, talk: Said) -> Said:
+def with_system(row: Row, talk: Said) -> Said:
     """The talk after the system text of its row, where it has one of its own."""
     system = row.get("system")
     if not isinstance(system, str) or not system or (talk.messages and talk.messages[0]["role"] == "system"):
@@ -150,23 +155,31 @@ def _with_system(row: Row, talk: Said) -> Said:
     return Said([{"role": "system", "content": system}, *talk.messages], [True, *talk.trained])
 
 
-def _as_text(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
+    """`value`, which is a text. Raises WrongRowError."""
     if not isinstance(value, str):
-        raise WrongRowError(f"Its {name} is {_shown(value)}, not a text.")
+        raise WrongRowError(f"Its {name} is {shown(value)}, not a text.")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as its file has it."""
     return "missing" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
-def _has(*keys: str) -> Callable[[Row], bool]:
+def has(*keys: str) -> Callable[[Row], bool]:
+    """Whether a row has all these keys."""
     return lambda row: all(key in row for key in keys)
 
 
 def _is_preference(row: Row) -> bool:
-    sets = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("messages", "rejected_response"))
+    """Pairs, which pair_kinds.py reads."""
+    sets = (
+        ("chosen", "rejected"),
+        ("preferred_output", "non_preferred_output"),
+        ("messages", "rejected_response"),
+        ("messages", "rejected_messages"),
+    )
     return any(all(key in row for key in keys) for keys in sets)
 
 
@@ -175,12 +188,13 @@ def _is_prompt(row: Row) -> bool:
 
 
 _ONE_SIDE = "Leave the answers that were preferred, as prompt and completion"
+is_kto = has("prompt", "completion", "label")
 KINDS = (
-    TalkKind("preference pairs", _is_preference, refused=f"They say which of two answers is better. {_ONE_SIDE}."),
-    TalkKind("KTO", _has("prompt", "completion", "label"), refused=f"Its labels say which answers are good. {_ONE_SIDE}."),
-    TalkKind("messages", _has("messages"), _of_messages),
-    TalkKind("ShareGPT", _has("conversations"), _of_sharegpt),
+    TalkKind("preference pairs", _is_preference, refused="They say which of two answers is better. Learn from them with smedjan dpo."),
+    TalkKind("KTO", is_kto, refused=f"Its labels say which answers are good. {_ONE_SIDE}."),
+    TalkKind("messages", has("messages"), _of_messages),
+    TalkKind("ShareGPT", has("conversations"), _of_sharegpt),
     TalkKind("prompt/completion", _is_prompt, _of_prompt),
-    TalkKind("Alpaca", _has("instruction", "output"), _of_alpaca),
-    TalkKind("text", _has("text"), refused="It has no questions and answers. Go on training with it: smedjan train --pretrained."),
+    TalkKind("Alpaca", has("instruction", "output"), _of_alpaca),
+    TalkKind("text", has("text"), refused="It has no questions and answers. Go on training with it: smedjan train --pretrained."),
 )
