@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from convert import gguf_file, gguf_import, hf_export, hf_import, neutral, orbax, quantized
-from convert.portable import Portable, Show
+from convert.portable import Portable
+from smedjan_common.checkpoint.lazy import Show
 from smedjan_common.checkpoint.manifest import ARRAYS
 from smedjan_common.errors import CheckpointError, ConfigError, unknown
 from smedjan_common.files.names import CHAT_TEMPLATE, GENERATION_CONFIG, MANIFEST, OPTIMIZER, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS

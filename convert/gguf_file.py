@@ -21,7 +21,8 @@ from convert.families import FAMILIES, family_of
 from convert.gguf_blocks import BLOCKS, KINDS, to_blocks
 from convert.hf_rope import rope_to_hf
 from convert.names import rows
-from convert.portable import Lazy, Packed, Portable, Show, cast, watched
+from convert.portable import Lazy, Packed, Portable, cast
+from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.files.atomic_file import atomic_path

@@ -16,8 +16,9 @@ import numpy as np
 from convert import hf_config, hf_import, hf_tokenizer, ties
 from convert.families import FAMILIES
 from convert.json_file import write_json, write_text
-from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
+from convert.portable import Lazy, Portable, cast, check_equal
 from convert.safetensors_file import write_tensors
+from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory

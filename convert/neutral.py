@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.portable import Lazy, Portable, Show, cast, check_equal, watched
+from convert.portable import Lazy, Portable, cast, check_equal
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, newest, read_info, verify_checkpoint, write_checkpoint
 from smedjan_common.checkpoint.directory import step_directories
+from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
 from smedjan_common.errors import CheckpointError, SmedjanError
 from smedjan_common.files.atomic_directory import standing

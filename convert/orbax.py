@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from convert.neutral import about, check_same, float32, found_format, metrics
-from convert.portable import Lazy, Portable, Show, check_equal, watched
+from convert.portable import Lazy, Portable, check_equal
 from smedjan_common.checkpoint import KINDS, ORBAX, newest, start_own, verify_checkpoint
+from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.checkpoint.manifest import ARRAYS, TOKENIZER
 from smedjan_common.checkpoint.tensors import TensorRecord, numpy_dtype
 from smedjan_common.errors import ConfigError

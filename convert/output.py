@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from convert.formats import Format
+from smedjan_common.commands.outputs import is_or_holds
 from smedjan_common.errors import CheckpointError, some
 from smedjan_common.files.foreign import foreign_names
 
@@ -14,9 +15,9 @@ _NOBODYS = (".DS_Store",)  # of names with a dot; any other, .git say, is somebo
 def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
     """Raises CheckpointError when `target` may not be written: it is the source, holds it or lies in it, by whatever spelling; something
     stands there and there is no --force; or what stands there is not all of what a writer of `form` makes."""
-    if _is_or_holds(target.resolve(), source.resolve()):
+    if is_or_holds(target.resolve(), source.resolve()):
         raise CheckpointError(f"{target} is, or contains, the source.", "It would be lost.", "Name another destination.")
-    if _is_or_holds(source.resolve(), target.resolve()):
+    if is_or_holds(source.resolve(), target.resolve()):
         raise CheckpointError(
             f"{target} lies in what is to be converted, {source}.", "It would become a part of that.", "Name a destination beside it."
         )
@@ -34,11 +35,6 @@ def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
             "It would be lost with the rest.",
             "Move it elsewhere.",
         )
-
-
-def _is_or_holds(outer: Path, inner: Path) -> bool:
-    """Whether two places are the same or one lies in the other; a file system may take other letters for the same name."""
-    return any(place == outer or (place.exists() and outer.exists() and place.samefile(outer)) for place in (inner, *inner.parents))
 
 
 def _not_of(form: Format, target: Path) -> list[str]:

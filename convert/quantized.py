@@ -18,8 +18,9 @@ import numpy as np
 from convert import hf_config, hf_export, hf_import, hf_tokenizer, layouts
 from convert.families import FAMILIES, family_of
 from convert.json_file import read_json, write_json
-from convert.portable import Lazy, Packed, Portable, Show, cast, check_equal, watched
+from convert.portable import Lazy, Packed, Portable, cast, check_equal
 from convert.safetensors_file import PACKED
+from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.checkpoint.manifest import checked_config
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from smedjan_common.checkpoint.lazy import Lazy
 from smedjan_common.errors import CheckpointError, reason, some
 from smedjan_common.files.durable import sync
 
@@ -97,6 +98,27 @@ def check_tensors(path: Path, record: FileRecord, tensors: Mapping[str, TensorRe
     """Read the whole file without keeping it; raises CheckpointError naming file and tensor when anything differs."""
     scratch = memoryview(bytearray(CHUNK_BYTES))
     _read_into(path, record, tensors, lambda name: _Scratch(scratch, tensors[name].nbytes), verify=True)
+
+
+def stored(path: Path, record: FileRecord, tensors: Mapping[str, TensorRecord]) -> dict[str, Lazy]:
+    """Every tensor of the file, none of them read yet; size and header are checked as `read_tensors` does, hashes are not."""
+    with open_regular(path) as file:
+        _check_size(path, file, record, tensors)
+        order, position, places = _check_header(path, file, record, tensors, hashlib.sha256()), file.tell(), {}
+    for name in order:
+        places[name], position = position, position + tensors[name].nbytes
+    return {name: _later(path, name, places[name], tensors[name]) for name in tensors}
+
+
+def _later(path: Path, name: str, position: int, tensor: TensorRecord) -> Lazy:
+    def read() -> np.ndarray:
+        array = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
+        with open_regular(path) as file:
+            file.seek(position)
+            _fill(path, file, _bytes_of(array), name)
+        return array
+
+    return Lazy(numpy_dtype(tensor.dtype), tensor.shape, read)
 
 
 def open_regular(path: Path) -> BinaryIO:

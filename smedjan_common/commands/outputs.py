@@ -4,8 +4,9 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from smedjan_common.errors import DataError
+from smedjan_common.errors import CheckpointError, DataError
 
 
 def token_file_names(path: str | None) -> list[str]:
@@ -29,6 +30,23 @@ def check_outputs(outputs: Iterable[str | None], force: bool, inputs: Iterable[s
     if standing and not force:
         fix = "Choose another name, or replace it with --force."
         raise DataError(f"The output {standing[0]!r} already exists.", "Nothing was changed.", fix)
+
+
+def check_directory(output: Path, force: bool, inputs: Iterable[str]) -> None:
+    """Raises CheckpointError for a checkpoint's directory `output` that stands (without `force`), is an input, holds one or lies in one."""
+    for read in inputs:
+        if is_or_holds(output.resolve(), Path(read).resolve()):
+            raise CheckpointError(f"{output} is, or contains, the input {read}.", "It would be lost.", "Name another --output.")
+        if is_or_holds(Path(read).resolve(), output.resolve()):
+            raise CheckpointError(f"{output} lies in the input {read}.", "It would become a part of that.", "Name an --output beside it.")
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())) and not force:
+        fix = "Choose another --output, or replace it with --force."
+        raise CheckpointError(f"{output} already exists.", "Nothing was changed.", fix)
+
+
+def is_or_holds(outer: Path, inner: Path) -> bool:
+    """Whether two places are the same or one lies in the other; a file system may take other letters for the same name."""
+    return any(place == outer or (place.exists() and outer.exists() and place.samefile(outer)) for place in (inner, *inner.parents))
 
 
 def _check_place(path: str) -> None:
