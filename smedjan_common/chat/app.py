@@ -1,9 +1,6 @@
 """A talk in a terminal: read, answer as it comes, say what it took; Ctrl-C and every error leave the talk as it is."""
 
-import contextlib
 import os
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 from smedjan_common.chat import slash
@@ -86,21 +83,6 @@ class App:
     def _end_at_once(self) -> None:
         self.screen.line("stopped at once.")
         os._exit(130)
-
-
-@contextlib.contextmanager
-def signals_leave() -> Iterator[None]:
-    """A context in which SIGTERM and SIGHUP end the program by way of Python: only so readline gives the terminal back as it was."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def notes(answer: Answer, in_turns: bool) -> list[str]:

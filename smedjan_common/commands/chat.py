@@ -131,9 +131,10 @@ def _piped(flags: ChatFlags, answering: Any) -> int:
 
 
 def _terminal(flags: ChatFlags, opened: "OpenModel", template: "ChatTemplate | None", answering: Any) -> int:
-    from smedjan_common.chat.app import App, signals_leave
+    from smedjan_common.chat.app import App
     from smedjan_common.chat.reader import Reader, history_path
     from smedjan_common.chat.screen import Screen
+    from smedjan_common.chat.signals import signals_leave
     from smedjan_common.chat.slash import COMMANDS
 
     screen = Screen()

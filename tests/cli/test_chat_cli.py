@@ -100,7 +100,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_it_and_twice_at_the_prompt_leaves(term
     began = time.monotonic()
     talk.type("", CTRL_C)
     assert "stopped; what came is kept" in talk.wait("of 256]")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6  # all of it takes 12
     talk.type("/context")
     kept = talk.wait("of 256 tokens")
     assert "Assistant: " in kept
@@ -127,11 +127,10 @@ def test_a_signal_gives_the_terminal_back_as_it_was(terminal):
     for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         talk = terminal()
         assert not talk.echoes, "readline shows what is typed"
-        time.sleep(0.7)  # a signal between the prompt and readline's wait for a key is seen at the next key: CPython's readline
         os.kill(talk.pid, number)
         talk.wait("\x1b[?2004l")
-        assert talk.echoes
         assert talk.end() == code
+        assert talk.echoes
 
 
 def test_several_lines_in_quotes_and_pasted(terminal, tmp_path):
