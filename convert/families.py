@@ -12,6 +12,8 @@
 | qwen3_moe | Qwen 3 MoE | the same with head norms, and dense layers between |
 | glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
 | olmo2 | OLMo 2 | norms after mixers and feed-forwards; RMSNorm over all heads of q and of k together |
+| olmo3 | OLMo 3 | the same; a sliding window in some layers, and RoPE that is scaled in the others |
+| phi3 | Phi-3, Phi-4 | a part of each head that turns, a sliding window in all layers; q, k and v in one tensor, gate and up in one |
 | granite | Granite 3 | multipliers of embeddings, residuals, scores and logits |
 | granitemoehybrid | Granite 4 | the same; Mamba-2, attention, turned or not, or both; SwiGLU, or experts with shared ones |
 | deepseek_v3 | DeepSeek V3 | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
@@ -56,6 +58,18 @@ class Family(NamedTuple):
 
 def _plain(config: ModelConfig) -> bool:
     return set(config.mixer) == {"attention"} and set(config.ffn) == {"swiglu"}
+
+
+def _olmo2(config: ModelConfig) -> bool:
+    normed = (config.norms, config.qk_norm, config.qk_norm_over) == ("post", True, "all")
+    return _plain(config) and normed and config.qkv_bias == config.o_bias
+
+
+def _olmo3(config: ModelConfig) -> bool:
+    """Windows in some layers; the others alone are scaled, by a form that has a name there."""
+    kinds = {(layer.window > 0, layer.rope_scaling != "none") for layer in map(config.at, range(config.layers))}
+    scaled = {(True, False), (False, True)} if config.rope_scaling != "none" else {(True, False), (False, False)}
+    return _olmo2(config) and config.rope_scaling != "ntk" and kinds == scaled
 
 
 def _dense_first(config: ModelConfig) -> bool:
@@ -160,11 +174,20 @@ FAMILIES: dict[str, Family] = {
         "Olmo2ForCausalLM",
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
         {"norms", "qk_norm", "qk_norm_over", "qkv_bias", "o_bias"},
-        lambda config: (
-            _plain(config)
-            and (config.norms, config.qk_norm, config.qk_norm_over) == ("post", True, "all")
-            and config.qkv_bias == config.o_bias
-        ),
+        _olmo2,
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        {*WINDOWS, "rope_global_layers", "norms", "qk_norm", "qk_norm_over", "qkv_bias", "o_bias"},
+        _olmo3,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        {"window", "rope_dim"},
+        lambda config: _plain(config) and config.rope_scaling in ("none", "ntk"),
+        layouts.phi3,
     ),
     "granite": Family(
         "GraniteForCausalLM",
@@ -187,7 +210,11 @@ FAMILIES: dict[str, Family] = {
         layouts.qwen3_moe,
     ),
     "glm4_moe": Family(
-        "Glm4MoeForCausalLM", {"max_position_embeddings": 131072}, {*HEADS, *SHARED, "qk_norm", "router"}, _glm4_moe, layouts.glm4_moe
+        "Glm4MoeForCausalLM",
+        {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5},
+        {*HEADS, *SHARED, "qk_norm", "qkv_bias", "rope_dim", "router"},
+        lambda config: _glm4_moe(config) and not config.o_bias,
+        layouts.glm4_moe,
     ),
     "granitemoehybrid": Family(
         "GraniteMoeHybridForCausalLM",

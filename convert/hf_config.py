@@ -3,9 +3,9 @@
 from typing import Any
 
 from convert.families import FAMILIES, family_of
-from convert.hf_keys import READ, WRITTEN, rope_layers, shortest
-from convert.hf_rope import rope_from_hf, rope_to_hf
-from convert.hf_values import inexpressible, integer, number
+from convert.hf_keys import READ, WRITTEN, rope_layers
+from convert.hf_rope import rope_by_layer, rope_from_hf, rope_to_hf
+from convert.hf_values import inexpressible, integer, number, shortest
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model.json_fields import MAX_POSITION
@@ -44,6 +44,9 @@ def to_hf(config: ModelConfig, dtype: str, eos_id: int | None) -> dict[str, Any]
     } | WRITTEN.get(kind, lambda config: {})(config)
     if "partial_rotary_factor" in values:
         values["rope_parameters"]["partial_rotary_factor"] = values["partial_rotary_factor"]
+    if kind in _FULL_EVERY:
+        plain = {"rope_type": "default", "rope_theta": base}
+        values["rope_parameters"] = {"full_attention": values["rope_parameters"], "sliding_attention": plain}
     if kind != "qwen3_5":
         return values
     outer = ("architectures", "model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
@@ -67,6 +70,8 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
     dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
     head_dim = integer(values, "head_dim", where, max(1, dim // heads))
     layers, context = integer(values, "num_hidden_layers", where), integer(values, "max_position_embeddings", where, limit=MAX_POSITION)
+    if kind in _FULL_EVERY and values.get("layer_types") is None:
+        values["layer_types"] = [_LAYER_TYPES[(layer + 1) % _FULL_EVERY[kind] == 0] for layer in range(layers)]
     bias = values.get("attention_bias") is True
     found: dict[str, Any] = {
         "vocab_size": integer(values, "vocab_size", where),
@@ -83,7 +88,7 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
         "qkv_bias": bias,
         "o_bias": bias,
         **_window(values, where, kind, layers, context),
-        **rope_from_hf(values, where, context),
+        **_rope(values, where, kind, context, head_dim),
     }
     config = ModelConfig(**found | READ.get(kind, lambda values, where: {})(values, where))
     config.validate()
@@ -98,6 +103,21 @@ def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:
         raise inexpressible(where, f"the activation {values['hidden_act']!r}", "The feed-forward here is SwiGLU, with SiLU")
     if values.get("rope_traditional") is True:
         raise inexpressible(where, "rope_traditional", "RoPE here turns halves of a head, and programs disagree about that key")
+
+
+def _rope(values: dict[str, Any], where: str, kind: str, context: int, head_dim: int) -> dict[str, Any]:
+    if kind in _FULL_EVERY:
+        return rope_by_layer(values, where, context, values["layer_types"], FAMILIES[kind].defaults["rope_theta"])
+    found = rope_from_hf(values, where, context, head_dim)
+    if "rope_dim" in found and "rope_dim" not in FAMILIES[kind].options:
+        parted = ", ".join(name for name, family in FAMILIES.items() if "rope_dim" in family.options)
+        raise inexpressible(where, "a partial rotary embedding", f"Programs do not agree what that means in {kind}; {parted} have it")
+    return found
+
+
+# architectures whose layers all have the window but for every so many, which turn in another way
+_FULL_EVERY = {"olmo3": 4}
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def _window(values: dict[str, Any], where: str, kind: str, layers: int, context: int) -> dict[str, Any]:
@@ -124,14 +144,14 @@ def _windowed(values: dict[str, Any], where: str, kind: str, layers: int) -> lis
     """Of each layer, on where it has the window."""
     kinds = values.get("layer_types")
     if kinds is not None:
-        if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        if odd := sorted(set(kinds) - set(_LAYER_TYPES)):
             raise inexpressible(where, f"layers of the type {odd[0]!r}", "Layers here are those of --mixer")
         if len(kinds) != layers:
             raise CheckpointError(f"{where} has {len(kinds)} layer_types.", f"The model has {layers} layers.", "Restore the file.")
         return ["on" if each == "sliding_attention" else "off" for each in kinds]
     if values.get("sliding_window") is None:
         return ["off"] * layers
-    if kind in ("mistral", "ministral", "mixtral"):
+    if kind in ("mistral", "ministral", "mixtral", "phi3"):
         return ["on"] * layers
     if not values.get("use_sliding_window"):
         return ["off"] * layers

@@ -15,6 +15,7 @@ import numpy as np
 
 from convert import hf_config, hf_import, hf_tokenizer, ties
 from convert.families import FAMILIES
+from convert.hf_rope import turned_dim
 from convert.json_file import write_json, write_text
 from convert.portable import Lazy, Portable, cast, check_equal
 from convert.safetensors_file import write_tensors
@@ -53,7 +54,7 @@ def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
     notes = [] if model.tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
-    if config.window and values["model_type"] != "smollm3":
+    if config.window and values["model_type"] not in ("smollm3", "olmo3"):
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     return notes
 
@@ -117,9 +118,8 @@ def check_described(directory: Path, model: Portable, again: Portable) -> None:
     """Raises CheckpointError unless model and tokenizer are those that were to be written."""
     ours, theirs = model.config, again.config
     same = ours.padded_vocab_size == theirs.padded_vocab_size and math.isclose(ours.norm_eps, theirs.norm_eps, rel_tol=1e-12)
-    same = same and np.allclose(rope.frequencies(ours), rope.frequencies(theirs), rtol=1e-12, atol=0)
     same = same and _patterns(ours) == _patterns(theirs)
-    if not same or rope.attention_factor(ours) != rope.attention_factor(theirs):
+    if not same or not all(map(_turn_alike, rope.turnings(ours).values(), rope.turnings(theirs).values())):
         raise CheckpointError(f"{directory} is not what was written.", "Its config.json describes another model.", "Report this.")
     if model.tokenizer and (again.tokenizer is None or again.tokenizer.hash != model.tokenizer.hash):
         raise CheckpointError(f"{directory} is not what was written.", "Its tokenizer.json reads back differently.", "Report this.")
@@ -127,7 +127,13 @@ def check_described(directory: Path, model: Portable, again: Portable) -> None:
         raise CheckpointError(f"{directory} is not what was written.", "Its chat template reads back differently.", "Report this.")
 
 
-def _patterns(config: ModelConfig) -> list[tuple[int, tuple[str, ...]]]:
-    """Of each layer: what its window leaves of the context, and whether it turns."""
+def _turn_alike(ours: ModelConfig, theirs: ModelConfig) -> bool:
+    same = turned_dim(ours) == turned_dim(theirs) and rope.attention_factor(ours) == rope.attention_factor(theirs)
+    return same and np.allclose(*(rope.frequencies(each, turned_dim(each)) for each in (ours, theirs)), rtol=1e-12, atol=0)
+
+
+def _patterns(config: ModelConfig) -> list[tuple[int, tuple[str, ...], bool]]:
+    """Of each layer: what its window leaves of the context, whether it turns, and whether as the model's scaling says."""
     layers = [config.at(layer) for layer in range(config.layers)]
-    return [(min(one.window or config.context_length, config.context_length), one.rope_layers) for one in layers]
+    context, scaling = config.context_length, config.rope_scaling
+    return [(min(one.window or context, context), one.rope_layers, one.rope_scaling == scaling) for one in layers]

@@ -56,6 +56,8 @@ def read(path: Path) -> Portable:
         hf_config.from_hf(values, where)  # what it says by itself is refused before a tensor is looked at
         stored = open_weights(path)
         tied, notes = _tied(values, stored, path)
+        if tied and (table := _table(stored)):  # some architectures have a tied head written out
+            stored.setdefault(HEAD, table)
         config = hf_config.from_hf(values, where, tied)
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} cannot be used.", reason(error), "Restore it from a good copy.") from None
@@ -138,9 +140,8 @@ def _without_extras(stored: Mapping[str, Lazy], layout: list[ties.Tie], path: Pa
 def _tied(values: Mapping[str, Any], stored: Mapping[str, Lazy], path: Path) -> tuple[bool, list[str]]:
     """Whether the head is the embedding, and what to tell of it. Raises CheckpointError for a head that should be there and is not."""
     said = values.get("tie_word_embeddings")
-    table = next((tensor for name, tensor in stored.items() if name != HEAD and _is_table(name)), None)
-    if HEAD in stored and table is not None:
-        head, embed = stored[HEAD], table
+    if HEAD in stored and (embed := _table(stored)):
+        head = stored[HEAD]
         return head.shape == embed.shape and np.array_equal(head.read().astype(np.float32), embed.read().astype(np.float32)), []
     if said is False:
         raise CheckpointError(
@@ -149,6 +150,11 @@ def _tied(values: Mapping[str, Any], stored: Mapping[str, Lazy], path: Path) -> 
             "Download it again.",
         )
     return True, [] if said else [f"It has no {HEAD}, and {CONFIG} does not say why: the embedding is taken for the head."]
+
+
+def _table(stored: Mapping[str, Lazy]) -> Lazy | None:
+    """The embedding."""
+    return next((tensor for name, tensor in stored.items() if name != HEAD and _is_table(name)), None)
 
 
 def _finite(name: str, tensor: Lazy, path: Path) -> Lazy:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from convert.families import dense_prefix
-from convert.hf_values import inexpressible, integer, number
+from convert.hf_rope import turned_dim
+from convert.hf_values import inexpressible, integer, number, shortest
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
@@ -60,7 +61,11 @@ def _grouped(config: ModelConfig) -> dict[str, Any]:
 
 
 def _glm4_moe(config: ModelConfig) -> dict[str, Any]:
-    return {**_grouped(config), "use_qk_norm": config.qk_norm, "partial_rotary_factor": 1.0}
+    return {**_grouped(config), "use_qk_norm": config.qk_norm, "attention_bias": config.qkv_bias, **_part(config)}
+
+
+def _part(config: ModelConfig) -> dict[str, Any]:
+    return {"partial_rotary_factor": turned_dim(config) / config.head_dim}
 
 
 def _deepseek_v3(config: ModelConfig) -> dict[str, Any]:
@@ -161,6 +166,8 @@ WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "mistral": lambda config: {"sliding_window": config.window or None},
     "ministral": _windows,
     "smollm3": _smollm3,
+    "olmo3": _windows,
+    "phi3": lambda config: {"sliding_window": config.window or None, **_part(config)},
     "granite": _multipliers,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
@@ -220,7 +227,7 @@ def _read_grouped(values: Values, where: str) -> dict[str, Any]:
 
 
 def _read_glm4_moe(values: Values, where: str) -> dict[str, Any]:
-    return {**_read_grouped(values, where), "qk_norm": values.get("use_qk_norm") is True}
+    return {**_read_grouped(values, where), "qk_norm": values.get("use_qk_norm") is True, "o_bias": False}
 
 
 def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
@@ -301,19 +308,12 @@ def rope_layers(values: Values, where: str) -> tuple[str, ...]:
     return tuple("on" if turning[layer] else "off" for layer in range(layers))
 
 
-def shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
-    """The shortest pattern that repeats to this one."""
-    for size in range(1, len(pattern)):
-        if all(name == pattern[i % size] for i, name in enumerate(pattern)):
-            return pattern[:size]
-    return pattern
-
-
 READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "qwen2": lambda values, where: {"qkv_bias": True, "o_bias": False},
     "qwen3": lambda values, where: {"qk_norm": True},
     "smollm3": lambda values, where: {"rope_layers": shortest(rope_layers(values, where))},
-    "olmo2": lambda values, where: {"norms": "post", "qk_norm": True, "qk_norm_over": "all"},
+    **dict.fromkeys(("olmo2", "olmo3"), lambda values, where: {"norms": "post", "qk_norm": True, "qk_norm_over": "all"}),
+    "phi3": lambda values, where: {"qkv_bias": False, "o_bias": False},
     "granite": _read_multipliers,
     "mixtral": _read_mixtral,
     "qwen3_moe": _read_qwen3_moe,

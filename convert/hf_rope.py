@@ -11,7 +11,7 @@ Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`
 import math
 from typing import Any
 
-from convert.hf_values import inexpressible, integer, number
+from convert.hf_values import inexpressible, integer, number, shortest
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model import rope
@@ -39,23 +39,67 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
             "original_max_position_embeddings": rope.original_length(config),
         }
     if config.rope_scaling == "ntk":
-        return rope.ntk_base(config, config.head_dim), None
+        return rope.ntk_base(config, turned_dim(config)), None
     return config.rope_base, None
 
 
-def rope_from_hf(values: dict[str, Any], where: str, context: int) -> dict[str, Any]:
+def turned_dim(config: ModelConfig) -> int:
+    """Features of a head that turn."""
+    return config.rope_dim or config.head_dim
+
+
+def rope_from_hf(values: dict[str, Any], where: str, context: int, head_dim: int) -> dict[str, Any]:
     """The rope fields of a ModelConfig from either generation's keys."""
-    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{where} has rope_scaling {scaling!r}.", "It must be a JSON object.", "Restore the file.")
+    scaling = _object(values.get("rope_scaling") or values.get("rope_parameters") or {}, where)
+    return {**_stretching(values, scaling, where, context), **_part(values, scaling, where, head_dim)}
+
+
+def rope_by_layer(values: dict[str, Any], where: str, context: int, layer_types: list[str], narrow_base: float) -> dict[str, Any]:
+    """The same of an architecture whose layers with a window turn in another way than those that see all (OLMo 3), from `narrow_base` where
+    config.json does not say."""
+    kinds = ("full_attention", "sliding_attention")
+    nested = _object(values.get("rope_parameters") or {}, where)
+    if nested and not nested.keys() & set(kinds):
+        raise inexpressible(where, "rope_parameters that are not of its layer_types", f"Those are {' and '.join(kinds)}")
+    wide, narrow = (_object(nested.get(kind) or {}, where) for kind in kinds)
+    wide = {**wide, **_object(values.get("rope_scaling") or {}, where)}
+    narrow = {"rope_theta": narrow_base, **narrow}
+    found, local = (_stretching(values, scaling, where, context) for scaling in (wide, narrow))
+    if local.get("rope_scaling", "none") != "none" or local["rope_base"] != found["rope_base"]:
+        what = "RoPE of layers with a window that is scaled, or has a base of its own"
+        raise inexpressible(where, what, "Layers that are not global turn unscaled here, from the same base")
+    if "rope_scaling" in found:
+        found["rope_global_layers"] = shortest(tuple("on" if kind == kinds[0] else "off" for kind in layer_types))
+    return found
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} has rope_scaling {value!r}.", "It must be a JSON object.", "Restore the file.")
+    return value
+
+
+def _part(values: dict[str, Any], scaling: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]:
+    """How much of a head turns; nothing where all of it does."""
+    part = number({**values, **scaling}, "partial_rotary_factor", where, 1.0)
+    if part == 1:
+        return {}
+    turned = int(head_dim * part)
+    if not 0 < turned < head_dim or turned % 2:
+        raise inexpressible(where, f"partial_rotary_factor {part:g} of heads of {head_dim}", "RoPE turns pairs of features")
+    return {"rope_dim": turned}
+
+
+def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> dict[str, Any]:
     base = number({**values, **scaling}, "rope_theta", where, 10000.0)
     if not base > 1:
         raise CheckpointError(f"{where} has rope_theta {base:g}.", "It must be over 1.", "Restore the file.")
-    if number({**values, **scaling}, "partial_rotary_factor", where, 1.0) != 1:
-        raise inexpressible(where, "a partial rotary embedding", "RoPE here turns whole heads")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return {"rope_base": base}
+    if kind in ("longrope", "su"):
+        why = "Texts past the original context turn every position in another way there, earlier ones too"
+        raise inexpressible(where, f"RoPE of the type {kind!r}", why)
     if kind not in ("linear", "llama3", "yarn"):
         raise inexpressible(where, f"RoPE of the type {kind!r}", "RoPE here is default, linear, llama3 or yarn")
     found: dict[str, Any] = {"rope_base": base, "rope_scaling": kind, "rope_factor": number(scaling, "factor", where)}

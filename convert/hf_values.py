@@ -1,4 +1,4 @@
-"""Values of a config.json: numbers that are numbers, and what cannot be expressed."""
+"""Values of a config.json: numbers that are numbers, patterns, and what cannot be expressed."""
 
 import math
 from collections.abc import Mapping
@@ -26,6 +26,14 @@ def number(values: Mapping[str, Any], key: str, where: str, default: float | Non
 
 def inexpressible(where: str, what: str, why: str, fix: str = "a model that is the same without it") -> ConfigError:
     return ConfigError(f"{where} asks for {what}. {_NOT_HERE}", f"{why}.", f"Only this is missing: choose {fix}.")
+
+
+def shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern that repeats to this one."""
+    for size in range(1, len(pattern)):
+        if all(name == pattern[i % size] for i, name in enumerate(pattern)):
+            return pattern[:size]
+    return pattern
 
 
 def _short(value: Any) -> str:

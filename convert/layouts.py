@@ -1,6 +1,7 @@
 """Which tensors an architecture of transformers has for each of ours: one function per layout, of ties (ties.py).
 
 llama             Llama, Qwen2, Qwen3, Mistral, and the attention and feed-forward of most others
+phi3              q, k and v in one tensor, gate and up in one
 mixtral           experts as block_sparse_moe.experts.E.w1, w3, w2
 qwen3_moe         experts as mlp.experts.E.gate_proj, …; dense layers between
 glm4_moe          the same with the bias router and shared experts, after a prefix of dense layers
@@ -29,6 +30,20 @@ _table = functools.lru_cache(maxsize=4)(parameter_table)
 def llama(config: ModelConfig) -> list[Tie]:
     """Every tensor by itself."""
     return [*_ends(config), *(tie for layer in range(config.layers) for tie in (*_attention(config, layer), *_swiglu(config, layer)))]
+
+
+def phi3(config: ModelConfig) -> list[Tie]:
+    kv, F = config.kv_heads * config.head_dim, config.ffn_dim
+    ties = _ends(config)
+    for i in range(config.layers):
+        at, ours = f"model.layers.{i}", f"layers.{i}."
+        qkv = [f"{ours}mixer.{name}_proj.weight" for name in ("q", "k", "v")]
+        ties += [*_norms(config, i), joined(qkv, f"{at}.self_attn.qkv_proj.weight", [config.inner_dim, kv, kv], config.dim)]
+        ties.append(_as_is(config, f"{ours}mixer.o_proj.weight", f"{at}.self_attn.o_proj.weight"))
+        halves = [f"{ours}ffn.{name}_proj.weight" for name in ("gate", "up")]
+        ties.append(joined(halves, f"{at}.mlp.gate_up_proj.weight", [F, F], config.dim))
+        ties.append(_as_is(config, f"{ours}ffn.down_proj.weight", f"{at}.mlp.down_proj.weight"))
+    return ties
 
 
 def mixtral(config: ModelConfig) -> list[Tie]:

@@ -56,6 +56,8 @@ FLAGS = {
     "logits-divisor": "logits-scaling logit-scale logits-multiplier",
     "attention-multiplier": "attention-scale softmax-scale query-pre-attn-scalar",
     "norms": "norm-placement post-norm pre-norm sandwich-norm norm-after",
+    "rope-dim": "rotary-dim rotary-pct partial-rotary-factor rotary-percentage",
+    "rope-global-layers": "global-layers full-attention-layers",
     "rope-layers": "no-rope-layers nope no-rope-layer-interval",
     "rope-base": "rope-theta rotary-base theta",
     "qk-norm": "use-qk-norm qk-layernorm",

@@ -18,6 +18,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
+from smedjan_common.model.rope import Turning
 from smedjan_common.training.memory import loss_chunks
 from smedjan_jax import products, sharding
 from smedjan_jax.quantized import Quantized, weight_of
@@ -209,26 +210,29 @@ def normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
 class Rope(nnx.Module):
     """Rotary position embedding of `length` positions from 0 on, or from each row's of `position` [B] on, wherever those stand.
 
-    cos and sin, by head size K, are [L, F], in float64 until they are rounded; of given positions [B, L, F], of float32 angles as well.
+    cos and sin, by turning, are [L, F], in float64 until they are rounded; of given positions [B, L, F], of float32 angles as well.
     """
 
     def __init__(self, config: ModelConfig, length: int, position: jax.Array | None = None):
-        dims = rope_tables.rotary_dims(config)
-        if position is None:
-            tables = {dim: tuple(map(jnp.asarray, rope_tables.tables(config, length, dim))) for dim in dims}
-        else:
-            at_BL = (position[:, None] + jnp.arange(length)).astype(jnp.float32)
-            angles = {dim: at_BL[..., None] * (np.float32(1) / rope_tables.periods(config, dim)) for dim in dims}
-            m = rope_tables.attention_factor(config)
-            tables = {dim: (jnp.cos(angle_BLF) * m, jnp.sin(angle_BLF) * m) for dim, angle_BLF in angles.items()}
-        self.cos = nnx.data({dim: cos for dim, (cos, _) in tables.items()})
-        self.sin = nnx.data({dim: sin for dim, (_, sin) in tables.items()})
+        tables, at_BL = {}, None if position is None else (position[:, None] + jnp.arange(length)).astype(jnp.float32)
+        for turning, layer in rope_tables.turnings(config).items():
+            if at_BL is None:
+                tables[turning] = tuple(map(jnp.asarray, rope_tables.tables(layer, length, turning.dim)))
+            else:
+                angle_BLF = at_BL[..., None] * (np.float32(1) / rope_tables.periods(layer, turning.dim))
+                m = rope_tables.attention_factor(layer)
+                tables[turning] = jnp.cos(angle_BLF) * m, jnp.sin(angle_BLF) * m
+        self.cos = nnx.data({turning: cos for turning, (cos, _) in tables.items()})
+        self.sin = nnx.data({turning: sin for turning, (_, sin) in tables.items()})
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Turn feature i of x [B, T, H, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
-        B, T, H, K = x.shape
+    def __call__(self, x: jax.Array, turning: Turning) -> jax.Array:
+        """Turn feature i of x [B, T, H, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin). K: all or the first features."""
+        K = turning.dim
+        if x.shape[-1] > K:
+            return jnp.concatenate([self(x[..., :K], turning), x[..., K:]], axis=-1)
+        B, T, H, _ = x.shape
         pairs = x.astype(jnp.float32).reshape(B, T, H, 2, K // 2)
-        cos_TF, sin_TF = self.cos[K], self.sin[K]
+        cos_TF, sin_TF = self.cos[turning], self.sin[turning]
         signed_sin = jnp.stack([-sin_TF, sin_TF], axis=-2)[..., None, :, :]
         # XLA fuses a reversal of the pair axis into the product, a concatenation of halves it writes out
         turned = pairs * cos_TF[..., None, None, :] + jax.lax.rev(pairs, (3,)) * signed_sin

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
+from smedjan_common.model.rope import Turning
 from smedjan_common.training.memory import loss_chunks
 from smedjan_mlx.quantized import Quantized, product, weight_of
 
@@ -188,12 +189,15 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig, length: int, position: mx.array | None = None):
         super().__init__()
-        self._periods = {dim: mx.array(rope_tables.periods(config, dim)) for dim in rope_tables.rotary_dims(config)}
-        self._factor = rope_tables.attention_factor(config)
+        turnings = rope_tables.turnings(config)
+        self._periods = {turning: mx.array(rope_tables.periods(layer, turning.dim)) for turning, layer in turnings.items()}
+        self._factors = {turning: rope_tables.attention_factor(layer) for turning, layer in turnings.items()}
         self._position = 0 if position is None else position
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Turn feature i of x [B, H, T, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin)."""
-        K = x.shape[-1]
-        turned = mx.fast.rope(x, K, traditional=False, base=None, scale=1.0, offset=self._position, freqs=self._periods[K])
-        return turned if self._factor == 1.0 else turned * self._factor
+    def __call__(self, x: mx.array, turning: Turning) -> mx.array:
+        """Turn feature i of x [B, H, T, K] with feature i + K/2: (a, b) -> (a cos - b sin, b cos + a sin). K: all or the first features."""
+        K, factor = turning.dim, self._factors[turning]
+        if x.shape[-1] > K:
+            return mx.concatenate([self(x[..., :K], turning), x[..., K:]], axis=-1)
+        turned = mx.fast.rope(x, K, traditional=False, base=None, scale=1.0, offset=self._position, freqs=self._periods[turning])
+        return turned if factor == 1.0 else turned * factor

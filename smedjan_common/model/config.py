@@ -15,7 +15,7 @@ from smedjan_common.model.mixers import MIXERS, attention, block_sparse, gated_d
 from smedjan_common.model.options import check_options, options
 from smedjan_common.model.params import count_params
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, FFN_MULTIPLE, PRESETS
-from smedjan_common.model.shape import ROPE_SCALINGS, Shape
+from smedjan_common.model.shape import ROPE_SCALINGS, STRETCHING, Shape
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,13 @@ class ModelConfig(
 
     def at(self, layer: int) -> Self:
         """The model as the mixer of `layer` sees it: patterns of single layers are what they say of that one."""
-        rope, windowed = (pattern[layer % len(pattern)] for pattern in (self.rope_layers, self.window_layers))
-        if self.rope_layers == (rope,) and self.window_layers == ("on",):
+        patterns = (self.rope_layers, self.window_layers, self.rope_global_layers)
+        turns, windowed, stretched = (pattern[layer % len(pattern)] for pattern in patterns)
+        if self.rope_layers == (turns,) and self.window_layers == self.rope_global_layers == ("on",):
             return self
-        return dataclasses.replace(self, rope_layers=(rope,), window_layers=("on",), window=self.window if windowed == "on" else 0)
+        changes = {} if stretched == "on" else {name: options(Shape)[name].default for name in STRETCHING}
+        window = self.window if windowed == "on" else 0
+        return dataclasses.replace(self, **changes, rope_layers=(turns,), window_layers=("on",), rope_global_layers=("on",), window=window)
 
     def num_params(self) -> int:
         """Exact number of trained values (the tied head counts once)."""
@@ -92,6 +95,12 @@ class ModelConfig(
                 raise ConfigError(
                     f"{flag(name)} would do nothing.", f"--rope-scaling is {self.rope_scaling}.", "Take --rope-scaling llama3."
                 )
+        if "off" in self.rope_global_layers and (self.rope_scaling == "none" or "on" not in self.rope_global_layers):
+            raise ConfigError(
+                f"--rope-global-layers {','.join(self.rope_global_layers)} would do nothing.",
+                "All layers would turn alike.",
+                "Add --rope-scaling, and leave it on in some layers, or leave --rope-global-layers out.",
+            )
         if self.rope_scaling != "none" and not self.turns:
             raise ConfigError(
                 f"--rope-scaling {self.rope_scaling} would do nothing.",
@@ -104,6 +113,7 @@ class ModelConfig(
         if self.init_std == 0:
             raise ConfigError("--init-std is 0.", "It must be finite and over 0: equal weights would stay equal.", "Take 0.02.")
         patterns = {"--mixer": self.mixer, "--ffn": self.ffn, "--rope-layers": self.rope_layers, "--window-layers": self.window_layers}
+        patterns["--rope-global-layers"] = self.rope_global_layers
         for pattern, names in patterns.items():
             if len(names) > self.layers:
                 raise ConfigError(

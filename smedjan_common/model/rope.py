@@ -13,19 +13,35 @@ Computed once in float64; both backends and the reference start from these numbe
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
+from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.shape import Shape
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 
-def rotary_dims(config: Shape) -> tuple[int, ...]:
-    """Every K of the model, rising."""
-    turning = [turned for name in config.mixer if (turned := MIXERS[name].rope_dims)]
-    return tuple(sorted({dim for turned in turning for dim in turned(config)}))
+class Turning(NamedTuple):
+    """What tells how a layer turns from how another of the same model does: K, the base, and the scaling."""
+
+    dim: int
+    base: float
+    scaling: str
+
+
+def turning(config: Shape, dim: int) -> Turning:
+    """Of the model as a layer sees it."""
+    return Turning(dim, config.rope_base, config.rope_scaling)
+
+
+def turnings(config: ModelConfig) -> dict[Turning, ModelConfig]:
+    """Every one of the model, rising, each with the model as one of its layers sees it."""
+    layers = [(MIXERS[config.mixer_of(layer)].rope_dims, config.at(layer)) for layer in range(config.layers)]
+    found = {turning(layer, dim): layer for dims, layer in layers if dims for dim in dims(layer)}
+    return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
 def frequencies(config: Shape, dim: int | None = None) -> np.ndarray:

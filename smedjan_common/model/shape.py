@@ -6,6 +6,8 @@ from typing import Literal
 from smedjan_common.model.options import option, options
 from smedjan_common.model.presets import VOCAB_MULTIPLE
 
+SWITCH = ("on", "off")  # what a pattern over the depth may say of a layer
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -38,6 +40,12 @@ class Shape:
     )
     rope_high_freq_factor: float = option(
         4.0, "llama3 scaling: periods under the original context divided by this stay.", over=0, most=1e6, shape_free=True
+    )
+    rope_global_layers: tuple[str, ...] = option(
+        ("on",),
+        "whether a layer turns as --rope-base and --rope-scaling say, a pattern over the depth; the others turn unstretched (OLMo 3).",
+        choices=SWITCH,
+        shape_free=True,
     )
     tied_head: bool = option(True, "The output head is the embedding; otherwise a matrix of its own.")
     head_size: int = option(0, "Features of a head of attention and block-sparse.", least=0, filled="--dim over --heads")
@@ -80,3 +88,4 @@ class Shape:
 
 
 ROPE_SCALINGS = options(Shape)["rope_scaling"].choices
+STRETCHING = ("rope_scaling", "rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor")

@@ -1,8 +1,8 @@
 """Softmax attention with RoPE, multi-head or grouped-query (Vaswani et al., 2017; Ainslie et al., 2023).
 
     q, k, v = x Wq^T, x Wk^T, x Wv^T, each with a bias where the model has one
-    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head, or over all;  q, k turned by their positions,
-    but in layers that rope_layers turns off
+    qk_norm: q, k = rms_norm(q), rms_norm(k) over each head, or over all;  q, k turned by their positions
+    (all features of a head, or the first rope_dim), but in layers that rope_layers turns off
     p_ts = softmax over s <= t of  q_t . k_s / sqrt(K) (or times attention_multiplier);
     window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
 
@@ -12,6 +12,7 @@ Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.mixers.attention import rope_dims
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.reference.rope import rotate
 
@@ -56,8 +57,8 @@ def project(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
         query, key = (_normed(config, params[f"{n}_norm.weight"], x) for n, x in (("q", query), ("k", key)))
     if config.attention_multiplier:  # scores are divided by sqrt(K) later
         query = query * (config.attention_multiplier * np.sqrt(config.head_dim))
-    if config.rope_layers == ("on",):
-        query, key = rotate(query, config, start), rotate(key, config, start)
+    for turned in rope_dims(config):
+        query, key = rotate(query, config, start, turned), rotate(key, config, start, turned)
     return query, key, heads("v_proj", config.kv_heads)
 
 

@@ -10,8 +10,10 @@ from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.rope import attention_factor, frequencies
 
 
-def rotate(x_BxTxHxK: np.ndarray, config: ModelConfig, start: int = 0) -> np.ndarray:
-    """Turn all K features of every head by their position; the first token stands at `start`."""
+def rotate(x_BxTxHxK: np.ndarray, config: ModelConfig, start: int = 0, dim: int | None = None) -> np.ndarray:
+    """Turn all K features of every head by their position, or the first `dim` of them; the first token stands at `start`."""
+    if dim is not None and dim < x_BxTxHxK.shape[-1]:
+        return np.concatenate([rotate(x_BxTxHxK[..., :dim], config, start), x_BxTxHxK[..., dim:]], axis=-1)
     position_T = np.arange(start, start + x_BxTxHxK.shape[1], dtype=np.float64)
     angle_Tx1xk = (position_T[:, None] * frequencies(config, x_BxTxHxK.shape[-1]))[:, None, :]
     m = attention_factor(config)

@@ -23,10 +23,10 @@ def described_model(size: str, model: LayerFlags, mixers: MixerFlags, vocab_size
     return ModelConfig.build(vocab_size=vocab_size, **values)
 
 
-def option_values(mixers: MixerFlags) -> dict[str, Any]:
-    """The values of the flags of mixers, patterns as names."""
+def option_values(flags: MixerFlags | LayerFlags) -> dict[str, Any]:
+    """The values of the flags that are options of a model, patterns as names."""
     known = options(ModelConfig)
-    return {name: parse_pattern(value) if known[name].pattern else value for name, value in vars(mixers).items()}
+    return {name: parse_pattern(value) if known[name].pattern else value for name, value in vars(flags).items() if name in known}
 
 
 def feed_forward(model: LayerFlags, mixers: MixerFlags) -> tuple[str, ...]:

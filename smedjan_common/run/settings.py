@@ -24,7 +24,8 @@ _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if opt
 
 def new_model(flags: TrainFlags, vocab_size: int) -> ModelConfig:
     """The model that the flags describe. Raises ConfigError."""
-    kept = {option.name: getattr(flags.model, option.name) for option in shape_options()}
+    values = option_values(flags.model)
+    kept = {option.name: values[option.name] for option in shape_options()}
     return described_model(flags.model.size, flags.model, flags.mixers, vocab_size, flags.training.seq_len, **kept)
 
 
@@ -35,7 +36,7 @@ def same_model(base: ModelConfig, asked: Asked) -> ModelConfig:
     if asked.is_given("size") and model.size != "custom":
         ModelConfig.preset(model.size)  # refuses an unknown name
         changes |= PRESETS[model.size]._asdict()
-    names, values = {f.name for f in dataclasses.fields(base)}, {**vars(model), **option_values(mixers)}
+    names, values = {f.name for f in dataclasses.fields(base)}, {**vars(model), **option_values(model), **option_values(mixers)}
     changes |= {name: values[name] for name in names & asked.given if values.get(name) is not None}
     if asked.is_given("mixer"):
         changes["mixer"] = parse_pattern(model.mixer)
@@ -64,7 +65,11 @@ def pretrained_model(base: ModelConfig, path: Path, asked: Asked) -> ModelConfig
     """
     model = dataclasses.replace(same_model(base, asked), context_length=asked.value("seq_len"))
     if model.rope_scaling == "none" and asked.is_given("rope_scaling"):
-        plain = {name: value for name, value in (("rope_factor", 1.0), ("rope_original_len", 0)) if not asked.is_given(name)}
+        plain = {
+            name: value
+            for name, value in (("rope_factor", 1.0), ("rope_original_len", 0), ("rope_global_layers", ("on",)))
+            if not asked.is_given(name)
+        }
         model = dataclasses.replace(model, **plain)
     if model.rope_scaling != "none" and not asked.is_given("rope_original_len"):
         trained = base.context_length if base.rope_scaling == "none" else original_length(base)

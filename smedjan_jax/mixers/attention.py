@@ -18,6 +18,8 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.model.mixers.attention import rope_dims
+from smedjan_common.model.rope import turning
 from smedjan_jax import sharding
 from smedjan_jax.mixers import cudnn
 from smedjan_jax.mixers.cache import extend
@@ -39,7 +41,8 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.norm_all = config.qk_norm_over == "all"
-        self.turns, self.multiplier = config.rope_layers == ("on",), config.attention_multiplier
+        self.multiplier = config.attention_multiplier
+        self.turning = turning(config, *rope_dims(config)) if rope_dims(config) else None
         self.qk_norm, self.window, self.implementation = config.qk_norm, config.window, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -73,7 +76,7 @@ class Attention(nnx.Module):
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         if self.multiplier:  # scores are divided by sqrt(K) later
             query = query * (self.multiplier * self.head_dim**0.5)
-        return (context.rope(query), context.rope(key)) if self.turns else (query, key)
+        return (query, key) if self.turning is None else (context.rope(query, self.turning), context.rope(key, self.turning))
 
     def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
         """Over each head, or over all of them together."""

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
-from smedjan_common.model.rope import attention_factor
+from smedjan_common.model.rope import attention_factor, turning
 from smedjan_mlx.mixers.attention import causal_attention
 from smedjan_mlx.mixers.cache import extend
 from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         self.heads, self.head_dim, self.rope_dim, self.rank = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
         self.low_rank_query = bool(config.mla_q_rank)
         self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
-        self.factor = attention_factor(config)
+        self.factor, self.turning = attention_factor(config), turning(config, rope_dim(config))
         self.implementation = implementation
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         query, key_value, turning_key = projected
         plain_key, value = mx.split(key_value, 2, axis=-1)
-        turned_key = mx.broadcast_to(context.rope(turning_key), (*plain_key.shape[:3], self.rope_dim))
+        turned_key = mx.broadcast_to(context.rope(turning_key, self.turning), (*plain_key.shape[:3], self.rope_dim))
         query, key = mx.concatenate([*self._turn(query, context)], axis=-1), mx.concatenate([plain_key, turned_key], axis=-1)
         # attention takes values as wide as keys
         value = mx.pad(value, [(0, 0), (0, 0), (0, 0), (0, self.rope_dim)])
@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose latents [B, L, R] and turned keys [B, L, P] are kept."""
         query, latent, key = self._compress(x)
-        read, seen_BTS, state = extend(state, {"latent": latent, "key": context.rope(key)[:, 0]}, context, axis=1)
+        read, seen_BTS, state = extend(state, {"latent": latent, "key": context.rope(key, self.turning)[:, 0]}, context, axis=1)
         latent_B1SR, key_B1SP = read["latent"][:, None], read["key"][:, None]
         key_HNR, value_HVR = mx.split(self.kv_b_proj.weight.astype(x.dtype).reshape(self.heads, -1, self.rank), 2, axis=1)
         plain_q, turned_q = self._turn(query, context)
@@ -88,8 +88,8 @@ class LatentAttention(nn.Module):
 
     def _turn(self, query: mx.array, context: Context) -> tuple[mx.array, mx.array]:
         """The parts of the queries without position, times m^2, and with it, times m, as the turned keys are."""
-        plain, turning = mx.split(query, [self.head_dim], axis=-1)
-        return plain if self.factor == 1.0 else plain * self.factor**2, context.rope(turning)
+        plain, turned = mx.split(query, [self.head_dim], axis=-1)
+        return plain if self.factor == 1.0 else plain * self.factor**2, context.rope(turned, self.turning)
 
     def _output(self, out_BHTV: mx.array) -> mx.array:
         B, _, T, _ = out_BHTV.shape

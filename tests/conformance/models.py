@@ -31,6 +31,11 @@ VARIANTS: dict[str, dict[str, Values]] = {
         "window": {"window": 5},
         # a layer that turns and sees all, one that does neither
         "patterns": {"rope_layers": ("on", "off"), "window": 5, "window_layers": ("off", "on"), "kv_heads": 2},
+        # the first 8 of 12 features turn, stretched in one of two layers
+        "parts": {
+            **{"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 1024, "rope_global_layers": ("off", "on")},
+            **{"rope_dim": 8, "head_size": 12, "kv_heads": 2},
+        },
         "multipliers": {"embedding_multiplier": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_divisor": 1.5},
         "post-norms": {"norms": "post", "qk_norm": True, "qk_norm_over": "all", "kv_heads": 2},
         "sandwich": {"norms": "sandwich"},

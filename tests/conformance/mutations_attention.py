@@ -9,6 +9,7 @@ from smedjan_common.reference import attention
 from tests.conformance.cases import CASES
 from tests.conformance.mutate import demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off
 
+PARTS = CASES["attention-swiglu-mha-parts"]
 PATTERNS = CASES["attention-swiglu-mha-patterns"]
 NORM, WINDOW = CASES["attention-swiglu-mha-qk-norm"], CASES["attention-swiglu-mha-window"]
 NORMS = [name for name in parameter_table(NORM.model) if name.endswith(("q_norm.weight", "k_norm.weight"))]
@@ -52,6 +53,12 @@ MUTATIONS = {
             lambda right: lambda config, weight, x: attention.rms_norm(x, weight.reshape(x.shape[2:]), config.norm_eps),
         ),
     ),
+    "heads turn whole": (on(demand_forward, PARTS), swap(attention, "project", other("rope_dim", 0))),
+    "the other part of a head turns": (
+        on(demand_forward, PARTS),
+        swap(attention, "rotate", lambda right: lambda x, *args: right(x[..., ::-1], *args)[..., ::-1]),
+    ),
+    "no layer is stretched": (on(demand_forward, PARTS), swap(attention, "project", other("rope_scaling", "none"))),
     "every layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("on",)))),
     "no layer turns": (on(demand_forward, PATTERNS), swap(attention, "project", other("rope_layers", ("off",)))),
     "every layer has the window": (on(demand_forward, PATTERNS), swap(attention, "_visible", other("window", 5))),

@@ -74,22 +74,22 @@ def gate_and_up_swapped(right: Callable) -> Callable:
 
 
 def rotates_the_other_way(right: Callable) -> Callable:
-    return lambda x, config, start=0: np.flip(right(np.flip(x, -1), config, start), -1)
+    return lambda x, *args: np.flip(right(np.flip(x, -1), *args), -1)
 
 
 def interleaved_pairs(right: Callable) -> Callable:
     """GPT-J's layout: feature 2i turns with 2i + 1."""
 
-    def rotate(x, config, start=0):
+    def rotate(x, *args):
         halves = np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-        turned = right(halves, config, start)
+        turned = right(halves, *args)
         return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 
     return rotate
 
 
 def positions_from_one(right: Callable) -> Callable:
-    return lambda x, config, start=0: right(x, config, start + (start > 0))
+    return lambda x, config, start=0, *dim: right(x, config, start + (start > 0), *dim)
 
 
 def counts_ignored_targets(right: Callable) -> Callable:

@@ -64,6 +64,14 @@ MODELS |= {
     "glm4_moe": ROUTED | {"shared_experts": 1, "qk_norm": True},
     "glm4_moe, none shared": ROUTED | {"ffn": ("experts",)},
     "olmo2": {"norms": "post", "qk_norm": True, "qk_norm_over": "all", "tied_head": False},
+    "olmo3": {
+        **{"norms": "post", "qk_norm": True, "qk_norm_over": "all", "window": 16, "window_layers": ("on", "off")},
+        **YARN,
+        **{"rope_global_layers": ("off", "on"), "qkv_bias": True, "o_bias": True},
+    },
+    "phi3": {"rope_dim": 6, "tied_head": False},
+    "phi3, window": {"rope_dim": 4, "window": 16},
+    "glm4_moe, parts": ROUTED | {"rope_dim": 4, "qkv_bias": True, "tied_head": False},
     "granite": MULTIPLIERS,
     "granite, biases": MULTIPLIERS | {"attention_multiplier": 0.0, "qkv_bias": True, "o_bias": True, "tied_head": False},
     "granitemoehybrid": SSM,
@@ -76,7 +84,7 @@ MODELS |= {
     "qwen3_5": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "conv_width": 3},
     "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "tied_head": False},
 }
-MISREAD = {"mistral", "qwen2, window", "qwen3, window", "ministral"}  # mlx-lm knows no window there
+MISREAD = {"mistral", "qwen2, window", "qwen3, window", "ministral", "phi3, window"}  # mlx-lm knows no window there
 
 
 ARCHITECTURES = [kind for kind in MODELS if kind not in {"mha", "gqa", "ntk", "yarn", "llama3, untied, biases"}]
@@ -218,7 +226,7 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("glm4_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
         ("glm4_moe", {"n_group": 2}, "n_group 2"),
-        ("glm4_moe", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial rotary"),
+        ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "partial_rotary_factor 0.4"),
         ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ("granitemoehybrid", {"residual_multiplier": "x"}, "residual_multiplier 'x'"),
         ("granitemoehybrid", {"attention_multiplier": -1.0}, "attention_multiplier -1"),
@@ -325,6 +333,23 @@ SAVED = {
         "logits_scaling": 8.0,
     },
     "olmo2": {"kind": "Olmo2", "pad_token_id": None},
+    "olmo3": {
+        **{"kind": "Olmo3", "num_hidden_layers": 4, "sliding_window": 16, "pad_token_id": None},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "phi3": {"kind": "Phi3", "pad_token_id": None, "partial_rotary_factor": 0.75, "sliding_window": 16},
+    "glm4_moe": {
+        **{
+            "kind": "Glm4Moe",
+            "pad_token_id": None,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "head_dim": 8,
+            "use_qk_norm": True,
+        },
+        **{"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        **{"n_group": 1, "topk_group": 1},
+    },
     "granite, nothing said": {"kind": "Granite"},
     "qwen3": {"kind": "Qwen3", "head_dim": 12, "tie_word_embeddings": False},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-3},

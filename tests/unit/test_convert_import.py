@@ -91,6 +91,18 @@ INEXPRESSIBLE = {
     "longrope": ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "RoPE of the type 'longrope'"),
     "dynamic rope": ({"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of the type 'dynamic'"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial rotary"),
+    "odd part of a head": ({"model_type": "glm4_moe", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4"),
+    "longrope of a phi": (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+        "RoPE of the type 'longrope'",
+    ),
+    "olmo3 with two bases": (
+        {"model_type": "olmo3", "rope_parameters": {"sliding_attention": {"rope_theta": 2e4}}},
+        "a base of its own",
+    ),
+    # transformers gives such layers 500000 then, mlx-lm the base that is there
+    "olmo3 with a base that is not for all layers": ({"model_type": "olmo3", "rope_theta": 2e4, "rope_parameters": None}, "of its own"),
+    "olmo3 with flat rope": ({"model_type": "olmo3", "rope_parameters": {"rope_type": "yarn"}}, "not of its layer_types"),
     "yarn beta": ({"rope_parameters": SCALED | {"beta_fast": 16}}, "YaRN with beta_fast 16"),
     "yarn factor": ({"rope_parameters": SCALED | {"attention_factor": 1.0}}, "YaRN with attention_factor 1"),
     "yarn mscale": ({"rope_parameters": SCALED | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale_all_dim"),

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.activations import Activations, Course, Measured, scores
-from smedjan_common.model.mixers.shared import SWITCH, HeadNorm, Softmax, check_kv_heads
+from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, bias, head_norm, residual_std, weight
-from smedjan_common.model.shape import Shape
+from smedjan_common.model.shape import SWITCH, Shape
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
 
@@ -54,7 +54,13 @@ def validate(config: HeadNorm) -> None:
     check_kv_heads(config, "Every key/value head serves the same number of query heads.")
     if config.qk_norm_over != "head" and not config.qk_norm:
         raise ConfigError("--qk-norm-over all would do nothing.", "There is no --qk-norm.", "Add --qk-norm, or leave it out.")
-    if config.head_dim % 2:
+    if config.rope_dim % 2 or config.rope_dim > config.head_dim:
+        raise ConfigError(
+            f"--rope-dim is {config.rope_dim}, of heads of {config.head_dim}.",
+            "RoPE turns pairs of features of a head.",
+            f"Take --rope-dim {min(config.rope_dim, config.head_dim) // 2 * 2 or 2}, or leave it out: whole heads turn.",
+        )
+    if config.head_dim % 2 and not config.rope_dim:
         raise ConfigError(
             f"A head has {config.head_dim} features, an odd number.",
             "RoPE turns pairs of features.",
@@ -73,8 +79,8 @@ def _validate(config: Options) -> None:
 
 
 def rope_dims(config: HeadNorm) -> tuple[int, ...]:
-    """Whole heads turn, of the layers that do."""
-    return (config.head_dim,) if "on" in config.rope_layers else ()
+    """Whole heads turn, or their first features, of the layers that do."""
+    return (config.rope_dim or config.head_dim,) if "on" in config.rope_layers else ()
 
 
 MEASURED: Measured = {

@@ -5,9 +5,7 @@ from typing import Literal
 
 from smedjan_common.errors import ConfigError, nearest_divisor
 from smedjan_common.model.options import option
-from smedjan_common.model.shape import Shape
-
-SWITCH = ("on", "off")
+from smedjan_common.model.shape import SWITCH, Shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,9 @@ class HeadNorm(Shape):
     o_bias: bool = option(False, "a bias of the output projection.")
     attention_multiplier: float = option(
         0.0, "what scores of attention are multiplied by.", least=0, most=1e6, filled="1 over the root of the head size", shape_free=True
+    )
+    rope_dim: int = option(
+        0, "features of a head that turn by position, the first ones (Phi-4-mini).", least=0, filled="whole heads", shape_free=True
     )
     rope_layers: tuple[str, ...] = option(
         ("on",), "whether a layer turns by position, a pattern over the depth (on,on,on,off: SmolLM3).", choices=SWITCH, shape_free=True
