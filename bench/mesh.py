@@ -128,7 +128,7 @@ class Case:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.model.vocab_size, (batch, case["seq_len"] + 1)).astype(np.int32)
         documents = np.cumsum(rng.random((batch, case["seq_len"])) < 1 / 200, axis=1, dtype=np.int32)  # of 200 tokens on average
-        self.batch: Any = (tokens[:, :-1].copy(), tokens[:, 1:].copy(), documents if train.mask_documents else None)
+        self.batch: Any = (tokens[:, :-1].copy(), tokens[:, 1:].copy(), documents if train.mask_documents else None, None)
         lowered = self.backend._train_step.lower(self.backend.shapes, self.batch, np.float32(3e-4))
         self.step: Any = lowered.compile(compiler_options=case.get("xla") or None)
         self.tokens, self.devices, self.seconds = batch * case["seq_len"], mesh.size, time.perf_counter() - began

@@ -1,7 +1,7 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
 A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
-keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `logits` and a decoder's `feed`, `step`
+keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `token_losses`, `logits` and a decoder's `feed`, `step`
 and `block` waits for the device.
 """
 
@@ -170,6 +170,7 @@ class Backend(Protocol):
     """The protocol. `inputs` and `targets` are int32 [batch_size, seq_len]; a target that is IGNORED does not count.
 
     `documents`, int32 of the same shape, numbers the documents of each row; nothing is read across them. None: a row is one.
+    `reference`, float32 [batch_size, M], is what another model gives to the documents of each row, for objectives that need one.
     """
 
     name: str
@@ -194,15 +195,37 @@ class Backend(Protocol):
         ...
 
     def train_step(
-        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        lr: float,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
-        """One optimizer step (gradient accumulation inside). Metrics: loss (mean cross-entropy of counted tokens, nats), grad_norm (before
-        clipping), tokens; of a model with experts expert_load [layers, experts] (shares of the choices) and, with the softmax
-        router, balance_loss and router_z_loss (means over the layers, unweighted). Returns at once; the old state is consumed."""
+        """One optimizer step (gradient accumulation inside). Metrics: loss (mean cross-entropy of counted tokens, nats, or that of the
+        objective, with its metrics, over its units: training/objectives.py), grad_norm (before clipping), tokens; of a model with experts
+        expert_load [layers, experts] (shares of the choices) and, with the softmax router, balance_loss and router_z_loss (means over the
+        layers, unweighted). Returns at once; the old state is consumed."""
         ...
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
-        """Metrics of one batch: loss_sum (nats) and tokens. Returns at once."""
+    def eval_step(
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+    ) -> Metrics:
+        """Metrics of one batch: loss_sum (nats) and tokens; of an objective with a formula its loss, units and metrics, sums all. Returns
+        at once."""
+        ...
+
+    def token_losses(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The loss of each target, float32 [B, T], 0 where it does not count, by the very forward pass of training, over the padded head:
+        bit for bit what a step of these weights has. `params` as for `decoder`."""
         ...
 
     def read(self, metrics: Metrics) -> dict[str, Any]:

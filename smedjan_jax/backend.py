@@ -24,13 +24,14 @@ from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
+from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
 from smedjan_jax import experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
 from smedjan_jax.guard import guarded
-from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss
+from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
 from smedjan_jax.mixers.attention import refuse_fused
 from smedjan_jax.model import Model
 from smedjan_jax.modules import Linear
@@ -38,7 +39,7 @@ from smedjan_jax.precision import exact_float32
 from smedjan_jax.quantized import weight_of
 from smedjan_jax.scores import logits, scores
 
-Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
+Batch = tuple[Any, Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each, and reference (or None), [B, M]
 
 # measured on an H100, sizes small to xxl: with cuBLAS a training step is 8-11 % faster than with XLA's Triton matmuls
 XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
@@ -68,6 +69,7 @@ class JaxBackend:
         self._kernels = ", ".join(filter(None, (self._kernels, blocks)))
         by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
         self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy
+        self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
         self._devices = sharding.make_mesh(self.mesh)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
@@ -78,6 +80,7 @@ class JaxBackend:
             self._spread = None
             self._train_step = jax.jit(self._step, donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate)
+            self._each_loss = jax.jit(self._token_losses)
         else:
             self._spread = sharding.Spread(
                 model, self._devices, _linear_weights(model), compute_dtype(train.dtype), train.gradient_checkpointing != "full"
@@ -85,6 +88,7 @@ class JaxBackend:
             whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
             self._train_step = jax.jit(self._step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
+            self._each_loss = jax.jit(self._spread.rows(self._token_losses), in_shardings=(places["params"], rows), out_shardings=rows)
 
     @property
     def shardings(self) -> State:
@@ -114,13 +118,31 @@ class JaxBackend:
         return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
 
     def train_step(
-        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        lr: float,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
-        batch = sharding.deal((inputs, targets, documents), self.mesh, self.train.grad_accum)
+        batch = sharding.deal((inputs, targets, documents, reference), self.mesh, self.train.grad_accum)
         return guarded(self._train_step, state, batch, np.float32(lr))
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
-        return guarded(self._eval_step, state["params"], (inputs, targets, documents))
+    def eval_step(
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+    ) -> Metrics:
+        return guarded(self._eval_step, state["params"], (inputs, targets, documents, reference))
+
+    def token_losses(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
+    ) -> np.ndarray:
+        return guarded(lambda: jax.device_get(self._each_loss(params, (inputs, targets, documents, None))))
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
         return {name: value.tolist() if value.ndim else float(value) for name, value in guarded(jax.device_get, metrics).items()}
@@ -181,33 +203,55 @@ class JaxBackend:
         options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
         return Model(self.model, params, train.dtype, train.attention, *options)
 
-    def _loss(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
-        """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
-        inputs, targets, documents = batch
+    def _loss(self, params: dict[str, jax.Array], batch: Batch, counts: Counts) -> tuple[jax.Array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step."""
+        inputs, targets, documents, reference = batch
         params = self._spread.gather(params) if self._spread else params
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, loss = self._cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
-        share = jnp.sum(targets >= 0) / tokens
-        objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
-        return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
+        objective, told = self._head(hidden, params[head_name(self.model)], targets, documents, reference, counts)
+        share = jnp.sum(targets >= 0) / counts.tokens
+        objective = objective / counts.tokens + share * experts.auxiliary_loss(self.train, carried)
+        return objective, {**told, **experts.measured(self.model, carried, share)}
 
-    def _gradients(self, params: dict[str, jax.Array], batch: Batch, tokens: jax.Array):
+    def _head(
+        self,
+        hidden: jax.Array,
+        head: jax.Array,
+        targets: jax.Array,
+        documents: jax.Array | None,
+        reference: jax.Array | None,
+        counts: Counts,
+    ) -> tuple[jax.Array, Metrics]:
+        """What is minimised, over a token of the step, and the objective's share of what is reported."""
+        row, z_loss = OBJECTIVES[self.train.objective], self.train.z_loss
+        if row.formula is None:
+            objective, loss = self._cross_entropy(hidden, head, targets, z_loss, frozen=self._frozen_head)
+            return objective, {"loss": loss / counts.tokens}
+        nll = token_losses(jax.lax.stop_gradient(hidden), jax.lax.stop_gradient(head), targets)
+        weighed = row.formula(jnp, Rows(nll, targets, documents, reference), self.train)
+        weights = weighed.weights * (counts.tokens / counts.units)
+        objective, _ = self._cross_entropy(hidden, head, targets, z_loss, weights, self._frozen_head)
+        return objective, {name: value / counts.units for name, value in {"loss": weighed.loss, **weighed.metrics}.items()}
+
+    def _gradients(self, params: dict[str, jax.Array], batch: Batch, counts: Counts):
         """Gradients and what is reported of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
         parts, gradients = self.train.grad_accum, jax.grad(self._loss, has_aux=True)
         if parts == 1:
-            return gradients(params, batch, tokens)
+            return gradients(params, batch, counts)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, gradients(params, part, tokens)), None
+            return jax.tree.map(jnp.add, carry, gradients(params, part, counts)), None
 
         split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
-        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), tokens)
+        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), counts)
         return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), split)[0]
 
     def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, Metrics]:
         tokens = jnp.sum(batch[1] >= 0)
         gradients = self._spread.gradients(self._gradients) if self._spread else self._gradients
-        grads, metrics = gradients(state["params"], batch, jnp.maximum(tokens, 1).astype(jnp.float32))
+        units = self._units(batch[1], batch[2])
+        counts = Counts(*(jnp.maximum(count, 1).astype(jnp.float32) for count in (tokens, units)))
+        grads, metrics = gradients(state["params"], batch, counts)
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
@@ -219,10 +263,25 @@ class JaxBackend:
         return (self._spread.sums(self._evaluate_rows) if self._spread else self._evaluate_rows)(params, batch)
 
     def _evaluate_rows(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
-        inputs, targets, documents = batch
+        inputs, targets, documents, reference = batch
         params = self._spread.gather(params) if self._spread else params
         hidden = self._model(params).hidden(inputs, documents)
-        return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": jnp.sum(targets >= 0)}
+        head, tokens = params[head_name(self.model)], jnp.sum(targets >= 0)
+        row = OBJECTIVES[self.train.objective]
+        if row.formula is None:
+            return {"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens}
+        weighed = row.formula(jnp, Rows(token_losses(hidden, head, targets), targets, documents, reference), self.train)
+        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents), **weighed.metrics}
+
+    def _token_losses(self, params: dict[str, jax.Array], batch: Batch) -> jax.Array:
+        inputs, targets, documents, _ = batch
+        params = self._spread.gather(params) if self._spread else params
+        return token_losses(self._model(params).hidden(inputs, documents), params[head_name(self.model)], targets)
+
+    def _units(self, targets: jax.Array, documents: jax.Array | None) -> jax.Array:
+        """How many units of the objective the loss of these rows is a sum over."""
+        units = OBJECTIVES[self.train.objective].units
+        return jnp.sum(targets >= 0) if units is None else units(jnp, targets, documents)
 
 
 def _linear_weights(model: ModelConfig) -> set[str]:

@@ -120,6 +120,10 @@ class Spread:
         """`function(params, batch)` gives a tree of sums; now over the whole batch."""
         return self._over_rows(lambda params, batch: self._sum(function(params, batch)), returns=PartitionSpec())
 
+    def rows(self, function: Callable) -> Callable:
+        """`function(params, batch)` gives an array with the rows of the batch; now of the whole batch."""
+        return self._over_rows(function, returns=PartitionSpec(self._batch or None))
+
     def _sum(self, tree: Any, gathered: bool = False) -> Any:
         """Over the devices' rows; the gradient of what was gathered is a sum over fsdp already."""
         return jax.lax.psum(tree, tuple(axis for axis in self._batch if not (gathered and axis == "fsdp")))

@@ -18,20 +18,21 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
 from smedjan_common.model.flops import peak_flops
-from smedjan_common.model.params import head_name, require_tree
+from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
+from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import check_state
 from smedjan_common.training.precision import check_precision
 from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.decoder import MlxDecoder
 from smedjan_mlx.guard import guarded
-from smedjan_mlx.loss import cross_entropy, forward_loss
+from smedjan_mlx.loss import cross_entropy, forward_loss, token_losses
 from smedjan_mlx.model import Model
 from smedjan_mlx.precision import exact_float32, on_gpu
 from smedjan_mlx.quantized import weight_of
 from smedjan_mlx.scores import logits, scores
 
-Batch = tuple[Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each
+Batch = tuple[Any, Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each, and reference (or None), [B, M]
 
 
 class MlxBackend:
@@ -49,11 +50,13 @@ class MlxBackend:
         self.model, self.train = model, train
         self._kernels = kernels.summary(train.kernels, model, train.dtype)
         self.own = None  # the neutral checkpoint is MLX's own
+        self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._train_step = compiled(self._step)
         self._part = compiled(mx.value_and_grad(self._loss))
         self._finish = compiled(self._apply)
         self._eval_step = compiled(self._evaluate)
+        self._each_loss = compiled(self._token_losses)
         self._hidden = compiled(lambda params, inputs, documents: self._model(params).hidden(inputs, documents))
 
     def describe(self) -> Device:
@@ -81,18 +84,37 @@ class MlxBackend:
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
 
     def train_step(
-        self, state: State, inputs: np.ndarray, targets: np.ndarray, lr: float, documents: np.ndarray | None = None
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        lr: float,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
         step = self._split_step if self.train.grad_accum > 1 else self._train_step
-        new, metrics = guarded(step, state, _on_device(inputs, targets, documents), mx.array(lr, mx.float32))
+        new, metrics = guarded(step, state, _on_device(inputs, targets, documents, reference), mx.array(lr, mx.float32))
         state.clear()  # the last reference to the old arrays: their memory is used for the new ones
         guarded(mx.async_eval, new, metrics)
         return new, metrics
 
-    def eval_step(self, state: State, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> Metrics:
-        metrics = guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents))
+    def eval_step(
+        self,
+        state: State,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        documents: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+    ) -> Metrics:
+        metrics = guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents, reference))
         guarded(mx.async_eval, metrics)
         return metrics
+
+    def token_losses(
+        self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
+    ) -> np.ndarray:
+        batch = _on_device(inputs, targets, documents, None)
+        return guarded(lambda: np.array(self._each_loss(self.place(params), batch)))
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
         guarded(mx.eval, metrics)
@@ -142,27 +164,47 @@ class MlxBackend:
         options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
         return Model(self.model, params, train.dtype, train.attention, *options)
 
-    def _loss(self, params: dict[str, mx.array], batch: Batch, tokens: mx.array) -> tuple[mx.array, Metrics]:
-        """What is minimised, and what is reported. Both add up over the parts of a step: `tokens` are those of the whole step."""
-        inputs, targets, documents = batch
+    def _loss(self, params: dict[str, mx.array], batch: Batch, counts: tuple[mx.array, mx.array]) -> tuple[mx.array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step."""
+        inputs, targets, documents, reference = batch
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, loss = cross_entropy(hidden, params[head_name(self.model)], targets, self.train.z_loss)
-        share = mx.sum(targets >= 0) / tokens
-        objective = objective / tokens + share * experts.auxiliary_loss(self.train, carried)
-        return objective, {"loss": loss / tokens, **experts.measured(self.model, carried, share)}
+        counted = Counts(*counts)
+        objective, told = self._head(hidden, params[head_name(self.model)], targets, documents, reference, counted)
+        share = mx.sum(targets >= 0) / counted.tokens
+        objective = objective / counted.tokens + share * experts.auxiliary_loss(self.train, carried)
+        return objective, {**told, **experts.measured(self.model, carried, share)}
+
+    def _head(
+        self, hidden: mx.array, head: mx.array, targets: mx.array, documents: mx.array | None, reference: mx.array | None, counts: Counts
+    ) -> tuple[mx.array, Metrics]:
+        """What is minimised, over a token of the step, and the objective's share of what is reported."""
+        row, z_loss = OBJECTIVES[self.train.objective], self.train.z_loss
+        if row.formula is None:
+            objective, loss = cross_entropy(hidden, head, targets, z_loss, frozen=self._frozen_head)
+            return objective, {"loss": loss / counts.tokens}
+        nll = token_losses(mx.stop_gradient(hidden), mx.stop_gradient(head), targets)
+        weighed = row.formula(mx, Rows(nll, targets, documents, reference), self.train)
+        weights = weighed.weights * (counts.tokens / counts.units)
+        objective, _ = cross_entropy(hidden, head, targets, z_loss, weights, self._frozen_head)
+        return objective, {name: value / counts.units for name, value in {"loss": weighed.loss, **weighed.metrics}.items()}
+
+    def _counts(self, batch: Batch) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """The tokens of a step that count, and what its means are over: at least 1."""
+        tokens = mx.sum(batch[1] >= 0)
+        whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(batch[1], batch[2])))
+        return tokens, (whole, units)
 
     def _step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
-        tokens = mx.sum(batch[1] >= 0)
-        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, mx.maximum(tokens, 1).astype(mx.float32))
+        tokens, counts = self._counts(batch)
+        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, counts)
         return self._apply(state, metrics, grads, tokens, lr)
 
     def _split_step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
         """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
-        tokens, parts = mx.sum(batch[1] >= 0), self.train.grad_accum
-        count = mx.maximum(tokens, 1).astype(mx.float32)
+        (tokens, counts), parts = self._counts(batch), self.train.grad_accum
         total: list[Any] = []
         for part in zip(*([None] * parts if array is None else mx.split(array, parts) for array in batch), strict=True):
-            (_, metrics), grads = self._part(state["params"], part, count)
+            (_, metrics), grads = self._part(state["params"], part, counts)
             total = tree_map(mx.add, total, [metrics, grads]) if total else [metrics, grads]
             mx.async_eval(total)
         return self._finish(state, total[0], total[1], tokens, lr)
@@ -176,9 +218,23 @@ class MlxBackend:
         return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
     def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
-        inputs, targets, documents = batch
+        inputs, targets, documents, reference = batch
         hidden = self._model(params).hidden(inputs, documents)
-        return {"loss_sum": forward_loss(hidden, params[head_name(self.model)], targets), "tokens": mx.sum(targets >= 0)}
+        head, tokens = params[head_name(self.model)], mx.sum(targets >= 0)
+        row = OBJECTIVES[self.train.objective]
+        if row.formula is None:
+            return {"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens}
+        weighed = row.formula(mx, Rows(token_losses(hidden, head, targets), targets, documents, reference), self.train)
+        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents), **weighed.metrics}
+
+    def _token_losses(self, params: dict[str, mx.array], batch: Batch) -> mx.array:
+        inputs, targets, documents, _ = batch
+        return token_losses(self._model(params).hidden(inputs, documents), params[head_name(self.model)], targets)
+
+    def _units(self, targets: mx.array, documents: mx.array | None) -> mx.array:
+        """How many units of the objective the loss of these rows is a sum over."""
+        units = OBJECTIVES[self.train.objective].units
+        return mx.sum(targets >= 0) if units is None else units(mx, targets, documents)
 
 
 def default_dtype() -> str:

@@ -11,10 +11,22 @@ from smedjan_common.backend import IGNORED
 
 def cross_entropy(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> tuple[float, int]:
     """Sum over the counted tokens, and how many they are."""
+    return float(token_losses(logits_BxTxV, targets_BxT).sum()), int((targets_BxT != IGNORED).sum())
+
+
+def weighted_cross_entropy(logits_BxTxV: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
+    """Sum over tokens and their targets of -w log softmax(logits)[target], where a target counts. targets, weights: [B, T], or [B, T, K]:
+    K targets of each token. Weights have any sign: nothing is divided by their sum."""
+    losses = token_losses(logits_BxTxV, targets.reshape(*logits_BxTxV.shape[:2], -1))
+    return float((weights.reshape(losses.shape) * losses).sum())
+
+
+def token_losses(logits_BxTxV: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[target] of each target [B, T] or [B, T, K], 0 where it does not count."""
     log_probability = logits_BxTxV - logsumexp(logits_BxTxV)[..., None]
-    counted = targets_BxT != IGNORED
-    picked_BxT = np.take_along_axis(log_probability, np.where(counted, targets_BxT, 0)[..., None], axis=-1)[..., 0]
-    return float(-(picked_BxT * counted).sum()), int(counted.sum())
+    places = targets if targets.ndim == 3 else targets[..., None]
+    picked = np.take_along_axis(log_probability, np.where(places != IGNORED, places, 0), axis=-1)
+    return np.where(targets != IGNORED, -picked.reshape(targets.shape), 0.0)
 
 
 def mean_cross_entropy(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> float:

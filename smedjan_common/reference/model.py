@@ -20,9 +20,10 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import head_name
 from smedjan_common.reference import experts
-from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss
+from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss, token_losses
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.objectives import OBJECTIVES, Rows
 
 Params = dict[str, np.ndarray]
 
@@ -107,10 +108,18 @@ def objective(
     inputs_BxT: np.ndarray,
     targets_BxT: np.ndarray,
     documents_BxT: np.ndarray | None = None,
+    reference_BxM: np.ndarray | None = None,
 ) -> float:
-    """What training minimises: the loss, z_loss times the mean squared logsumexp of the logits, and the losses of routers."""
-    logits = forward(config, params, inputs_BxT, documents_BxT)
-    total = mean_cross_entropy(logits, targets_BxT) + train.z_loss * mean_z_loss(logits, targets_BxT)
+    """What training minimises: the loss of its objective over its units, z_loss times the mean squared logsumexp of the logits, and the
+    losses of routers."""
+    logits, row = forward(config, params, inputs_BxT, documents_BxT), OBJECTIVES[train.objective]
+    if row.formula is None:
+        total = mean_cross_entropy(logits, targets_BxT)
+    else:
+        rows = Rows(token_losses(logits, targets_BxT), targets_BxT, documents_BxT, reference_BxM)
+        units = (targets_BxT != IGNORED).sum() if row.units is None else row.units(np, targets_BxT, documents_BxT)
+        total = float(row.formula(np, rows, train).loss) / max(int(units), 1)
+    total += train.z_loss * mean_z_loss(logits, targets_BxT)
     if config.router == "softmax" and (targets_BxT != IGNORED).any():
         for logits_NxE in router_logits(config, params, inputs_BxT, documents_BxT):
             total += train.balance_loss * experts.balance_loss(config, logits_NxE) + train.router_z_loss * experts.router_z_loss(logits_NxE)

@@ -84,7 +84,7 @@ def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData
     """Raises ConfigError for flags that make no model or no training."""
     mesh = parse_mesh(asked.value("mesh"))
     model = _model(_grown(begin, data), asked, _vocab_size(asked, mesh, data))
-    train = train_config(asked, base_of(begin), model.dim, _epoch(asked, begin, data))
+    train = train_config(asked, base_of(begin), objective_of(asked, begin), model.dim, _epoch(asked, begin, data))
     return Decided(backend, asked, begin, folder, mesh, model, train, data)
 
 

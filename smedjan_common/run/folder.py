@@ -31,8 +31,9 @@ from smedjan_common.reporting.plot import plot
 from smedjan_common.run.config_file import to_toml
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.objectives import OBJECTIVES
 
-COMMANDS = {"lm": "train", "sft": "sft"}  # what a run learns -> the command that begins one
+COMMANDS = {name: row.command for name, row in OBJECTIVES.items()}  # what a run learns -> the command that begins one
 EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
 
 

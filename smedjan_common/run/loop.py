@@ -40,6 +40,7 @@ from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.folder import RunConfig, RunFolder
 from smedjan_common.run.signals import StopSignals
 from smedjan_common.tokenizer.chat import template_of
+from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.schedule import learning_rate
 
 IN_FLIGHT = 4
@@ -81,6 +82,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
+        self.told = OBJECTIVES[self.config.train.objective].metrics
         self.status, self.pace = self.screen.status, self.screen.pace
         self.begin = self.reached = 0  # steps done when the run began, and dispatched by now
         self.stop.lost = self.lost
@@ -202,6 +204,7 @@ class _Loop:
             "peak_memory_bytes": self.backend.peak_memory(),
             "elapsed_seconds": self.elapsed_before + time.perf_counter() - self.begun,
             **routing(values),
+            **{name: values[name] for name in self.told if name in values},
         }
         self.report(row)
         self.status.figures |= row

@@ -13,6 +13,7 @@ from smedjan_common.model.options import Option, options
 from smedjan_common.model.shape import Shape
 from smedjan_common.optional import MaybeFloat, MaybeInt
 from smedjan_common.training.config import Basics, TrainConfig
+from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.schedule import SCHEDULES
 
@@ -40,7 +41,7 @@ def row_options() -> list[Option]:
 
 
 def training_options() -> list[Option]:
-    """The options of training: those of rows behind the option that chooses among the rows."""
+    """The options of training that are flags of all commands: those of rows behind the option that chooses among the rows."""
     behind: Mapping[str, Iterable[type | None]] = {
         "lr_schedule": [row.options for row in SCHEDULES.values()],
         "optimizer": [row.options for row in OPTIMIZERS.values()],
@@ -52,8 +53,18 @@ def training_options() -> list[Option]:
         known[name] = option
         for reads in behind.get(name, ()):
             known |= options(reads)
-    assert known.keys() == options(TrainConfig).keys(), "TrainConfig inherits the options of every row"
-    return [_by_optimizer(option) if name in ("beta2", "weight_decay") else option for name, option in known.items()]
+    of_objectives = {name for row in OBJECTIVES.values() for name in options(row.options)}
+    assert known.keys() | of_objectives == options(TrainConfig).keys(), "TrainConfig inherits the options of every row"
+    flags = {name: option for name, option in known.items() if option.help}
+    return [_by_optimizer(option) if name in ("beta2", "weight_decay") else option for name, option in flags.items()]
+
+
+def objective_options(command: str) -> list[Option]:
+    """The options of the objectives of a command, which are flags of that command alone."""
+    known: dict[str, Option] = {}
+    for row in OBJECTIVES.values():
+        known |= options(row.options) if row.command == command else {}
+    return list(known.values())
 
 
 _CHATS: dict[str, dict[str, Any]] = {  # what differs where conversations are learned

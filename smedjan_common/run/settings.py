@@ -80,8 +80,9 @@ def pretrained_model(base: ModelConfig, path: Path, asked: Asked) -> ModelConfig
     return model
 
 
-def train_config(asked: Asked, base: TrainConfig | None, dim: int, epoch: int) -> TrainConfig:
-    """How to train: given flags, else the run's own (`base`), else the defaults. `epoch`: steps of one pass over the data.
+def train_config(asked: Asked, base: TrainConfig | None, objective: str, dim: int, epoch: int) -> TrainConfig:
+    """How to train: given flags, else the run's own (`base`), else the defaults. `objective`: a key of OBJECTIVES;
+    `epoch`: steps of one pass over the data.
 
     Where --dtype auto is left to the framework (takes_auto), the dtype is float32 for now.
     """
@@ -102,7 +103,7 @@ def train_config(asked: Asked, base: TrainConfig | None, dim: int, epoch: int) -
         values["warmup"] = min(values["warmup"], max(values["steps"], 0))  # a resumed run may have become shorter
     if values["dtype"] == "auto":
         values["dtype"] = "float32"
-    train = TrainConfig(**values)
+    train = TrainConfig(**{**values, "objective": objective})
     train.validate()
     return train
 

@@ -11,6 +11,7 @@ from smedjan_common.model.json_fields import JsonFields, check_extents
 from smedjan_common.model.mixers import MIXERS, shared
 from smedjan_common.model.options import REQUIRED, check_options, option, options
 from smedjan_common.training import optimizers, schedule
+from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.precision import FLOAT8_LEAST, FLOAT8_MULTIPLE, PRECISIONS, multiplied_in_float8
 from smedjan_common.training.schedule import SCHEDULES
@@ -63,6 +64,7 @@ class Basics:
     )
     z_loss: float = option(0.0, "Weight of the squared log of the softmax's denominator in the loss (PaLM: 1e-4). 0: off.", least=0)
     seed: int = option(0, "Fixes the initial weights, the order of the data and the samples.", least=0, fixed=True)
+    objective: str = option("lm", choices=OBJECTIVES)  # without help, so no flag: the command says it
 
 
 @dataclass(frozen=True)

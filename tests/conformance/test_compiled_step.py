@@ -57,7 +57,7 @@ def test_a_step_takes_no_more_than_it_did_and_asks_the_host_for_nothing(mixer: s
     if jax.default_backend() != "cpu":
         pytest.skip("the figures are those of a CPU")
     backend, state, (inputs, targets) = train_step_of(mixer)
-    compiled = backend._train_step.lower(state, (inputs, targets, None), np.float32(1e-3)).compile()
+    compiled = backend._train_step.lower(state, (inputs, targets, None, None), np.float32(1e-3)).compile()
     found = figures(compiled)
     if os.environ.get("SMEDJAN_STORE_STEPS"):
         stored.setdefault(version, {})[mixer] = found

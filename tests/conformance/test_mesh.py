@@ -25,11 +25,13 @@ from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import parameter_table
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, mesh_axes, parse_mesh
+from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.schedule import learning_rate
 from tests.conformance.cases import CASES, model_config
 from tests.conformance.compare import Difference, demand, demand_equal_bits, largest
 from tests.conformance.gates import FLOAT32
 from tests.conformance.routing import separated
+from tests.fakes.objectives import PAIRED
 from tests.fakes.runs import ROOT, arguments, saved_steps, write_text
 
 pytestmark = pytest.mark.skipif(os.environ.get("SMEDJAN_TEST_DEVICE") == "gpu", reason="virtual devices are of the CPU")
@@ -63,6 +65,7 @@ RUNS = {
     "tensor": Run("tensor=4", MHA.model, {}, shares=((8, 32), (16, 32))),
     "all axes": Run("data=2,fsdp=2,tensor=2", GQA.model, {"grad_accum": 2}, shares=((8, 16), (32, 16))),
     "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2}, 3),
+    "pairs": Run("data=2,fsdp=2", MHA.model, {"objective": PAIRED.name, "mask_documents": True, "grad_accum": 2}, 2),
     "every mixer": Run("data=2,fsdp=2,tensor=2", every_mixer(), {"mask_documents": True}, 0),  # evaluation alone: to compile is long
 }
 
@@ -83,26 +86,38 @@ def train(name: str, mesh: MeshShape) -> dict[str, Any]:
 
     run = RUNS[name]
     config = dataclasses.replace(MHA.train, batch_size=8, **run.changes)
+    OBJECTIVES.setdefault(PAIRED.name, PAIRED)
     backend = JaxBackend(run.model, config, mesh)
     state, rows = backend.init(separated(run.model, initial_params(run.model, 1))), []
     documents = np.concatenate([MHA.documents] * 2) if config.mask_documents else None
+    reference = -np.random.default_rng(3).uniform(1, 9, (8, 4)).astype(np.float32) if config.objective == PAIRED.name else None
     for step, batch in enumerate(batches()[: run.steps]):
-        state, metrics = backend.train_step(state, *batch, learning_rate(config, step), documents)
+        state, metrics = backend.train_step(state, *batch, learning_rate(config, step), documents, reference)
         rows.append(backend.read(metrics))
     found = {"rows": rows, "snapshot": backend.save(state), "backend": backend, "state": state}
     if run.model is GQA.model:
         found["logits"] = backend.decoder(backend.params_of(state), 8).feed([1, 2, 3, 4])
-    if run.model is GQA.model or not run.steps:
-        found["evaluated"] = backend.read(backend.eval_step(state, *batches()[0], documents))
+    if run.model is GQA.model or not run.steps or reference is not None:
+        found["evaluated"] = backend.read(backend.eval_step(state, *batches()[0], documents, reference))
+    if reference is not None:
+        found["losses"] = backend.token_losses(backend.params_of(state), *batches()[0], documents)
     return found
 
 
 def differences(got: dict, want: dict) -> list[Difference]:
     """A run on a mesh beside the one on one device, under the gates of 20-step runs."""
     found = []
-    gates = {"loss": FLOAT32.steps_loss, "balance_loss": FLOAT32.steps_loss, "grad_norm": FLOAT32.steps_params, "tokens": 0.0}
+    gates = {
+        "loss": FLOAT32.steps_loss,
+        "balance_loss": FLOAT32.steps_loss,
+        "margin": FLOAT32.steps_loss,
+        "grad_norm": FLOAT32.steps_params,
+        "tokens": 0.0,
+    }
     for a, b in zip(got["rows"], want["rows"], strict=True):
         found += [Difference(key, abs(a[key] / b[key] - 1), gate) for key, gate in gates.items() if key in b]
+    if "losses" in want:
+        found.append(Difference("losses of tokens", largest(got["losses"], want["losses"]), FLOAT32.steps_params))
     if "logits" in want:
         found.append(Difference("logits of the decoder", largest(got["logits"], want["logits"]), FLOAT32.steps_params))
     if "evaluated" in want:
@@ -149,7 +164,7 @@ def messages() -> dict[str, dict[str, int]]:
 
     backend = JaxBackend(GQA.model, dataclasses.replace(MHA.train, batch_size=8, dtype="bfloat16"), parse_mesh("data=2,fsdp=4"))
     rows, rate = jax.ShapeDtypeStruct((8, 17), np.int32), jax.ShapeDtypeStruct((), np.float32)
-    program = backend._train_step.lower(backend.shapes, (rows, rows, None), rate).as_text()
+    program = backend._train_step.lower(backend.shapes, (rows, rows, None, None), rate).as_text()
     found = {}
     for kind in ("all_gather", "reduce_scatter"):
         found[kind] = Counter(re.findall(rf'"stablehlo\.{kind}".*?: \(tensor<[\dx]*x(\w+)>\) ->', program, re.DOTALL))

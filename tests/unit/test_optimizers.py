@@ -63,7 +63,7 @@ def test_a_state_that_does_not_fit_is_described_by_name():
 
 def test_defaults_follow_the_optimizer_and_given_flags_win():
     def made(**flags: object):
-        return train_config(Asked(TrainFlags(training=TrainingFlags(steps=100, **flags)), frozenset(flags)), None, 128, 100)
+        return train_config(Asked(TrainFlags(training=TrainingFlags(steps=100, **flags)), frozenset(flags)), None, "lm", 128, 100)
 
     adamw, muon, lion = (made(optimizer=name) for name in ("adamw", "muon", "lion"))
     assert (adamw.lr, adamw.beta2, adamw.weight_decay) == (muon.lr, muon.beta2, muon.weight_decay) == (1.7e-3, 0.95, 0.1)

@@ -1,0 +1,69 @@
+"""What a step minimises, a row each. `lm` and `sft` have the cross-entropy of tokens as it is; other rows have a formula.
+
+A formula reads the losses of tokens, nll = -log p, and gives a loss L of them and its derivatives w = dL / d nll. Both backends then
+differentiate sum w nll with w held constant, whose gradient is that of L by the chain rule, in the fused head (smedjan_*/loss.py).
+Formulas are written once, over any array module: NumPy's is the definition, in float64.
+
+Shapes: B rows, T positions, M documents of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Array = Any  # of numpy, jax.numpy or mlx.core
+
+
+class Rows(NamedTuple):
+    """Rows of a batch, all of them or those of one part or device; no unit of an objective reaches over two rows.
+
+    nll: float [B, T], nats, 0 where a target does not count. targets, documents: int [B, T], as batches have them; documents None: a row
+    is one. reference: float [B, M], what another model gives to the documents; None where the objective needs none.
+    """
+
+    nll: Array
+    targets: Array
+    documents: Array | None
+    reference: Array | None
+
+
+class Weighed(NamedTuple):
+    """loss: summed over the units of the rows. weights: its derivatives by nll, [B, T]. metrics: what else is told, summed too."""
+
+    loss: Array
+    weights: Array
+    metrics: dict[str, Array]
+
+
+class Counts(NamedTuple):
+    """What the means of a step are over, all its parts and devices together; at least 1 each."""
+
+    tokens: Array
+    units: Array
+
+
+class Objective(NamedTuple):
+    """An objective.
+
+    command: the command that begins a run of it. unit: what the loss of a step is a mean over, all parts and devices together.
+    formula(xp, rows, train) -> Weighed, by the array module xp and the TrainConfig; None: the cross-entropy of tokens.
+    units(xp, targets, documents) -> their number; None: the tokens that count. needs_reference: whether rows have a reference.
+    metrics: names of what the formula tells. options: its class of options, which TrainConfig inherits.
+    """
+
+    name: str
+    command: str
+    unit: str = "tokens"
+    formula: Callable[[Any, Rows, Any], Weighed] | None = None
+    units: Callable[[Any, Array, Array | None], Array] | None = None
+    needs_reference: bool = False
+    metrics: tuple[str, ...] = ()
+    options: type | None = None
+
+
+OBJECTIVES: dict[str, Objective] = {
+    row.name: row
+    for row in (
+        Objective("lm", "train"),
+        Objective("sft", "sft"),  # targets are the tokens of answers: of what it is the loss, the data say
+    )
+}
