@@ -150,7 +150,8 @@ def _losses_and_gradients(logits_CV: jax.Array, targets: jax.Array, weights_CK: 
 
 def _weighted(logits_CV: jax.Array, targets_CK: jax.Array, weights_CK: jax.Array, z_loss: float, dtype: jnp.dtype):
     """The same with weights; a token is as many targets as it has, one after the other."""
-    losses_C, scale_C, aims_CV = 0.0, 0.0, 0.0
+    losses_C = scale_C = jnp.zeros(len(logits_CV))
+    aims_CV = jnp.zeros(logits_CV.shape)
     for targets_C, weights_C in zip(targets_CK.T, weights_CK.T, strict=True):
         one_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
         weights_C = jnp.where(targets_C >= 0, weights_C, 0.0)

@@ -73,8 +73,8 @@ def _summed(
     here."""
     weight_VD = embed_VD.astype(x_ND.dtype)
     total, penalty, dembed_VD, dx = mx.array(0.0), mx.array(0.0), None if frozen else mx.zeros(embed_VD.shape), []
-    for x_CD, targets_C, *weights in _split(len(embed_VD), x_ND, targets, weights_NK):
-        losses_C, lse_C, dlogits_CV = _losses_and_gradients(_logits(x_CD, weight_VD), targets_C, *weights, z_loss, x_CD.dtype)
+    for x_CD, targets_C, weights_CK in _split(len(embed_VD), x_ND, targets, weights_NK):
+        losses_C, lse_C, dlogits_CV = _losses_and_gradients(_logits(x_CD, weight_VD), targets_C, weights_CK, z_loss, x_CD.dtype)
         if z_loss:
             penalty = penalty + mx.where(_counted(targets_C), mx.square(lse_C), 0.0).sum()
         total = total + losses_C.sum()
@@ -118,7 +118,8 @@ def _losses_and_gradients(logits_CV: mx.array, targets: mx.array, weights_CK: mx
 
 def _weighted(logits_CV: mx.array, targets_CK: mx.array, weights_CK: mx.array, z_loss: float, dtype: mx.Dtype):
     """The same with weights; a token is as many targets as it has, one after the other."""
-    losses_C, scale_C, aims_CV = 0.0, 0.0, 0.0
+    losses_C = scale_C = mx.zeros(len(logits_CV))
+    aims_CV = mx.zeros(logits_CV.shape)
     for targets_C, weights_C in zip(targets_CK.T, weights_CK.T, strict=True):
         one_C, lse_C, hit_CV = _token_losses(logits_CV, targets_C)
         weights_C = mx.where(targets_C >= 0, weights_C, 0.0)

@@ -96,8 +96,11 @@ def batches(
 
 
 def _read(cut: Any, pieces: Any, documents: bool, reference: np.ndarray | None) -> Batch | PairBatch:
-    batch = Batch(*cut.read(pieces), cut.documents(pieces) if documents else None)
-    return PairBatch(*batch, _of_documents(reference, cut.numbers(pieces))) if isinstance(cut, PackedPairs) else batch
+    inputs, targets = cut.read(pieces)
+    named = cut.documents(pieces) if documents else None
+    if isinstance(cut, PackedPairs):
+        return PairBatch(inputs, targets, named, _of_documents(reference, cut.numbers(pieces)))
+    return Batch(inputs, targets, named)
 
 
 def _of_documents(reference: np.ndarray | None, numbers: np.ndarray) -> np.ndarray:
