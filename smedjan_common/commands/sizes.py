@@ -12,12 +12,14 @@ from tyro.conf import OmitArgPrefixes, arg
 from smedjan_common.command_line import parse
 from smedjan_common.errors import ConfigError, flag, run_command
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.flops import active_params, train_flops_per_token
 from smedjan_common.model.presets import DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeStr
 from smedjan_common.run.described import SHAPE, described_model
 from smedjan_common.run.flags import LayerFlags, MixerFlags, given_names
 from smedjan_common.run.options import check_options
 from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING, TrainConfig
+from smedjan_common.training.memory import training_bytes
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,6 @@ def _check_custom(shape: list[str]) -> None:
 def row(name: str, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """The figures of one model; bytes and FLOPs as whole numbers."""
     from smedjan_common.inference.memory import inference_bytes, state_bytes
-    from smedjan_common.model.flops import active_params, train_flops_per_token
-    from smedjan_common.training.memory import training_bytes
 
     return {
         "size": name,

@@ -88,6 +88,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     from smedjan_common.run.chat_data import shown_row
     from smedjan_common.run.checks import check
     from smedjan_common.run.claim import check_folder
+    from smedjan_common.run.cluster_plan import cluster_plan
     from smedjan_common.run.completed import complete, data_of
     from smedjan_common.run.config_file import sources
     from smedjan_common.run.decided import decide, run_config
@@ -96,7 +97,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     from smedjan_common.run.plan import as_list, heading, plan
     from smedjan_common.run.start import find_begin
 
-    folder, dry_run = checkpoint_dir(asked), asked.value("dry_run")
+    folder, dry_run, elsewhere = checkpoint_dir(asked), asked.value("dry_run"), asked.value("devices") is not None
     lock.take(folder)
     check_folder(folder, asked)
     begin = find_begin(folder, asked, name, say, damaged)
@@ -108,15 +109,19 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
 
     def check_known(data: "RunData") -> None:  # by its devices too, before texts are tokenised, which may take hours
         check(known := decide(name, asked, begin, folder, data))
-        _on_devices(known, framework(), say=lambda line: None)
+        if not elsewhere:
+            _on_devices(known, framework(), say=lambda line: None)
 
     decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run, check_known))
     check(decided)
     if decided.done:
         return _done_already(decided, say)
-    decided = decided.computing_in(framework()[1])
+    decided = decided.computing_in("bfloat16" if elsewhere else framework()[1])
     for line in notes(decided):
         say(f"note: {line}")
+    if elsewhere:
+        say(cluster_plan(decided))
+        return 0
     backend, device = _on_devices(decided, framework(), say)
     if dry_run:
         if decided.asked.value("config"):

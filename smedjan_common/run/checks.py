@@ -12,6 +12,7 @@ from smedjan_common.errors import ConfigError, flag, unknown
 from smedjan_common.reporting.trackers import check_trackers
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.chat_data import check_chat_flags
+from smedjan_common.run.cluster_plan import check_cluster
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
 from smedjan_common.run.decided import Decided, base_of, objective_of
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
@@ -32,6 +33,7 @@ def check_words(asked: Asked, backend: str) -> None:
     _check_format(asked.value("checkpoint_format"), backend)
     check_mesh_of(backend, parse_mesh(asked.value("mesh")))
     check_precision(backend, asked.value("dtype"))
+    check_cluster(asked, backend)
     if asked.chats:
         check_chat_flags(asked.chats)
 

@@ -25,7 +25,7 @@ from smedjan_common.run.flags import THIS_START, SftFlags, TrainFlags
 from smedjan_common.run.options import unread_of_model, unread_of_training
 from smedjan_common.training.config import TrainConfig
 
-NEVER = ("config", "dry_run", "force", "resume")  # of one start; what a file says is of a run
+NEVER = ("config", "devices", "dry_run", "force", "resume")  # of one start; what a file says is of a run
 
 
 class Setting(NamedTuple):

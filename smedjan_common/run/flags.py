@@ -19,6 +19,7 @@ from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, P
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.reporting.trackers import NONE, TRACKERS
 from smedjan_common.run.option_flags import chat_training_options, option_flags, row_options, shape_options, training_options
+from smedjan_common.training.cluster import HARDWARE
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 
@@ -100,6 +101,14 @@ class RunFlags:
     """Flags from a TOML file, flat or in tables by these groups, or from the config.json of a run; those of the command line win."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Say what would be done, write nothing."""
+    devices: Annotated[MaybeInt, _filled("those of this machine", "INT")] = field(default=None, metadata=THIS_START)
+    """With --dry-run: plan for this many GPUs of --device, none of which need be here: memory, traffic, speed and time, and the mesh."""
+    device: Annotated[str, _one_of(*HARDWARE)] = field(default="h100", metadata=THIS_START)
+    """The GPU of --devices."""
+    devices_per_host: int = field(default=8, metadata=THIS_START)
+    """GPUs of one host, for --devices."""
+    network_gbits: float = field(default=400.0, metadata=THIS_START)
+    """Gigabits per second of each GPU to other hosts, for --devices."""
 
 
 @dataclass(frozen=True)
