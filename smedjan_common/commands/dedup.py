@@ -15,7 +15,7 @@ class Flags:
     """Leave out documents that repeat an earlier one, exactly or nearly (MinHash over runs of five words), and say which."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
-    """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
+    """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, globs in quotes, s3:// or https://."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields."""
     threshold: float = 0.8

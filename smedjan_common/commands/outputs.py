@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from smedjan_common.errors import CheckpointError, DataError
+from smedjan_common.remote.address import is_remote, shown
 
 
 def token_file_names(path: str | None) -> list[str]:
@@ -52,6 +53,9 @@ def is_or_holds(outer: Path, inner: Path) -> bool:
 def _check_place(path: str) -> None:
     if not path:
         raise DataError("The name of an output is empty.", "Nothing was written.", "Name a file.")
+    if is_remote(path):
+        why = "Outputs appear whole or not at all, which a file of this machine can."
+        raise DataError(f"The output {shown(path)!r} is an address.", why, "Name a file, and copy it there when it is whole.")
     if os.path.isdir(path):
         raise DataError(f"The output {path!r} is a directory.", "The output must be a file.", "Name a file.")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -73,6 +77,8 @@ def _refuse_inputs(standing: list[str], inputs: Iterable[str | None]) -> None:
 def _files(inputs: Iterable[str | None]) -> Iterator[str]:
     """Every file that the inputs name or hold."""
     for given in filter(None, inputs):
+        if is_remote(given):
+            continue
         for name in [given] if os.path.exists(given) else glob.glob(given, recursive=True):
             if not os.path.isdir(name):
                 yield name

@@ -16,7 +16,7 @@ class Flags:
     """Tokenise text into a token file that training maps from disk, and hold out a part of it for validation."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
-    """Text, .jsonl, .json and .parquet files, compressed ones, datasets (hf:NAME[:CONFIG[:SPLIT]]), directories, or globs in quotes."""
+    """Text, .jsonl, .json and .parquet files, compressed, datasets (hf:NAME[:CONFIG[:SPLIT]]), directories, globs, s3:// or https://."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """The tokenizer.json to use."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "train.bin"

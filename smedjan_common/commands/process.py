@@ -16,7 +16,7 @@ class Flags:
     """Normalise text and leave out documents and lines by named rules of the field; says what each rule dropped."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
-    """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, or globs in quotes."""
+    """Text files, .jsonl, .json, .parquet, compressed ones, datasets (hf:NAME), directories, globs in quotes, s3:// or https://."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The .jsonl file to write; records keep all their fields and gain "source"."""
     rules: Annotated[str, tyro.conf.arg(metavar="NAME,…", help_behavior_hint="")] = ""

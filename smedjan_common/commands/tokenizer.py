@@ -15,7 +15,7 @@ class Flags:
     """Learn a byte-level BPE tokenizer from text and write it as a Hugging Face tokenizer.json."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ..."), NAMELESS]
-    """Text, .jsonl, .json and .parquet files, compressed ones, datasets (hf:NAME[:CONFIG[:SPLIT]]), directories, or globs in quotes."""
+    """Text, .jsonl, .json and .parquet files, compressed, datasets (hf:NAME[:CONFIG[:SPLIT]]), directories, globs, s3:// or https://."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE")] = "tokenizer.json"
     """Where to write the tokenizer."""
     vocab_size: int = 8192

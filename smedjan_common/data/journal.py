@@ -36,7 +36,7 @@ class Journal:
     ):
         self._outputs = [Path(output) for output in outputs]
         self.path = self._outputs[0].with_name(f".{self._outputs[0].name}.journal")
-        inputs = [[str(source.path), source.size, os.stat(source.path).st_mtime_ns if source.size else 0] for source in found]
+        inputs = [[str(source.path), source.size, _mark(source)] for source in found]
         self.key = hashlib.sha256(json.dumps(["smedjan-journal-2", inputs, list(options)]).encode()).hexdigest()
         self.every_bytes, self.saved, self._waiting = every_bytes, False, 0
         self.usable = True
@@ -111,6 +111,13 @@ class Journal:
         except OSError as error:
             name_target(error, self.path, self._outputs[0])
             raise
+
+
+def _mark(source: Source) -> int | str:
+    """What changes with the content of an input."""
+    if source.mark or not source.size or not isinstance(source.path, Path):
+        return source.mark or 0
+    return os.stat(source.path).st_mtime_ns
 
 
 def _is_part(name: Any) -> bool:

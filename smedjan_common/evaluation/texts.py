@@ -15,6 +15,7 @@ from smedjan_common.data.token_file import TokenFile, manifest_path
 from smedjan_common.errors import DataError
 from smedjan_common.inference.scoring import LOT, Scorer, beginning
 from smedjan_common.inference.tally import Tally
+from smedjan_common.remote.address import is_remote, shown
 from smedjan_common.text.cuts import mend_surrogates
 from smedjan_common.text.records import Reading
 from smedjan_common.text.sources import Source, find, total_size
@@ -58,7 +59,9 @@ def find_texts(names: Iterable[str], tokenizer: Any, field: str = "text") -> lis
     found = []
     for name in names:
         path = Path(name)
-        if path.suffix == ".bin" or manifest_path(path).is_file():
+        if is_remote(name):
+            found.append(Text(shown(name), find([name], FLAG, field)))
+        elif path.suffix == ".bin" or manifest_path(path).is_file():
             token_file = TokenFile.open(path)
             token_file.check_tokenizer(tokenizer.hash)
             found.append(Text(name, [], token_file))

@@ -25,7 +25,7 @@ from smedjan_common.run.asked import Asked
 from smedjan_common.run.claim import is_run
 from smedjan_common.run.data import RunData
 from smedjan_common.run.flags import ChatFlags
-from smedjan_common.text.sources import Source, find, refuse_pipes
+from smedjan_common.text.sources import Source, find, refuse_addresses, refuse_pipes
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.chat import IM_END, IM_START, named_template, template_of
 from smedjan_common.tokenizer.chat_template import ChatTemplate
@@ -138,6 +138,7 @@ def _conversations(paths: tuple[str, ...], flag: str) -> list[Source]:
     if rows := [str(source.path) for source in found if source.kind == "dataset"]:
         why = "A run knows its conversations by the hashes of their files."
         raise DataError(f"{flag} takes no {rows[0]}.", why, "Save it as JSON lines or Parquet, and give the file.")
+    refuse_addresses(found, flag, "Copy it to this machine, and give the file.")
     refuse_pipes(found, "A run knows its conversations by the hashes of their files.")
     return found
 

@@ -23,7 +23,7 @@ from smedjan_common.nearby import beside, with_suffix
 from smedjan_common.reporting.console import count, say, size
 from smedjan_common.run.claim import is_run
 from smedjan_common.run.flags import DataFlags
-from smedjan_common.text.sources import Source, find, refuse_pipes
+from smedjan_common.text.sources import Source, find, refuse_addresses, refuse_pipes
 from smedjan_common.tokenizer import Tokenizer
 
 _TOKEN_FILE = re.compile(r"(.+\.bin)(?::(\d*\.?\d+(?:e[+-]?\d+)?))?")  # PATH.bin or PATH.bin:WEIGHT
@@ -235,6 +235,7 @@ def _texts(paths: tuple[str, ...], flag: str) -> list[Source]:
     if rows := [str(source.path) for source in found if source.kind == "dataset"]:
         fix = f"Tokenise it first ('smedjan prepare --input {rows[0]}'), and give the token file."
         raise DataError(f"{flag} takes no {rows[0]}.", "A run knows its texts by the hashes of their files.", fix)
+    refuse_addresses(found, flag, "Tokenise it first with 'smedjan tokenizer' and 'smedjan prepare', and give the token file.")
     refuse_pipes(found, "A run reads its texts several times: to know them again, for the tokenizer and for the token files.")
     return found
 

@@ -59,7 +59,7 @@ def blocks(
         text_size = whole or (size if known_pattern else LONGEST)
         with named(source.path):
             if source.kind in ROWS:
-                lots = ROWS[source.kind](str(source.path), field)
+                lots = ROWS[source.kind](source.place, field)
                 yield from _row_blocks(str(source.path), lots, size)
                 continue
             with _Stream(source) as stream:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smedjan_common.errors import DataError
+from smedjan_common.remote.address import Address
 
 _WINDOW_LOG = 31
 _FED = 1 << 12  # compressed bytes at a time: a block of 128 KiB may come from four of them
@@ -25,13 +26,25 @@ _DAMAGED = "The file is damaged or cut short; get it again."
 _LIBRARY_ERRORS = (("zstandard", "ZstdError"), ("compression.zstd", "ZstdError"), ("pyarrow", "ArrowException"))
 
 
-def open_raw(path: Path) -> BinaryIO:
+def open_raw(path: Path | Address) -> BinaryIO:
     """The content of a file, decompressed as its suffix says. Raises OSError, DataError."""
-    return OPENERS.get(path.suffix.lower(), lambda place: open(place, "rb", buffering=0))(path)
+    opener, is_here = OPENERS.get(path.suffix.lower()), isinstance(path, Path)
+    if opener is None:
+        return open(path, "rb", buffering=0) if is_here else open_bytes(path)
+    return opener(path if is_here else open_bytes(path))
+
+
+def open_bytes(path: Path | Address) -> BinaryIO:
+    """A file or an object as it is. Raises OSError, DataError."""
+    if isinstance(path, Address):
+        from smedjan_common.remote.reading import open_remote
+
+        return open_remote(path)
+    return open(path, "rb")
 
 
 @contextlib.contextmanager
-def named(path: Path | str, what: str = "Cannot decompress") -> Iterator[None]:
+def named(path: Path | Address | str, what: str = "Cannot decompress") -> Iterator[None]:
     """What libraries raise while they read `path`, as DataError or OSError with its name."""
     try:
         yield
@@ -62,8 +75,8 @@ class ZstdFrames(io.RawIOBase):
     Raises EOFError where the file ends inside a frame.
     """
 
-    def __init__(self, path: Path, new: Callable[[], Any]):
-        self._file, self._new = open(path, "rb"), new  # noqa: SIM115
+    def __init__(self, file: Path | BinaryIO, new: Callable[[], Any]):
+        self._file, self._new = open(file, "rb") if isinstance(file, Path) else file, new  # noqa: SIM115
         self._frame, self._ready = None, memoryview(b"")
 
     def readable(self) -> bool:
@@ -88,11 +101,11 @@ class ZstdFrames(io.RawIOBase):
         super().close()
 
 
-def _open_zstd(path: Path) -> BinaryIO:
-    return io.BufferedReader(ZstdFrames(path, _zstd_frame(path)), 1 << 17)
+def _open_zstd(file: Path | BinaryIO) -> BinaryIO:
+    return io.BufferedReader(ZstdFrames(file, _zstd_frame(str(getattr(file, "name", file)))), 1 << 17)
 
 
-def _zstd_frame(path: Path) -> Callable[[], Any]:
+def _zstd_frame(name: str) -> Callable[[], Any]:
     """What makes decompressors: of Python 3.14's own library, or of the package zstandard."""
     try:
         from compression import zstd  # pyright: ignore[reportMissingImports]
@@ -103,10 +116,10 @@ def _zstd_frame(path: Path) -> Callable[[], Any]:
     try:
         import zstandard
     except ImportError:
-        what = f"Cannot read {str(path)!r}."
+        what = f"Cannot read {name!r}."
         raise DataError(what, "Zstandard files need the package zstandard.", "Run: pip install zstandard.") from None
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG).decompressobj()
 
 
-OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 COMPRESSED = tuple(OPENERS)

@@ -100,7 +100,7 @@ def _rows(source: Source, kinds: Sequence[TalkKind]) -> Iterator[tuple[str, dict
     """(file and line, row)."""
     path = str(source.path)
     if source.kind == "parquet":
-        for number, row in enumerate(parquet_rows(path)):
+        for number, row in enumerate(parquet_rows(source.place)):
             yield f"{path}:{number}", row
     elif source.kind == "text":
         raise DataError(f"{path!r} is no file of conversations.", "It is text.", f"Give JSON lines, JSON or Parquet: {_readable(kinds)}.")

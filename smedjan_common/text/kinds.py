@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smedjan_common.errors import DataError
+from smedjan_common.remote.address import Address
 from smedjan_common.text.compressed import COMPRESSED, named, open_raw
 
 NAME_FIELD = "Name the field or column that holds the text with --field."
@@ -41,10 +42,10 @@ class Kind(NamedTuple):
     why_not: tuple[str, str] | None = None
 
 
-def kind_of(path: Path, field: str) -> Kind:
+def kind_of(path: Path | Address, field: str) -> Kind:
     """How a file is read, from its name without the suffix of compression, else from its first bytes. Raises OSError, DataError."""
     suffix = suffix_of(path)
-    if suffix == _TOKENS and Path(f"{path}.json").is_file():
+    if suffix == _TOKENS and _has_manifest(path):
         return Kind("text", ("a token file already", "Train on it: smedjan train FILE.bin; or give the text that it was made of."))
     if suffix in _REFUSED:
         return Kind("text", _REFUSED[suffix])
@@ -55,7 +56,15 @@ def kind_of(path: Path, field: str) -> Kind:
     return kind_of_head(head, suffix, field)
 
 
-def suffix_of(path: Path) -> str:
+def _has_manifest(path: Path | Address) -> bool:
+    if isinstance(path, Address):
+        from smedjan_common.remote.store import Place
+
+        return Place(Address(f"{path.url}.json")).stat_if_there() is not None
+    return Path(f"{path}.json").is_file()
+
+
+def suffix_of(path: Path | Address) -> str:
     """The last suffix, in lower case, without that of compression; .jsonl of "a.jsonl.gz"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -76,7 +85,7 @@ def kind_of_head(head: bytes, suffix: str, field: str) -> Kind:
     return Kind("text")
 
 
-def refuse(path: Path, why_not: tuple[str, str]) -> DataError:
+def refuse(path: Path | Address, why_not: tuple[str, str]) -> DataError:
     """The error for an input that is no text to read."""
     what, fix = why_not
     return DataError(f"{str(path)!r} is not text to train on.", f"It is {what}.", fix, case="field" if fix.startswith(NAME_FIELD) else "")

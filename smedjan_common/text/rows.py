@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.errors import DataError, SmedjanError
+from smedjan_common.remote.address import Address, is_remote
+from smedjan_common.text.compressed import open_bytes
 from smedjan_common.text.kinds import NAME_FIELD
 from smedjan_common.text.sources import DATASET_PREFIX
 
@@ -17,15 +19,16 @@ _AT_ONCE = 1024
 
 def parquet(name: str, field: str) -> Iterator[list[bytes | None]]:
     """The rows of a file's column `field`. Raises DataError, OSError."""
-    with _errors(name, "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
-        _check_field(name, file.schema_arrow.names, field)
+    shown = _shown(name)
+    with _errors(shown, "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
+        _check_field(shown, file.schema_arrow.names, field)
         for batch in file.iter_batches(_AT_ONCE, columns=[field]):
-            yield _texts(name, batch.column(0), field)
+            yield _texts(shown, batch.column(0), field)
 
 
 def parquet_rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a file with all their columns, as Python has them. Raises DataError, OSError."""
-    with _errors(name, "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
+    with _errors(_shown(name), "The file is damaged or not Parquet; get it again."), _parquet(name) as file:
         for batch in file.iter_batches(_AT_ONCE):
             yield from batch.to_pylist()
 
@@ -34,8 +37,12 @@ def _parquet(name: str) -> Any:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"Cannot read {name!r}.", "Parquet needs the package pyarrow.", "Run: pip install pyarrow.") from None
-    return parquet.ParquetFile(name)
+        raise DataError(f"Cannot read {_shown(name)!r}.", "Parquet needs the package pyarrow.", "Run: pip install pyarrow.") from None
+    return parquet.ParquetFile(open_bytes(Address(name)) if is_remote(name) else name)
+
+
+def _shown(name: str) -> str:
+    return str(Address(name)) if is_remote(name) else name
 
 
 def dataset(name: str, field: str) -> Iterator[list[bytes | None]]:

@@ -1,4 +1,4 @@
-"""Which inputs there are: files, directories, globs and Hugging Face datasets, each with how it is read.
+"""Which inputs there are: files, directories, globs, addresses and Hugging Face datasets, each with how it is read.
 
 What a directory holds beside text is left out and told with counts; what is named itself and is no text is refused. An input that can be
 read only once (a pipe, a FIFO, /dev/stdin) has no size, and its kind shows when it is read.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from smedjan_common.errors import DataError, notice, some
 from smedjan_common.nearby import beside
+from smedjan_common.remote.address import HTTP, Address, is_remote, scheme_of
 from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.text.kinds import UTF16, kind_of, refuse
 
@@ -23,16 +24,23 @@ UNKNOWN_SIZE = 1 << 40  # bytes; taken for datasets and pipes where it matters w
 
 @dataclass(frozen=True)
 class Source:
-    """One input. `kind`: a key of READERS; `size`: bytes on disk, 0 where that is not known; `once`: a pipe, read from front to end."""
+    """One input. `kind`: a key of READERS; `size`: bytes on disk, 0 where that is not known; `once`: a pipe, read from front to end;
+    `mark`: of an address, what changes with its content."""
 
-    path: Path
+    path: Path | Address
     kind: str
     size: int
     once: bool = False
+    mark: str = ""
+
+    @property
+    def place(self) -> str:
+        """The name that `find` takes, with all that an address has."""
+        return os.fspath(self.path)
 
 
 def find(inputs: Iterable[str | os.PathLike], flag: str = "--input", field: str = "text") -> list[Source]:
-    """The files that `inputs` (files, directories, globs, hf:NAME[:CONFIG[:SPLIT]] for datasets) name, sorted, each once.
+    """The files that `inputs` (files, directories, globs, addresses, hf:NAME[:CONFIG[:SPLIT]] for datasets) name, sorted, each once.
 
     Raises DataError, which names the `flag` of the inputs, for what is not there or is no text with `field`. A directory gives all its
     files of text, hidden ones left out without a word and all others with a notice; so are files that are named again.
@@ -43,6 +51,10 @@ def find(inputs: Iterable[str | os.PathLike], flag: str = "--input", field: str 
         name = os.fspath(given)
         if name.startswith(DATASET_PREFIX):
             (again if name in found else found)[name] = Source(Path(name), "dataset", 0)
+            continue
+        if is_remote(name):
+            for source in _remote(name, field):
+                (again if source.place in found else found)[source.place] = source
             continue
         path = Path(name)
         if path.is_dir():
@@ -82,6 +94,13 @@ def refuse_pipes(found: Iterable[Source], why: str) -> None:
             raise DataError(f"The input {str(source.path)!r} can be read only once.", why, "Write it to a file first, and give the file.")
 
 
+def refuse_addresses(found: Iterable[Source], flag: str, fix: str) -> None:
+    """Raises DataError for an input at an address, where its content is to be known by a hash before it is read."""
+    for source in found:
+        if isinstance(source.path, Address):
+            raise DataError(f"{flag} takes no text at {source.path}.", "A run knows its texts by the hashes of their files.", fix)
+
+
 def _source(path: Path, field: str) -> Source:
     """A file that was named itself."""
     state = path.stat()
@@ -91,6 +110,34 @@ def _source(path: Path, field: str) -> Source:
     if kind.why_not:
         raise refuse(path, kind.why_not)
     return Source(path, kind.name, state.st_size)
+
+
+def _remote(name: str, field: str) -> list[Source]:
+    """What an address names: an object, all of them below a folder, or those that its wildcards match. Raises DataError."""
+    from smedjan_common.remote.store import Place
+
+    address, place = Address(name), Place(name)
+    is_web = scheme_of(name) in HTTP  # which has no folders
+    if is_web or not (glob.has_magic(name) or place.stat_if_there() is None):
+        kind, stat = kind_of(address, field), place.stat()
+        if kind.why_not:
+            raise refuse(address, kind.why_not)
+        return [Source(address, kind.name, stat.size or 0, mark=stat.mark)]
+    if glob.has_magic(name):
+        found = [(one, Place(one).stat()) for one in place.matches()]
+    else:
+        found = [(address / one, stat) for one, stat in place.files().items() if "/." not in f"/{one}"]
+    files, left_out = [], Counter()
+    for one, stat in found:
+        kind = kind_of(one, field)
+        if kind.why_not:
+            left_out[f"{one.suffix.lower() or one.name} ({kind.why_not[0]})"] += 1
+        else:
+            files.append(Source(one, kind.name, stat.size or 0, mark=stat.mark))
+    _tell_left_out(str(address), left_out)
+    if not files:
+        raise DataError(f"There is no text at {str(address)!r}.", "", "Check the address; an object, a folder and wildcards are taken.")
+    return files
 
 
 def _below(folder: Path, field: str) -> list[Source]:
@@ -104,10 +151,14 @@ def _below(folder: Path, field: str) -> list[Source]:
             left_out[reason] += 1
         elif kind:
             files.append(Source(path, kind.name, path.stat().st_size))
+    _tell_left_out(str(folder), left_out)
+    return files
+
+
+def _tell_left_out(folder: str, left_out: Counter) -> None:
     if left_out:
         counts = ", ".join(f"{count} × {what}" for what, count in sorted(left_out.items()))
-        notice(f"left out of {str(folder)!r}: {counts}.")
-    return files
+        notice(f"left out of {folder!r}: {counts}.")
 
 
 def _walk(folder: Path, left_out: Counter) -> Iterator[Path]:

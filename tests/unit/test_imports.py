@@ -34,6 +34,7 @@ FLOORS = (
     ("smedjan_common", "hints", "machine", "nearby", "optional", "streams"),  # the package by itself: its version
     ("errors",),
     ("command_line", "files", "workers"),
+    ("remote",),
     ("model", "text"),
     ("training", "tokenizer"),
     ("backend",),
@@ -81,6 +82,9 @@ REASONS = {
     ("smedjan_common.run.given", "smedjan_common.run.config_file"): "only --config needs it, and TOML",
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
+    ("smedjan_common.remote.store", "fsspec"): PACKAGE,
+    ("smedjan_common.remote.store", "aiohttp"): PACKAGE,
+    ("smedjan_common.text.*", "smedjan_common.remote.*"): "only addresses are read from a store",
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,
     ("smedjan_common.evaluation.tasks", "yaml"): PACKAGE,
     ("smedjan_common.evaluation.harness", "yaml"): PACKAGE,
