@@ -15,6 +15,7 @@ import numpy as np
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.optimizers import EMA
 
 State = Any  # parameters, optimizer state and step, as the backend keeps them
 
@@ -62,6 +63,12 @@ class Snapshot:
     step: int
     params: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """What is inferred with: the parameters, those of them that the optimizer averages (--ema) as their averages."""
+        mark = f"{EMA}."
+        return self.params | {name.removeprefix(mark): value for name, value in self.optimizer.items() if name.startswith(mark)}
 
 
 class Scores(NamedTuple):
@@ -217,8 +224,8 @@ class Backend(Protocol):
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        """Metrics of one batch: loss_sum (nats) and tokens; of an objective with a formula its loss, units and metrics, sums all. Returns
-        at once."""
+        """Metrics of one batch with the parameters of `params_of`: loss_sum (nats) and tokens; of an objective with a formula its loss,
+        units and metrics, sums all. Returns at once."""
         ...
 
     def token_losses(
@@ -256,7 +263,7 @@ class Backend(Protocol):
         ...
 
     def params_of(self, state: State) -> dict[str, Any]:
-        """The parameters inside a state, where they are."""
+        """The parameters inside a state to infer with, where they are: as Snapshot.weights."""
         ...
 
     def peak_memory(self) -> int | None:

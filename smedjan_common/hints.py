@@ -46,6 +46,7 @@ FLAGS = {
     "optimizer": "optim optimizer-name",
     "beta1": "adam-beta1 b1 betas",
     "beta2": "adam-beta2 b2",
+    "ema": "ema-decay use-ema ema-beta weight-averaging polyak-averaging ema-rate model-ema averaging",
     "eps": "adam-epsilon adam-eps epsilon",
     "weight-decay": "wd decay",
     "experts": "num-experts n-experts num-local-experts moe-num-experts",

@@ -25,7 +25,7 @@ from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
-from smedjan_common.training.optimizers import check_state
+from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
 from smedjan_jax import experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
@@ -112,7 +112,7 @@ class JaxBackend:
         return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
 
     def restore(self, snapshot: Snapshot) -> State:
-        check_state(self.model, self.train.optimizer, snapshot.optimizer)
+        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema)
         places = self.shardings
         slots = {slot: {n: snapshot.optimizer[f"{slot}.{n}"] for n in tensors} for slot, tensors in places["slots"].items()}
         return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
@@ -137,7 +137,7 @@ class JaxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        return guarded(self._eval_step, state["params"], (inputs, targets, documents, reference))
+        return guarded(self._eval_step, self.params_of(state), (inputs, targets, documents, reference))
 
     def token_losses(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
@@ -153,7 +153,7 @@ class JaxBackend:
         return Snapshot(int(host["step"]), host["params"], optimizer)
 
     def params_of(self, state: State) -> dict[str, Any]:
-        return state["params"]
+        return {**state["params"], **state["slots"].get(EMA, {})}
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
         return guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)

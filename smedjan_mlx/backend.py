@@ -21,7 +21,7 @@ from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import head_name, parameter_table, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
-from smedjan_common.training.optimizers import check_state
+from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import check_precision
 from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.decoder import MlxDecoder
@@ -78,7 +78,7 @@ class MlxBackend:
         return state
 
     def restore(self, snapshot: Snapshot) -> State:
-        check_state(self.model, self.train.optimizer, snapshot.optimizer)
+        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema)
         state = self.init(snapshot.params)
         slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in tensors} for slot, tensors in state["slots"].items()}
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
@@ -106,7 +106,7 @@ class MlxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        metrics = guarded(self._eval_step, state["params"], _on_device(inputs, targets, documents, reference))
+        metrics = guarded(self._eval_step, self.params_of(state), _on_device(inputs, targets, documents, reference))
         guarded(mx.async_eval, metrics)
         return metrics
 
@@ -126,7 +126,7 @@ class MlxBackend:
         return Snapshot(int(state["step"].item()), {name: np.array(value) for name, value in state["params"].items()}, optimizer)
 
     def params_of(self, state: State) -> dict[str, Any]:
-        return state["params"]
+        return {**state["params"], **state["slots"].get(EMA, {})}
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
         return {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}

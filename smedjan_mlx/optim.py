@@ -12,7 +12,7 @@ import mlx.core as mx
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import parameter_table
-from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, slot_names
+from smedjan_common.training.optimizers import EMA, MUON_RMS, NEWTON_SCHULZ, slot_names
 
 Params = dict[str, mx.array]
 Slots = dict[str, Params]
@@ -20,8 +20,9 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 def init(model: ModelConfig, train: TrainConfig, params: Params) -> Slots:
-    """Slots of the optimizer, zeros like the parameters that have them."""
-    return {slot: {name: mx.zeros_like(params[name]) for name in names} for slot, names in slot_names(model, train.optimizer).items()}
+    """Slots of the optimizer, zeros like the parameters that have them; averages are copies of them."""
+    make, slots = {EMA: mx.array}, slot_names(model, train.optimizer, train.ema)
+    return {slot: {name: make.get(slot, mx.zeros_like)(params[name]) for name in names} for slot, names in slots.items()}
 
 
 def global_norm(grads: Params) -> mx.array:
@@ -45,13 +46,22 @@ def update(
     """One step of the optimizer. `step` counts the steps done before, int32; returns new parameters and slots."""
     specs = {name: spec for name, spec in parameter_table(model).items() if spec.lr_scale}
     grads = {name: grads[name] for name in specs}
-    directions, slots = _DIRECTIONS[train.optimizer](train, specs, grads, slots, step)
+    directions, moments = _DIRECTIONS[train.optimizer](train, specs, grads, slots, step)
     moved = {}
     for name, spec in specs.items():
         rate = lr if spec.lr_scale == 1 else lr * spec.lr_scale
         decay = train.weight_decay if spec.decay else 0.0
         moved[name] = params[name] - rate * (directions[name] + decay * params[name])
-    return {**params, **moved}, slots
+    return {**params, **moved}, moments | _averages(train, slots, moved, step)
+
+
+def _averages(train: TrainConfig, slots: Slots, moved: Params, step: mx.array) -> Slots:
+    """The moving averages of the parameters that moved; none without --ema."""
+    if not train.ema:
+        return {}
+    done = step.astype(mx.float32)
+    decay = mx.minimum(train.ema, (1 + done) / (10 + done))
+    return {EMA: {name: decay * slots[EMA][name] + (1 - decay) * value for name, value in moved.items()}}
 
 
 def _adamw(train: TrainConfig, specs: dict[str, ParamSpec], grads: Params, slots: Slots, step: mx.array) -> tuple[Params, Slots]:

@@ -32,6 +32,8 @@ class MergeFlags:
     """The checkpoint to write."""
     last: int = 0
     """Merge this many newest step checkpoints of the one run that is given. 0: what is given."""
+    ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Take the moving averages that step checkpoints of `smedjan train --ema` keep, not their weights; one is enough."""
     method: Annotated[str, arg(metavar="linear|slerp|ties")] = "linear"
     """linear: the weighted mean. slerp: on the arc between two models. ties: --base moved by what the others agree on."""
     weights: Annotated[tuple[float, ...], arg(metavar="FLOAT ...", help_behavior_hint="(default: equal)")] = ()
@@ -58,14 +60,14 @@ def _run(flags: MergeFlags) -> int:
     from smedjan_common.checkpoint.averaging import merged
     from smedjan_common.checkpoint.lazy import watched
     from smedjan_common.commands.outputs import check_directory
-    from smedjan_common.inference.source import check_alike, open_source, write_made
+    from smedjan_common.inference.source import check_alike, open_averages, open_source, write_made
     from smedjan_common.reporting.progress import progress_bar
 
     started, output, method = time.monotonic(), Path(flags.output), _method(flags)
     paths = _last(flags) if flags.last else list(flags.checkpoints)
     settings = _settings(flags, method, len(paths))
     check_directory(output, flags.force, [*paths, *filter(None, [flags.base])])
-    sources = [open_source(path) for path in paths]
+    sources = [(open_averages if flags.ema else open_source)(path) for path in paths]
     base = open_source(flags.base) if flags.base else None
     everything = [*sources, base] if base else sources
     for other in everything[1:]:
@@ -79,7 +81,8 @@ def _run(flags: MergeFlags) -> int:
         tensors = watched(made, "merging", show)
         write_made(output, sources[0], tensors, "merge", _how(method, settings, sources, base), train=_training(sources))
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: {method.about} ({method.name}) of {len(sources)} models, {size / 1e6:,.1f} MB, {time.monotonic() - started:.1f} s")
+    what = f"{method.about} ({method.name}) of {len(sources)} models" if len(sources) > 1 or base else "the moving average of the weights"
+    print(f"{output}: {what}, {size / 1e6:,.1f} MB, {time.monotonic() - started:.1f} s")
     return 0
 
 
@@ -115,7 +118,7 @@ def _settings(flags: MergeFlags, method: "Method", models: int) -> "Settings":
     if method.models not in (None, models):
         fix = f"Give {method.models} models, or take --method linear."
         raise ConfigError(f"--method {method.name} is given {models} models.", f"It takes {method.models}.", fix)
-    if models < (least := 1 if method.needs_base else 2):
+    if models < (least := 1 if method.needs_base or flags.ema else 2):
         what = f"{models or 'No'} model is given, where at least {least} are merged."
         raise ConfigError(what, "There is nothing to merge.", "Give several models, or --last 5 with a run folder.")
     if flags.weights and len(flags.weights) != models:

@@ -7,29 +7,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, write_checkpoint
+from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, find_checkpoints, write_checkpoint
 from smedjan_common.checkpoint.lazy import Lazy
 from smedjan_common.checkpoint.load import faults, foreign
 from smedjan_common.checkpoint.tensors import check_tensors, stored
-from smedjan_common.errors import CheckpointError, flag
-from smedjan_common.files.names import WEIGHTS
+from smedjan_common.errors import CheckpointError, flag, notice
+from smedjan_common.files.names import MANIFEST, OPTIMIZER, WEIGHTS
 from smedjan_common.inference.open import Foreign, open_model
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.training.optimizers import EMA
 
 _INERT = {name for name, option in options(ModelConfig).items() if option.inert}
 
 
 @dataclass(frozen=True)
 class Source:
-    """`weights`: by the names of the parameter table, floats. info: None of a Hugging Face directory."""
+    """`weights`: by the names of the parameter table, floats. info: None of a Hugging Face directory. averaged: the decay of the moving
+    average that they are, 0 for none."""
 
     path: Path
     model: ModelConfig
     tokenizer: Tokenizer
     weights: Mapping[str, Lazy]
     info: CheckpointInfo | None = None
+    averaged: float = 0.0
 
     @property
     def step(self) -> int:
@@ -38,13 +41,15 @@ class Source:
 
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of what it was made of."""
-        return {"path": str(self.path)} | ({"step": self.step, "sha256": self.info.files[WEIGHTS].sha256} if self.info else {})
+        known = {"step": self.step, "sha256": self.info.files[WEIGHTS].sha256} if self.info else {}
+        return {"path": str(self.path)} | known | ({"averaged": self.averaged} if self.averaged else {})
 
     def verify(self) -> None:
         """Compare every byte of the weights with their hash, where there is one. Raises CheckpointError."""
         if self.info:
             with faults(self.path):
-                check_tensors(self.path / WEIGHTS, self.info.files[WEIGHTS], self.info.tensors[WEIGHTS])
+                for name in (WEIGHTS, OPTIMIZER) if self.averaged else (WEIGHTS,):
+                    check_tensors(self.path / name, self.info.files[name], self.info.tensors[name])
 
 
 def open_source(path: str | Path) -> Source:
@@ -62,6 +67,24 @@ def open_source(path: str | Path) -> Source:
         raise foreign(info)
     with faults(info.path):
         return Source(info.path, info.model, tokenizer, stored(info.path / WEIGHTS, info.files[WEIGHTS], info.weights), info)
+
+
+def open_averages(path: str | Path) -> Source:
+    """The averages that the newest step checkpoint under `path` keeps of its weights (--ema). Raises CheckpointError where it keeps none,
+    and as open_source."""
+    found = find_checkpoints(path, on_skip=notice) if Path(path).is_dir() and not (Path(path) / MANIFEST).is_file() else []
+    source = open_source(found[-1].path if found else path)
+    if not (info := source.info) or not info.optimizer or not info.train or not info.train.ema:
+        what, why = (
+            f"{source.path} keeps no averages of its weights.",
+            "They are in the step checkpoints of a run that was trained with --ema.",
+        )
+        raise CheckpointError(what, why, "Give such a run or checkpoint, or leave --ema out; final/ of such a run is its average.")
+    mark = f"{EMA}."
+    with faults(info.path):
+        kept = stored(info.path / OPTIMIZER, info.files[OPTIMIZER], info.slots)
+    weights = {**source.weights, **{name.removeprefix(mark): lazy for name, lazy in kept.items() if name.startswith(mark)}}
+    return dataclasses.replace(source, weights=weights, averaged=info.train.ema)
 
 
 def check_alike(first: Source, other: Source) -> None:

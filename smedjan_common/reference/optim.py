@@ -3,6 +3,10 @@
     g <- g * min(1, clip / ||g||)                                  ||g|| over all tensors together; clip 0: off
     p <- p - lr * lr_scale * (direction + decay * p)               t = 1, 2, ... steps; decay: weight_decay, or 0 as the table says
 
+With --ema b the average a of each parameter that moves, a = p at first:
+
+    d = min(b, t / (9 + t));  a <- d a + (1 - d) p                 the new p; t / (9 + t) is (1 + n) / (10 + n) of the n steps done before
+
 adamw (Loshchilov & Hutter, 2019), the same rule as optax.adamw:
 
     mu <- b1 mu + (1 - b1) g;  nu <- b2 nu + (1 - b2) g^2;  direction = mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)
@@ -25,7 +29,7 @@ import numpy as np
 
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.training.config import TrainConfig
-from smedjan_common.training.optimizers import MUON_RMS, NEWTON_SCHULZ, OPTIMIZERS
+from smedjan_common.training.optimizers import EMA, MUON_RMS, NEWTON_SCHULZ, OPTIMIZERS
 
 Tensors = dict[str, np.ndarray]
 
@@ -37,12 +41,14 @@ class OptimizerState(NamedTuple):
     count: int
 
 
-def init(config: TrainConfig, specs: Mapping[str, ParamSpec]) -> OptimizerState:
-    """Zeros in every slot."""
+def init(config: TrainConfig, specs: Mapping[str, ParamSpec], params: Tensors) -> OptimizerState:
+    """Zeros in every slot; the averages are the parameters."""
     slots: dict[str, Tensors] = {}
     for name, spec in specs.items():
         for slot in OPTIMIZERS[config.optimizer].slots(spec):
             slots.setdefault(slot, {})[name] = np.zeros(spec.shape)
+    if config.ema:
+        slots[EMA] = {name: params[name] for name, spec in specs.items() if spec.lr_scale}
     return OptimizerState(slots, 0)
 
 
@@ -54,13 +60,16 @@ def update(
     for name, spec in specs.items():
         if spec.lr_scale == 0:
             continue
-        kept = {slot: tensors[name] for slot, tensors in state.slots.items() if name in tensors}
+        kept = {slot: tensors[name] for slot, tensors in state.slots.items() if name in tensors and slot != EMA}
         rule = "adamw" if config.optimizer == "muon" and not spec.matrix else config.optimizer
         direction, kept = DIRECTIONS[rule](config, np.asarray(grads[name], np.float64), kept, count)
         decay = config.weight_decay if spec.decay else 0.0
         updated[name] = params[name] - lr * spec.lr_scale * (direction + decay * params[name])
         for slot, value in kept.items():
             slots[slot][name] = value
+        if config.ema:
+            decay = min(config.ema, count / (9 + count))
+            slots[EMA][name] = decay * slots[EMA][name] + (1 - decay) * updated[name]
     return updated, OptimizerState(slots, count)
 
 

@@ -34,6 +34,7 @@ from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
 
 COMMANDS = {name: row.command for name, row in OBJECTIVES.items()}  # what a run learns -> the command that begins one
+AVERAGED = "averaged"  # in final/'s "extra": the decay of the moving average that its weights are
 EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
 
 
@@ -159,8 +160,10 @@ class RunFolder:
         return path
 
     def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
-        """Write final/: weights, configuration and tokenizer."""
-        return write_final(self.path, snapshot, self._about, metrics=metrics)
+        """Write final/: weights (averages, with --ema), configuration and tokenizer."""
+        averaged = {AVERAGED: self.config.train.ema} if self.config.train.ema else {}
+        about = dataclasses.replace(self._about, extra=self._extra(averaged) or None)
+        return write_final(self.path, dataclasses.replace(snapshot, params=snapshot.weights), about, metrics=metrics)
 
     def save_sample(self, step: int, text: str) -> None:
         """Write a sample's text. It is not worth a run: what goes wrong is told, not raised. What is no character (a prompt from a command

@@ -21,7 +21,7 @@ from smedjan_common.checkpoint.new_rows import with_new_rows
 from smedjan_common.data.batches import batches, held_out
 from smedjan_common.errors import NotFiniteError, OutOfMemoryError, SmedjanError
 from smedjan_common.files.atomic_directory import remove_leftovers
-from smedjan_common.files.names import METRICS
+from smedjan_common.files.names import FINAL, METRICS
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
@@ -103,6 +103,8 @@ class _Loop:
         remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
         state, self.begin = self.start()
         self.reached = self.begin
+        if self.train.ema:
+            say(f"Validation, samples and {FINAL}/ take the moving average of the weights (--ema {self.train.ema:g}).")
         config = self.folder.write_config(self.initial)
         self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history)
         self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)

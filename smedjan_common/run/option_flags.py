@@ -14,7 +14,7 @@ from smedjan_common.model.shape import Shape
 from smedjan_common.optional import MaybeFloat, MaybeInt
 from smedjan_common.training.config import Basics, TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
-from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.optimizers import OPTIMIZERS, Averaged
 from smedjan_common.training.schedule import SCHEDULES
 
 
@@ -44,7 +44,7 @@ def training_options() -> list[Option]:
     """The options of training that are flags of all commands: those of rows behind the option that chooses among the rows."""
     behind: Mapping[str, Iterable[type | None]] = {
         "lr_schedule": [row.options for row in SCHEDULES.values()],
-        "optimizer": [row.options for row in OPTIMIZERS.values()],
+        "optimizer": [*(row.options for row in OPTIMIZERS.values()), Averaged],
         "dtype": [row.training for row in MIXERS.values()],
         "z_loss": ROUTERS.values(),
     }

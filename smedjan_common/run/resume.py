@@ -71,6 +71,13 @@ def check_same(info: CheckpointInfo, model: ModelConfig, train: TrainConfig) -> 
         raise CheckpointError(
             f"{info.path} holds weights only.", "A run goes on with its optimizer state.", "Resume from a step-*/ directory."
         )
+    if info.step and info.train and bool(info.train.ema) != bool(train.ema):
+        what = "keeps no average of its weights" if train.ema else f"keeps an average of its weights (--ema {info.train.ema:g})"
+        raise CheckpointError(
+            f"The run of {info.path} {what}.",
+            f"--ema is {train.ema:g} now, and an average goes over all steps of a run.",
+            "Leave --ema out, or start a new run: --pretrained with another --checkpoint-dir.",
+        )
     if info.optimizer not in {None, "unknown", train.optimizer}:
         raise CheckpointError(
             f"{info.path} has the state of --optimizer {info.optimizer}, not {train.optimizer}.",

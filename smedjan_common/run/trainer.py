@@ -7,6 +7,7 @@
 The step is the one of `smedjan train`; schedules, data and checkpoints are the caller's. It belongs to the thread that made it.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -79,15 +80,15 @@ class Trainer:
         return {"loss": sums["loss_sum"] / max(sums["tokens"], 1), "tokens": sums["tokens"]}
 
     def params(self) -> dict[str, np.ndarray]:
-        """A copy of the parameters, float32, by their names."""
-        return dict(self._backend.save(self._state).params)
+        """A copy of the parameters, float32, by their names; with `ema` their averages."""
+        return self._backend.save(self._state).weights
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write folder/final with weights, configuration and tokenizer; gives its path, which `load` opens."""
         snapshot = self._backend.save(self._state)
         device, saved = self._backend.describe(), self.tokenizer and SavedTokenizer.of(self.tokenizer)
         about = About(model=self.config, tokenizer=saved, framework={"name": device.backend, **device.versions})
-        return write_final(Path(folder), snapshot, about)
+        return write_final(Path(folder), dataclasses.replace(snapshot, params=snapshot.weights), about)
 
     def _weights(self, info: Any, seed: int) -> dict[str, Any]:
         if info is None:

@@ -74,6 +74,7 @@ class TrainConfig(
     experts.SoftmaxRouter,
     shared.Chunked,
     shared.Softmax,
+    optimizers.Averaged,
     optimizers.Orthogonal,
     schedule.Decay,
     Basics,

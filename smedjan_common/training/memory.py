@@ -17,7 +17,7 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape
-from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.optimizers import slots_of
 from smedjan_common.training.precision import BYTES, compute_dtype
 
 LOGITS_BYTES = 5 << 29  # float32 logits held at once; medium at 64 x 1024 x 8192 stays whole, larger losses go in chunks
@@ -100,8 +100,8 @@ def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place
 
 def state_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE) -> int:
     """Float32 parameters and what the optimizer keeps of them, on each device; a checkpoint's size."""
-    slots = OPTIMIZERS[train.optimizer].slots
-    return 4 * sum((1 + len(slots(spec))) * (spec.size // mesh.parts(spec)) for spec in parameter_table(config).values())
+    specs = parameter_table(config).values()
+    return 4 * sum((1 + len(slots_of(spec, train.optimizer, train.ema))) * (spec.size // mesh.parts(spec)) for spec in specs)
 
 
 def loss_chunks(tokens: int, vocab: int) -> int:

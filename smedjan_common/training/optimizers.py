@@ -4,6 +4,8 @@
     muon    Jordan, 2024; Liu et al., 2025      mu           matrices; the other tensors as adamw does
     lion    Chen et al., 2023                   mu           every tensor
 
+With --ema every parameter that moves has one more slot, its average (Averaged), whatever the optimizer.
+
 How a tensor is treated stands in the parameter table alone: decay, lr_scale (0: it never moves, nothing is kept of it), and
 matrix. The equations: smedjan_common.reference.optim.
 """
@@ -44,6 +46,19 @@ class Orthogonal(Adaptive):
 
 
 @dataclass(frozen=True)
+class Averaged:
+    """Of the training, with any optimizer: a <- d a + (1 - d) p after each step, d = min(ema, (1 + t) / (10 + t)) where t were done before
+    it, so that the initial values are soon forgotten (the warm-up of TensorFlow's ExponentialMovingAverage). a begins as p."""
+
+    ema: float = option(
+        0.0,
+        "Keep a moving average of the weights with this decay, such as 0.999: it is validated and written to final/. 0: none.",
+        least=0,
+        under=1,
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """An optimizer.
 
@@ -65,6 +80,7 @@ class OptimizerSpec:
         return self.keeps(spec) if spec.lr_scale else ()
 
 
+EMA = "ema"  # the slot of the average
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: they drive singular values into 0.7 to 1.2, the faster the smaller they are
 MUON_RMS = 0.2  # root mean square of a step over the learning rate, as that of adamw is in practice (Liu et al., 2025)
 
@@ -84,19 +100,24 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 }
 
 
-def slot_names(config: Shape, optimizer: str) -> dict[str, list[str]]:
+def slots_of(spec: ParamSpec, optimizer: str, ema: float = 0.0) -> tuple[str, ...]:
+    """Names of the arrays that a train state keeps of a parameter; none of one that never moves."""
+    return (*OPTIMIZERS[optimizer].slots(spec), *((EMA,) if ema and spec.lr_scale else ()))
+
+
+def slot_names(config: Shape, optimizer: str, ema: float = 0.0) -> dict[str, list[str]]:
     """slot -> names of the parameters that have it, in the order of the parameter table."""
     slots: dict[str, list[str]] = {}
     for name, spec in parameter_table(config).items():
-        for slot in OPTIMIZERS[optimizer].slots(spec):
+        for slot in slots_of(spec, optimizer, ema):
             slots.setdefault(slot, []).append(name)
     return slots
 
 
-def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any]) -> None:
+def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any], ema: float = 0.0) -> None:
     """Raises CheckpointError unless `tensors` (`{slot}.{parameter}` -> anything with .shape) are what the optimizer keeps."""
     table = parameter_table(config)
-    shapes = {f"{slot}.{name}": table[name].shape for slot, names in slot_names(config, optimizer).items() for name in names}
+    shapes = {f"{slot}.{name}": table[name].shape for slot, names in slot_names(config, optimizer, ema).items() for name in names}
     wrong = [f"{name} is missing" for name in shapes if name not in tensors]
     wrong += [f"{name} is none of its arrays" for name in tensors if name not in shapes]
     wrong += [
@@ -105,9 +126,9 @@ def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any]) -> No
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        more, with_ema = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else "", f" with --ema {ema:g}" if ema else ""
         raise CheckpointError(
-            f"The optimizer state does not fit --optimizer {optimizer}: {'; '.join(wrong[:3])}{more}.",
+            f"The optimizer state does not fit --optimizer {optimizer}{with_ema}: {'; '.join(wrong[:3])}{more}.",
             "Each optimizer keeps its own arrays of each parameter.",
             "Resume with the optimizer of the checkpoint, or start a new run from its weights with --pretrained.",
         )

@@ -16,7 +16,7 @@ from smedjan_common.reference import experts
 from smedjan_common.reference import model as reference
 from smedjan_common.reference import optim as reference_optim
 from smedjan_common.reference.derivative import directional_derivative
-from smedjan_common.training.optimizers import slot_names
+from smedjan_common.training.optimizers import EMA, slot_names
 from smedjan_common.training.schedule import learning_rate
 from tests.conformance import subjects
 from tests.conformance.cases import Case
@@ -33,8 +33,9 @@ def tree(got: str, case: Case) -> None:
     if problems := check_tree(case.model, snapshot.params):
         raise Mismatch("; ".join(problems))
     demand_equal_bits(snapshot.params, case.params, f"{got}: ")
-    slots, table = slot_names(case.model, case.train.optimizer), parameter_table(case.model)
-    expected = {f"{slot}.{name}": np.zeros(table[name].shape, np.float32) for slot, names in slots.items() for name in names}
+    slots, table = slot_names(case.model, case.train.optimizer, case.train.ema), parameter_table(case.model)
+    zeros = {name: np.zeros(spec.shape, np.float32) for name, spec in table.items()}
+    expected = {f"{slot}.{name}": (case.params if slot == EMA else zeros)[name] for slot, names in slots.items() for name in names}
     demand_equal_bits(snapshot.optimizer, expected, f"{got} optimizer: ")
 
 
@@ -191,7 +192,7 @@ def reference_optimizer_run(
 ) -> tuple[dict[str, np.ndarray], reference_optim.OptimizerState]:
     """The float64 definition over the same gradients."""
     params, specs = {name: reference.as_float64(value) for name, value in case.params.items()}, parameter_table(case.model)
-    state = reference_optim.init(case.train, specs)
+    state = reference_optim.init(case.train, specs, params)
     for step, grad in enumerate(grads):
         clipped, _ = reference_optim.clip_by_global_norm(grad, case.train.clip_norm)
         rate = learning_rate(case.train, step)

@@ -64,7 +64,7 @@ RUNS = {
     "fsdp": Run("fsdp=8", GQA.model, {}, shares=((16, 4), (64, 4))),
     "tensor": Run("tensor=4", MHA.model, {}, shares=((8, 32), (16, 32))),
     "all axes": Run("data=2,fsdp=2,tensor=2", GQA.model, {"grad_accum": 2}, shares=((8, 16), (32, 16))),
-    "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2}, 3),
+    "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2, "ema": 0.3}, 3),
     "pairs": Run("data=2,fsdp=2", MHA.model, {"objective": PAIRED.name, "mask_documents": True, "grad_accum": 2}, 2),
     "every mixer": Run("data=2,fsdp=2,tensor=2", every_mixer(), {"mask_documents": True}, 0),  # evaluation alone: to compile is long
 }

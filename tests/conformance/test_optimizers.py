@@ -43,6 +43,39 @@ def test_lion_settings_mean_the_same_in_both_backends_and_in_the_definition(back
     demand(checks.optimizer(backend, using(FIRST, "lion", **change)))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_the_average_of_the_weights_equals_its_definition_while_it_warms_up_and_after(backend: str, optimizer: str):
+    case = using(FIRST, optimizer, ema=0.5)  # (1 + t) / (10 + t) reaches it at step 8
+    demand(checks.optimizer(backend, case))
+    checks.tree(backend, case)
+
+
+def test_twenty_steps_with_an_average_are_the_same_in_both_backends_and_may_change_hands(both_backends):
+    case = using(FIRST, "adamw", ema=0.9)
+    mlx, jax = (subjects.train(name, case.model, case.train, case.params, case.batches) for name in ("mlx", "jax"))
+    demand(checks.runs(mlx, jax))
+    half = subjects.train("mlx", case.model, case.train, case.params, case.batches[:10]).snapshot
+    rest = subjects.train("jax", case.model, case.train, half, case.batches[10:]).snapshot
+    demand(Difference(name, relative_l2(value, jax.snapshot.weights[name]), FLOAT32.steps_params) for name, value in rest.weights.items())
+
+
+def test_evaluation_and_decoding_take_the_average_and_training_does_not(backend: str):
+    case, without = using(FIRST, "adamw", ema=0.9), using(FIRST, "adamw")
+    side, plain = (subjects.backend(backend, each.model, each.train) for each in (case, without))
+    snapshot = subjects.train(backend, case.model, case.train, case.params, case.batches[:5]).snapshot
+
+    def loss(of, state) -> float:
+        return of.read(of.eval_step(state, *case.batches[5]))["loss_sum"]
+
+    averaged, moved = (loss(plain, plain.init(params)) for params in (snapshot.weights, snapshot.params))
+    assert averaged != moved
+    assert loss(side, side.restore(snapshot)) == averaged
+    decoded = side.decoder(side.params_of(side.restore(snapshot)), 8).feed([1, 2, 3])
+    np.testing.assert_array_equal(decoded, side.decoder(snapshot.weights, 8).feed([1, 2, 3]))
+    other = subjects.train(backend, case.model, without.train, case.params, case.batches[:5])
+    demand_equal_bits(snapshot.params, other.snapshot.params)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_parameters_keep_their_own_learning_rate_and_frozen_ones_stay(backend: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
     """lr_scale of the parameter table: a quarter for one matrix, and 0 for another matrix, for a norm: no state, no step, no decay."""
@@ -71,9 +104,9 @@ def test_a_state_starts_with_zeros_in_the_slots_of_its_optimizer(backend: str, o
     checks.tree(backend, using(FIRST, optimizer))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_snapshot_of_any_optimizer_continues_bit_for_bit(backend: str, optimizer: str):
-    case = using(FIRST, optimizer)
+@pytest.mark.parametrize(("optimizer", "ema"), [*((name, 0.0) for name in OPTIMIZERS if name != "adamw"), ("adamw", 0.99)])
+def test_a_snapshot_of_any_optimizer_continues_bit_for_bit(backend: str, optimizer: str, ema: float):
+    case = using(FIRST, optimizer, ema=ema)
     whole = subjects.train(backend, case.model, case.train, case.params, case.batches[:6])
     half = subjects.train(backend, case.model, case.train, case.params, case.batches[:3]).snapshot
     rest = subjects.train(backend, case.model, case.train, half, case.batches[3:6])

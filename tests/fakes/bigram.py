@@ -31,6 +31,7 @@ class BigramBackend:
 
     def init(self, params):
         zeros = {f"{slot}.{name}": np.zeros_like(value) for slot in ("mu", "nu") for name, value in params.items()}
+        zeros |= {f"ema.{name}": value.copy() for name, value in params.items() if self.train.ema}
         return {"step": 0, "params": {name: value.copy() for name, value in params.items()}, "optimizer": zeros}
 
     def restore(self, snapshot):
@@ -57,10 +58,13 @@ class BigramBackend:
         nu += (1 - train.beta2) * (gradient**2 - nu)
         scaled = mu / (1 - train.beta1**step) / (np.sqrt(nu / (1 - train.beta2**step)) + train.eps)
         weight -= np.float32(lr) * (scaled + train.weight_decay * weight)
+        for name, value in state["params"].items() if train.ema else ():
+            decay = np.float32(min(train.ema, step / (9 + step)))
+            state["optimizer"][f"ema.{name}"] += (1 - decay) * (value - state["optimizer"][f"ema.{name}"])
 
     def eval_step(self, state, inputs, targets, documents=None):
         counted = targets.ravel() >= 0
-        loss, _ = bigram_loss(state["params"]["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
+        loss, _ = bigram_loss(self.params_of(state)["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
         loss = np.nan if "val_nan" in self.faults else loss
         return {"loss_sum": loss * counted.sum(), "tokens": counted.sum()}
 
@@ -74,7 +78,7 @@ class BigramBackend:
         return Snapshot(copy["step"], copy["params"], copy["optimizer"])
 
     def params_of(self, state):
-        return state["params"]
+        return Snapshot(**state).weights
 
     def place(self, params):
         return params

@@ -31,13 +31,14 @@ def step_checkpoint(directory: Path, name: str | None = None) -> Path:
     config = model_config(tokenizer().vocab_size)
     params = parameters(config)
     params["norm.weight"][:6] = [np.nan, np.inf, -np.inf, 1e-45, -0.0, 3e38]
-    slots = {f"{slot}.{key}": np.float32(scale) * value for slot, scale in (("mu", 0.5), ("nu", 0.25)) for key, value in params.items()}
+    scales = {"mu": 0.5, "nu": 0.25, "ema": 0.9}
+    slots = {f"{slot}.{key}": np.float32(scale) * value for slot, scale in scales.items() for key, value in params.items()}
     return write_checkpoint(
         directory,
         Snapshot(12, params, slots),
         About(
             model=config,
-            train=TrainConfig(steps=20, batch_size=2, seq_len=16, lr=1e-3, seed=7),
+            train=TrainConfig(steps=20, batch_size=2, seq_len=16, lr=1e-3, seed=7, ema=0.9),
             tokenizer=SavedTokenizer.of(tokenizer()),
             dataset=DATASET,
             framework={"name": "test"},

@@ -171,7 +171,7 @@ def test_an_optimizer_reads_just_the_options_that_its_row_names(optimizer, optio
 
     def after_two_steps(**changes):
         train = TrainConfig(steps=2, batch_size=1, seq_len=8, lr=0.1, optimizer=optimizer, **changes)
-        values, state = params, optim.init(train, specs)
+        values, state = params, optim.init(train, specs, params)
         for grad in grads:
             values, state = optim.update(train, specs, values, grad, state, 0.1)
         return {name: value.tolist() for name, value in values.items()}

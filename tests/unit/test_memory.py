@@ -40,6 +40,11 @@ def test_an_optimizer_that_keeps_less_takes_less():
     assert total["adamw"] - total["lion"] == 4 * count_params(MEDIUM)
 
 
+def test_an_average_of_the_weights_takes_as_much_as_they_do():
+    kept = dataclasses.replace(TRAIN, ema=0.999)
+    assert training_bytes(MEDIUM, kept) - training_bytes(MEDIUM, TRAIN) == 4 * count_params(MEDIUM)
+
+
 @pytest.mark.parametrize(("optimizer", "jax", "mlx"), [("adamw", 16, 18.6), ("muon", 18.2, 54.6), ("lion", 16, 18.1)])
 def test_where_parameters_are_all_that_counts_the_update_of_the_optimizer_does(optimizer: str, jax: float, mlx: float):
     """Bytes a parameter; measured on a CPU with one sequence of 16 tokens: 16.3, 18.1 and 15.8 with JAX, as said with MLX."""

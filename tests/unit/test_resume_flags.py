@@ -100,6 +100,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "muon-momentum": (0.5, UNREAD),
     "muon-steps": (3, UNREAD),
     "no-muon-nesterov": ((), UNREAD),
+    "ema": (0.9, "keeps no average of its weights"),
     "weight-decay": (0.3, TOLD),
     "clip-norm": (0.5, TOLD),
     "grad-accum": (2, TOLD),
