@@ -9,6 +9,7 @@ import tyro
 from smedjan_common import errors
 from smedjan_common.command_line import parse
 from smedjan_common.errors import DataError
+from smedjan_common.remote.address import Address, is_remote, shown
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def _run(flags: Flags) -> int:
     if not flags.files:
         raise DataError("No file was given.", "", "Name one or more files: smedjan hash train.bin.")
     for path in flags.files:
-        print(f"{hash_of(path)}  {path}")
+        print(f"{hash_of(path)}  {shown(path) if is_remote(path) else path}")
     return 0
 
 
@@ -39,6 +40,8 @@ def hash_of(path: str) -> str:
     from smedjan_common.files.hashing import file_hash
     from smedjan_common.tokenizer import Tokenizer
 
+    if is_remote(path):
+        return _hash_there(path)
     if Path(path).is_dir():
         fix = "Name the files in it; `smedjan info PATH --verify` compares those of a checkpoint with their hashes."
         raise errors.DataError(f"{path!r} is a directory.", "Only files have a hash.", fix)
@@ -52,3 +55,17 @@ def hash_of(path: str) -> str:
         except errors.DataError:
             pass  # some other JSON
     return file_hash(path)
+
+
+def _hash_there(url: str) -> str:
+    """Of an object; a token file is brought to the cache, whose hashes are compared on the way."""
+    from smedjan_common.data.token_file import TokenFile
+    from smedjan_common.files.hashing import rest_hash
+    from smedjan_common.remote.reading import open_remote
+
+    if url.endswith(".bin"):
+        file = TokenFile.open(url)
+        file.verify()
+        return file.hash
+    with open_remote(Address(url)) as file:
+        return rest_hash(file)

@@ -28,6 +28,7 @@ from smedjan_common.files.json_bytes import json_bytes
 from smedjan_common.files.leftovers import hidden, lock, remove_parts
 from smedjan_common.files.regular import read_regular
 from smedjan_common.nearby import beside
+from smedjan_common.remote.address import is_remote
 
 FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -42,6 +43,7 @@ _REQUIRED = {
 }
 STOPPED = (KeyboardInterrupt, MemoryError, OutOfMemoryError, WorkerError)  # the work may go on another time, with fewer workers, say
 _MASK = "mask_sha256"  # in the manifest of a file with a mask
+_OFFSETS = "offsets_sha256"  # in the manifest; files of an older smedjan lack it
 _AT_ONCE = 1 << 24  # tokens looked at together
 _REMAKE = "Make it again: smedjan prepare."
 _REMAKE_CHATS = "Remove the token file, and make it again: smedjan sft --dataset CHATS."
@@ -87,9 +89,15 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenFile":
-        """Map the file. Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids,
+        """Map the file; one at an address is brought to the cache first (fetched.py).
+
+        Raises DataError for a missing or damaged manifest, another size than it says, a dtype that cannot hold the ids,
         an id beyond the vocabulary, a mask that is missing or was changed. The largest id stands in the manifest; a file whose manifest
         lacks it is read once, and so is a mask."""
+        if is_remote(path):
+            from smedjan_common.data.fetched import fetched
+
+            path = fetched(os.fspath(path))
         path = Path(path)
         if not path.is_file():
             raise DataError(
@@ -112,6 +120,9 @@ class TokenFile:
         found = file_hash(self.path)
         if found != (written := self.manifest["sha256"]):
             raise DataError(f"The token file {str(self.path)!r} was changed.", f"Its SHA-256 is {found}, not {written}.", _REMAKE)
+        written = self.manifest.get(_OFFSETS)
+        if self.documents is not None and written and (found := file_hash(place := offsets_path(self.path))) != written:
+            raise DataError(f"The document offsets {str(place)!r} were changed.", f"Their SHA-256 is {found}, not {written}.", _REMAKE)
 
     def check_tokenizer(self, tokenizer_hash: str) -> None:
         """Raises DataError when the file was made with another tokenizer."""
@@ -145,7 +156,7 @@ class TokenFileWriter:
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
         self.dtype = dtype_for(vocab_size)
         self.num_tokens, self.num_documents, self.num_bytes, self._max_id = 0, 0, 0, -1
-        self._sha, self._mask_sha = hashlib.sha256(), hashlib.sha256()
+        self._sha, self._offsets_sha, self._mask_sha = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         self._mask: BinaryIO | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finals = (self.path, offsets_path(self.path), manifest_path(self.path))
@@ -178,7 +189,8 @@ class TokenFileWriter:
         while data := self._tokens.read(1 << 24):
             self._sha.update(data)
             self._max_id = max(self._max_id, int(np.frombuffer(data, self.dtype).max()))
-        self._offsets.seek(0, os.SEEK_END)
+        while data := self._offsets.read(1 << 24):
+            self._offsets_sha.update(data)
 
     def _lock(self) -> None:
         """Held while they are written: who sweeps parts, or finds a journal of another host, sees that their writer lives."""
@@ -217,7 +229,9 @@ class TokenFileWriter:
         data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
         self._tokens.write(data)
         self._sha.update(data)
-        self._offsets.write((np.asarray(document_starts, np.uint64) + np.uint64(self.num_tokens)).astype("<u8").tobytes())
+        starts = (np.asarray(document_starts, np.uint64) + np.uint64(self.num_tokens)).astype("<u8").tobytes()
+        self._offsets.write(starts)
+        self._offsets_sha.update(starts)
         self.num_tokens += len(tokens)
         self.num_documents += len(document_starts)
         self.num_bytes += num_bytes
@@ -234,6 +248,7 @@ class TokenFileWriter:
             "max_id": self._max_id,
             "tokenizer_hash": self.tokenizer_hash,
             "sha256": self._sha.hexdigest(),
+            _OFFSETS: self._offsets_sha.hexdigest(),
             **({_MASK: self._mask_sha.hexdigest()} if self._mask else {}),
             **self.manifest,
             "created_by": f"smedjan {__version__}",

@@ -59,12 +59,12 @@ def find_texts(names: Iterable[str], tokenizer: Any, field: str = "text") -> lis
     found = []
     for name in names:
         path = Path(name)
-        if is_remote(name):
+        if is_remote(name) and path.suffix != ".bin":
             found.append(Text(shown(name), find([name], FLAG, field)))
         elif path.suffix == ".bin" or manifest_path(path).is_file():
-            token_file = TokenFile.open(path)
+            token_file = TokenFile.open(name)
             token_file.check_tokenizer(tokenizer.hash)
-            found.append(Text(name, [], token_file))
+            found.append(Text(shown(name) if is_remote(name) else name, [], token_file))
         else:
             found.append(Text(name, find([name], FLAG, field)))
     return found

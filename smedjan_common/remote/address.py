@@ -52,6 +52,12 @@ class Address(os.PathLike):
         return Address(f"{base.rstrip('/')}/{name}{mark}{query}")
 
     @property
+    def parent(self) -> "Address":
+        """The folder of it, without what a web address has after a question mark."""
+        base = self.url.partition("?")[0] if scheme_of(self.url) in HTTP else self.url
+        return Address(base.rstrip("/").rpartition("/")[0])
+
+    @property
     def name(self) -> str:
         """The last part, as a file's name."""
         return unquote(posixpath.basename(shown(self.url).rstrip("/"))) if scheme_of(self.url) in HTTP else posixpath.basename(self.url)

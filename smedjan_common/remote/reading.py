@@ -7,7 +7,7 @@ that no text is ever made of two versions. Of a server that does not say the siz
 import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any
 
 from smedjan_common.errors import DataError
 from smedjan_common.remote.address import Address
@@ -18,7 +18,7 @@ _AHEAD = 3  # parts under way
 _BUFFER = 1 << 17
 
 
-def open_remote(address: Address) -> BinaryIO:
+def open_remote(address: Address) -> io.BufferedReader:
     """The bytes of an object. Raises ConfigError, DataError."""
     place = Place(address)
     stat = place.stat()

@@ -92,6 +92,11 @@ class Place:
 
         return self._tried(part, "read") if end > start else b""
 
+    def read_all(self) -> bytes:
+        """A small object."""
+        size = self.stat().size
+        return self._tried(lambda: self._fs.cat_file(self._path), "read") if size is None else self.read(0, size)
+
     def stream(self) -> Any:
         """An object from front to end, of a server that does not say its size; nothing is tried again then."""
         return self._tried(lambda: self._fs.open(self._path, "rb", block_size=0), "read")

@@ -8,6 +8,7 @@ from typing import Any
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.json_fields import is_of
+from smedjan_common.remote.address import is_remote, shown
 from smedjan_common.run.flags import ALL_GROUPS, SftFlags, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
@@ -84,7 +85,11 @@ def _absolute(value: Any) -> Any:
     """Of a path, PATH.bin:WEIGHT too, or of several."""
     if value is None:
         return None
-    return os.path.abspath(value) if isinstance(value, str) else tuple(map(os.path.abspath, value))
+    return _place(value) if isinstance(value, str) else tuple(map(_place, value))
+
+
+def _place(path: str) -> str:
+    return shown(path) if is_remote(path) else os.path.abspath(path)
 
 
 def _tuple(value: Any) -> Any:

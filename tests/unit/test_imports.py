@@ -85,6 +85,7 @@ REASONS = {
     ("smedjan_common.remote.store", "fsspec"): PACKAGE,
     ("smedjan_common.remote.store", "aiohttp"): PACKAGE,
     ("smedjan_common.text.*", "smedjan_common.remote.*"): "only addresses are read from a store",
+    ("smedjan_common.data.token_file", "smedjan_common.data.fetched"): "the same",
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,
     ("smedjan_common.evaluation.tasks", "yaml"): PACKAGE,
     ("smedjan_common.evaluation.harness", "yaml"): PACKAGE,

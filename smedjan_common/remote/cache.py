@@ -1,0 +1,12 @@
+"""Where what came from a store is kept on this machine: SMEDJAN_CACHE, else the user's folder of caches. All of it may be removed."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of files; it need not be there yet."""
+    if own := os.environ.get("SMEDJAN_CACHE"):
+        return Path(own) / kind
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "smedjan" / kind
