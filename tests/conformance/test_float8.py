@@ -136,7 +136,7 @@ def test_weights_are_quantised_once_a_step():
 
     backend = JaxBackend(MODEL, TRAIN)
     tokens, rate = jax.ShapeDtypeStruct((2, 16), np.int32), jax.ShapeDtypeStruct((), np.float32)
-    program = backend._train_step.lower(backend.shapes, (tokens, tokens, None), rate).as_text()
+    program = backend._train_step.lower(backend.shapes, (tokens, tokens, None, None), rate).as_text()
     count = {name: program.count(f"xf32>) -> tensor<{shape}x{name}>") for name in ("f8E4M3FN",) for shape in ("384x128",)}
     assert count == {"f8E4M3FN": 1}
     assert sum("stablehlo.convert" in line and line.rstrip().endswith("xf8E4M3FN>") for line in program.splitlines()) == 8

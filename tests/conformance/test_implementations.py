@@ -9,6 +9,7 @@ import pytest
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.rope import turnings
 from smedjan_common.training.config import ATTENTION
 from tests import conftest
 from tests.conformance import checks, subjects
@@ -45,11 +46,11 @@ def test_every_attention_that_runs_here_gives_the_gradients_of_the_plain_one(bac
 def test_rotary_embedding_is_the_same_in_both_backends_far_out(both_backends):
     model = ModelConfig.build(vocab_size=64, dim=256, layers=1, heads=4, context_length=65536)
     x_BTHK = np.random.default_rng(0).standard_normal((1, 8, model.heads, model.head_dim)).astype(np.float32)
-    turned = {}
+    turned, (turning,) = {}, turnings(model)
     for name in both_backends:
         heads_first = name == "mlx"
         x = framework_array(name, x_BTHK.swapaxes(1, 2) if heads_first else x_BTHK)
-        out = np.asarray(subjects.module(name, "modules").Rope(model, 8, framework_array(name, np.array([60_000], np.int32)))(x))
+        out = np.asarray(subjects.module(name, "modules").Rope(model, 8, framework_array(name, np.array([60_000], np.int32)))(x, turning))
         turned[name] = out.swapaxes(1, 2) if heads_first else out
     demand([Difference("turned", largest(turned["mlx"], turned["jax"]), FLOAT32.one_op)])
 
