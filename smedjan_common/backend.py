@@ -1,8 +1,8 @@
 """What a backend gives to the training loop and to generation: the array work and nothing else.
 
 A backend is made for one (ModelConfig, TrainConfig, mesh). Its train state is opaque here; on the host everything is NumPy,
-keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `token_losses`, `logits` and a decoder's `feed`, `step`
-and `block` waits for the device.
+keyed by the names of the parameter table. Nothing but `read`, `save`, `score`, `token_losses`, `logits` and a decoder's `feed`, `step`,
+`look` and `block` waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,12 +106,13 @@ class Decoder(Protocol):
     max_len ones (block-sparse: of whole blocks), recurrent ones all: `feed` and `step` go on without end. What a row gives does not
     depend on the others: in float32, for the same number of rows, not by one bit.
 
-    can_rewind: a row can go back, since all its state is by position.
+    can_rewind: a row can go back, since all its state is by position. endless: none is, so that nothing is overwritten past max_len.
     """
 
     rows: int
     max_len: int
     can_rewind: bool
+    endless: bool
 
     def position(self, row: int = 0) -> int:
         """Tokens that a row has consumed. The host knows; nothing is waited for."""
@@ -124,6 +125,15 @@ class Decoder(Protocol):
     def step(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Every row consumes one of the tokens, int [rows], where `active`, bool [rows]: logits, float32 [rows, vocab_size]. The others
         keep their state bit for bit; their logits say nothing."""
+        ...
+
+    def look(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Every row reads T tokens, int [rows, T], where `active`, and stays where it is: logits after each, float32 [rows, T, vocab_size].
+        For rows that come to no more than max_len, unless `endless`. What was looked at counts until the next call but `keep`."""
+        ...
+
+    def keep(self, counts: np.ndarray) -> None:
+        """After a `look`: rows consume the first `counts`, int [rows], of its tokens; where not `can_rewind`, all of them or none."""
         ...
 
     def block(self, rows: Sequence[Any], steps: int) -> list[Any]:

@@ -30,6 +30,8 @@ FLAGS = {
     "val-fraction": "val-split validation-split test-size eval-split valid-fraction",
     "checkpoint": "model model-path model-name-or-path ckpt ckpt-path load",
     "size": "model model-size preset model-name",
+    "draft": "draft-model model-draft speculative-model assistant-model",
+    "draft-tokens": "num-draft-tokens draft-max draft-n num-speculative-tokens num-assistant-tokens",
     "pretrained": "model model-name-or-path init-from finetune-from from-pretrained base-model",
     "resume": "resume-from-checkpoint resume-from continue load-checkpoint resume-adapter-file",
     "tokenizer": "tokenizer-path tokenizer-name tokenizer-file vocab-file",

@@ -15,7 +15,7 @@ import numpy as np
 
 from smedjan_common.backend import LESS_TO_DECODE
 from smedjan_common.config import ModelConfig
-from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.inference.chunks import by_position, can_rewind, chunk_lengths, read_length
 from smedjan_common.inference.drawing import Draw, Drawn, Settings, Way, seen, settings, way
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
@@ -51,12 +51,15 @@ class JaxDecoder:
 
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
         self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
-        self.can_rewind = can_rewind(model)
+        self.can_rewind, self.endless = can_rewind(model), not by_position(model, max_len)
         self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
         self._compiled = _functions(model, dtype, max_len, everywhere := sharding.everywhere_with(self._weights))
         self._positions = np.zeros(rows, np.int32)
         fresh = functools.partial(Model(model, views(model, self._weights), dtype).init_state, rows, max_len)
         self._layers = guarded(lambda: jax.device_put(fresh()["layers"], everywhere), fix=LESS_TO_DECODE)
+        self._seen, self._looked = [], 0  # of the last `look`: states that sum up, after it, and its tokens
+
+    _seen: Layers
 
     def position(self, row: int = 0) -> int:
         return int(self._positions[row])
@@ -89,6 +92,24 @@ class JaxDecoder:
         logits = self._run(self._compiled.step, tokens[:, None], self._positions.copy(), active, read)
         self._positions += active
         return np.asarray(logits)
+
+    def look(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        active, count = np.asarray(active, bool), tokens.shape[1]
+        newest = int(self._positions[active].max(initial=0))
+        assert self.endless or newest + count <= self.max_len, "it would overwrite what it is to go back to"
+        tokens = np.where(active[:, None], tokens, 0).astype(np.int32)
+        args = tokens, self._positions.copy(), active, self._read(newest)
+        logits, self._seen = self._run(self._compiled.look, *args)
+        self._looked = count
+        return np.asarray(logits)
+
+    def keep(self, counts: np.ndarray) -> None:
+        counts = np.asarray(counts, np.int32)
+        assert self.can_rewind or np.isin(counts, (0, self._looked)).all(), "its state sums up all that was looked at"
+        if not self.can_rewind and counts.any():
+            self._layers = self._compiled.keep(self._layers, self._seen, counts > 0)
+        self._positions += counts
+        self._seen, self._looked = [], 0
 
     def block(self, rows: Sequence[Draw], steps: int) -> list[Drawn]:
         vocab, kind = self.model.vocab_size, way(rows, self.model.vocab_size)
@@ -153,6 +174,8 @@ class Functions(NamedTuple):
     feed: Callable
     put: Callable
     step: Callable
+    look: Callable
+    keep: Callable
     block: Callable
     reset: Callable
     save: Callable
@@ -163,6 +186,7 @@ class Functions(NamedTuple):
 def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding) -> Functions:
     """Decoders of the same model share them, so a run's samples compile once. Of weights that are split, XLA makes what it needs; what
     comes out is `everywhere`."""
+    summed = [{spec.name for spec in _specs(model, layer, max_len) if spec.axis is None} for layer in range(model.layers)]
 
     def logits(weights: Params, tokens: jax.Array, layers: Layers, position: jax.Array, active: jax.Array | None, length: int):
         state = {"position": position, "layers": layers}
@@ -175,6 +199,19 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
 
     def step(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
         return logits(weights, tokens, layers, position, active, length)
+
+    def look(weights: Params, layers: Layers, tokens: jax.Array, position: jax.Array, active: jax.Array, length: int):
+        state = {"position": position, "layers": layers}
+        scores, after = Model(model, views(model, weights), dtype).look(tokens, state, active, length)
+        ahead = [{name: array for name, array in one.items() if name in names} for one, names in zip(after["layers"], summed, strict=True)]
+        stays = [one | {name: before[name] for name in names} for one, before, names in zip(after["layers"], layers, summed, strict=True)]
+        return (scores[..., : model.vocab_size], ahead), stays
+
+    def keep(layers: Layers, ahead: Layers, rows: jax.Array) -> Layers:
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return [old | {name: chosen(new[name], old[name]) for name in new} for old, new in zip(layers, ahead, strict=True)]
 
     def block(weights: Params, layers: Layers, sent: jax.Array, texts: jax.Array, kind: Way, steps: int, length: int):
         rows, vocab = len(sent), model.vocab_size
@@ -219,6 +256,8 @@ def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sha
         jit(feed, donate_argnums=1, static_argnums=4),
         jit(_with_row, donate_argnums=0),
         jit(step, donate_argnums=1, static_argnums=5),
+        jit(look, donate_argnums=1, static_argnums=5),
+        jit(keep, donate_argnums=0),
         jit(block, donate_argnums=1, static_argnums=(4, 5, 6)),
         jit(reset, donate_argnums=0),
         jit(save, static_argnums=2),

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from smedjan_common.backend import LESS_TO_DECODE
 from smedjan_common.config import ModelConfig
-from smedjan_common.inference.chunks import can_rewind, chunk_lengths, read_length
+from smedjan_common.inference.chunks import by_position, can_rewind, chunk_lengths, read_length
 from smedjan_common.inference.drawing import Draw, Drawn, Settings, Way, seen, settings, way
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
@@ -49,12 +49,15 @@ class MlxDecoder:
 
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
         self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
-        self.can_rewind = can_rewind(model)
+        self.can_rewind, self.endless = can_rewind(model), not by_position(model, max_len)
         self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
         self._compiled = _functions(model, dtype, max_len)
         self._positions = np.zeros(rows, np.int32)
         self._layers = Model(model, views(model, self._weights), dtype).init_state(rows, max_len)["layers"]
         guarded(mx.eval, self._layers, fix=LESS_TO_DECODE)
+        self._seen, self._looked = [], 0  # of the last `look`: states that sum up, after it, and its tokens
+
+    _seen: Layers
 
     def position(self, row: int = 0) -> int:
         return int(self._positions[row])
@@ -77,6 +80,24 @@ class MlxDecoder:
         logits = self._run(self._compiled.step, mx.array(tokens[:, None]), mx.array(self._positions), mx.array(active), read)
         self._positions += active
         return np.array(logits)
+
+    def look(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        active, count = np.asarray(active, bool), tokens.shape[1]
+        newest = int(self._positions[active].max(initial=0))
+        assert self.endless or newest + count <= self.max_len, "it would overwrite what it is to go back to"
+        tokens = np.where(active[:, None], tokens, 0).astype(np.int32)
+        args = mx.array(tokens), mx.array(self._positions), mx.array(active), self._read(newest)
+        logits, self._seen = self._run(self._compiled.look, *args)
+        self._looked = count
+        return np.array(logits)
+
+    def keep(self, counts: np.ndarray) -> None:
+        counts = np.asarray(counts, np.int32)
+        assert self.can_rewind or np.isin(counts, (0, self._looked)).all(), "its state sums up all that was looked at"
+        if not self.can_rewind and counts.any():
+            self._change(self._compiled.keep, self._seen, mx.array(np.greater(counts, 0)))
+        self._positions += counts
+        self._seen, self._looked = [], 0
 
     def block(self, rows: Sequence[Draw], steps: int) -> list[Drawn]:
         vocab, kind = self.model.vocab_size, way(rows, self.model.vocab_size)
@@ -157,6 +178,8 @@ class Functions(NamedTuple):
 
     feed: Callable
     step: Callable
+    look: Callable
+    keep: Callable
     block: Callable
     reset: Callable
     save: Callable
@@ -166,6 +189,7 @@ class Functions(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
     """Decoders of the same model share them, so a run's samples compile once."""
+    summed = [{spec.name for spec in _specs(model, layer, max_len) if spec.axis is None} for layer in range(model.layers)]
 
     def logits(weights: Params, tokens: mx.array, layers: Layers, position: mx.array, active: mx.array | None, length: int):
         state = {"position": position, "layers": layers}
@@ -178,6 +202,19 @@ def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
 
     def step(weights: Params, layers: Layers, tokens: mx.array, position: mx.array, active: mx.array, length: int):
         return logits(weights, tokens, layers, position, active, length)
+
+    def look(weights: Params, layers: Layers, tokens: mx.array, position: mx.array, active: mx.array, length: int):
+        state = {"position": position, "layers": layers}
+        scores, after = Model(model, views(model, weights), dtype).look(tokens, state, active, length)
+        ahead = [{name: array for name, array in one.items() if name in names} for one, names in zip(after["layers"], summed, strict=True)]
+        stays = [one | {name: before[name] for name in names} for one, before, names in zip(after["layers"], layers, summed, strict=True)]
+        return (scores[..., : model.vocab_size], ahead), stays
+
+    def keep(layers: Layers, ahead: Layers, rows: mx.array) -> Layers:
+        def chosen(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return [old | {name: chosen(new[name], old[name]) for name in new} for old, new in zip(layers, ahead, strict=True)]
 
     def block(weights: Params, layers: Layers, at: Going, waiting: mx.array, how: Settings, kind: Way, length: int):
         at, how = Going(*at), Settings(*how)  # compiled, they come as plain tuples
@@ -206,7 +243,7 @@ def _functions(model: ModelConfig, dtype: str, max_len: int) -> Functions:
     def load(layers: Layers, row: int, saved: Layers) -> Layers:
         return _with_row(reset(layers, row), mx.array(row), saved)
 
-    return Functions(_compiled(feed), _compiled(step), _compiled(block, 2), reset, save, load)
+    return Functions(_compiled(feed), _compiled(step), _compiled(look), keep, _compiled(block, 2), reset, save, load)
 
 
 def _compiled(function: Callable, fixed: int = 1) -> Callable:

@@ -96,18 +96,27 @@ class Model(nn.Module):
         return {"position": mx.zeros(batch, mx.int32), "layers": layers}
 
     def step(self, tokens: mx.array, state: State, active: mx.array | None = None, length: int | None = None) -> tuple[mx.array, State]:
-        """Consume T >= 1 new tokens of each row: logits after the last one, float32 [B, V], and the new state.
+        """Consume T >= 1 new tokens of each row: logits after the last one, float32 [B, V], and the new state. Arguments as of `look`."""
+        x_BTD, state = self._consume(tokens, state, active, length)
+        return self.head.logits(self._read(x_BTD[:, -1:]))[:, 0], state
+
+    def look(self, tokens: mx.array, state: State, active: mx.array | None = None, length: int | None = None) -> tuple[mx.array, State]:
+        """The same with the logits after each of them, float32 [B, T, V].
 
         active, length: as in Context. T is at most the positions that the state holds (smedjan_common.inference.chunks).
         """
+        x_BTD, state = self._consume(tokens, state, active, length)
+        return self.head.logits(self._read(x_BTD)), state
+
+    def _consume(self, tokens: mx.array, state: State, active: mx.array | None, length: int | None) -> tuple[mx.array, State]:
+        """Through all blocks, [B, T, D], and the new state."""
         position, T = state["position"], tokens.shape[1]
         context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
         x_BTD, layers, carried = self._embedded(tokens), [], {}
         for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BTD, after, carried = block.step(x_BTD, context, before, carried)
             layers.append(self._where_active(active, layer, before, after))
-        logits_BV = self.head.logits(self._read(x_BTD[:, -1:]))[:, 0]
-        return logits_BV, {"position": position + (T if active is None else T * active.astype(mx.int32)), "layers": layers}
+        return x_BTD, {"position": position + (T if active is None else T * active.astype(mx.int32)), "layers": layers}
 
     def _where_active(self, active: mx.array | None, layer: int, before: State, after: State) -> State:
         """Arrays that sum up the positions change in active rows only; mixers see to those by position themselves."""

@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
 from smedjan_common.errors import ConfigError, run_command
-from smedjan_common.optional import MaybeStr
+from smedjan_common.optional import MaybeInt, MaybeStr
 from smedjan_common.run.signals import interrupt_ends_at_once
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class GenerateFlags:
     """Print a JSON object a line for each text: prompt, sample, seed, text, finish_reason, prompt_tokens, completion_tokens."""
     stats: Annotated[bool, FlagCreatePairsOff] = False
     """Say at the end, on standard error, how many tokens per second were generated. A terminal is told anyway."""
+    draft: Annotated[MaybeStr, arg(metavar="RUN", help_behavior_hint="")] = None
+    """A smaller model of the same tokenizer that guesses tokens ahead: the text is the same, and where it guesses well it comes faster."""
+    draft_tokens: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: 4)")] = None
+    """How many tokens the draft guesses at a time, 1 to 16."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -116,7 +120,7 @@ def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
         raise ConfigError(
             f"--num-samples is {flags.num_samples:,}.", why, f"Take {MOST_TEXTS:,} texts at most, and another --seed for more."
         )
-    opened = OpenModel(flags.checkpoint)
+    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens)
     length = opened.model.context_length
     ids = [_prompt_ids(prompt, opened.tokenizer, length) for prompt in prompts]
     opened.use(name, load, flags.dtype)
@@ -131,7 +135,7 @@ def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
     if any(len(ticket.ids) > length for ticket in tickets) and by_position(opened.model, length):
         streams.put(f"note: past the model's context of {length} tokens it saw the last {length} only.", sys.stderr)
     if flags.stats or sys.stderr.isatty():
-        streams.put(speed(engine.stats.generation_tokens, len(texts), time.monotonic() - started), sys.stderr)
+        streams.put(speed(engine.stats, len(texts), time.monotonic() - started), sys.stderr)
     if error := next((ticket.error for ticket in tickets if ticket.error), None):
         raise error
     return 0

@@ -61,6 +61,10 @@ class ServeFlags:
     """Web pages of these origins may ask, such as https://app.example; * is all of them."""
     allowed_host: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """Host names that the server answers to, beside those of the loopback; * is all of them."""
+    draft: Annotated[MaybeStr, arg(metavar="RUN", help_behavior_hint="")] = None
+    """A smaller model of the same tokenizer that guesses tokens ahead: texts are the same, and where it guesses well they come faster."""
+    draft_tokens: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: 4)")] = None
+    """How many tokens the draft guesses at a time, 1 to 16."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "auto"
     """Precision of the computation. auto: bfloat16 where the device has it, else float32."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -91,7 +95,7 @@ def _serve(name: str, load: "Load", flags: ServeFlags) -> int:
     from smedjan_common.serving.start import Settings, start
 
     check_backend(name, flags.backend)
-    opened = OpenModel(flags.checkpoint)
+    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens)
     served = _served(opened, flags)
     key = _key(flags)
     loopback = is_loopback(flags.host)
@@ -200,6 +204,7 @@ def _said(opened: "OpenModel", served: "Served", where: str, rows: int, key: boo
             f"  {opened.dtype} on {opened.backend.describe().name}; context {served.context_length} tokens; "
             f"{rows} texts at once, {memory} for their states",
             f"  chats: {served.template.name if served.template else 'none'}",
+            *([f"  draft: {opened.draft.name}, {opened.ahead} tokens ahead"] if opened.draft else ()),
             f"  in a browser: {where}/",
             f'  curl {where}/v1/completions{header} -d \'{{"prompt": "Once", "max_tokens": 50}}\'',
             "Ctrl-C ends it.",

@@ -8,6 +8,8 @@ does not depend on its company.
 A prompt that begins as an earlier text did is not computed again. A decoder that can rewind keeps the state in the freed row and goes
 back to the common beginning; of others, states are kept after the prompt and after the answer (smedjan_common.inference.prefixes).
 
+With a draft (smedjan_common.inference.speculation) a step gives several tokens: those that a smaller model guessed right, and one more.
+
 Everything here happens in the thread that calls it; smedjan_common.inference.service is a thread around it.
 """
 
@@ -23,6 +25,7 @@ from smedjan_common.backend import Decoder
 from smedjan_common.inference.drawing import Draw, Drawn
 from smedjan_common.inference.prefixes import Prefixes, common
 from smedjan_common.inference.request import Piece, Request
+from smedjan_common.inference.speculation import Guess, Speculator, accepted
 from smedjan_common.inference.stats import Stats
 from smedjan_common.inference.ticket import Scored, Ticket
 
@@ -43,6 +46,12 @@ class Row:
     ticket: Ticket | None = None
     used: int = 0  # when: larger is later
 
+    @property
+    def behind(self) -> int:
+        """Tokens of its text that it has not consumed: the last one, and those that were sure only after it had looked at them."""
+        assert self.ticket
+        return len(self.ticket.ids) - len(self.ids)
+
 
 class Engine:
     """Answers requests with one decoder and the tokenizer of its model.
@@ -50,7 +59,7 @@ class Engine:
     reuse: begin from the state of an earlier text where that is the beginning of a prompt. keep_bytes: the most that kept states may take.
     keep_answers: keep states after answers too, for prompts that go on from there. blocks: let the device draw several tokens at a time
     where a request allows it; the decoder's vocabulary is then the tokenizer's. score: gives the log-probabilities of a prompt, for
-    requests that echo theirs.
+    requests that echo theirs. speculator: guesses tokens ahead; of as many rows as the decoder.
     """
 
     def __init__(
@@ -64,11 +73,13 @@ class Engine:
         blocks: bool = False,
         chunk: int = CHUNK,
         score: Score | None = None,
+        speculator: Speculator | None = None,
     ):
         self.decoder, self.tokenizer, self.stats = decoder, tokenizer, Stats()
         self.vocab_size = tokenizer.vocab_size
         self._reuse, self._chunk, self._score = reuse, chunk, score
         self._blocks, self._block_seconds = blocks, 0.0  # of a token in the last block
+        self._speculator = speculator
         self._keep_answers = keep_answers and reuse and not decoder.can_rewind
         self._rows = [Row(number) for number in range(decoder.rows)]
         self._waiting: deque[Ticket] = deque()
@@ -123,11 +134,12 @@ class Engine:
         return pieces
 
     def warm_up(self, length: int) -> None:
-        """Compile what nearly every request needs, before the first one waits for it: steps, and the chunks of `length` tokens.
+        """Compile what nearly every request needs, before the first one waits for it: steps, looks, and the chunks of `length` tokens.
 
         Nothing of it is counted.
         """
-        for _ in self.run([Request((0,) * length, max_tokens=2, stop_ids=frozenset())]):
+        ahead = self._speculator.tokens + 1 if self._speculator else 0
+        for _ in self.run([Request((0,) * length, max_tokens=2 + ahead, stop_ids=frozenset())]):
             pass
         self.stats = Stats()
 
@@ -151,7 +163,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the decoder and of everything that was kept. No request is answered any more."""
         self._waiting.clear()
-        self._rows, self._prefixes = [], Prefixes(0)
+        self._rows, self._prefixes, self._speculator = [], Prefixes(0), None
         del self.decoder
 
     def _piece(self, ticket: Ticket) -> Piece | None:
@@ -255,14 +267,59 @@ class Engine:
         yield from self._waiting
 
     def _decode(self, rows: list[tuple[Row, Ticket]]) -> None:
-        """The rows whose requests have chosen a token go on from it: by blocks that are drawn on the device where that can be, else by one
-        step, drawn here."""
+        """The rows whose requests have chosen a token go on from it: over what the draft guesses, by blocks that are drawn on the device
+        where that can be, else by one step, drawn here."""
+        if self._speculator and rows:
+            rows = self._speculate(self._speculator, rows)
         blocks = [(row, ticket) for row, ticket in rows if self._blocks and ticket.draws_on_device]
         steps = [(row, ticket) for row, ticket in rows if not (self._blocks and ticket.draws_on_device)]
         if blocks:
             self._block(blocks)
         if steps:
             self._step(steps)
+
+    def _speculate(self, speculator: Speculator, rows: list[tuple[Row, Ticket]]) -> list[tuple[Row, Ticket]]:
+        """Let rows look at what the draft guesses, and take what they would have drawn themselves. Gives those that must go on otherwise,
+        all of whose tokens but the last are consumed: nothing was guessed, or what they hold would be overwritten."""
+        window = speculator.window(self.decoder)
+        fit = [(row, ticket) for row, ticket in rows if self.decoder.endless or len(row.ids) + window <= self.decoder.max_len]
+        most = {row.number: min(speculator.tokens, window - row.behind, ticket.most(window) - 1) for row, ticket in fit}
+        guessed = speculator.guess([Guess(row.number, ticket, most[row.number]) for row, ticket in fit if most[row.number] > 0])
+        if not any(guessed.get(row.number) or row.behind > 1 for row, _ in fit):
+            fit = []
+        if fit:
+            self._look(fit, guessed, window)
+        looked = {row.number for row, _ in fit}
+        rest = [(row, ticket) for row, ticket in rows if row.number not in looked]
+        for row, ticket in rest:
+            if row.behind > 1:
+                late = ticket.ids[len(row.ids) : -1]
+                self.decoder.feed(late, row.number)
+                row.ids += late
+        return rest
+
+    def _look(self, rows: list[tuple[Row, Ticket]], guessed: dict[int, list[int]], window: int) -> None:
+        """The rows read, all at once, what they have not consumed yet and what was guessed, and keep of it what is sure."""
+        tokens, active, counts = np.zeros((self.rows, window), np.int32), np.zeros(self.rows, bool), np.zeros(self.rows, np.int32)
+        for row, ticket in rows:
+            ahead = [*ticket.ids[len(row.ids) :], *guessed.get(row.number, ())]
+            tokens[row.number, : len(ahead)], active[row.number] = ahead, True
+        logits = self.decoder.look(tokens, active)
+        for row, ticket in rows:
+            self._guarded(ticket, self._accept, row, ticket, logits[row.number], guessed.get(row.number, []), counts)
+        self.decoder.keep(counts)
+
+    def _accept(self, row: Row, ticket: Ticket, logits: np.ndarray, guessed: list[int], counts: np.ndarray) -> None:
+        """Draw as long as the guesses were right. What was looked at is consumed as far as it is the text."""
+        behind, window = row.behind, len(logits)
+        places = logits[behind - 1 : behind + len(guessed), : self.vocab_size]
+        right = accepted(lambda here: None if ticket.reason else ticket.draw(here), list(places), guessed)
+        self.stats.drafted_tokens += len(guessed)
+        self.stats.accepted_tokens += right
+        text = ticket.ids[len(row.ids) : len(row.ids) + behind + right]
+        if self.decoder.can_rewind or len(text) == window:
+            counts[row.number] = len(text)
+            row.ids += text
 
     def _block(self, rows: list[tuple[Row, Ticket]]) -> None:
         """Some tokens of each row. Few while prompts are to be fed, and where many would take long: text is to flow."""

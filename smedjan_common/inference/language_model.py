@@ -39,9 +39,17 @@ ROWS = (1, 4, 16, 64)  # texts side by side: few numbers, since each is compiled
 class LanguageModel:
     """A model, its tokenizer and a device to compute on. Close it, or use it as a context, to give the memory back."""
 
-    def __init__(self, path: str | os.PathLike, name: str, load: Load, dtype: str = "float32"):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        name: str,
+        load: Load,
+        dtype: str = "float32",
+        draft: str | os.PathLike | None = None,
+        draft_tokens: int | None = None,
+    ):
         """name, load: of the backend. Raises what OpenModel and its `use` raise."""
-        self._opened = OpenModel(path)
+        self._opened = OpenModel(path, draft, draft_tokens)
         self._thread = OneThread("smedjan-model")
         self._engine: Engine | None = None
         self._call(self._opened.use, name, load, dtype)

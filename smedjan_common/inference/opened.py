@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from smedjan_common.backend import Backend
+from smedjan_common.backend import Backend, Decoder
 from smedjan_common.checkpoint import CheckpointInfo, check_readable, read_weights
-from smedjan_common.errors import unknown
+from smedjan_common.errors import ConfigError, unknown
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.inference.open import Foreign, decoding_config, open_model
 from smedjan_common.inference.room import check_room, rows_that_fit
 from smedjan_common.inference.scoring import Scorer, row, windows
+from smedjan_common.inference.speculation import AHEAD, MOST, Speculator
 from smedjan_common.inference.ticket import Scored
 from smedjan_common.model.quantization import FORMAT
+from smedjan_common.tokenizer.growing import extends
 
 DTYPES = ("auto", "float32", "bfloat16")  # to infer in
 
@@ -29,12 +31,25 @@ Load = Callable[[], tuple[Callable[..., Backend], str]]
 
 
 class OpenModel:
-    """`info`, `tokenizer`: what is known before anything is computed. Raises CheckpointError and what `open_model` raises."""
+    """`info`, `tokenizer`: what is known before anything is computed. draft: the path of a smaller model that guesses tokens ahead, and
+    draft_tokens how many (None: 4), see smedjan_common.inference.speculation.
 
-    def __init__(self, path: str | os.PathLike):
+    Raises CheckpointError and what `open_model` raises, ConfigError for a draft that cannot be one.
+    """
+
+    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None, draft_tokens: int | None = None):
         self.path = str(path)
         self.info, self.tokenizer = open_model(path)
         self.model = self.info.model
+        self.draft, self.ahead = (None, 0) if draft is None else (OpenModel(draft), AHEAD if draft_tokens is None else draft_tokens)
+        if draft_tokens is not None:
+            _check_ahead(draft_tokens, self.draft)
+        if self.draft and not _alike(self.tokenizer, self.draft.tokenizer):
+            raise ConfigError(
+                f"The draft {self.draft.path} has another tokenizer than {self.path}.",
+                "Its tokens stand for other texts.",
+                "Take a smaller model that was trained with the same tokenizer: smedjan hash shows it.",
+            )
 
     @property
     def name(self) -> str:
@@ -54,6 +69,8 @@ class OpenModel:
         make_backend, auto = load()
         config = decoding_config(self.info, auto if dtype == "auto" else dtype)
         self.backend, self.dtype = make_backend(self.model, config), config.dtype
+        if self.draft:
+            self.draft.use(name, load, dtype)
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -64,7 +81,8 @@ class OpenModel:
     def rows(self, wanted: int, length: int, keep_rows: int = 0, scores: bool = False) -> int:
         """How many of `wanted` texts of up to `length` tokens are decoded side by side: as many as memory holds, at least one. keep_rows,
         scores: as for the engine that is to have them."""
-        fit = rows_that_fit(self.info, self.backend.describe(), self.dtype, length, wanted + keep_rows, scores)
+        length += 2 * self.ahead
+        fit = rows_that_fit(self.info, self.backend.describe(), self.dtype, length, wanted + keep_rows, scores, self._beside)
         return max(1, fit - keep_rows)
 
     def engine(
@@ -76,14 +94,39 @@ class OpenModel:
 
         Raises OutOfMemoryError before anything is allocated.
         """
-        check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows, scores)
+        prompt += 2 * self.ahead  # the last tokens are looked at with some to come
+        check_room(self.info, self.backend.describe(), self.dtype, prompt, max_tokens, rows + keep_rows, scores, self._beside)
         length = min(prompt + max_tokens, self.model.context_length)
         keep = keep_rows * (state_bytes(self.model, 1, length, self.dtype) + 4 * self.model.vocab_size)
+        return Engine(
+            self._decoder(rows, length, scores),
+            self.tokenizer,
+            keep_bytes=keep,
+            keep_answers=keep_answers,
+            blocks=self._draws,
+            score=self._score,
+            speculator=self._speculator(rows, length) if self.draft else None,
+        )
+
+    @property
+    def _beside(self) -> CheckpointInfo | Foreign | None:
+        return self.draft.info if self.draft else None
+
+    @property
+    def _draws(self) -> bool:
+        """Whether its device draws tokens by itself; where not, compiling that costs more."""
+        return self.backend.describe().kind == "gpu" and self.model.vocab_size == self.tokenizer.vocab_size
+
+    def _decoder(self, rows: int, length: int, scores: bool = False) -> Decoder:
         quantized = self.info.format == FORMAT  # nothing of it is cast
         shared = scores or quantized or self.dtype == "float32" or "params" in self.__dict__  # else a decoder alone holds them, cast
-        decoder = self.backend.decoder(self.params if shared else self._read(), length, rows)
-        blocks = self.backend.describe().kind == "gpu" and self.model.vocab_size == self.tokenizer.vocab_size  # else compiling costs more
-        return Engine(decoder, self.tokenizer, keep_bytes=keep, keep_answers=keep_answers, blocks=blocks, score=self._score)
+        return self.backend.decoder(self.params if shared else self._read(), length, rows)
+
+    def _speculator(self, rows: int, length: int) -> Speculator:
+        draft, own = self.draft, self.tokenizer
+        assert draft
+        decoder = draft._decoder(rows, min(length, draft.model.context_length))
+        return Speculator(decoder, self.ahead, own.vocab_size, draft.tokenizer.vocab_size, draft.tokenizer.eot_id, draft._draws)
 
     def _read(self) -> dict[str, Any]:
         return self.info.read() if isinstance(self.info, Foreign) else read_weights(self.info, self.backend.own)
@@ -103,3 +146,15 @@ class OpenModel:
                 best = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
                 found.append((float(scores.logprobs[at]), tuple(best)))
         return found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether their tokens stand for the same texts, up to special tokens that one of them has besides."""
+    return extends(one, other) or extends(other, one)
+
+
+def _check_ahead(tokens: int, draft: OpenModel | None) -> None:
+    if draft is None:
+        raise ConfigError("--draft-tokens needs a draft.", "It says how many tokens that one guesses.", "Add --draft PATH.")
+    if not 1 <= tokens <= MOST:
+        raise ConfigError(f"--draft-tokens is {tokens}.", "That is out of range.", f"Take 1 to {MOST}; {AHEAD} is the default.")

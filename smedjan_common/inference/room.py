@@ -35,36 +35,50 @@ class Weighed(Protocol):
     def format(self) -> str: ...
 
 
-def check_room(info: Weighed, device: Device, dtype: str, prompt: int, max_tokens: int, rows: int = 1, scores: bool = False) -> None:
+def check_room(
+    info: Weighed,
+    device: Device,
+    dtype: str,
+    prompt: int,
+    max_tokens: int,
+    rows: int = 1,
+    scores: bool = False,
+    draft: Weighed | None = None,
+) -> None:
     """Raises OutOfMemoryError where `rows` texts side by side, each of up to `max_tokens` more than the `prompt` tokens, do not fit.
-    Before anything of it is allocated. scores: prompts are scored too."""
+    Before anything of it is allocated. scores: prompts are scored too. draft: a second model, which guesses ahead."""
 
     def lacking(tokens: int) -> list[tuple[str, int, int]]:
-        return _lacking(info, device, dtype, prompt + tokens, rows, scores)
+        return _lacking(info, device, dtype, prompt + tokens, rows, scores, draft)
 
     if not (short := lacking(max_tokens)):
         return
     place, need, there = short[0]
     fewer = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: bool(lacking(tokens))) - 1
     less = f"Take --max-tokens {fewer}, which fits" if fewer > 0 else "Close other programs, or take a smaller model"
-    if rows > 1 and (fits := rows_that_fit(info, device, dtype, prompt + max_tokens, rows, scores)):
+    if rows > 1 and (fits := rows_that_fit(info, device, dtype, prompt + max_tokens, rows, scores, draft)):
         less = f"Answer fewer at once: {fits} fit"
     again = ", and the machine holds them once more while they are read" if info.format == FORMAT else ""
     raise OutOfMemoryError(
         f"To generate takes about {size(need)} of {place}, and {size(there)} are there.",
-        f"The weights take {size(_weights(info))}{again}.",
+        f"The weights take {size(_weights(info) + (_weights(draft) if draft else 0))}{again}.",
         f"{less}, or a machine with more memory.",
     )
 
 
-def rows_that_fit(info: Weighed, device: Device, dtype: str, length: int, most: int, scores: bool = False) -> int:
+def rows_that_fit(
+    info: Weighed, device: Device, dtype: str, length: int, most: int, scores: bool = False, draft: Weighed | None = None
+) -> int:
     """How many texts of `length` tokens fit side by side, at most `most`; 0 where not even one does."""
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda rows: bool(_lacking(info, device, dtype, length, rows, scores)))
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda rows: bool(_lacking(info, device, dtype, length, rows, scores, draft)))
 
 
-def _lacking(info: Weighed, device: Device, dtype: str, length: int, rows: int, scores: bool) -> list[tuple[str, int, int]]:
-    state = state_bytes(info.model, rows, min(length, info.model.context_length), dtype)
-    state += _working(info, dtype)
+def _lacking(
+    info: Weighed, device: Device, dtype: str, length: int, rows: int, scores: bool, draft: Weighed | None
+) -> list[tuple[str, int, int]]:
+    state = _state(info, dtype, length, rows) + _working(info, dtype)
+    if draft:
+        state += _weights(draft) + _state(draft, dtype, length, rows) + _working(draft, dtype)
     if scores and dtype != "float32" and info.format != QUANTIZED:
         state += _weights(info) * BYTES[dtype] // BYTES["float32"]  # those that are decoded with; in float32 they are the same
     return [(place, need, there) for place, need, there in _places(info, device, state) if need > there]
@@ -79,6 +93,10 @@ def _places(info: Weighed, device: Device, state: int) -> Iterator[tuple[str, in
     if (there := available_memory()) is not None:
         held = weights + state + PROCESS_BYTES.get(device.backend, 0) if device.on_host else 0
         yield "memory", read + held, there
+
+
+def _state(info: Weighed, dtype: str, length: int, rows: int) -> int:
+    return state_bytes(info.model, rows, min(length, info.model.context_length), dtype)
 
 
 def _weights(info: Weighed) -> int:

@@ -38,11 +38,13 @@ class Histogram:
 @dataclass
 class Stats:
     """Counters since the start; `finished` by finish reason. Times in seconds: from the arrival of a request to its slot (queue), to its
-    first token, to its end; and between tokens."""
+    first token, to its end; and between tokens. drafted, accepted: tokens that a smaller model guessed, and those that were right."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     queue_seconds: Histogram = field(default_factory=Histogram)
     first_token_seconds: Histogram = field(default_factory=Histogram)

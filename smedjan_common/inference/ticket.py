@@ -60,8 +60,8 @@ class Ticket:
             logprob, top = scored[position] if scored else (None, ())
             self._stream.push(TokenInfo(token, self._bytes(token), logprob, top), given=True)
 
-    def draw(self, logits: np.ndarray) -> None:
-        """Choose the next token. logits: [V], after the last of `ids`. Raises NotFiniteError."""
+    def draw(self, logits: np.ndarray) -> int:
+        """Choose the next token, and take it. logits: [V], after the last of `ids`. Raises NotFiniteError."""
         request = self.request
         token = sample(logits, self.ids, request.sampling, len(self.ids), self.prompt_length)
         logprob, top = None, ()
@@ -69,6 +69,12 @@ class Ticket:
             logprobs = log_softmax(logits)
             logprob, top = float(logprobs[token]), most_probable(logprobs, request.logprobs)
         self.take(token, logprob, top)
+        return token
+
+    def foretell(self, logits: np.ndarray, guessed: Sequence[int]) -> int:
+        """The token that it would choose from these logits [V], after `ids` and what was guessed of what comes. Raises NotFiniteError."""
+        ids = [*self.ids, *guessed]
+        return sample(logits, ids, self.request.sampling, len(ids), self.prompt_length)
 
     def take(self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> None:
         """The next token is this one."""

@@ -37,6 +37,8 @@ class Metrics:
             ("slot_usage_ratio", "gauge", "Slots in use, of all.", [({}, report.running / max(report.rows, 1))]),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", [({}, stats.prompt_tokens)]),
             ("generation_tokens_total", "counter", "Tokens generated.", [({}, stats.generation_tokens)]),
+            ("spec_decode_num_draft_tokens_total", "counter", "Tokens that the draft guessed.", [({}, stats.drafted_tokens)]),
+            ("spec_decode_num_accepted_tokens_total", "counter", "Those of them that were right.", [({}, stats.accepted_tokens)]),
             ("prefix_cache_queries_total", "counter", "Tokens of prompts looked for in what is kept.", [({}, stats.prompt_tokens)]),
             ("prefix_cache_hits_total", "counter", "Tokens of prompts found there.", [({}, stats.cached_tokens)]),
             ("request_success_total", "counter", "Requests answered.", finished),

@@ -225,13 +225,14 @@ def _own_mean(mean: jax.Array, key: jax.Array, context: Context, last: jax.Array
 
 
 def _all_means(mean: jax.Array, key: jax.Array, context: Context, last: jax.Array, block_size: int) -> jax.Array:
-    """The mean of each block, of keys up to the position `last` [B]. All rows are active."""
+    """The mean of each block, of keys up to the position `last` [B]; those of rows that are not active stay."""
     (B, G, L, K), S = key.shape, block_size
     own_B1 = (last // S)[:, None]
     number_BJ = own_B1 - (own_B1 - jnp.arange(L // S)) % (L // S)
     there_BJS = (number_BJ[..., None] * S + jnp.arange(S)) <= last[:, None, None]
     kept = jnp.where(there_BJS[:, None, ..., None], key.reshape(B, G, -1, S, K).astype(jnp.float32), 0.0)
-    return kept.sum(axis=3) / S
+    all_means = kept.sum(axis=3) / S
+    return all_means if context.active is None else jnp.where(context.active[:, None, None, None], all_means, mean)
 
 
 def _step_at_all(query: jax.Array, key: jax.Array, value: jax.Array, chosen: jax.Array, at: jax.Array, block_size: int) -> jax.Array:

@@ -184,13 +184,14 @@ def _own_mean(mean: mx.array, key: mx.array, context: Context, last: mx.array, b
 
 
 def _all_means(mean: mx.array, key: mx.array, context: Context, last: mx.array, block_size: int) -> mx.array:
-    """The mean of each block, of keys up to the position `last` [B]. All rows are active."""
+    """The mean of each block, of keys up to the position `last` [B]; those of rows that are not active stay."""
     (B, G, L, K), S = key.shape, block_size
     own_B1 = (last // S)[:, None]
     number_BJ = own_B1 - (own_B1 - mx.arange(L // S)) % (L // S)
     there_BJS = (number_BJ[..., None] * S + mx.arange(S)) <= last[:, None, None]
     kept = mx.where(there_BJS[:, None, ..., None], key.reshape(B, G, -1, S, K).astype(mx.float32), 0.0)
-    return kept.sum(axis=3) / S
+    all_means = kept.sum(axis=3) / S
+    return all_means if context.active is None else mx.where(context.active[:, None, None, None], all_means, mean)
 
 
 def _step_at_all(query: mx.array, key: mx.array, value: mx.array, chosen: mx.array, at: mx.array, block_size: int) -> mx.array:

@@ -227,6 +227,12 @@ def test_in_a_pipe_each_line_is_a_message_and_each_answer_a_line(run):
     assert answers[1]["prompt_tokens"] > answers[0]["prompt_tokens"]
 
 
+def test_a_draft_changes_no_answer(run):
+    words = "--max-tokens", 9, "--template", "plain"
+    said = "the cat\nthe dog\n"
+    assert piped(*words, "--draft", run, "--draft-tokens", 2, said=said, path=run)[:2] == piped(*words, said=said, path=run)[:2]
+
+
 def test_a_line_that_is_no_text_is_refused_by_its_number(run):
     process = start("tests.fakes.chat", run, "--max-tokens", 2, stdin=-1, text=False, encoding=None)
     out, err = process.communicate(b"the cat\n\xff\xfe\n", timeout=60)
@@ -255,6 +261,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(run, capsys):
         (("--temperature", "-1"), "--temperature"),
         (("--max-tokens", "-1"), "--max-tokens"),
         (("--load", "/no/talk"), "Cannot read"),
+        (("--draft-tokens", "2"), "--draft"),
     ):
         code = chat.run("fake", never, [str(run), *words])
         done = capsys.readouterr()

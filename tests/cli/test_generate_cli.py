@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -90,12 +91,46 @@ def test_no_prompt_begins_a_document(run, capsys):
         (("--prompt-file", "missing.txt"), "missing.txt"),
         (("--dtype", "float7"), "--dtype"),
         (("--backend", "jax"), "--backend"),
+        (("--draft", "missing"), "missing"),
+        (("--draft-tokens", "3"), "--draft"),
     ],
 )
 def test_wrong_use_is_exit_2(run, capsys, words, what):
     code, _, err = make(capsys, run, *words)
     assert code == 2
     assert what in err
+
+
+@pytest.fixture(scope="module")
+def draft(run, tmp_path_factory):
+    """Another model of the run's tokenizer."""
+    folder = tmp_path_factory.mktemp("draft")
+    words = arguments(write_text(folder), folder / "small", 20, "--tokenizer", run / "final" / "tokenizer.json", "--seed", 7, "--lr", 0.05)
+    assert train_here(*words) == 0
+    return folder / "small"
+
+
+def test_a_draft_changes_no_text_and_how_often_it_was_right_is_told(run, draft, capsys):
+    words = "--prompt", "the cat", "--prompt", "a dog", "--max-tokens", 20, "--top-k", 20, "--num-samples", 2
+    code, alone, _ = make(capsys, run, *words)
+    assert code == 0
+    for more in ((), ("--draft-tokens", 1), ("--draft-tokens", 16)):
+        code, out, err = make(capsys, run, *words, "--stats", "--draft", draft, *more)
+        assert (code, out) == (0, alone)
+        assert re.search(r"tokens/s; [1-9]\d*% of \d+ guessed tokens were right", err)
+    for count in (0, 17):
+        code, _, err = make(capsys, run, *words, "--draft", draft, "--draft-tokens", count)
+        assert (code, f"--draft-tokens is {count}." in err) == (2, True)
+
+
+def test_a_draft_of_another_tokenizer_is_refused(run, tmp_path, capsys):
+    text = tmp_path / "other.txt"
+    text.write_text("quite other words of 雪 and café " * 400)
+    assert train_here(*arguments(text, tmp_path / "other", 1)) == 0
+    capsys.readouterr()
+    code, out, err = make(capsys, run, "--prompt", "the", "--draft", tmp_path / "other")
+    assert (code, out) == (2, "")
+    assert "has another tokenizer than" in err
 
 
 def weights_of(run):

@@ -65,6 +65,17 @@ def test_the_text_is_that_of_generate(run, capsys):
     assert found == expected
 
 
+def test_a_draft_is_told_changes_no_text_and_has_its_metrics(run):
+    asked = {"prompt": "the cat", "max_tokens": 12, "seed": 3}
+    with serving(run, "--draft", run, "--draft-tokens", 2) as running:
+        assert "draft: mine, 2 tokens ahead" in "".join(running.said)
+        found = running.post("/v1/completions", asked)["choices"][0]["text"]
+        figures = running.metrics()
+    assert figures["spec_decode_num_draft_tokens_total"] == figures["spec_decode_num_accepted_tokens_total"] > 0, "its own draft"
+    with serving(run) as running:
+        assert running.post("/v1/completions", asked)["choices"][0]["text"] == found
+
+
 def test_limits_and_the_key_come_from_flags_and_the_key_from_the_environment_too(run):
     words = ("--max-tokens", 2, "--context", 8, "--chat-template", "none", "--cors-origin", "https://app.example", "--no-log")
     with serving(run, *words, SMEDJAN_API_KEY="sesame") as running:

@@ -110,6 +110,29 @@ def test_rows_stay_go_back_and_move_bit_for_bit(backend: str, default_case: Case
         assert decoder.position(1) == 9
 
 
+def test_rows_look_ahead_at_several_tokens_and_keep_what_they_want(backend: str, default_case: Case):
+    """A row that goes on, one that goes on later, and one that does not look, past what it holds: not a bit of it changes."""
+    case, T = default_case, 5
+    expected = reference.recurrent_forward(case.model, case.params, case.tokens)[..., : case.model.vocab_size]
+    looks, does_not = made(backend, case), made(backend, case)
+    for decoder in (looks, does_not):
+        [decoder.feed(case.tokens[0, start : start + 4].tolist(), 0) for start in (0, 4, 8)]
+    looks.feed(case.tokens[1, :2].tolist(), 1)
+    looks.feed(case.tokens[2, :1].tolist(), 2)
+    ahead = np.stack([np.zeros(T, np.int32), case.tokens[1, 2 : 2 + T], case.tokens[2, 1 : 1 + T]])
+    seen = looks.look(ahead, np.array([False, True, True]))
+    assert [looks.position(row) for row in range(ROWS)] == [12, 2, 1]
+    kept = 3 if looks.can_rewind else T
+    looks.keep(np.array([0, kept, 0]))
+    assert [looks.position(row) for row in range(ROWS)] == [12, 2 + kept, 1]
+    tokens = np.array([case.tokens[0, 12], case.tokens[1, 2 + kept], case.tokens[2, 1]])
+    after = looks.step(tokens, np.full(ROWS, True))
+    got, want = [*seen[1], *seen[2], *after[1:]], [*expected[1, 2 : 2 + T], *expected[2, 1 : 1 + T], expected[1, 2 + kept], expected[2, 1]]
+    demand([Difference(f"{backend} logits", largest(np.stack(got), np.stack(want)), case.tolerance.forward)])
+    alone = does_not.step(tokens, np.array([True, False, False]))
+    demand_equal_bits({"the row that did not look": after[0]}, {"the row that did not look": alone[0]})
+
+
 def test_weights_that_are_joined_give_what_they_give_apart(backend: str, default_case: Case):
     """A GPU keeps them joined, a CPU does not."""
     case, weights = default_case, subjects.module(backend, "weights")

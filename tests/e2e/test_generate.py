@@ -21,6 +21,8 @@ def folder(tmp_path_factory):
     """A folder with a model of random weights in runs/mine, and the files that the page names."""
     folder = tmp_path_factory.mktemp("generate")
     convert_models.neutral(folder / "runs" / "mine")
+    config = convert_models.model_config(convert_models.tokenizer().vocab_size, layers=1)
+    convert_models.neutral(folder / "runs" / "small", config)
     (folder / "start.txt").write_text("Sparks fly")
     (folder / "starts.txt").write_text("Once\nThe smith \n")
     return folder
@@ -36,7 +38,7 @@ def shell(command: str, folder: Path, backend: str) -> str:
 
 def test_every_command_of_the_page_runs(folder):
     found = commands("docs/generate.md")
-    assert len(found) == 6
+    assert len(found) == 7
     for number, command in enumerate(found):
         shell(command, folder, "jax" if number == 1 else "mlx")
     rows = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]

@@ -124,6 +124,15 @@ def test_samples_are_those_of_their_seeds_alone(lm):
     assert len({each.text for each in samples}) == 3
 
 
+def test_a_draft_changes_no_text(lm, run, request):
+    load = package(request.node.callspec.params["lm"]).load
+    asked = {"n": 2, "max_tokens": 12, "seed": 6, "top_k": 40}
+    with load(run, draft=run, draft_tokens=3) as faster:
+        assert [each.tokens for each in faster.generate("The", **asked)] == [each.tokens for each in lm.generate("The", **asked)]
+    with pytest.raises(ConfigError, match="needs a draft"):
+        load(run, draft_tokens=3)
+
+
 def test_losses_scores_and_logits_agree(lm):
     text, eot = "The smith heats the iron", lm.tokenizer.eot_id
     ids = lm.tokenizer.encode(text)

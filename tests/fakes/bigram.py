@@ -118,7 +118,7 @@ class BigramSaved:
 class BigramDecoder:
     """Looks at the last token only."""
 
-    can_rewind = False  # the token before is not kept
+    can_rewind, endless = False, True  # the token before is not kept
 
     def __init__(self, embed, vocab_size, max_len, rows=1, seconds=0.0):
         self.embed, self.vocab_size, self.max_len, self.rows, self.seconds = embed, vocab_size, max_len, rows, seconds
@@ -145,6 +145,15 @@ class BigramDecoder:
         for row in np.flatnonzero(active):
             logits[row] = self.feed(tokens[row : row + 1], row)
         return logits
+
+    def look(self, tokens, active):
+        time.sleep(self.seconds)
+        self.looked = tokens
+        return (self.embed[tokens] @ self.embed.T)[..., : self.vocab_size]
+
+    def keep(self, counts):
+        for row in np.flatnonzero(counts):
+            self.feed(self.looked[row], row)
 
     def rewind(self, row, position):
         raise AssertionError("it cannot")

@@ -30,6 +30,7 @@ class FakeDecoder:
 
     def __init__(self, vocab_size, rows=1, max_len=1 << 30, rewinds=True, script=None):
         self.vocab_size, self.rows, self.max_len, self.can_rewind, self.script = vocab_size, rows, max_len, rewinds, script
+        self.endless = max_len >= 1 << 30
         self.states = [[7] for _ in range(rows)]
         self.events, self.broken = [], set()  # tokens whose logits are not finite
 
@@ -51,6 +52,24 @@ class FakeDecoder:
             self._consume(row, int(tokens[row]))
             logits[row] = self._logits(row, int(tokens[row]))
         return logits
+
+    def look(self, tokens, active):
+        assert len(tokens) == len(active) == self.rows
+        self.events.append(("look", int(active.sum()), tokens.shape[1]))
+        logits = np.zeros((*tokens.shape, self.vocab_size + 5), np.float32)
+        self.looked = tokens
+        for row in np.flatnonzero(active):
+            before = list(self.states[row])
+            assert self.position(row) + tokens.shape[1] <= self.max_len
+            logits[row] = [self._after(row, int(token)) for token in tokens[row]]
+            self.states[row] = before
+        return logits
+
+    def keep(self, counts):
+        assert self.can_rewind or set(counts.tolist()) <= {0, self.looked.shape[1]}
+        for row, count in enumerate(counts):
+            for token in self.looked[row, :count]:
+                self._consume(row, int(token))
 
     def block(self, draws, steps):
         """What a device would draw; now and then it leaves the choice to the host."""

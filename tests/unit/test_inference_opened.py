@@ -91,6 +91,19 @@ def test_rows_are_as_many_as_memory_holds_and_more_are_refused_with_how_many_fit
     assert opened(run).rows(64, 16) == 1, "that even one does not fit is for the engine to say"
 
 
+def test_a_draft_takes_its_part_of_the_memory(run, monkeypatch):
+    info, ahead = newest(run), 3
+    weights, state = sum(tensor.nbytes for tensor in info.weights.values()), state_bytes(info.model, 1, 8 + 2 * ahead, "float32")
+    model = OpenModel(run, run, ahead)
+    model.use("fake", load)
+    monkeypatch.setattr("smedjan_common.inference.room.available_memory", lambda: 3 * weights + 4 * state)
+    assert model.rows(64, 8) == 2, "each has a state in both models"
+    model.engine(2, 4, 4)
+    with pytest.raises(OutOfMemoryError, match="Answer fewer at once: 2 fit"):
+        model.engine(3, 4, 4)
+    assert opened(run).rows(64, 8 + 2 * ahead) > 4
+
+
 def test_a_decoder_in_bfloat16_alone_holds_the_weights_until_scores_are_asked_for(run, monkeypatch):
     model = opened(run)
     model.dtype = "bfloat16"
