@@ -230,9 +230,15 @@ FAMILIES: dict[str, Family] = {
         _deepseek,
         layouts.deepseek_v3,
     ),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", {"max_position_embeddings": 32768}, {"qk_norm", "conv_width"}, _qwen3_5, layouts.qwen3_5),
+    "qwen3_5": Family(
+        "Qwen3_5ForCausalLM", {"max_position_embeddings": 32768}, {"qk_norm", "rope_dim", "conv_width"}, _qwen3_5, layouts.qwen3_5
+    ),
     "qwen3_next": Family(
-        "Qwen3NextForCausalLM", {"max_position_embeddings": 32768}, {*SHARED, "qk_norm", "conv_width"}, _qwen3_next, layouts.qwen3_next
+        "Qwen3NextForCausalLM",
+        {"max_position_embeddings": 32768},
+        {*SHARED, "qk_norm", "rope_dim", "conv_width"},
+        _qwen3_next,
+        layouts.qwen3_next,
     ),
 }
 

@@ -59,9 +59,8 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
 
     Raises CheckpointError for a value that is missing or no number, ConfigError for a model that cannot be expressed.
     """
+    values = of_language(values)
     kind = str(values.get("model_type"))
-    if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
-        values = {**values["text_config"], "model_type": kind, "vision_config": values.get("vision_config")}
     if kind not in FAMILIES:
         what = f"{where} is of a model of the type {values.get('model_type')!r}."
         raise CheckpointError(what, f"These are read: {', '.join(FAMILIES)}.", "Choose a model of one of them.")
@@ -93,6 +92,13 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
     config = ModelConfig(**found | READ.get(kind, lambda values, where: {})(values, where))
     config.validate()
     return config
+
+
+def of_language(values: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model, which may be a part of a larger one (text_config), or have been saved by itself."""
+    inner, kind = values.get("text_config"), values.get("model_type")
+    whole = {**values, **(inner if isinstance(inner, dict) else {})}
+    return whole | ({"model_type": kind.removesuffix("_text")} if isinstance(kind, str) else {})
 
 
 def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:

@@ -51,10 +51,10 @@ def read(path: Path) -> Portable:
 
     Raises CheckpointError for a wrong file, ConfigError for a model that cannot be expressed, DataError for its tokenizer.
     """
-    values, where = read_json(path / CONFIG), str(path / CONFIG)
+    values, where = hf_config.of_language(read_json(path / CONFIG)), str(path / CONFIG)
     try:
         hf_config.from_hf(values, where)  # what it says by itself is refused before a tensor is looked at
-        stored = open_weights(path)
+        stored = _nested(open_weights(path)) if values.get("model_type") == "qwen3_5" else open_weights(path)
         tied, notes = _tied(values, stored, path)
         if tied and (table := _table(stored)):  # some architectures have a tied head written out
             stored.setdefault(HEAD, table)
@@ -114,6 +114,13 @@ def _open_shards(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Lazy]:
         name = min(missing)
         raise CheckpointError(f"{path / index[name]} lacks the tensor {name!r}.", f"{INDEX} lists it there.", "Download it again.")
     return tensors
+
+
+def _nested(stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of a language model that was saved by itself, with the names they have inside the whole one."""
+    if any(name.startswith(layouts.NESTED) for name in stored):
+        return dict(stored)
+    return {name.replace(layouts.PREFIX, layouts.NESTED, 1): tensor for name, tensor in stored.items()}
 
 
 def _without_extras(stored: Mapping[str, Lazy], layout: list[ties.Tie], path: Path) -> tuple[dict[str, Lazy], list[str]]:

@@ -132,7 +132,7 @@ def _delta(config: ModelConfig) -> dict[str, Any]:
         "linear_value_head_dim": config.head_dim,
         "linear_num_key_heads": config.kv_heads,
         "linear_num_value_heads": config.heads,
-        "partial_rotary_factor": 1.0,
+        **_part(config),
     }
 
 
@@ -251,10 +251,14 @@ def _read_multipliers(values: Values, where: str) -> dict[str, Any]:
     }
 
 
+_SINCE_5 = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5's names of Granite 4's layers
+
+
 def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     kinds = values.get("layer_types") or values.get("layers_block_type")
-    if not isinstance(kinds, list) or set(kinds) - {"mamba", "attention"}:
+    if not isinstance(kinds, list) or set(map(str, kinds)) - {"mamba", "attention", *_SINCE_5}:
         raise inexpressible(where, f"layer_types {kinds!r}", "Layers are mamba or attention")
+    kinds = [_SINCE_5.get(kind, kind) for kind in kinds]
     _asks_for(values, where, mamba_conv_bias=True)
     mixer = shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
     found: dict[str, Any] = {"mixer": mixer, **_read_multipliers(values, where)}

@@ -24,6 +24,7 @@ from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.params import parameter_table
 
 PREFIX = "model."
+NESTED = "model.language_model."  # of a language model inside a larger one
 _table = functools.lru_cache(maxsize=4)(parameter_table)
 
 
@@ -135,8 +136,7 @@ def qwen3_5(config: ModelConfig) -> list[Tie]:
             ties += [_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}in_proj_{name}.weight") for name in ("z", "a", "b")]
             ties += _delta(config, i)
         ties += _delta_feed_forward(config, i)
-    nested = "model.language_model."
-    return [tie._replace(theirs=tuple(name.replace(PREFIX, nested, 1) for name in tie.theirs)) for tie in ties]
+    return [tie._replace(theirs=tuple(name.replace(PREFIX, NESTED, 1) for name in tie.theirs)) for tie in ties]
 
 
 # parts

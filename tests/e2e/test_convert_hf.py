@@ -82,7 +82,7 @@ MODELS |= {
     "deepseek_v3": MLA,
     "deepseek_v3, experts": MLA | ROUTED | {"mla_q_rank": 12, "shared_experts": 1},
     "qwen3_5": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "conv_width": 3},
-    "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "tied_head": False},
+    "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
 }
 MISREAD = {"mistral", "qwen2, window", "qwen3, window", "ministral", "phi3, window"}  # mlx-lm knows no window there
 
