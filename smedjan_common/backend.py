@@ -211,6 +211,12 @@ class Backend(Protocol):
         """The train state of a snapshot, bit for bit. Raises CheckpointError where its optimizer arrays are not those of the run."""
         ...
 
+    def learn_from(self, teacher: ModelConfig, params: dict[str, Any], known: int) -> None:
+        """Steps from now on learn from this model too, as training/distillation.py says, by the options of TrainConfig. For objectives
+        without a formula, before the first step. `teacher` has as many tokens as the model; known: how many of the first mean something
+        to both. params: host or device arrays. Raises ConfigError where it cannot be spread as the model is."""
+        ...
+
     def train_step(
         self,
         state: State,
@@ -221,9 +227,9 @@ class Backend(Protocol):
         reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
         """One optimizer step (gradient accumulation inside). Metrics: loss (mean cross-entropy of counted tokens, nats, or that of the
-        objective, with its metrics, over its units: training/objectives.py), grad_norm (before clipping), tokens; of a model with experts
-        expert_load [layers, experts] (shares of the choices) and, with the softmax router, balance_loss and router_z_loss (means over the
-        layers, unweighted). Returns at once; the old state is consumed."""
+        objective, with its metrics, over its units: training/objectives.py), kl and ce with a teacher, grad_norm (before clipping), tokens;
+        of a model with experts expert_load [layers, experts] (shares of the choices) and, with the softmax router, balance_loss and
+        router_z_loss (means over the layers, unweighted). Returns at once; the old state is consumed."""
         ...
 
     def eval_step(

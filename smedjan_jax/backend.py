@@ -30,6 +30,7 @@ from smedjan_common.training.precision import PRECISIONS, compute_dtype
 from smedjan_jax import experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
+from smedjan_jax.distillation import distilled_cross_entropy
 from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
 from smedjan_jax.mixers.attention import refuse_fused
@@ -38,6 +39,7 @@ from smedjan_jax.modules import Linear
 from smedjan_jax.precision import exact_float32
 from smedjan_jax.quantized import weight_of
 from smedjan_jax.scores import logits, scores
+from smedjan_jax.teacher import Teacher, placed
 
 Batch = tuple[Any, Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each, and reference (or None), [B, M]
 
@@ -74,21 +76,20 @@ class JaxBackend:
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
         self._hidden = jax.jit(lambda params, inputs, documents: self._model(params).hidden(inputs, documents))
+        self._teacher: Teacher | None = None
+        self._teacher_spread: sharding.Spread | None = None
         self._scores = jax.jit(scores, static_argnames=("vocab", "top"))
         self._logits = jax.jit(logits, static_argnames="vocab")
         if self.mesh.size == 1:
             self._spread = None
-            self._train_step = jax.jit(self._step, donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate)
             self._each_loss = jax.jit(self._token_losses)
         else:
-            self._spread = sharding.Spread(
-                model, self._devices, _linear_weights(model), compute_dtype(train.dtype), train.gradient_checkpointing != "full"
-            )
+            self._spread = self._spread_of(model, again=train.gradient_checkpointing != "full")
             whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
-            self._train_step = jax.jit(self._step, in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
             self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
             self._each_loss = jax.jit(self._spread.rows(self._token_losses), in_shardings=(places["params"], rows), out_shardings=rows)
+        self._train_step = self._compiled_step()
 
     @property
     def shardings(self) -> State:
@@ -117,6 +118,15 @@ class JaxBackend:
         slots = {slot: {n: snapshot.optimizer[f"{slot}.{n}"] for n in tensors} for slot, tensors in places["slots"].items()}
         return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
 
+    def learn_from(self, teacher: ModelConfig, params: dict[str, Any], known: int) -> None:
+        require_tree(teacher, params)
+        check_mesh(self.mesh, teacher, self.train.batch_size, self.train.grad_accum)
+        if self.train.kernels == "auto":
+            held.ask(teacher, compute_dtype(self.train.dtype), self.train.seq_len)
+        self._teacher_spread = self._spread_of(teacher, again=False) if self._spread else None
+        self._teacher = Teacher(teacher, self.train, guarded(placed, teacher, self.train, params, self._devices), known)
+        self._train_step = self._compiled_step()
+
     def train_step(
         self,
         state: State,
@@ -127,7 +137,7 @@ class JaxBackend:
         reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
         batch = sharding.deal((inputs, targets, documents, reference), self.mesh, self.train.grad_accum)
-        return guarded(self._train_step, state, batch, np.float32(lr))
+        return guarded(self._train_step, state, batch, np.float32(lr), *self._taught())
 
     def eval_step(
         self,
@@ -198,32 +208,50 @@ class JaxBackend:
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return {"params": placed(params), "slots": {slot: placed(tensors) for slot, tensors in slots.items()}, "step": step}
 
+    def _spread_of(self, model: ModelConfig, again: bool) -> sharding.Spread:
+        return sharding.Spread(model, self._devices, _linear_weights(model), compute_dtype(self.train.dtype), again)
+
+    def _compiled_step(self) -> Any:
+        """A step of (state, batch, lr), and of what `_taught` gives."""
+        if self.mesh.size == 1:
+            return jax.jit(self._step, donate_argnums=0)
+        whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
+        taught = (sharding.param_shardings(self._teacher.config, self._devices),) if self._teacher else ()
+        return jax.jit(self._step, in_shardings=(places, rows, whole, *taught), out_shardings=(places, whole), donate_argnums=0)
+
+    def _taught(self) -> tuple[dict[str, jax.Array], ...]:
+        """The weights of the teacher, where there is one."""
+        return (self._teacher.params,) if self._teacher else ()
+
     def _model(self, params: dict[str, jax.Array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
         options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
         return Model(self.model, params, train.dtype, train.attention, *options)
 
-    def _loss(self, params: dict[str, jax.Array], batch: Batch, counts: Counts) -> tuple[jax.Array, Metrics]:
-        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step."""
-        inputs, targets, documents, reference = batch
+    def _loss(self, params: dict[str, jax.Array], batch: Batch, counts: Counts, *taught: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step.
+
+        taught: the weights of the teacher, where there is one.
+        """
+        inputs, targets, documents, _ = batch
         params = self._spread.gather(params) if self._spread else params
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
-        objective, told = self._head(hidden, params[head_name(self.model)], targets, documents, reference, counts)
+        objective, told = self._head(hidden, params[head_name(self.model)], batch, counts, *taught)
         share = jnp.sum(targets >= 0) / counts.tokens
         objective = objective / counts.tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {**told, **experts.measured(self.model, carried, share)}
 
     def _head(
-        self,
-        hidden: jax.Array,
-        head: jax.Array,
-        targets: jax.Array,
-        documents: jax.Array | None,
-        reference: jax.Array | None,
-        counts: Counts,
+        self, hidden: jax.Array, head: jax.Array, batch: Batch, counts: Counts, *taught: dict[str, jax.Array]
     ) -> tuple[jax.Array, Metrics]:
         """What is minimised, over a token of the step, and the objective's share of what is reported."""
+        inputs, targets, documents, reference = batch
         row, z_loss = OBJECTIVES[self.train.objective], self.train.z_loss
+        if self._teacher:
+            weights, mixed = taught[0], self._teacher.mixed
+            given = self._teacher.read(self._teacher_spread.gather(weights) if self._teacher_spread else weights, inputs, documents)
+            objective, ce, kl = distilled_cross_entropy(hidden, head, targets, given, mixed, z_loss, self._frozen_head)
+            return objective, {name: value / counts.tokens for name, value in mixed.told(ce, kl).items()}
         if row.formula is None:
             objective, loss = self._cross_entropy(hidden, head, targets, z_loss, frozen=self._frozen_head)
             return objective, {"loss": loss / counts.tokens}
@@ -233,25 +261,28 @@ class JaxBackend:
         objective, _ = self._cross_entropy(hidden, head, targets, z_loss, weights, self._frozen_head)
         return objective, {name: value / counts.units for name, value in {"loss": weighed.loss, **weighed.metrics}.items()}
 
-    def _gradients(self, params: dict[str, jax.Array], batch: Batch, counts: Counts):
+    def _gradients(self, params: dict[str, jax.Array], batch: Batch, counts: Counts, *taught: dict[str, jax.Array]):
         """Gradients and what is reported of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
         parts, gradients = self.train.grad_accum, jax.grad(self._loss, has_aux=True)
         if parts == 1:
-            return gradients(params, batch, counts)
+            return gradients(params, batch, counts, *taught)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, gradients(params, part, counts)), None
+            return jax.tree.map(jnp.add, carry, gradients(params, part, counts, *taught)), None
 
         split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
-        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), counts)
+        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), counts, *taught)
         return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), split)[0]
 
-    def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, Metrics]:
+    def _step(self, state: State, batch: Batch, lr: jax.Array, *taught: dict[str, jax.Array]) -> tuple[State, Metrics]:
         tokens = jnp.sum(batch[1] >= 0)
-        gradients = self._spread.gradients(self._gradients) if self._spread else self._gradients
+        gradients = self._gradients
+        if self._spread:
+            beside = (self._teacher_spread.params,) if self._teacher_spread else ()
+            gradients = self._spread.gradients(gradients, *beside)
         units = self._units(batch[1], batch[2])
         counts = Counts(*(jnp.maximum(count, 1).astype(jnp.float32) for count in (tokens, units)))
-        grads, metrics = gradients(state["params"], batch, counts)
+        grads, metrics = gradients(state["params"], batch, counts, *taught)
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)

@@ -83,15 +83,15 @@ def deal(batch: Any, mesh: MeshShape, parts: int) -> Any:
 class Spread:
     """Turns functions of (params, batch, …) for one device into functions that every device of a mesh runs on its own rows.
 
-    linear: names of weights that are used in the dtype of the activations only, so that they may be cast before they travel, and by
-    `products` only, which gathers them when it comes to them. again: for the backward pass once more.
+    params: how each parameter lies. linear: names of weights that are used in the dtype of the activations only, so that they may be cast
+    before they travel, and by `products` only, which gathers them when it comes to them. again: for the backward pass once more.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, linear: set[str], dtype: str, again: bool = True):
         self.mesh, self._linear, self._again = mesh, linear, again
         self._batch = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
         splits = {name: mesh_axes(spec) for name, spec in parameter_table(model).items()}
-        self._params = {name: PartitionSpec(*(axis if axis in self._batch else None for axis in split)) for name, split in splits.items()}
+        self.params = {name: PartitionSpec(*(axis if axis in self._batch else None for axis in split)) for name, split in splits.items()}
         self._split = {name: split.index("fsdp") for name, split in splits.items() if "fsdp" in split and "fsdp" in self._batch}
         self._dtypes = {name: jnp.dtype(dtype if name in linear else "float32") for name in self._split}
 
@@ -107,14 +107,17 @@ class Spread:
 
         return {name: one(name, value) for name, value in params.items()}
 
-    def gradients(self, function: Callable) -> Callable:
-        """`function(params, batch, tokens)` gives gradients and a tree of sums; now over the whole batch, on every device's rows."""
+    def gradients(self, function: Callable, *beside: Any) -> Callable:
+        """`function(params, batch, tokens, …)` gives gradients and a tree of sums; now over the whole batch, on every device's rows.
 
-        def local(params: Params, batch: Any, tokens: jax.Array) -> tuple[Params, Any]:
-            grads, sums = function(params, batch, tokens)
+        beside: how what it takes besides lies (`params` of another Spread).
+        """
+
+        def local(params: Params, batch: Any, tokens: Any, *more: Any) -> tuple[Params, Any]:
+            grads, sums = function(params, batch, tokens, *more)
             return {name: self._sum(grad, gathered=name in self._split) for name, grad in grads.items()}, self._sum(sums)
 
-        return self._over_rows(local, PartitionSpec(), returns=(self._params, PartitionSpec()))
+        return self._over_rows(local, PartitionSpec(), *beside, returns=(self.params, PartitionSpec()))
 
     def sums(self, function: Callable) -> Callable:
         """`function(params, batch)` gives a tree of sums; now over the whole batch."""
@@ -128,7 +131,7 @@ class Spread:
         """Over the devices' rows; the gradient of what was gathered is a sum over fsdp already."""
         return jax.lax.psum(tree, tuple(axis for axis in self._batch if not (gathered and axis == "fsdp")))
 
-    def _over_rows(self, function: Callable, *more: PartitionSpec, returns: Any) -> Callable:
+    def _over_rows(self, function: Callable, *more: Any, returns: Any) -> Callable:
         if not self._batch:
 
             def whole(*args: Any) -> Any:
@@ -138,7 +141,7 @@ class Spread:
             return whole
         # without a tensor axis nothing is left to XLA; XLA takes no manual axes of one device beside others
         axes = set(self._batch) if self.mesh.shape["tensor"] > 1 else set(AXES)
-        specs = (self._params, PartitionSpec(self._batch), *more)
+        specs = (self.params, PartitionSpec(self._batch), *more)
         # unchecked: loops inside the mixers start from plain zeros. So a device's gradient is that of the sum of all devices' results
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=returns, axis_names=axes, check_vma=False)
 

@@ -6,7 +6,7 @@ run as they are.
 
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -25,12 +25,15 @@ from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import check_precision
 from smedjan_mlx import experts, kernels, optim
 from smedjan_mlx.decoder import MlxDecoder
+from smedjan_mlx.distillation import distilled_cross_entropy
 from smedjan_mlx.guard import guarded
 from smedjan_mlx.loss import cross_entropy, forward_loss, token_losses
 from smedjan_mlx.model import Model
 from smedjan_mlx.precision import exact_float32, on_gpu
 from smedjan_mlx.quantized import weight_of
 from smedjan_mlx.scores import logits, scores
+from smedjan_mlx.teacher import Teacher
+from smedjan_mlx.weights import decoding_weights
 
 Batch = tuple[Any, Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each, and reference (or None), [B, M]
 
@@ -52,8 +55,8 @@ class MlxBackend:
         self.own = None  # the neutral checkpoint is MLX's own
         self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
-        self._train_step = compiled(self._step)
-        self._part = compiled(mx.value_and_grad(self._loss))
+        self._compiled, self._teacher = compiled, cast(Teacher | None, None)
+        self._train_step, self._part = self._compiled_step()
         self._finish = compiled(self._apply)
         self._eval_step = compiled(self._evaluate)
         self._each_loss = compiled(self._token_losses)
@@ -83,6 +86,12 @@ class MlxBackend:
         slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in tensors} for slot, tensors in state["slots"].items()}
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
 
+    def learn_from(self, teacher: ModelConfig, params: dict[str, Any], known: int) -> None:
+        require_tree(teacher, params)
+        weights = guarded(decoding_weights, teacher, params, self.train.dtype, False)
+        self._teacher = Teacher(teacher, self.train, weights, known)
+        self._train_step, self._part = self._compiled_step()
+
     def train_step(
         self,
         state: State,
@@ -93,7 +102,8 @@ class MlxBackend:
         reference: np.ndarray | None = None,
     ) -> tuple[State, Metrics]:
         step = self._split_step if self.train.grad_accum > 1 else self._train_step
-        new, metrics = guarded(step, state, _on_device(inputs, targets, documents, reference), mx.array(lr, mx.float32))
+        batch = _on_device(inputs, targets, documents, reference)
+        new, metrics = guarded(step, state, batch, mx.array(lr, mx.float32), *self._taught())
         state.clear()  # the last reference to the old arrays: their memory is used for the new ones
         guarded(mx.async_eval, new, metrics)
         return new, metrics
@@ -159,26 +169,44 @@ class MlxBackend:
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory() if on_gpu() else peak_memory()
 
+    def _compiled_step(self) -> tuple[Callable, Callable]:
+        """A step of (state, batch, lr), and of what `_taught` gives; and the loss and gradients of a part of one."""
+        return self._compiled(self._step), self._compiled(mx.value_and_grad(self._loss))
+
+    def _taught(self) -> tuple[dict[str, mx.array], ...]:
+        """The weights of the teacher, where there is one."""
+        return (self._teacher.params,) if self._teacher else ()
+
     def _model(self, params: dict[str, mx.array], gradient_checkpointing: str = "none") -> Model:
         train = self.train
         options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
         return Model(self.model, params, train.dtype, train.attention, *options)
 
-    def _loss(self, params: dict[str, mx.array], batch: Batch, counts: tuple[mx.array, mx.array]) -> tuple[mx.array, Metrics]:
-        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step."""
-        inputs, targets, documents, reference = batch
+    def _loss(
+        self, params: dict[str, mx.array], batch: Batch, counts: tuple[mx.array, mx.array], *taught: dict[str, mx.array]
+    ) -> tuple[mx.array, Metrics]:
+        """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step.
+
+        taught: the weights of the teacher, where there is one.
+        """
+        inputs, targets, documents, _ = batch
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         counted = Counts(*counts)
-        objective, told = self._head(hidden, params[head_name(self.model)], targets, documents, reference, counted)
+        objective, told = self._head(hidden, params[head_name(self.model)], batch, counted, *taught)
         share = mx.sum(targets >= 0) / counted.tokens
         objective = objective / counted.tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {**told, **experts.measured(self.model, carried, share)}
 
     def _head(
-        self, hidden: mx.array, head: mx.array, targets: mx.array, documents: mx.array | None, reference: mx.array | None, counts: Counts
+        self, hidden: mx.array, head: mx.array, batch: Batch, counts: Counts, *taught: dict[str, mx.array]
     ) -> tuple[mx.array, Metrics]:
         """What is minimised, over a token of the step, and the objective's share of what is reported."""
+        inputs, targets, documents, reference = batch
         row, z_loss = OBJECTIVES[self.train.objective], self.train.z_loss
+        if self._teacher:
+            given, mixed = self._teacher.read(taught[0], inputs, documents), self._teacher.mixed
+            objective, ce, kl = distilled_cross_entropy(hidden, head, targets, given, mixed, z_loss, self._frozen_head)
+            return objective, {name: value / counts.tokens for name, value in mixed.told(ce, kl).items()}
         if row.formula is None:
             objective, loss = cross_entropy(hidden, head, targets, z_loss, frozen=self._frozen_head)
             return objective, {"loss": loss / counts.tokens}
@@ -194,17 +222,17 @@ class MlxBackend:
         whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(batch[1], batch[2])))
         return tokens, (whole, units)
 
-    def _step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
+    def _step(self, state: State, batch: Batch, lr: mx.array, *taught: dict[str, mx.array]) -> tuple[State, Metrics]:
         tokens, counts = self._counts(batch)
-        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, counts)
+        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, counts, *taught)
         return self._apply(state, metrics, grads, tokens, lr)
 
-    def _split_step(self, state: State, batch: Batch, lr: mx.array) -> tuple[State, Metrics]:
+    def _split_step(self, state: State, batch: Batch, lr: mx.array, *taught: dict[str, mx.array]) -> tuple[State, Metrics]:
         """A step over `grad_accum` parts; each token weighs the same. Parts are evaluated one by one to bound memory."""
         (tokens, counts), parts = self._counts(batch), self.train.grad_accum
         total: list[Any] = []
         for part in zip(*([None] * parts if array is None else mx.split(array, parts) for array in batch), strict=True):
-            (_, metrics), grads = self._part(state["params"], part, counts)
+            (_, metrics), grads = self._part(state["params"], part, counts, *taught)
             total = tree_map(mx.add, total, [metrics, grads]) if total else [metrics, grads]
             mx.async_eval(total)
         return self._finish(state, total[0], total[1], tokens, lr)

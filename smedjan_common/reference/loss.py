@@ -41,6 +41,14 @@ def mean_z_loss(logits_BxTxV: np.ndarray, targets_BxT: np.ndarray) -> float:
     return float((np.square(logsumexp(logits_BxTxV)) * counted).sum() / max(int(counted.sum()), 1))
 
 
+def mean_kl(taught_BxTxV: np.ndarray, logits_BxTxV: np.ndarray, targets_BxT: np.ndarray, known: int, temperature: float) -> float:
+    """Mean over the counted tokens of KL(p || q) = sum of p log(p / q), nats; p, q: softmax of the first `known` logits of a teacher and
+    of a student over the temperature (Hinton et al., 2015)."""
+    logp, logq = (scaled - logsumexp(scaled)[..., None] for scaled in (z[..., :known] / temperature for z in (taught_BxTxV, logits_BxTxV)))
+    counted = targets_BxT != IGNORED
+    return float(((np.exp(logp) * (logp - logq)).sum(axis=-1) * counted).sum() / max(int(counted.sum()), 1))
+
+
 def logsumexp(values: np.ndarray) -> np.ndarray:
     """log of the sum of exponentials over the last axis."""
     largest = values.max(axis=-1)

@@ -12,6 +12,7 @@ Mixers and feed-forwards come from the rows of smedjan_common.model.mixers, so a
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,12 +21,21 @@ from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import head_name
 from smedjan_common.reference import experts
-from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_z_loss, token_losses
+from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_kl, mean_z_loss, token_losses
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.distillation import Mixed
 from smedjan_common.training.objectives import OBJECTIVES, Rows
 
 Params = dict[str, np.ndarray]
+
+
+class Teacher(NamedTuple):
+    """A model that another learns from, and the numbers of it."""
+
+    config: ModelConfig
+    params: Params
+    mixed: Mixed
 
 
 def forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> np.ndarray:
@@ -109,12 +119,16 @@ def objective(
     targets_BxT: np.ndarray,
     documents_BxT: np.ndarray | None = None,
     reference_BxM: np.ndarray | None = None,
+    teacher: Teacher | None = None,
 ) -> float:
-    """What training minimises: the loss of its objective over its units, z_loss times the mean squared logsumexp of the logits, and the
-    losses of routers."""
+    """What training minimises: the loss of its objective over its units, mixed with what a teacher says, z_loss times the mean squared
+    logsumexp of the logits, and the losses of routers."""
     logits, row = forward(config, params, inputs_BxT, documents_BxT), OBJECTIVES[train.objective]
     if row.formula is None:
         total = mean_cross_entropy(logits, targets_BxT)
+        if teacher:
+            taught, mixed = forward(teacher.config, teacher.params, inputs_BxT, documents_BxT), teacher.mixed
+            total = mixed.loss(total, mean_kl(taught, logits, targets_BxT, mixed.known, mixed.temperature))
     else:
         rows = Rows(token_losses(logits, targets_BxT), targets_BxT, documents_BxT, reference_BxM)
         units = (targets_BxT != IGNORED).sum() if row.units is None else row.units(np, targets_BxT, documents_BxT)

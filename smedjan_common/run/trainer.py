@@ -27,7 +27,8 @@ from smedjan_common.training.config import TrainConfig
 
 # imports a framework: -> (what makes a backend, the dtype that auto means here)
 Load = Callable[[], tuple[Callable[[ModelConfig, TrainConfig], Backend], str]]
-OWN = ("steps", "batch_size", "seq_len", "lr", "objective")  # fields of TrainConfig that are not options here
+# fields of TrainConfig that are not options here
+OWN = ("steps", "batch_size", "seq_len", "lr", "objective", "distill_temperature", "distill_alpha")
 
 
 class Trainer:

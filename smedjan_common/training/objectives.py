@@ -10,6 +10,8 @@ Shapes: B rows, T positions, M documents of a row.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from smedjan_common.training.distillation import Distillation
+
 Array = Any  # of numpy, jax.numpy or mlx.core
 
 
@@ -63,7 +65,7 @@ class Objective(NamedTuple):
 OBJECTIVES: dict[str, Objective] = {
     row.name: row
     for row in (
-        Objective("lm", "train"),
-        Objective("sft", "sft"),  # targets are the tokens of answers: of what it is the loss, the data say
+        Objective("lm", "train", options=Distillation),
+        Objective("sft", "sft", options=Distillation),  # targets are the tokens of answers: of what it is the loss, the data say
     )
 }

@@ -66,6 +66,7 @@ RUNS = {
     "all axes": Run("data=2,fsdp=2,tensor=2", GQA.model, {"grad_accum": 2}, shares=((8, 16), (32, 16))),
     "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2, "ema": 0.3}, 3),
     "pairs": Run("data=2,fsdp=2", MHA.model, {"objective": PAIRED.name, "mask_documents": True, "grad_accum": 2}, 2),
+    "teacher": Run("data=2,fsdp=2,tensor=2", GQA.model, {"distill_alpha": 0.5, "grad_accum": 2}, 3),
     "every mixer": Run("data=2,fsdp=2,tensor=2", every_mixer(), {"mask_documents": True}, 0),  # evaluation alone: to compile is long
 }
 
@@ -88,6 +89,9 @@ def train(name: str, mesh: MeshShape) -> dict[str, Any]:
     config = dataclasses.replace(MHA.train, batch_size=8, **run.changes)
     OBJECTIVES.setdefault(PAIRED.name, PAIRED)
     backend = JaxBackend(run.model, config, mesh)
+    if config.distill_alpha:
+        teacher = dataclasses.replace(MHA.model, tied_head=False)
+        backend.learn_from(teacher, initial_params(teacher, 2), teacher.vocab_size)
     state, rows = backend.init(separated(run.model, initial_params(run.model, 1))), []
     documents = np.concatenate([MHA.documents] * 2) if config.mask_documents else None
     reference = -np.random.default_rng(3).uniform(1, 9, (8, 4)).astype(np.float32) if config.objective == PAIRED.name else None
@@ -111,6 +115,7 @@ def differences(got: dict, want: dict) -> list[Difference]:
         "loss": FLOAT32.steps_loss,
         "balance_loss": FLOAT32.steps_loss,
         "margin": FLOAT32.steps_loss,
+        "kl": FLOAT32.steps_loss,
         "grad_norm": FLOAT32.steps_params,
         "tokens": 0.0,
     }

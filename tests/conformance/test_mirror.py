@@ -57,6 +57,7 @@ ONE_SIDED_NAMES = {
             "LONGEST_MASKED",
         )
     },
+    ("jax", "teacher.py", "placed"): "its weights lie on a mesh",
     ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",
     ("jax", "mixers/block_sparse.py", "FORMS"): "among them a kernel and cuDNN, which JAX has",
     ("jax", "mixers/block_sparse.py", "MOST_PASSES"): "JAX's choice by passes over the scores; MLX sorts them",
