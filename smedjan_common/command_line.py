@@ -54,12 +54,13 @@ class Flag:
     repeats: bool = False  # may be given several times, each with one value
 
 
-def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str) -> Flags:
+def parse(flags: type[Flags], prog: str, argv: list[str] | None = None, *examples: str, more: More | None = None) -> Flags:
     """The flags of a command line. Exits with 2 and three sentences where it is not understood, with 0 after --help.
 
-    `examples` are whole command lines: the help shows them, and an error about something that is missing shows the first.
+    `examples` are whole command lines: the help shows them, and an error about something that is missing shows the first. more: as `read`
+    has it.
     """
-    return read(flags, prog, argv, *examples)[0]
+    return read(flags, prog, argv, *examples, more=more)[0]
 
 
 def read(
@@ -68,7 +69,7 @@ def read(
     argv: list[str] | None = None,
     *examples: str,
     first: Mapping[str, str] | None = None,
-    more: More = lambda words: [],
+    more: More | None = None,
 ) -> tuple[Flags, list[str]]:
     """What `parse` gives, and the words of the command line with every flag by its name.
 
@@ -82,8 +83,7 @@ def read(
     else:
         about = ""
         try:
-            words = check(known, prog, words, *examples)
-            words = [*more(words), *words]
+            words = check(known, prog, words, *examples, more=more)
         except UsageError as error:
             sys.exit(run_command(functools.partial(_raise, error)))
     return tyro.cli(flags, prog=prog, args=words, description=about, config=(tyro.conf.DisallowNone,)), words
@@ -138,8 +138,9 @@ def _unwrapped(hint: Any) -> tuple[Any, tuple]:
             return hint, notes
 
 
-def check(flags: list[Flag], prog: str, words: list[str], *examples: str) -> list[str]:
-    """The words with every flag by its name. Raises UsageError for the first that the command does not understand, and for missing ones."""
+def check(flags: list[Flag], prog: str, words: list[str], *examples: str, more: More | None = None) -> list[str]:
+    """The words with every flag by its name, after those that they call for, as `read` has it. Raises UsageError for the first that the
+    command does not understand, and for missing ones."""
     given, named_words, loose = _read(flags, prog, words)
     nameless = _nameless(flags)
     free = [each for each in nameless if each not in given and nameless[0] not in given]
@@ -153,9 +154,11 @@ def check(flags: list[Flag], prog: str, words: list[str], *examples: str) -> lis
             if values:
                 given[each] = values
                 words = [*words, *_named(each, values)]
-    if missing := [each for each in flags if each.required and not each.positional and each not in given]:
+    called = more(words) if more else []
+    had = {word.partition("=")[0] for word in called}
+    if missing := [each for each in flags if each.required and not each.positional and each not in given and each.name not in had]:
         raise _missing(missing, prog, *examples)
-    return words
+    return [*called, *words]
 
 
 def _nameless(flags: list[Flag]) -> list[Flag]:

@@ -7,6 +7,8 @@ import tyro
 
 from smedjan_common import errors
 from smedjan_common.command_line import NAMELESS, parse
+from smedjan_common.optional import MaybeStr
+from smedjan_common.settings import from_file
 
 HELD_OUT = {"document": "whole documents", "tail": "the end of the text"}  # by how the text is split
 
@@ -33,6 +35,8 @@ class Flags:
     """Number of processes that tokenise; all cores by default."""
     force: bool = False
     """Replace --output and --val-output if they exist."""
+    config: Annotated[MaybeStr, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Flags from a TOML file, flat or in the table [prepare]; those of the command line win."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         "smedjan prepare my.txt --tokenizer tokenizer.json --output train.bin",
         "smedjan prepare texts/ --output train.bin --val-output val.bin --val-fraction 0.02",
+        more=from_file(Flags, "prepare", ("tokenizer",)),
     )
     return errors.run_command(lambda: _run(flags))
 

@@ -8,6 +8,8 @@ import tyro
 
 from smedjan_common import errors
 from smedjan_common.command_line import NAMELESS, parse
+from smedjan_common.optional import MaybeStr
+from smedjan_common.settings import from_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Flags:
     """After training print bytes per token by kind of text, the longest tokens and how many are unused."""
     force: bool = False
     """Replace --output if it exists."""
+    config: Annotated[MaybeStr, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Flags from a TOML file, flat or in the table [tokenizer]; those of the command line win."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         "smedjan tokenizer my.txt --vocab-size 4096 --output tokenizer.json",
         "smedjan tokenizer texts/ --vocab-size 32768 --report",
+        more=from_file(Flags, "tokenizer", ("prepare",)),
     )
     return errors.run_command(lambda: _run(flags))
 

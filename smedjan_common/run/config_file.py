@@ -10,30 +10,22 @@ What the command line gives wins. A setting becomes the words of its flag, so it
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from smedjan_common.command_line import WANTED, Flag, UsageError, flags_of
+from smedjan_common.command_line import UsageError, flags_of
 from smedjan_common.errors import SmedjanError, flag, near, reason
 from smedjan_common.files.names import CONFIG
-from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig, ffn_width
 from smedjan_common.model.options import options
 from smedjan_common.run.flags import ALL_GROUPS as GROUPS
 from smedjan_common.run.flags import THIS_START, SftFlags, TrainFlags
 from smedjan_common.run.options import unread_of_model, unread_of_training
+from smedjan_common.settings import Setting, flat, for_a_file, of_toml, read_text, words_for
 from smedjan_common.training.config import TrainConfig
 
 NEVER = ("config", "devices", "dry_run", "force", "resume")  # of one start; what a file says is of a run
-
-
-class Setting(NamedTuple):
-    """A flag's field, its value, and where in the file it stands."""
-
-    name: str
-    value: Any
-    where: str
 
 
 def words_of(path: str, given: Iterable[str], kind: type[TrainFlags] = TrainFlags) -> list[str]:
@@ -44,62 +36,13 @@ def words_of(path: str, given: Iterable[str], kind: type[TrainFlags] = TrainFlag
         if flag(one.name) not in known:
             what, why = f"{one.where}: {one.name} is no flag of this.", "It is about conversations."
             raise UsageError(what, why, "Give the file to `smedjan sft`.")
-    return [word for one in settings(Path(path)) if one.name not in taken for word in _words(known[flag(one.name)], one)]
+    return [word for one in settings(Path(path)) if one.name not in taken for word in words_for(known[flag(one.name)], one)]
 
 
 def settings(path: Path) -> list[Setting]:
     """What the file says. Raises UsageError for one that cannot be read, or for a name that is no flag."""
-    try:
-        text = read_regular(path).decode("utf-8-sig")  # Windows' editors begin with a byte order mark
-    except FileNotFoundError:
-        raise UsageError(
-            f"There is no file {str(path)!r}.", "It is what --config names.", "Name a .toml file, or the config.json of a run."
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read.", f"{error.strerror or error}.", "Name a .toml file, or the config.json of a run."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} cannot be read.", reason(error), "A configuration is text in UTF-8.") from None
-    return _of_a_run(path, text) if path.suffix == ".json" else _of_toml(path, text)
-
-
-def _of_toml(path: Path, text: str) -> list[Setting]:
-    try:
-        values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = f"{str(error)[:1].upper()}{str(error)[1:]}."
-        raise UsageError(f"{path} is not TOML.", why, 'A line of it is such as: lr = 3e-4, or size = "tiny".') from None
-    places = _places(text)
-    found: dict[str, Setting] = {}
-    for table, name, value in _flat(values):
-        where = f"{path}, line {places.get((table, name), '?')}"
-        one = Setting(_field(table, name, where), value, where)
-        if one.name in found:
-            raise UsageError(f"{where}: {name} is set twice.", f"It is in {found[one.name].where} too.", "Leave one of them out.")
-        found[one.name] = one
-    return list(found.values())
-
-
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(table or nothing, name, value)."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from ((name, inner, part) for inner, part in value.items())
-        else:
-            yield "", name, value
-
-
-def _places(text: str) -> dict[tuple[str, str], int]:
-    """(table, name) -> the line where it is set, counted from 1."""
-    table, places = "", {}
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if line.startswith("["):
-            table = line.strip("[] ").partition("]")[0].strip().strip("\"'")
-        elif "=" in line and not line.startswith("#"):
-            places.setdefault((table, line.partition("=")[0].strip().strip("\"'")), number)
-    return places
+    text = read_text(path, "Name a .toml file, or the config.json of a run.")
+    return _of_a_run(path, text) if path.suffix == ".json" else of_toml(path, text, _field)
 
 
 def _field(table: str, name: str, where: str) -> str:
@@ -115,35 +58,7 @@ def _field(table: str, name: str, where: str) -> str:
         raise UsageError(f"{where}: {name} is no flag of training.", near(flag(field), known), "`smedjan train --help` lists them.")
     if table and group != table:
         raise UsageError(f"{where}: {name} does not belong to [{table}].", f"It is of [{group}].", "Move it there, or above all tables.")
-    if field in NEVER:
-        raise UsageError(
-            f"{where}: {name} is for the command line.", "It is about one start, and a file is about a run.", f"Write {flag(field)} there."
-        )
-    return field
-
-
-def _words(one: Flag, setting: Setting) -> list[str]:
-    """The words of a setting. Raises UsageError for a value that is not of the flag's type."""
-    values = list(setting.value) if isinstance(setting.value, list) else [setting.value]
-    if one.takes is bool:
-        if values not in ([True], [False]):
-            raise _wrong(one, setting, "true or false")
-        return [one.name] if values[0] else [f"--no-{one.name[2:]}"] if one.negated else []
-    wanted = {int: (int,), float: (int, float), str: (str,)}[one.takes]
-    if not all(type(value) in wanted for value in values) or not values:
-        raise _wrong(one, setting, WANTED.get(one.takes, "text in quotes"))
-    shown = [str(value) for value in values]
-    if any("\0" in value for value in shown):  # no command line can have one, and no path
-        raise _wrong(one, setting, "text without a zero byte")
-    if one.many:
-        return [one.name, *(f"./{value}" if value.startswith("-") else value for value in shown)]
-    return [f"{one.name}={','.join(shown)}"]  # a pattern, such as mixer = ["ssm", "attention"]
-
-
-def _wrong(one: Flag, setting: Setting, wanted: str) -> UsageError:
-    return UsageError(
-        f"{setting.where}: {setting.name} cannot be {setting.value!r}.", f"It must be {wanted}.", f"It is the flag {one.name}."
-    )
+    return for_a_file(field, name, where, NEVER)
 
 
 def _of_a_run(path: Path, text: str) -> list[Setting]:
@@ -188,7 +103,7 @@ def _default(name: str) -> Any:
 def to_toml(given: dict[str, Any], before: str = "", command: str = "train") -> str:
     """The flags of a run that were given, in tables. `before`: the file as it was, whose values stay where nothing else is given."""
     try:
-        had = {name.replace("-", "_"): value for _, name, value in _flat(tomllib.loads(before))}
+        had = {name.replace("-", "_"): value for _, name, value in flat(tomllib.loads(before))}
     except (ValueError, RecursionError):
         had = {}
     values = had | given
@@ -219,7 +134,7 @@ def sources(path: str, given: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     for name, value in given.items():
         one = of_file.get(name)
-        same = one is not None and _words(known[flag(name)], one) == _words(
+        same = one is not None and words_for(known[flag(name)], one) == words_for(
             known[flag(name)], Setting(name, list(value) if isinstance(value, tuple) else value, "")
         )
         rows.append((flag(name), _toml(value), one.where if one and same else "the command line"))

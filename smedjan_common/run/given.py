@@ -63,11 +63,10 @@ def parse(argv: list[str] | None = None, prog: str = "", kind: Kind = TRAIN) -> 
 
 def words_of_config(words: list[str], kind: Kind = TRAIN) -> list[str]:
     """What --config adds to the words of a command line. Raises UsageError."""
-    paths = [
-        word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=False) if word.split("=")[0] == "--config"
-    ]
-    if not paths:
+    named = [word for word in words if word.split("=")[0] == "--config"]
+    if not named:
         return []
     from smedjan_common.run.config_file import words_of
+    from smedjan_common.settings import paths
 
-    return words_of(paths[-1], given_names(words), kind.flags)
+    return words_of(paths(words)[-1], given_names(words), kind.flags)

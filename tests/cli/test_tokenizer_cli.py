@@ -53,6 +53,53 @@ def test_wrong_usage_is_exit_code_2_with_what_to_do(text, command, arguments, sa
     assert says in capsys.readouterr().err
 
 
+def test_one_file_says_the_flags_of_both_and_the_command_line_wins(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tables = (
+        '[tokenizer]\ninput = ["text.txt"]\nvocab-size = 270\n[prepare]\ninput = ["text.txt"]\nval_fraction = 0.1\nval_output = "val.bin"\n'
+    )
+    (tmp_path / "data.toml").write_text(tables)
+    for words in (["--output", "a.json"], ["--output", "b.json", "--vocab-size", "265"]):
+        assert tokenizer_command.main(["--config", "data.toml", *words]) == 0
+    assert [len(json.loads((tmp_path / name).read_text())["model"]["vocab"]) for name in ("a.json", "b.json")] == [269, 264]
+    assert prepare_command.main(["--config=data.toml", "--tokenizer", "a.json"]) == 0
+    assert (tmp_path / "train.bin").stat().st_size > (tmp_path / "val.bin").stat().st_size > 0
+    capsys.readouterr()
+    (tmp_path / "flat.toml").write_text('input = "text.txt"\nreport = true\n')
+    assert tokenizer_command.main(["--config", "flat.toml", "--output", "c.json"]) == 0
+    assert "bytes per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        ("vocab_siz = 300\n", 1, "Did you mean --vocab-size?"),
+        ("[tokeniser]\nvocab_size = 300\n", 2, "Did you mean tokenizer?"),
+        ("\nval_fraction = 0.1\n", 2, "no flag of tokenizer"),
+        ('[tokenizer]\nvocab_size = "300"\n', 2, "It must be a whole number."),
+        ('byte_order = "gpt3"\n', 1, "It must be one of gpt2, raw."),
+        ("force = true\n", 1, "Write --force there."),
+        ("vocab_size = 300\n[tokenizer]\nvocab-size = 301\n", 3, "line 1 too"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path, text, capsys, content, line, says):
+    file = tmp_path / "data.toml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        tokenizer_command.main([text, "--config", str(file)])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert f"error: {file}, line {line}: " in err
+    assert says in err
+
+
+def test_a_file_without_inputs_leaves_them_to_be_asked_for(tmp_path, capsys):
+    (tmp_path / "data.toml").write_text("vocab_size = 300\n")
+    with pytest.raises(SystemExit):
+        tokenizer_command.main(["--config", str(tmp_path / "data.toml")])
+    assert "smedjan tokenizer needs PATH" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "prepare"])
 def test_help_is_quick_and_imports_little(name):
     code = (

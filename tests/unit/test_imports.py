@@ -34,7 +34,7 @@ FLOORS = (
     ("smedjan_common", "hints", "machine", "nearby", "optional", "streams"),  # the package by itself: its version
     ("errors",),
     ("command_line", "files", "workers"),
-    ("remote",),
+    ("remote", "settings"),
     ("model", "text"),
     ("training", "tokenizer"),
     ("backend",),
@@ -80,6 +80,7 @@ REASONS = {
     ("smedjan_common.reporting.trackers.*", "trackio"): PACKAGE,
     ("smedjan_common.reporting.trackers.*", "mlflow.*"): PACKAGE,
     ("smedjan_common.run.given", "smedjan_common.run.config_file"): "only --config needs it, and TOML",
+    ("smedjan_common.run.given", "smedjan_common.settings"): "the same",
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.remote.store", "fsspec"): PACKAGE,
