@@ -65,3 +65,14 @@ def test_make_help_has_a_line_for_every_command_and_bare_make_trains():
     assert lines.keys() == TARGETS
     assert all(len(line.split()) > 3 and len(line) < 120 for name, line in lines.items() if name != "help")
     assert re.search(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE)[1] == "train"
+
+
+def test_constraints_pin_each_package_once_by_a_version_and_from_nowhere_in_particular():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = [line for line in lines if line]
+    assert [line for line in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == [], "no address, folder or range"
+    names = [re.sub(r"[-_.]+", "-", line.partition("=")[0]).lower() for line in pins]
+    assert [name for name in names if names.count(name) > 1] == []
+    assert pins == sorted(pins, key=str.lower)
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|Editable|file:|@", text)
