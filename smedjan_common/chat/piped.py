@@ -17,11 +17,22 @@ MAX_LINE_BYTES = 64 << 20  # more than any model takes: no endless line fills th
 
 
 def run(answering: Answering, stream: IO[bytes], as_json: bool) -> int:
-    """Answer every line of the stream that is not empty; the exit code. Raises SmedjanError."""
+    """Answer every line of the stream that is not empty; the exit code. Raises SmedjanError.
+
+    That a talk outgrows the context is told the first time: from there on every message pushes others out.
+    """
+    told = False
+
+    def tell(note: str) -> None:
+        nonlocal told
+        if not told:
+            streams.put(f"note: {note}", sys.stderr)
+        told = True
+
     for line in _lines(stream):
         if text := line.rstrip("\r\n"):
             answering.talk.say(text)
-            answer = answering.answer(lambda text: None, _told)
+            answer = answering.answer(lambda text: None, tell)
             if as_json:
                 sys.stdout.write(json.dumps(values(answer), ensure_ascii=False) + "\n")
             else:
@@ -57,7 +68,3 @@ def values(answer: Answer) -> dict[str, object]:
         "completion_tokens": answer.tokens,
         "tokens_per_second": round(answer.speed, 2) if answer.speed else None,
     }
-
-
-def _told(note: str) -> None:
-    streams.put(f"note: {note}", sys.stderr)

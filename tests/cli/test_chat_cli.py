@@ -246,6 +246,7 @@ def test_a_talk_that_outgrows_the_context_loses_its_oldest_turns_and_says_so(run
     code, out, err = piped("--max-tokens", 4, "--template", "plain", said=said, path=run)
     assert (code, len(out.splitlines())) == (0, 6)
     assert "no longer fit into the context of 256 tokens" in err
+    assert err.count("note: ") == 1, "as of the second time on every message pushes others out"
     code, _, err = piped("--max-tokens", 4, "--template", "plain", said="the dog " * 400, path=run)
     assert code == 2
     assert "Shorten it" in err
