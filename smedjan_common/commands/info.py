@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import arg
 
 from smedjan_common.command_line import parse
-from smedjan_common.errors import CheckpointError, DataError, run_command
+from smedjan_common.errors import CheckpointError, DataError, TemplateError, run_command
 from smedjan_common.files.names import CONFIG, FINAL, MANIFEST, METRICS, TOKENIZER
 from smedjan_common.nearby import beside
 
@@ -96,6 +96,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         "optimizer": info.optimizer,
         "dataset": info.dataset,
         "tokenizer_hash": info.tokenizer_hash,
+        "chat_template": _chat_template(info.path),
         "metrics": info.metrics,
         "written_by": {"smedjan": info.smedjan_version, **info.framework},
         "bytes": info.nbytes,
@@ -126,6 +127,7 @@ def _run(path: Path, verify: bool) -> Facts:
         "training": config.get("train"),
         "dataset": config.get("dataset"),
         "tokenizer_hash": config.get("tokenizer_hash"),
+        "chat_template": _chat_template(found[-1].path if found else path / FINAL),
         "initial_values": config.get("initial_values"),
         "first": trained[0] if trained else None,
         "last": trained[-1] if trained else None,
@@ -222,6 +224,16 @@ def _tokenizer(path: Path, verify: bool) -> Facts:
     }
 
 
+def _chat_template(folder: Path) -> str | None:
+    """chatml, jinja (a template of its own), none: a base model; or why it cannot be read. None where there is no tokenizer."""
+    from smedjan_common.tokenizer.chat import template_name
+
+    try:
+        return template_name(folder)
+    except TemplateError as error:
+        return f"cannot be used: {error.why}"
+
+
 def _is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or path.name == MANIFEST
 
@@ -262,6 +274,7 @@ def _quantized(path: Path, verify: bool) -> Facts:
         "quantised": f"{len(weights)} weights",
         **_model(info.model, None),
         "tokenizer_hash": tokenizer.hash,
+        "chat_template": _chat_template(path),
         "bytes": sum(tensor.nbytes for tensor in info.weights.values()),
         "verified": True if verify else None,
     }
@@ -286,6 +299,7 @@ def _foreign(path: Path, verify: bool) -> Facts:
         "path": str(path),
         **_model(info.model, None),
         "tokenizer_hash": tokenizer.hash,
+        "chat_template": _chat_template(path),
         "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
     }
 

@@ -5,10 +5,13 @@ chatml   <|im_start|>role\\n … <|im_end|>\\n, two control tokens around each t
 jinja    the template of another project (chat_jinja.py); the two above need no Jinja
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from smedjan_common.errors import TemplateError, unknown
+from smedjan_common.errors import TemplateError, reason, unknown
+from smedjan_common.files.names import TOKENIZER
+from smedjan_common.files.regular import read_regular
 from smedjan_common.tokenizer import chat_files
 from smedjan_common.tokenizer.base import BaseTokenizer
 from smedjan_common.tokenizer.chat_files import CHATML_JINJA, ChatSource
@@ -75,6 +78,21 @@ def template_of(folder: str | Path | None, tokenizer: BaseTokenizer) -> ChatTemp
     if source.template.strip() == CHATML_JINJA:
         return _chatml(tokenizer)
     return _jinja(source, tokenizer)
+
+
+def template_name(folder: Path) -> str | None:
+    """What `template_of` a checkpoint is called: chatml, jinja, or none for a base model; read from its files, so nothing is loaded or
+    compiled. None where there is no tokenizer.json. Raises TemplateError for files that cannot be read."""
+    if (source := chat_files.read(folder)) is not None:
+        return ChatML.name if source.template.strip() == CHATML_JINJA else "jinja"
+    if not (folder / TOKENIZER).is_file():
+        return None
+    try:
+        added = json.loads(read_regular(folder / TOKENIZER)).get("added_tokens") or []
+        names = {token["content"] for token in added}
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise TemplateError(f"{folder / TOKENIZER} cannot be read.", reason(error), "Restore it from a copy.") from None
+    return ChatML.name if names >= _CHATML else "none"
 
 
 def named_template(name: str, folder: str | Path | None, tokenizer: BaseTokenizer) -> ChatTemplate | None:

@@ -9,6 +9,9 @@ from smedjan_common.commands import info, plot
 from smedjan_common.config import ModelConfig
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.tokenizer.chat import template_name, template_of
+from smedjan_common.tokenizer.chat_files import CHATML_JINJA
 from tests.fakes.runs import arguments, train_here, write_text
 from tests.unit.convert_models import convert
 
@@ -68,6 +71,24 @@ def test_a_token_file_and_a_tokenizer_share_their_hash(made, capsys):
     tokens, tokenizer = facts(capsys, data / "train.bin", "--verify"), facts(capsys, data / "tokenizer.json")
     assert (tokens["kind"], tokenizer["kind"]) == ("token file", "tokenizer")
     assert tokens["tokenizer_hash"] == tokenizer["tokenizer_hash"]
+
+
+def test_the_chat_template_of_a_run_a_checkpoint_and_a_directory_is_named(made, tmp_path, capsys):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    newest = run / "step-00000012"
+    convert(newest, tmp_path / "hf", "--to", "hf")
+    capsys.readouterr()
+    places = (newest, run, tmp_path / "hf")
+    assert [facts(capsys, place)["chat_template"] for place in places] == ["none"] * 3
+    (newest / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (tmp_path / "hf" / "chat_template.jinja").write_text(CHATML_JINJA)
+    assert [facts(capsys, place)["chat_template"] for place in places] == ["jinja", "jinja", "chatml"]
+    own = Tokenizer.train_from_texts(["the cat"], 260, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    own.save(tmp_path / "tokenizer.json")
+    assert template_name(tmp_path) == template_of(None, Tokenizer.load(tmp_path / "tokenizer.json")).name == "chatml"
+    assert facts(capsys, made / "run" / "final")["chat_template"] == "none"
+    (newest / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    assert "cannot be used: It is not a text" in facts(capsys, run)["chat_template"]
 
 
 def test_plain_text_output_has_every_fact(made, capsys):
