@@ -3,7 +3,7 @@
 CHECKPOINT_DIR/step-00001000/   CHECKPOINT_DIR/orbax-00001000/   CHECKPOINT_DIR/final/
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,17 +95,18 @@ def check_formats(found: Iterable[Entry]) -> None:
             raise NewerFormatError(entry.error.what, entry.error.why, fix)
 
 
-def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0) -> list[Path]:
+def prune_checkpoints(directory: str | Path, keep: int, *, keep_every: int = 0, spare: Collection[Path] = ()) -> list[Path]:
     """Remove all but the newest `keep` complete step checkpoints (0: remove none); returns what was removed.
 
-    Steps that are multiples of `keep_every` stay too (0: no such rule). Broken ones, `final/` and everything else are left alone.
+    Steps that are multiples of `keep_every` stay too (0: no such rule), and so does what is to `spare`. Broken ones, `final/` and
+    everything else are left alone.
     Each is renamed to a dot name first, so none ever stands there half. Raises CheckpointError when the directory cannot be written.
     """
     directory = Path(directory)
     if keep < 0 or keep_every < 0:
         raise CheckpointError(f"--keep {keep} is negative.", "It is a number of checkpoints.", "Take --keep 0 to keep all.")
     doomed = find_checkpoints(directory)[:-keep] if keep else []
-    doomed = [path for step, path in doomed if not (keep_every and step % keep_every == 0)]
+    doomed = [path for step, path in doomed if not (keep_every and step % keep_every == 0) and path not in spare]
     try:
         for path in doomed:
             remove(path)

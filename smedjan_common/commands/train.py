@@ -14,7 +14,9 @@ from smedjan_common.errors import ConfigError, DamagedError, SmedjanError, run_c
 
 if TYPE_CHECKING:
     from smedjan_common.backend import Backend, Device
+    from smedjan_common.checkpoint.mirror import Mirror
     from smedjan_common.model.config import ModelConfig
+    from smedjan_common.remote.address import Address
     from smedjan_common.run.asked import Asked
     from smedjan_common.run.data import RunData
     from smedjan_common.run.decided import Decided
@@ -61,6 +63,7 @@ def run(name: str, load: Load, argv: list[str] | None = None, command: str = "tr
 
 def train(name: str, load: Load, asked: "Asked") -> int:
     """Train what is asked for with the backend `name`; returns the exit code. Raises SmedjanError."""
+    from smedjan_common.checkpoint.mirror import mirrored
     from smedjan_common.commands.backends import check_backend
     from smedjan_common.reporting.console import say
     from smedjan_common.run.checks import check_words
@@ -69,10 +72,10 @@ def train(name: str, load: Load, asked: "Asked") -> int:
     check_backend(name, asked.value("backend"))
     check_words(asked, name)
     damaged: set[Path] = set()
-    with RunLock(writes=not asked.value("dry_run")) as lock:
+    with RunLock(writes=not asked.value("dry_run")) as lock, mirrored(address(asked), checkpoint_dir(asked), say) as mirror:
         while True:
             try:
-                return _train_alone(name, load, asked, lock, damaged)
+                return _train_alone(name, load, asked, lock, mirror, damaged)
             except DamagedError as error:
                 if error.path.parent != checkpoint_dir(asked) or asked.value("resume") != "auto":
                     raise
@@ -80,8 +83,9 @@ def train(name: str, load: Load, asked: "Asked") -> int:
                 damaged.add(error.path)
 
 
-def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged: set[Path]) -> int:
-    """The steps of a run. damaged: checkpoints that turned out not to be whole."""
+def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror: "Mirror | None", damaged: set[Path]) -> int:
+    """The steps of a run. mirror: where --checkpoint-dir is an address. damaged: checkpoints that turned out not to be whole."""
+    from smedjan_common.checkpoint.pulled import pull
     from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.console import say
     from smedjan_common.run import loop
@@ -99,12 +103,14 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
 
     folder, dry_run, elsewhere = checkpoint_dir(asked), asked.value("dry_run"), asked.value("devices") is not None
     lock.take(folder)
+    if mirror:
+        pull(mirror, say)
     check_folder(folder, asked)
     begin = find_begin(folder, asked, name, say, damaged)
     asked = complete(asked, begin, say)
     check(early := decide(name, asked, begin, folder))
     if early.done:
-        return _done_already(early, say)
+        return _done_already(early, mirror, say)
     framework = functools.cache(lambda: _imported(load, early.train.deterministic))
 
     def check_known(data: "RunData") -> None:  # by its devices too, before texts are tokenised, which may take hours
@@ -115,7 +121,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run, check_known))
     check(decided)
     if decided.done:
-        return _done_already(decided, say)
+        return _done_already(decided, mirror, say)
     decided = decided.computing_in("bfloat16" if elsewhere else framework()[1])
     for line in notes(decided):
         say(f"note: {line}")
@@ -133,7 +139,10 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", damaged
     if config.objective == "sft" and isinstance(config.train_data, TokenFile) and config.train_data.mask is not None:
         row = shown_row(config.train_data, config.train.seq_len, config.tokenizer)
         say("One conversation as it is learned; what is trained stands in brackets:\n  | " + row.rstrip("\n").replace("\n", "\n  | "))
-    return loop.run(config, backend)
+    if mirror:
+        say(f"The run is written to {folder}, and sent to {mirror.place} behind it.")
+        mirror.claim(config.keep, config.keep_every)
+    return loop.run(dataclasses.replace(config, mirror=mirror), backend)
 
 
 def _on_devices(decided: "Decided", framework: "Framework", say: "Say") -> "tuple[Backend, Device]":
@@ -155,8 +164,8 @@ def _imported(load: Load, deterministic: bool) -> "Framework":
         return load(deterministic)
 
 
-def _done_already(decided: "Decided", say: "Say") -> int:
-    """Tell that all steps are done, and which flags would count if there were more."""
+def _done_already(decided: "Decided", mirror: "Mirror | None", say: "Say") -> int:
+    """Tell that all steps are done, and which flags would count if there were more; what was not sent yet is."""
     from smedjan_common.run.completed import data_of
     from smedjan_common.run.notes import notes
 
@@ -168,11 +177,25 @@ def _done_already(decided: "Decided", say: "Say") -> int:
     assert decided.start
     done = f"Done already: {decided.start.path} is at step {decided.start.step} of {decided.train.steps}."
     say(f"{done} More --steps go on from there{', with what the notes say' if lines else ''}.")
+    if mirror and not decided.asked.value("dry_run"):
+        mirror.claim(decided.asked.value("keep"), decided.asked.value("keep_every"))
     return 0
 
 
+def address(asked: "Asked") -> "Address | None":
+    """--checkpoint-dir, where it is no folder of this machine."""
+    from smedjan_common.remote.address import Address, is_remote
+
+    given = asked.value("checkpoint_dir")
+    return Address(given) if is_remote(given) else None
+
+
 def checkpoint_dir(asked: "Asked") -> Path:
-    """--checkpoint-dir, or runs/DATASET-SIZE."""
+    """--checkpoint-dir, or where the run that it names is written before it is sent, or runs/DATASET-SIZE."""
+    from smedjan_common.remote.cache import run_folder
+
+    if there := address(asked):
+        return run_folder(there)
     if asked.value("checkpoint_dir"):
         return Path(asked.value("checkpoint_dir"))
     if not (dataset := asked.value("dataset")):

@@ -37,9 +37,12 @@ def fetched(url: str) -> Path:
             raise
         why = "Its manifest, of the same name with .json, is not there."
         raise DataError(f"There is no token file {place}.", why, "Check the address, and that all files of it were sent.") from None
-    manifest = _manifest(place, raw)
-    target = cache_folder("tokens") / hashlib.sha256(raw).hexdigest()[:24] / place.address.name
-    own = target.with_name(target.name + ".json")
+    return bring(place, raw, cache_folder("tokens") / hashlib.sha256(raw).hexdigest()[:24] / place.address.name)
+
+
+def bring(place: Place, raw: bytes, target: Path) -> Path:
+    """The token file of this manifest as `target`, with all that stands beside it. As `fetched` otherwise."""
+    url, manifest, own = os.fspath(place.address), _manifest(place, raw), target.with_name(target.name + ".json")
     if own.is_file() and target.is_file():
         return target
     told = _teller(place, target.parent)

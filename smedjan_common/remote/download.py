@@ -36,7 +36,7 @@ def download(place: Place, target: Path, sha256: str | None, told: Told = lambda
         has = place.stat().size
         _check_space(place, target.parent, has or 0, part)
         if not (_brought(place, part, sha256, has, told) or _brought(place, part, sha256, has, told)):  # once more, from nothing
-            raise DataError(f"{place} is not what was written.", f"Its SHA-256 is not {sha256}. {_HALF}", _SEND)
+            raise DataError(f"{place} is not what was written.", f"Its SHA-256 is not {sha256}. {_HALF}", _SEND, case="damaged")
         os.replace(part, target)
         sync_directory(target.parent)
         part.with_suffix(".lock").unlink(missing_ok=True)

@@ -1,14 +1,16 @@
-"""One address in a store, through fsspec: sizes, lists, ranges of bytes, each tried again while that may help.
+"""One address in a store, through fsspec: sizes, lists, ranges of bytes, writes, each tried again while that may help.
 
 The credentials are those of the store's own library: its environment variables, its files, the machine's role. Errors never quote what
 such a library says whole: it may hold an address with a signature.
 """
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from smedjan_common.errors import ConfigError, DataError
@@ -16,6 +18,8 @@ from smedjan_common.remote.address import HTTP, Address, scheme_of, shown
 
 TRIES = 6
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # seconds
+_WHOLE = 16 << 20  # bytes; a larger file is written in parts
+_PART = 32 << 20
 _TIMEOUT = "SMEDJAN_REMOTE_TIMEOUT"
 _PACKAGES = {  # scheme -> the package that fsspec needs for it
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -36,6 +40,10 @@ class Stat:
 
     size: int | None
     mark: str = ""
+
+
+class Abandoned(Exception):
+    """An upload that was asked to stop."""
 
 
 class Place:
@@ -101,13 +109,56 @@ class Place:
         """An object from front to end, of a server that does not say its size; nothing is tried again then."""
         return self._tried(lambda: self._fs.open(self._path, "rb", block_size=0), "read")
 
+    def write(self, data: bytes) -> None:
+        """Write a small object at once; it is there whole or not at all."""
+        self._tried(lambda: self._fs.pipe_file(self._path, data), "write")
+
+    def send(self, file: Path, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Write a file as an object, and see that it has its size there. Raises Abandoned when `go_on` says no, OSError of the file."""
+        size = file.stat().st_size
+        if size <= _WHOLE:
+            self.write(file.read_bytes())
+        else:
+            self._tried(lambda: self._send_parts(file, go_on), "write")
+        if (there := self.stat().size) not in (size, None):
+            raise self._error(ConnectionError(f"it has {there} bytes instead of {size}"), "write")
+
+    def _send_parts(self, file: Path, go_on: Callable[[], bool]) -> None:
+        out = self._fs.open(self._path, "wb", block_size=_PART)
+        try:
+            with open(file, "rb") as source:
+                while data := source.read(_PART):
+                    if not go_on():
+                        raise Abandoned
+                    self._write_part(out, data)
+            out.close()
+        except BaseException:
+            _discard(out)  # closing it would make a whole object of the parts that came so far
+            raise
+
+    def _write_part(self, out: Any, data: bytes) -> None:
+        try:
+            out.write(data)
+        except Exception as error:
+            if _is_final(error) or not hasattr(out, "parts"):
+                raise
+            self._tried(out.flush, "write")  # S3: the part that failed is sent again, not the file
+
+    def remove(self) -> None:
+        """Remove an object, if it is there."""
+        try:
+            self._tried(lambda: self._fs.rm_file(self._path), "remove")
+        except DataError as error:
+            if error.case != "absent":
+                raise
+
     def _tried(self, work: Callable[[], _T], what: str) -> _T:
         wait = _FIRST_WAIT
         for left in reversed(range(TRIES)):
             try:
                 self._fs.invalidate_cache()
                 return work()
-            except (DataError, MemoryError):
+            except (Abandoned, DataError, MemoryError):
                 raise
             except Exception as error:  # libraries of stores raise errors of many kinds and bases
                 if not left or _is_final(error):
@@ -193,6 +244,8 @@ def _told(error: Exception) -> tuple[str, str, str]:
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "There is nothing at this address.", "Check the address.", "absent"
+    if isinstance(error, NotImplementedError):
+        return "This kind of store cannot do that.", "Take a store such as s3:// or gs://.", "unable"
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         return "The store refuses these credentials, or none were found.", _CREDENTIALS, "refused"
     if isinstance(status, int) and status:
@@ -209,3 +262,9 @@ def harmless(text: str) -> str:
         if len(value) >= 8 and re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name):
             text = text.replace(value, "…")
     return text[:160].rstrip(".")
+
+
+def _discard(out: Any) -> None:
+    with contextlib.suppress(Exception):  # an error of giving up would hide the one that counts
+        out.discard()
+    out.closed = True

@@ -17,6 +17,7 @@ import numpy as np
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
 from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint.mirror import Mirror
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
@@ -45,7 +46,8 @@ class RunConfig:
     train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
     flags: what config.json records. given: those that were given, for config.toml. objective: a key of COMMANDS. gained: how many tokens
-    the tokenizer has more than that of `pretrained`; extends: the hash of that one.
+    the tokenizer has more than that of `pretrained`; extends: the hash of that one. mirror: sends the run to the
+    address that --checkpoint-dir is.
     """
 
     model: ModelConfig
@@ -73,6 +75,7 @@ class RunConfig:
     objective: str = "lm"
     gained: int = 0
     extends: str | None = None
+    mirror: Mirror | None = None
 
 
 class RunFolder:
@@ -156,7 +159,10 @@ class RunFolder:
         return {**(self._about.extra or {}), **extra}
 
     def _pruned(self, path: Path) -> Path:
-        prune_checkpoints(self.path, self.config.keep, keep_every=self.config.keep_every)
+        mirror = self.config.mirror
+        prune_checkpoints(self.path, self.config.keep, keep_every=self.config.keep_every, spare=mirror.spared if mirror else ())
+        if mirror:
+            mirror.put()
         return path
 
     def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
