@@ -127,6 +127,7 @@ NAMES = {
     "eval": "evaluate perplexity ppl score benchmark test lm-eval",
     "convert": "export import save-pretrained quantize gguf fuse",
     "merge": "average mergekit soup model-soup merge-models combine swa-average",
+    "grow": "upcycle expand widen deepen enlarge net2net stack-layers scale-up depth-up-scale",
     "push": "upload publish upload-to-hub push-to-hub hub",
     "prepare": "encode tokenize tokenise preprocess pretokenize prepare-data",
     "tokenizer": "train-tokenizer bpe tokenizer-train",

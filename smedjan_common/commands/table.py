@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("smedjan_common.commands.train", "train a model, or go on with a run", "smedjan_common.run.flags:TrainFlags"),
     "sft": Command("smedjan_common.commands.sft", "teach a model to answer, by conversations", "smedjan_common.run.flags:SftFlags"),
     "merge": Command("smedjan_common.commands.merge", "merge models of one shape, or a run's last checkpoints", "MergeFlags"),
+    "grow": Command("smedjan_common.commands.grow", "make a larger model that computes the same", "GrowFlags"),
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model", "GenerateFlags"),
     "chat": Command("smedjan_common.commands.chat", "talk with a model in the terminal", "ChatFlags"),
     "serve": Command("smedjan_common.commands.serve", "answer over HTTP as OpenAI's API does", "ServeFlags"),

@@ -54,6 +54,8 @@ def find_begin(folder: Path, asked: Asked, backend: str, say: Say, damaged: Coll
     weights = newest(asked.value("pretrained")) if asked.value("pretrained") and info is None else None
     if found := info or weights:
         check_readable(found, backend)
+    if info and info.step == 0 and not info.optimizer and not info.train:
+        return Pretrained(info)  # a folder that `smedjan grow` began: there are weights, and no run yet
     if info:
         return GoOn(info, _recorded(info, say))
     return Pretrained(weights) if weights else New()
