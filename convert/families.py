@@ -43,8 +43,7 @@ class Family(NamedTuple):
     """A row.
 
     architecture: transformers' class. defaults: what transformers takes where config.json is silent. options: fields of a ModelConfig it
-    may have beside those of every row. holds: whether it holds a model without other options. layout: the ties of its tensors. gguf:
-    llama.cpp's name, "" where there is none here. interleaved: llama.cpp turns neighbours of a head there, not halves.
+    may have beside those of every row. holds: whether it holds a model without other options. layout: the ties of its tensors.
     """
 
     architecture: str
@@ -52,8 +51,6 @@ class Family(NamedTuple):
     options: set[str]
     holds: Callable[[ModelConfig], bool]
     layout: Callable[[ModelConfig], list[Tie]] = layouts.llama
-    gguf: str = ""
-    interleaved: bool = False
 
 
 def _plain(config: ModelConfig) -> bool:
@@ -135,22 +132,18 @@ FAMILIES: dict[str, Family] = {
         {"max_position_embeddings": 2048},
         {*HEADS, "qkv_bias", "o_bias"},
         lambda config: _plain(config) and config.qkv_bias == config.o_bias,
-        gguf="llama",
-        interleaved=True,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         QWEN,
         {*WINDOWS, "qkv_bias"},
         lambda config: _plain(config) and config.qkv_bias and not config.o_bias,
-        gguf="qwen2",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**QWEN, "head_dim": 128},
         {*HEADS, *WINDOWS, "qk_norm"},
         lambda config: _plain(config) and config.qk_norm,
-        gguf="qwen3",
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -251,11 +244,15 @@ EXPRESSED = {
 
 def family_of(config: ModelConfig, target: str) -> str:
     """The first row that holds a model. `target` names the format in errors. Raises ConfigError, by name, for what none does."""
+    return families_of(config, target)[0]
+
+
+def families_of(config: ModelConfig, target: str) -> list[str]:
+    """Every row that holds a model, and the error of `family_of` where none does."""
     values, plain = config.to_dict(), ModelConfig(64, 2, 1, 1, 1, 1).to_dict()
     special = {name: values[name] for name in values.keys() - EXPRESSED if values[name] != plain[name]}
-    for name, family in FAMILIES.items():
-        if special.keys() <= family.options and family.holds(config):
-            return name
+    if found := [name for name, family in FAMILIES.items() if special.keys() <= family.options and family.holds(config)]:
+        return found
     kinds = ", ".join(dict.fromkeys((*config.mixer, *config.ffn)))
     wanted = ", ".join(f"{name} = {value}" for name, value in sorted(special.items()))
     raise ConfigError(

@@ -1,26 +1,23 @@
 """Portable -> a GGUF file that llama.cpp runs: hyper-parameters, tokenizer and weights in one file.
 
-In the architecture `llama` (families.py) llama.cpp turns neighbours (2j, 2j+1) of a head where smedjan, like transformers, turns j with
-j + K/2, so there the rows of q_proj and k_proj are reordered: row j + h K/2 of a head goes to 2j + h, h = 0, 1. A tied head is an
-`output.weight` that is left out. The embedding is cut to the vocabulary: llama.cpp then chooses among exactly the tokens that smedjan
-chooses among. Vectors stay float32.
+Architectures: gguf_forms.py; how their tensors come of ours: gguf_layouts.py. Vectors, routers, convolutions and what recurrent layers have
+besides matrices stay float32.
 
 The `gguf` package (extra `gguf`) writes, quantises and reads the file.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import gguf_tokenizer
-from convert.families import FAMILIES, family_of
+from convert import gguf_tokenizer, ties
 from convert.gguf_blocks import BLOCKS, KINDS, to_blocks
-from convert.hf_rope import rope_to_hf
-from convert.names import rows
+from convert.gguf_forms import FORMS, form_of
+from convert.hf_rope import rope_to_hf, turned_dim
 from convert.portable import Lazy, Packed, Portable, cast
 from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.config import ModelConfig
@@ -39,7 +36,6 @@ _FILE_TYPES = {
     "Q4_1": "MOSTLY_Q4_1",
 }  # -> LlamaFileType
 _BLOCK = 32  # weights that share a scale in Q8_0
-TABLES = ("embed.weight", "head.weight")
 
 
 def detect(path: Path) -> bool:
@@ -58,33 +54,28 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     CheckpointError when what was written reads back differently; OSError.
     """
     gguf = package()
-    family = FAMILIES[family_of(model.config, "GGUF")]
-    if model.config.window or not family.gguf:
-        raise ConfigError(
-            "A model with a sliding window, or layers that do not turn by position, has no GGUF form.",
-            "llama.cpp would not read it as it is.",
-            "Keep it neutral: both backends run it.",
-        )
+    architecture = form_of(model.config)
     if model.tokenizer is None:
         raise ConfigError("The model has no tokenizer.", "A GGUF file contains one.", "Put tokenizer.json beside its weights.")
-    fields = _hyper_parameters(model.config, family.gguf, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
-    kind = _TYPES[dtype]
-    tensors = {row.gguf: _laid_out(row.ours, model.tensors[row.ours], model.config, family.interleaved) for row in rows(model.config)}
+    fields = _hyper_parameters(model.config, architecture, target.stem) | gguf_tokenizer.fields(model.tokenizer, model.config.vocab_size)
+    kind, layout = _TYPES[dtype], FORMS[architecture].layout(model.config)
+    ours = {name: cast(name, tensor, np.dtype(np.float32)) for name, tensor in model.tensors.items()}
+    tensors = ties.written(layout, ours)
     if model.config.rope_scaling == "llama3":
         tensors["rope_freqs.weight"] = _periods_over_plain(model.config)
-    kinds = {name: _kind(kind, tensor) for name, tensor in tensors.items()}
+    kinds = {name: _kind(name, kind, tensor) for name, tensor in tensors.items()}
     encoded = {name: _encoded(name, tensor, kinds[name], gguf) for name, tensor in tensors.items()}
-    for row in rows(model.config):
-        if row.ours in model.packed:  # as it is: nothing is rounded again
-            packed = model.packed[row.ours]
-            kinds[row.gguf] = KINDS[packed.bits]
-            encoded[row.gguf] = _blocks(packed, tensors[row.gguf].shape, _change(row.ours, model.config, family.interleaved))
+    for tie in layout:  # what is quantised stays as it is: nothing is rounded again
+        packed = [model.packed[name] for name in tie.ours if name in model.packed]
+        if tie.by_rows and packed and len(packed) == len(tie.ours) and len({each.bits for each in packed}) == 1:
+            (name,), (shape,) = tie.theirs, tie.shapes
+            kinds[name], encoded[name] = KINDS[packed[0].bits], _blocks(packed, tie, shape)
     if model.packed:
         kind = KINDS[min(packed.bits for packed in model.packed.values())]
     fields["general.file_type"] = int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind]))
     fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     with atomic_path(target) as temporary:
-        _write(temporary, family.gguf, fields, watched(encoded, "write", show), kinds, tensors, gguf)
+        _write(temporary, architecture, fields, watched(encoded, "write", show), kinds, tensors, gguf)
         _verify(temporary, target, fields, watched(encoded, "verify", show), kinds, gguf)
     odd = sum(1 for name, tensor in tensors.items() if kinds[name] == "F16" != kind and len(tensor.shape) > 1)
     return [f"{odd} matrices have rows that are not a multiple of {_BLOCK}: they are float16."] if odd else []
@@ -104,29 +95,29 @@ def _hyper_parameters(config: ModelConfig, architecture: str, name: str) -> dict
     """GGUF keys of the architecture. int: uint32, float: float32."""
     base, scaling = rope_to_hf(config)
     fields: dict[str, Any] = {
-        "general.name": name,
-        "general.type": "model",
-        "llama.vocab_size": config.vocab_size,
-        "llama.context_length": config.context_length,
-        "llama.embedding_length": config.dim,
-        "llama.block_count": config.layers,
-        "llama.feed_forward_length": config.ffn_dim,
-        "llama.attention.head_count": config.heads,
-        "llama.attention.head_count_kv": config.kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": float(base),
-        "llama.rope.scaling.type": config.rope_scaling if config.rope_scaling in ("linear", "yarn") else "none",
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.dim,
+        "block_count": config.layers,
+        "feed_forward_length": config.ffn_dim,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": turned_dim(config),
+        "rope.freq_base": float(base),
+        "rope.scaling.type": config.rope_scaling if config.rope_scaling in ("linear", "yarn") else "none",
     }
     if scaling and config.rope_scaling != "llama3":  # its frequencies are a tensor
-        fields["llama.rope.scaling.factor"] = float(scaling["factor"])
+        fields["rope.scaling.factor"] = float(scaling["factor"])
     if scaling and config.rope_scaling == "yarn":  # llama.cpp works out the attention factor by our formula
-        fields["llama.rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
-        fields["llama.rope.scaling.yarn_beta_fast"] = float(scaling["beta_fast"])
-        fields["llama.rope.scaling.yarn_beta_slow"] = float(scaling["beta_slow"])
-    return {key.replace("llama.", f"{architecture}.", 1): value for key, value in fields.items()}
+        fields["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        fields["rope.scaling.yarn_beta_fast"] = float(scaling["beta_fast"])
+        fields["rope.scaling.yarn_beta_slow"] = float(scaling["beta_slow"])
+    fields |= FORMS[architecture].written(config)
+    named = {key if key.startswith("smedjan.") else f"{architecture}.{key}": value for key, value in fields.items()}
+    return {"general.name": name, "general.type": "model", **named}
 
 
 def _periods_over_plain(config: ModelConfig) -> Lazy:
@@ -136,35 +127,23 @@ def _periods_over_plain(config: ModelConfig) -> Lazy:
     return Lazy(factors.dtype, factors.shape, lambda: factors)
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [H K, D] or biases [H K] of a q or k projection in llama.cpp's order: j + h K/2 of each head goes to 2j + h."""
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def _laid_out(name: str, tensor: Lazy, config: ModelConfig, turned: bool) -> Lazy:
-    """A tensor of ours as float32 in llama.cpp's layout. turned: it turns neighbours of a head in this architecture."""
-    shape = (config.vocab_size, config.dim) if name in TABLES else tensor.shape
-    return cast(name, tensor, np.dtype(np.float32)).then(_change(name, config, turned), shape=shape)
-
-
-def _change(name: str, config: ModelConfig, turned: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """What becomes of the rows of a tensor of ours."""
-    if name in TABLES:
-        return lambda array: array[: config.vocab_size]
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2]) if turned else None
-    return (lambda array: interleaved(array, heads)) if heads else lambda array: array
-
-
-def _blocks(packed: Packed, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Lazy:
-    """The bytes of a quantised weight in the file, with its rows changed."""
-    kind = KINDS[packed.bits]
+def _blocks(packed: list[Packed], tie: ties.Tie, shape: tuple[int, ...]) -> Lazy:
+    """The bytes of quantised weights in the file, their rows where they are there."""
+    kind = KINDS[packed[0].bits]
     size = (*shape[:-1], shape[-1] // _BLOCK * BLOCKS[kind].bytes)
-    return Lazy(np.dtype(np.uint8), size, lambda: to_blocks(Quantized(*(change(part.read()) for part in packed)), kind))
+
+    def make() -> np.ndarray:
+        parts = zip(*(each.read() for each in packed), strict=True)  # codes, scales and biases, each of all weights
+        return to_blocks(Quantized(*(tie.out(part)[0] for part in parts)), kind)
+
+    return Lazy(np.dtype(np.uint8), size, make)
 
 
-def _kind(wanted: str, tensor: Lazy) -> str:
-    if len(tensor.shape) == 1:
+_WHOLE = ("ffn_gate_inp", "ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm")  # parts of names of tensors that stay float32
+
+
+def _kind(name: str, wanted: str, tensor: Lazy) -> str:
+    if len(tensor.shape) == 1 or any(f".{part}" in name for part in _WHOLE):
         return "F32"
     return "F16" if wanted == "Q8_0" and tensor.shape[-1] % _BLOCK else wanted
 

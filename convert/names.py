@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from smedjan_common.config import ModelConfig
-
 
 class Row(NamedTuple):
     """The name in smedjan, in transformers, in llama.cpp."""
@@ -30,8 +28,8 @@ LAYER_ROWS = (
 )
 
 POST_ROWS = (  # of a model whose norms come after
-    Row("layers.{i}.mixer_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", ""),
-    Row("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight", ""),
+    Row("layers.{i}.mixer_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.post_attention_norm.weight"),
+    Row("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight", "blk.{i}.post_ffw_norm.weight"),
 )
 
 # tensors that only some models have, by what of a ModelConfig says so
@@ -46,11 +44,3 @@ OPTIONAL_ROWS: dict[str, tuple[Row, ...]] = {
     ),
 }
 HEAD_ROW = Row("head.weight", "lm_head.weight", "output.weight")
-
-
-def rows(config: ModelConfig) -> list[Row]:
-    """Every tensor of a model, in the order of the forward pass."""
-    embed, norm = MODEL_ROWS
-    optional = [row for name, more in OPTIONAL_ROWS.items() if getattr(config, name) for row in more]
-    layers = [Row(*(name.format(i=i) for name in row)) for i in range(config.layers) for row in (*LAYER_ROWS, *optional)]
-    return [embed, *layers, norm, *([] if config.tied_head else [HEAD_ROW])]

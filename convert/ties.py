@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 class Tie(NamedTuple):
     """ours, theirs: names. shapes: of theirs. out: arrays of ours -> of theirs; back: the way back. checked: theirs could say more than
-    ours, so what is read is written again and compared."""
+    ours, so what is read is written again and compared. by_rows: rows move whole, so the parts of a quantised weight move alike."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -27,6 +27,7 @@ class Tie(NamedTuple):
     out: Callable[[Arrays], Arrays]
     back: Callable[[Arrays], Arrays]
     checked: bool = False
+    by_rows: bool = False
 
 
 def same(ours: str, theirs: str, shape: Shape) -> Tie:
@@ -34,12 +35,22 @@ def same(ours: str, theirs: str, shape: Shape) -> Tie:
     return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0].reshape(shape)], lambda arrays: list(arrays))
 
 
+def kept(ours: str, theirs: str, shape: Shape) -> Tie:
+    """The tensor itself."""
+    return Tie((ours,), (theirs,), (shape,), list, list, by_rows=True)
+
+
 def joined(ours: Sequence[str], theirs: str, sizes: Sequence[int], *width: int, axis: int = 0) -> Tie:
     """Several tensors of `sizes` rows, one after another. width: the extents beside; axis: where the rows are."""
     bounds = np.cumsum(sizes)[:-1]
     shape = (*width[:axis], sum(sizes), *width[axis:])
     return Tie(
-        tuple(ours), (theirs,), (shape,), lambda arrays: [np.concatenate(arrays, axis)], lambda arrays: np.split(arrays[0], bounds, axis)
+        tuple(ours),
+        (theirs,),
+        (shape,),
+        lambda arrays: [np.concatenate(arrays, axis)],
+        lambda arrays: np.split(arrays[0], bounds, axis),
+        by_rows=axis == 0,
     )
 
 
@@ -52,7 +63,7 @@ def by_expert(ours: str, theirs: str, experts: int, *shape: int) -> Tie:
 def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int) -> Tie:
     """Rows in another order: theirs[i] is ours[rows[i]]."""
     back = np.argsort(rows)
-    return Tie((ours,), (theirs,), ((len(rows), *width),), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]])
+    return Tie((ours,), (theirs,), ((len(rows), *width),), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]], by_rows=True)
 
 
 def shifted(ours: str, theirs: str, by: float, *shape: int) -> Tie:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -13,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import gguf_file, gguf_tokenizer
+from convert import gguf_file, gguf_layouts, gguf_tokenizer
 from convert.cli import main
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.errors import CheckpointError, ConfigError
@@ -24,17 +23,14 @@ from tests.unit.convert_models import (
     LINEAR,
     LLAMA3,
     NTK,
-    PROMPT,
-    TEXT,
     YARN,
     convert,
-    greedy,
-    logits,
     model_config,
     neutral,
     parameters,
     tokenizer,
 )
+from tests.unit.llama_cpp import agrees
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
 ROOT = Path(__file__).parents[2]
@@ -127,7 +123,7 @@ def test_scores_are_the_same_with_the_rotary_embedding_of_llama_cpp(tmp_path: Pa
 def test_weights_are_those_of_the_checkpoint_in_every_dtype(tmp_path: Path, dtype: str):
     source, reader = export(tmp_path, "--dtype", dtype)
     params = read_checkpoint(source).snapshot.params
-    params["layers.0.mixer.q_proj.weight"] = gguf_file.interleaved(params["layers.0.mixer.q_proj.weight"], 4)
+    params["layers.0.mixer.q_proj.weight"] = params["layers.0.mixer.q_proj.weight"][gguf_layouts.neighbours(4, 8)]
     kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
     assert "output.weight" not in {tensor.name for tensor in reader.tensors}
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -253,50 +249,6 @@ def test_without_the_package_it_is_said_how_to_get_it(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-# llama.cpp itself, from prebuilt wheels (xllamacpp), in a process of its own. Its flash attention on a CPU works partly in float16
-# (3e-4 off here), so it is switched off, and keys and values are kept in float32.
-
-LLAMA_CPP = """
-import json, sys, urllib.request
-import xllamacpp as x
-
-asked = json.load(sys.stdin)
-params = x.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.verbosity = asked["model"], 128, 1, 1, -1
-params.cache_type_k = params.cache_type_v = x.ggml_type.GGML_TYPE_F32
-params.warmup, params.flash_attn_type = False, x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = x.Server(params)
-
-def post(path, **values):
-    request = urllib.request.Request(server.listening_address + path, json.dumps(values).encode(), {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request))
-
-def complete(ids, count):
-    greedy = dict(temperature=0, top_k=1, samplers=["top_k"], return_tokens=True, n_probs=asked["size"], cache_prompt=False)
-    return post("/completion", prompt=ids, n_predict=count, **greedy)
-
-texts = [post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"] for text in asked["texts"]]
-back = [post("/detokenize", tokens=ids)["content"] for ids in texts]
-steps = [complete(ids, 1).get("completion_probabilities") or [{"top_logprobs": []}] for ids in asked["prefixes"]]
-logprobs = [{entry["id"]: entry["logprob"] for entry in step[0]["top_logprobs"]} for step in steps]
-print(json.dumps([texts, back, logprobs, complete(asked["prompt"], asked["tokens"])["tokens"]]))
-"""
-
-
-def llama_cpp(path: Path, **asked: Any) -> list[Any]:
-    """[ids of texts, their texts again, log probabilities after each prefix (none where its next token is no whole text), greedy ids]."""
-    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (extra: oracle)")
-    asked["model"] = str(path)
-    done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=json.dumps(asked), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 @pytest.mark.parametrize(
     ("pattern", "changes", "dtype", "tolerance"),
     [
@@ -322,18 +274,4 @@ def test_llama_cpp_gives_the_same_ids_probabilities_and_greedy_text(
     config = model_config(tok.vocab_size, **changes)
     source = neutral(tmp_path, config, parameters(config), tok)
     convert(source, tmp_path / "model.gguf", "--to", "gguf", "--dtype", dtype)
-    texts = [TEXT, PROMPT, "l'été 12345\n\n  x 🔥", "!!  ?", "a<|endoftext|>b"]
-    ids, size = tok.encode(TEXT)[:100], tok.vocab_size
-    prefixes = [ids[:end] for end in range(4, 100, 8)]
-    asked = {"texts": texts, "prefixes": prefixes, "prompt": tok.encode(PROMPT), "tokens": 48, "size": size}
-    found, back, logprobs, text = llama_cpp(tmp_path / "model.gguf", **asked)
-    assert found == [tok.encode(text) for text in texts]
-    assert back == texts
-    ours = log_softmax(logits("mlx", source, np.array([ids], np.int32))[0])
-    known = [(len(prefix), row) for prefix, row in zip(prefixes, logprobs, strict=True) if row]
-    assert len(known) >= 6
-    for end, row in known:
-        theirs = np.array([row[str(number)] for number in range(size)])
-        assert np.abs(theirs - ours[end - 1]).max() / np.abs(ours[end - 1]).max() < tolerance
-    if dtype == "float32":
-        assert text[: text.index(tok.eot_id) if tok.eot_id in text else None] == greedy("mlx", source)
+    agrees(tmp_path / "model.gguf", source, tok, tolerance, dtype == "float32")

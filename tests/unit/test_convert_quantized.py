@@ -209,7 +209,7 @@ def test_the_commands_run_it(made: Path, tmp_path: Path):
 def test_llama_cpp_runs_its_gguf(made: Path, tmp_path: Path):
     """It rounds activations to 8 bits too, so log-probabilities are as near as those of its own Q8_0."""
     pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
-    from tests.unit.test_convert_gguf import llama_cpp
+    from tests.unit.llama_cpp import llama_cpp
 
     convert(made / "llama-4", tmp_path / "model.gguf", "--to", "gguf")
     ids, tok = tokenizer().encode(TEXT)[:60], tokenizer()
