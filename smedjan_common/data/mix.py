@@ -63,7 +63,7 @@ def mix(
     manifest = {
         "sources": [{"path": str(file.path), "sha256": file.hash, "weight": weight} for file, weight in zip(files, weights, strict=True)]
     }
-    manifest |= {key: files[0].manifest[key] for key in ("pattern", "eot_id") if key in files[0].manifest}
+    manifest |= {key: files[0].manifest[key] for key in ("pattern", "eot_id", "bos_id") if key in files[0].manifest}
     manifest |= {"mixed_with_seed": seed} | ({} if tokenizer else {"bytes": None})
     with TokenFileWriter(output, files[0].vocab_size, files[0].tokenizer_hash, manifest) as writer:
         taken = _write(writer, files, lengths, orders, turns, tokenizer, progress)

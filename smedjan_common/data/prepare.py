@@ -92,7 +92,8 @@ def prepare(
     if val_output:
         refuse_pipes(found, "To hold out a part of it, it is measured first and then read.")
     split = _choose_split(found, val_fraction, field) if val_output else "none"
-    notes = {"pattern": tokenizer.pattern, "eot_id": tokenizer.eot_id, "split": split, "val_fraction": val_fraction if val_output else 0.0}
+    ends = {"eot_id": tokenizer.eot_id, "bos_id": tokenizer.bos_id}
+    notes = {"pattern": tokenizer.pattern, **ends, "split": split, "val_fraction": val_fraction if val_output else 0.0}
     outputs = [(path, side) for path, side in ((output, "train"), (val_output, "validation")) if path is not None]
     options = [tokenizer.hash, tokenizer.bos_id, split, val_fraction, field, errors, [os.fspath(path) for path, _ in outputs]]
     journal = Journal([path for path, _ in outputs], found, options, journal_bytes)

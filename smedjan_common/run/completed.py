@@ -12,7 +12,7 @@ from smedjan_common.errors import ConfigError, DataError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.chat_data import chat_data, check_masked, speaker
-from smedjan_common.run.data import RunData, check_same_share, check_vocab_size, recorded_datasets, run_data
+from smedjan_common.run.data import RunData, check_same_share, check_vocab_size, note_other_beginnings, recorded_datasets, run_data
 from smedjan_common.run.flags import ChatFlags
 from smedjan_common.run.recorded import recall
 from smedjan_common.run.resume import check_tokenizer
@@ -78,6 +78,8 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
         data.tokenizer.chat = own.chat  # the tokenizer of a token file is often a copy without it
     if own and data.tokenizer and data.tokenizer.ends == Ends():
         data.tokenizer.ends = own.ends
+    if data.train:
+        note_other_beginnings(data)
     if asked.chats:
         check_masked(data)
     return data

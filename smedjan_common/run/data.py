@@ -212,11 +212,11 @@ def _from_text(
     share = 0.0 if flags.val_dataset else flags.val_fraction
     digest = _content(sources)
     makers = [chosen] if chosen else [None, own] if own else [None]  # the run's own tokenizer may have been trained on these very texts
-    places = [folder / DATA / _key(digest, share, tokenizer.hash if tokenizer else flags.vocab_size) for tokenizer in makers]
-    for place in places:
+    places = [folder / DATA / _key(digest, share, _made_by(tokenizer) if tokenizer else flags.vocab_size) for tokenizer in makers]
+    for tokenizer, place in zip(makers, places, strict=True):
         if (place / TOKENIZER).is_file() and (place / f"{TRAIN_TOKENS}.json").is_file():
             val = TokenFile.open(place / VAL_TOKENS) if share and (place / VAL_TOKENS).is_file() else None
-            return RunData(TokenFile.open(place / TRAIN_TOKENS), val, Tokenizer.load(place / TOKENIZER))
+            return RunData(TokenFile.open(place / TRAIN_TOKENS), val, tokenizer or Tokenizer.load(place / TOKENIZER))
     if not (chosen or own):
         _refuse_tokenised_validation(flags)
     known = RunData(None, None, chosen or own, num_bytes)
@@ -260,7 +260,7 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: b
         val.check_tokenizer(tokenizer.hash)
         return val
     sources = [str(source.path) for source in _texts(flags.val_dataset, "--val-dataset")]
-    place = folder / DATA / _key(_content(sources), 0.0, tokenizer.hash) / VAL_TOKENS
+    place = folder / DATA / _key(_content(sources), 0.0, _made_by(tokenizer)) / VAL_TOKENS
     if not place.with_name(f"{VAL_TOKENS}.json").is_file():
         if dry_run:
             return None
@@ -298,6 +298,25 @@ def _refuse_tokenised_validation(flags: DataFlags) -> None:
 
 def _content(paths: list[str]) -> str:
     return json.dumps([file_hash(path) for path in paths])
+
+
+def note_other_beginnings(data: RunData) -> None:
+    """A notice where documents begin otherwise than the tokenizer says: that is in a file beside it, and not in its hash."""
+    assert data.train
+    assert data.tokenizer
+    names = {number: name for name, number in data.tokenizer.special_tokens.items()}
+    for file in [*(data.train.files if isinstance(data.train, Mixture) else [data.train]), *([data.val] if data.val else [])]:
+        begins = file.manifest.get("bos_id", data.tokenizer.bos_id)  # older files do not say it
+        if begins != data.tokenizer.bos_id:
+            there, here = (
+                f"with {names.get(number, number)}" if number is not None else "with none" for number in (begins, data.tokenizer.bos_id)
+            )
+            notice(f"{file.path} was prepared {there} before each document, and the tokenizer begins texts {here}: prepare it again.")
+
+
+def _made_by(tokenizer: Tokenizer) -> str:
+    """What ids depend on: its hash, and what it puts before a document, which stands beside its file."""
+    return tokenizer.hash if tokenizer.bos_id is None else f"{tokenizer.hash}:{tokenizer.bos_id}"
 
 
 def _key(content: str, share: float, tokenizer: str | int) -> str:

@@ -1,6 +1,7 @@
 """From inputs to token files: every document, its tokens, the split, the refusals."""
 
 import bz2
+import dataclasses
 import errno
 import gzip
 import importlib.util
@@ -8,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from smedjan_common.data.prepare import prepare
 from smedjan_common.data.token_file import TokenFile, TokenFileWriter
 from smedjan_common.errors import DataError, Notice
-from smedjan_common.run.data import run_data
+from smedjan_common.run.data import note_other_beginnings, run_data
 from smedjan_common.run.flags import DataFlags
 from smedjan_common.text.blocks import blocks as read_blocks
 from smedjan_common.text.corpus import default_corpus, fingerprint
@@ -394,3 +396,25 @@ def test_where_nothing_can_be_written_the_output_is_named(tmp_path, tokenizer, m
     with pytest.raises(OSError, match="Read-only") as error:
         prepare([tmp_path / "a.txt"], tmp_path / "t.bin", tokenizer, workers=1, journal_bytes=1)
     assert error.value.filename == str(tmp_path / "t.bin")
+
+
+def test_what_begins_documents_stands_beside_a_tokenizer_and_a_change_of_it_is_noticed(tmp_path):
+    (tmp_path / "text.txt").write_text("iron and fire\n" * 100)
+    own = Tokenizer.train([tmp_path / "text.txt"], vocab_size=265, special_tokens=("<|endoftext|>", "<s>"))
+    own.save(tmp_path / "tokenizer.json")
+    flags = DataFlags(dataset=(str(tmp_path / "text.txt"),), tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0.1)
+    data = {}
+    for adds in (False, True, False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": adds}))
+        data[adds] = run_data(flags, frozenset(), tmp_path / "run", None)
+        assert data[adds].tokenizer.bos_id == (own.special_tokens["<s>"] if adds else None), "of texts tokenised before too"
+        assert data[adds].train.manifest["bos_id"] == data[adds].tokenizer.bos_id
+        assert (data[adds].train.tokens[0] == own.special_tokens["<s>"]) == adds
+    assert data[True].train.path != data[False].train.path
+    with warnings.catch_warnings(action="error"):
+        note_other_beginnings(data[True])
+        note_other_beginnings(data[False])
+    for adds, there, here in ((False, "none", "<s>"), (True, "<s>", "none")):
+        mixed = dataclasses.replace(data[adds], tokenizer=data[not adds].tokenizer, val=None)
+        with pytest.warns(Notice, match=f"was prepared with {there} before each document, and the tokenizer begins texts with {here}"):
+            note_other_beginnings(mixed)

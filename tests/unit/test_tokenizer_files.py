@@ -40,6 +40,27 @@ def test_the_hash_is_of_the_content_not_of_the_json(tokenizer):
     assert Tokenizer.train_from_texts([TEXT * 3], 400, "gpt2").hash != tokenizer.hash
 
 
+@pytest.mark.parametrize("kind", ["own", "library"])
+def test_every_change_of_the_special_tokens_changes_the_hash(kind):
+    if kind == "library":
+        pytest.importorskip("tokenizers")
+    names = ("<|endoftext|>", "<|im_start|>")
+    document = json.loads(Tokenizer.train_from_texts([TEXT * 3], 300, special_tokens=names).to_json())
+    document |= {"normalizer": {"type": "NFC"}} if kind == "library" else {}
+    first, second = document["added_tokens"]
+    sets = [
+        [first, second],
+        [first],
+        [first, second, {**second, "id": second["id"] + 1, "content": "<|more|>"}],
+        [first, {**second, "content": "<|other|>"}],
+        [{**first, "id": second["id"]}, {**second, "id": first["id"]}],
+        *([[first, {**second, "special": False}]] if kind == "library" else []),
+    ]
+    made = [Tokenizer.from_json(json.dumps(document | {"added_tokens": each})) for each in sets]
+    assert len({each.hash for each in made}) == len(sets)
+    assert {type(each).__name__ for each in made} == {"LibraryTokenizer" if kind == "library" else "Tokenizer"}
+
+
 def test_it_can_be_sent_to_a_process(tokenizer):
     tokenizer.encode("warm")
     copy = pickle.loads(pickle.dumps(tokenizer))
