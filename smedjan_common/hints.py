@@ -11,6 +11,11 @@ FLAGS = {
     " num-train-epochs max-epochs n-epochs train-iters",
     "epochs": "num-epochs num-train-epochs max-epochs n-epochs",
     "train-on": "train-on-inputs mask-prompt mask-inputs assistant-only-loss completion-only-loss train-on-completions",
+    "loss": "loss-type objective preference-loss pref-loss rl-loss",
+    "reference": "ref ref-model reference-model ref-model-path reference-model-path reference-free",
+    "beta": "dpo-beta orpo-alpha kl-beta pref-beta",
+    "gamma": "simpo-gamma gamma-beta-ratio",
+    "nll-weight": "rpo-alpha pref-ftx sft-weight nll-loss-weight",
     "too-long": "excess-length-strategy truncation",
     "seq-len": "context-length block-len max-seq-len max-seq-length sequence-length seq-length ctx-len n-ctx context-len context"
     " max-position-embeddings model-max-length max-length",
@@ -122,6 +127,7 @@ FLAGS = {
 NAMES = {
     "train": "finetune fine-tune pretrain fit continue resume lora",
     "sft": "finetune fine-tune instruct instruction-tune supervised teach",
+    "dpo": "preference preferences rlhf align alignment orpo simpo ipo reward rl",
     "generate": "sample chat infer inference complete predict run",
     "serve": "server api openai deploy host http",
     "eval": "evaluate perplexity ppl score benchmark test lm-eval",

@@ -280,7 +280,7 @@ class JaxBackend:
         if self._spread:
             beside = (self._teacher_spread.params,) if self._teacher_spread else ()
             gradients = self._spread.gradients(gradients, *beside)
-        units = self._units(batch[1], batch[2])
+        units = self._units(*batch[1:])
         counts = Counts(*(jnp.maximum(count, 1).astype(jnp.float32) for count in (tokens, units)))
         grads, metrics = gradients(state["params"], batch, counts, *taught)
         norm = optim.global_norm(grads)
@@ -302,17 +302,17 @@ class JaxBackend:
         if row.formula is None:
             return {"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens}
         weighed = row.formula(jnp, Rows(token_losses(hidden, head, targets), targets, documents, reference), self.train)
-        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents), **weighed.metrics}
+        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents, reference), **weighed.metrics}
 
     def _token_losses(self, params: dict[str, jax.Array], batch: Batch) -> jax.Array:
         inputs, targets, documents, _ = batch
         params = self._spread.gather(params) if self._spread else params
         return token_losses(self._model(params).hidden(inputs, documents), params[head_name(self.model)], targets)
 
-    def _units(self, targets: jax.Array, documents: jax.Array | None) -> jax.Array:
+    def _units(self, targets: jax.Array, documents: jax.Array | None, reference: jax.Array | None) -> jax.Array:
         """How many units of the objective the loss of these rows is a sum over."""
         units = OBJECTIVES[self.train.objective].units
-        return jnp.sum(targets >= 0) if units is None else units(jnp, targets, documents)
+        return jnp.sum(targets >= 0) if units is None else units(jnp, targets, documents, reference)
 
 
 def _linear_weights(model: ModelConfig) -> set[str]:

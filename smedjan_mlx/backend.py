@@ -219,7 +219,7 @@ class MlxBackend:
     def _counts(self, batch: Batch) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         """The tokens of a step that count, and what its means are over: at least 1."""
         tokens = mx.sum(batch[1] >= 0)
-        whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(batch[1], batch[2])))
+        whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(*batch[1:])))
         return tokens, (whole, units)
 
     def _step(self, state: State, batch: Batch, lr: mx.array, *taught: dict[str, mx.array]) -> tuple[State, Metrics]:
@@ -253,16 +253,16 @@ class MlxBackend:
         if row.formula is None:
             return {"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens}
         weighed = row.formula(mx, Rows(token_losses(hidden, head, targets), targets, documents, reference), self.train)
-        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents), **weighed.metrics}
+        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents, reference), **weighed.metrics}
 
     def _token_losses(self, params: dict[str, mx.array], batch: Batch) -> mx.array:
         inputs, targets, documents, _ = batch
         return token_losses(self._model(params).hidden(inputs, documents), params[head_name(self.model)], targets)
 
-    def _units(self, targets: mx.array, documents: mx.array | None) -> mx.array:
+    def _units(self, targets: mx.array, documents: mx.array | None, reference: mx.array | None) -> mx.array:
         """How many units of the objective the loss of these rows is a sum over."""
         units = OBJECTIVES[self.train.objective].units
-        return mx.sum(targets >= 0) if units is None else units(mx, targets, documents)
+        return mx.sum(targets >= 0) if units is None else units(mx, targets, documents, reference)
 
 
 def default_dtype() -> str:

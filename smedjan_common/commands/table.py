@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("smedjan_common.commands.sft", "teach a model to answer, by conversations", "smedjan_common.run.flags:SftFlags"),
     "merge": Command("smedjan_common.commands.merge", "merge models of one shape, or a run's last checkpoints", "MergeFlags"),
     "grow": Command("smedjan_common.commands.grow", "make a larger model that computes the same", "GrowFlags"),
+    "dpo": Command("smedjan_common.commands.dpo", "teach a model which of two answers is better", "smedjan_common.run.flags:DpoFlags"),
     "generate": Command("smedjan_common.commands.generate", "continue a text with a trained model", "GenerateFlags"),
     "chat": Command("smedjan_common.commands.chat", "talk with a model in the terminal", "ChatFlags"),
     "serve": Command("smedjan_common.commands.serve", "answer over HTTP as OpenAI's API does", "ServeFlags"),

@@ -89,7 +89,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror:
     from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.console import say
     from smedjan_common.run import loop
-    from smedjan_common.run.chat_data import shown_row
+    from smedjan_common.run.chat_data import shown_rows
     from smedjan_common.run.checks import check
     from smedjan_common.run.claim import check_folder
     from smedjan_common.run.cluster_plan import cluster_plan
@@ -99,6 +99,7 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror:
     from smedjan_common.run.expected import expected, so_far
     from smedjan_common.run.notes import notes
     from smedjan_common.run.plan import as_list, heading, plan
+    from smedjan_common.run.reference_scores import reference_scores
     from smedjan_common.run.start import find_begin
 
     folder, dry_run, elsewhere = checkpoint_dir(asked), asked.value("dry_run"), asked.value("devices") is not None
@@ -134,11 +135,12 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror:
             say(as_list(sources(decided.asked.value("config"), decided.asked.given_values())))
         say(plan(decided, device, expected(decided, device, backend)))
         return 0
-    config = run_config(decided, say)
     say(heading(decided, device, so_far(decided, device)))
-    if config.objective == "sft" and isinstance(config.train_data, TokenFile) and config.train_data.mask is not None:
-        row = shown_row(config.train_data, config.train.seq_len, config.tokenizer)
-        say("One conversation as it is learned; what is trained stands in brackets:\n  | " + row.rstrip("\n").replace("\n", "\n  | "))
+    config = run_config(decided, say, reference_scores(decided, framework()[0]))
+    if config.objective != "lm" and isinstance(config.train_data, TokenFile) and config.train_data.mask is not None:
+        rows = shown_rows(config.train_data, config.train.seq_len, config.tokenizer)
+        for what, row in zip(("The better of two answers" if rows[1:] else "One conversation", "The worse one"), rows, strict=False):
+            say(f"{what} as it is learned; what is trained stands in brackets:\n  | " + row.rstrip("\n").replace("\n", "\n  | "))
     if mirror:
         say(f"The run is written to {folder}, and sent to {mirror.place} behind it.")
         mirror.claim(config.keep, config.keep_every)
@@ -202,4 +204,4 @@ def checkpoint_dir(asked: "Asked") -> Path:
         raise ConfigError(
             "There is nothing to train on.", "No text is given.", "Give one: smedjan train my.txt, or the --checkpoint-dir of a run."
         )
-    return Path("runs") / f"{Path(dataset[0]).name.split('.')[0] or 'data'}-{'sft' if asked.chats else asked.value('size')}"
+    return Path("runs") / f"{Path(dataset[0]).name.split('.')[0] or 'data'}-{asked.command if asked.chats else asked.value('size')}"

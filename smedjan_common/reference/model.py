@@ -131,7 +131,7 @@ def objective(
             total = mixed.loss(total, mean_kl(taught, logits, targets_BxT, mixed.known, mixed.temperature))
     else:
         rows = Rows(token_losses(logits, targets_BxT), targets_BxT, documents_BxT, reference_BxM)
-        units = (targets_BxT != IGNORED).sum() if row.units is None else row.units(np, targets_BxT, documents_BxT)
+        units = (targets_BxT != IGNORED).sum() if row.units is None else row.units(np, targets_BxT, documents_BxT, reference_BxM)
         total = float(row.formula(np, rows, train).loss) / max(int(units), 1)
     total += train.z_loss * mean_z_loss(logits, targets_BxT)
     if config.router == "softmax" and (targets_BxT != IGNORED).any():

@@ -36,6 +36,7 @@ def step_line(row: Row, steps: int, seconds_left: float | None) -> str:
         f"lr {row['lr']:.2e}",
         f"grad {row['grad_norm']:.2f}",
     ]
+    parts += _of_pairs(row)
     if row["tokens_per_second"] is not None:
         parts.append(f"{count(row['tokens_per_second'])} tok/s")
     if row["mfu"] is not None:
@@ -48,7 +49,16 @@ def step_line(row: Row, steps: int, seconds_left: float | None) -> str:
 def eval_line(row: Row, steps: int) -> str:
     """`step   250/1000  validation loss 3.2101  bits per byte 1.8842`"""
     bits = f"  bits per byte {row['val_bits_per_byte']:.4f}" if row["val_bits_per_byte"] is not None else ""
-    return f"step {row['step']:>{len(str(steps))}}/{steps}  validation loss {row['val_loss']:.4f}{bits}"
+    pairs = "".join(f"  {part}" for part in _of_pairs({name.removeprefix("val_"): value for name, value in row.items()}))
+    return f"step {row['step']:>{len(str(steps))}}/{steps}  validation loss {row['val_loss']:.4f}{bits}{pairs}"
+
+
+def _of_pairs(row: Row) -> list[str]:
+    """`accuracy 75 %`, `margin 0.120`, `log p -9.1, -12.4`: what a row says of pairs of answers, the better one first."""
+    if row.get("rewards/accuracies") is None:
+        return []
+    sides = f"log p {row['logps/chosen']:.1f}, {row['logps/rejected']:.1f}"
+    return [f"accuracy {100 * row['rewards/accuracies']:.0f} %", f"margin {row['rewards/margins']:.3f}", sides]
 
 
 def count(value: float) -> str:

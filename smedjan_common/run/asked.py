@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from smedjan_common.run.flags import ALL_GROUPS, ChatFlags, SftFlags, TrainFlags
+from smedjan_common.run.flags import ALL_GROUPS, ChatFlags, DpoFlags, PairFlags, SftFlags, TrainFlags
 from smedjan_common.run.recorded import to_record
 
 
@@ -16,9 +16,19 @@ class Asked:
     given: frozenset[str]
 
     @property
-    def chats(self) -> ChatFlags | None:
-        """How conversations are learned; None where texts are."""
-        return self.flags.chats if isinstance(self.flags, SftFlags) else None
+    def command(self) -> str:
+        """The command that is given."""
+        return next((name for name, kind in _COMMANDS.items() if isinstance(self.flags, kind)), "train")
+
+    @property
+    def chats(self) -> ChatFlags | PairFlags | None:
+        """How conversations or pairs of answers are learned; None where texts are."""
+        return self.flags.chats if isinstance(self.flags, SftFlags | DpoFlags) else None
+
+    @property
+    def pairs(self) -> PairFlags | None:
+        """How preferences are learned; None where something else is."""
+        return self.flags.chats if isinstance(self.flags, DpoFlags) else None
 
     def value(self, name: str) -> Any:
         """The value of a flag by the name of its field: "batch_size"."""
@@ -45,6 +55,9 @@ class Asked:
             groups.setdefault(_group_of(name), {})[name] = value
         changed = {group: dataclasses.replace(getattr(self.flags, group), **part) for group, part in groups.items()}
         return Asked(dataclasses.replace(self.flags, **changed), self.given)
+
+
+_COMMANDS = {"sft": SftFlags, "dpo": DpoFlags}
 
 
 def _group_of(name: str) -> str:

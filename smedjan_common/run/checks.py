@@ -8,21 +8,24 @@ from collections.abc import Callable
 
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.order import document_offsets
-from smedjan_common.errors import ConfigError, flag, unknown
+from smedjan_common.errors import ConfigError, DataError, flag, unknown
 from smedjan_common.reporting.trackers import check_trackers
 from smedjan_common.run.asked import Asked
-from smedjan_common.run.chat_data import check_chat_flags
+from smedjan_common.run.chat_data import check_chat_flags, files_of
 from smedjan_common.run.cluster_plan import check_cluster
 from smedjan_common.run.data import check_data_flags, trains_tokenizer
 from smedjan_common.run.decided import Decided, base_of, objective_of
+from smedjan_common.run.folder import COMMANDS
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
 from smedjan_common.run.recorded import COUNTS
+from smedjan_common.run.reference_scores import check_reference
 from smedjan_common.run.resume import check_fixed, check_same
 from smedjan_common.run.start import GoOn, New
 from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
 from smedjan_common.training.precision import check_precision
+from smedjan_common.training.preferences import LOSSES, PREFERENCES
 
 
 def check_words(asked: Asked, backend: str) -> None:
@@ -54,7 +57,8 @@ def _check_counts(asked: Asked) -> None:
 
 def _check_names(asked: Asked) -> None:
     """An empty name, which would stand for the current directory or for nothing, and two beginnings."""
-    for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn"):
+    of_pairs = ("reference",) if asked.pairs else ()
+    for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn", *of_pairs):
         value = asked.value(name)
         if value == "" or (isinstance(value, tuple) and "" in value):
             why = "An unset shell variable has this effect."
@@ -77,16 +81,48 @@ def _check_format(kind: str, backend: str) -> None:
 
 
 def _check_objective(decided: Decided) -> None:
-    """Conversations for a model that can say nothing yet, or for a run that learns texts."""
-    if not decided.asked.chats:
+    """Conversations or pairs for a model that can say nothing yet, or for a run that learns something else."""
+    asked = decided.asked
+    if not asked.chats:
         return
     if isinstance(decided.begin, New):
         what, why = "--pretrained is not given.", f"Answers are taught to a trained model, and {decided.folder} has no run to go on with."
-        raise ConfigError(what, why, "Name one: smedjan sft chats.jsonl --pretrained runs/mine --checkpoint-dir runs/chat.")
-    if isinstance(decided.begin, GoOn) and objective_of(decided.asked, decided.begin) != "sft":
-        what = f"The run in {decided.folder} learns texts."
+        file, folders = ("pairs.jsonl", ("chat", "better")) if asked.pairs else ("chats.jsonl", ("mine", "chat"))
+        example = f"smedjan {asked.command} {file} --pretrained runs/{folders[0]} --checkpoint-dir runs/{folders[1]}"
+        raise ConfigError(what, why, f"Name one: {example}.")
+    objective = objective_of(asked, decided.begin)
+    wrong = asked.pairs and asked.is_given("loss") and LOSSES[asked.pairs.loss].name != objective
+    if isinstance(decided.begin, GoOn) and (COMMANDS[objective] != asked.command or wrong):
+        learns = {
+            "train": "learns texts",
+            "sft": "learns to answer",
+            "dpo": f"learns from pairs of answers, by --loss {_flag_of(objective)}",
+        }
+        what = f"The run in {decided.folder} {learns[COMMANDS[objective]]}."
         why = "A run goes on with what it began with."
         raise ConfigError(what, why, f"Begin another with its weights: --pretrained {decided.folder} --checkpoint-dir NEW.")
+
+
+def _flag_of(objective: str) -> str:
+    return PREFERENCES[objective].flag if objective in PREFERENCES else ""
+
+
+def _check_pairs(decided: Decided) -> None:
+    """Pairs of answers for a run that learns something else, other data for one that learns from pairs, and how pairs are not packed."""
+    train, learns_pairs = decided.train, decided.train.objective in PREFERENCES
+    if learns_pairs and (train.packing != "documents" or not train.mask_documents):
+        given = "--packing windows" if train.packing != "documents" else "--no-mask-documents"
+        raise ConfigError(f"{given} does not work with pairs of answers.", "Both are read whole, each by itself.", "Leave it out.")
+    if decided.asked.is_given("reference") and learns_pairs and not PREFERENCES[train.objective].needs_reference:
+        what, why = "--reference would do nothing.", f"--loss {_flag_of(train.objective)} compares with none."
+        raise ConfigError(what, why, "Leave it out, or take --loss sigmoid or ipo.")
+    if decided.data:
+        for file in files_of(decided.data):
+            if file.pairs != learns_pairs and (file.pairs or learns_pairs):
+                what = f"The token file {str(file.path)!r} holds {'' if file.pairs else 'no '}pairs of answers."
+                why = "Pairs say which of two answers is better, and are learned from as such."
+                raise DataError(what, why, "Learn from pairs with smedjan dpo, and from other data with smedjan sft or train.")
+        check_reference(decided)
 
 
 def _check_run(decided: Decided) -> None:
@@ -195,6 +231,7 @@ def _check_writable(decided: Decided) -> None:
 
 CHECKS: tuple[Callable[[Decided], None], ...] = (
     _check_objective,
+    _check_pairs,
     _check_run,
     _check_weights,
     _check_initial,

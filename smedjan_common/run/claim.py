@@ -9,7 +9,7 @@ from smedjan_common.files.names import CONFIG, DATA, FINAL, GIVEN, MANIFEST, MET
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.folder import read_config
 
-_KEY = re.compile(r"[0-9a-f]{16}")  # of texts in DATA (run.data)
+_KEY = re.compile(r"[0-9a-f]{16}|reference-[0-9a-f]{16}\.(npy|part)")  # in DATA: of texts (run.data), of pairs (run.reference_scores)
 _WRITTEN = {CONFIG, GIVEN, METRICS, PLOT, SAMPLES, FINAL}
 
 

@@ -13,7 +13,6 @@ from smedjan_common.files.names import TOKENIZER
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.chat_data import chat_data, check_masked, speaker
 from smedjan_common.run.data import RunData, check_same_share, check_vocab_size, note_other_beginnings, recorded_datasets, run_data
-from smedjan_common.run.flags import ChatFlags
 from smedjan_common.run.recorded import recall
 from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length
@@ -62,7 +61,7 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
     info = None if isinstance(begin, New) else begin.info
     own = Tokenizer.load(info.path) if info and (info.path / TOKENIZER).is_file() else None
     if asked.chats and (not isinstance(begin, GoOn) or asked.is_given("dataset")):
-        return _conversations(asked, asked.chats, begin, own, folder, dry_run, before)
+        return _conversations(asked, asked.chats.template, begin, own, folder, dry_run, before)
     given = asked.given
     if isinstance(begin, GoOn):
         asked, given = _with_own_data(asked, begin, own), given - {"vocab_size"}  # held against the run already
@@ -81,17 +80,19 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
     if data.train:
         note_other_beginnings(data)
     if asked.chats:
-        check_masked(data)
+        check_masked(data, pairs=asked.pairs is not None)
     return data
 
 
 def _conversations(
-    asked: Asked, chats: ChatFlags, begin: Begin, own: Tokenizer | None, folder: Path, dry_run: bool, before: Callable[[RunData], None]
+    asked: Asked, template: str, begin: Begin, own: Tokenizer | None, folder: Path, dry_run: bool, before: Callable[[RunData], None]
 ) -> RunData:
-    """The data of `smedjan sft`, which may give the tokenizer of the weights a few tokens more. Raises DataError, TemplateError."""
+    """The data of `smedjan sft` and `smedjan dpo`, which may give the tokenizer of the weights a few tokens more. Raises DataError,
+    TemplateError."""
     assert not isinstance(begin, New), "run.checks"
     if not asked.value("dataset"):
-        raise DataError("There is nothing to learn from.", "--dataset is not given.", "Give conversations: smedjan sft FILE.jsonl.")
+        fix = f"Give {'pairs of answers' if asked.pairs else 'conversations'}: smedjan {asked.command} FILE.jsonl."
+        raise DataError("There is nothing to learn from.", "--dataset is not given.", fix)
     base = Tokenizer.load(asked.value("tokenizer")) if asked.value("tokenizer") and not isinstance(begin, GoOn) else own
     if base is None:
         raise DataError(f"{begin.info.path} has no tokenizer.", "Conversations become tokens by that of the weights.", "Give --tokenizer.")
@@ -100,12 +101,12 @@ def _conversations(
     if isinstance(begin, Pretrained):
         check_vocab_size(asked.flags.data, asked.given, base, f"the tokenizer of {begin.info.path}")
     goes_on = isinstance(begin, GoOn)
-    name = chats.template if asked.is_given("template") or not goes_on else "auto"
+    name = template if asked.is_given("template") or not goes_on else "auto"
     train = begin.info.train if goes_on else None
     seen = own.vocab_size if own else base.vocab_size
     speaks = speaker(name, base, may_grow=not goes_on)
     speaks = speaks._replace(gained=max(0, speaks.tokenizer.vocab_size - seen))
-    return chat_data(asked, chats, (train or asked.flags.training).seq_len, folder, speaks, dry_run, before)
+    return chat_data(asked, (train or asked.flags.training).seq_len, folder, speaks, dry_run, before)
 
 
 def _with_own_data(asked: Asked, begin: GoOn, own: Tokenizer | None) -> Asked:

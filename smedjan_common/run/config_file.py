@@ -20,11 +20,13 @@ from smedjan_common.files.names import CONFIG
 from smedjan_common.model.config import ModelConfig, ffn_width
 from smedjan_common.model.options import options
 from smedjan_common.run.flags import ALL_GROUPS as GROUPS
-from smedjan_common.run.flags import THIS_START, SftFlags, TrainFlags
+from smedjan_common.run.flags import THIS_START, DpoFlags, SftFlags, TrainFlags
 from smedjan_common.run.options import unread_of_model, unread_of_training
 from smedjan_common.settings import Setting, flat, for_a_file, of_toml, read_text, words_for
 from smedjan_common.training.config import TrainConfig
 
+_OTHERS = {"sft": SftFlags, "dpo": DpoFlags}  # commands with flags of their own
+_ABOUT = {"sft": "It is about conversations.", "dpo": "It is about pairs of answers."}
 NEVER = ("config", "devices", "dry_run", "force", "resume")  # of one start; what a file says is of a run
 
 
@@ -34,8 +36,9 @@ def words_of(path: str, given: Iterable[str], kind: type[TrainFlags] = TrainFlag
     taken = set(given)
     for one in settings(Path(path)):
         if flag(one.name) not in known:
-            what, why = f"{one.where}: {one.name} is no flag of this.", "It is about conversations."
-            raise UsageError(what, why, "Give the file to `smedjan sft`.")
+            command = next(command for command, other in _OTHERS.items() if flag(one.name) in {each.name for each in flags_of(other)})
+            what, why = f"{one.where}: {one.name} is no flag of this.", _ABOUT[command]
+            raise UsageError(what, why, f"Give the file to `smedjan {command}`.")
     return [word for one in settings(Path(path)) if one.name not in taken for word in words_for(known[flag(one.name)], one)]
 
 
@@ -130,7 +133,7 @@ def _toml(value: Any) -> str:
 def sources(path: str, given: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(flag, value, from where) of every value that is given, by the file or by the command line, which wins."""
     of_file = {one.name: one for one in settings(Path(path))}
-    known = {each.name: each for each in flags_of(SftFlags)}
+    known = {each.name: each for kind in _OTHERS.values() for each in flags_of(kind)}
     rows = []
     for name, value in given.items():
         one = of_file.get(name)

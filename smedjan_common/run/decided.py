@@ -20,12 +20,13 @@ from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData, trains_tokenizer
-from smedjan_common.run.folder import EXTENDS, RunConfig
+from smedjan_common.run.folder import EXTENDS, NO_SCORES, ReferenceScores, RunConfig
 from smedjan_common.run.recorded import to_record
 from smedjan_common.run.settings import new_model, pretrained_model, same_model, takes_auto, train_config
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
 from smedjan_common.training.config import CHECKPOINT_FORMATS, TrainConfig
 from smedjan_common.training.mesh import MeshShape, parse_mesh
+from smedjan_common.training.preferences import LOSSES
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _epoch(asked: Asked, begin: Begin, data: RunData | None) -> int:
     return math.ceil((asked.chats.epochs if asked.chats else 1) * found.num_windows / found.batch_size)
 
 
-def run_config(decided: Decided, say: Say) -> RunConfig:
-    """What the loop needs of it."""
+def run_config(decided: Decided, say: Say, reference: ReferenceScores = NO_SCORES) -> RunConfig:
+    """What the loop needs of it. reference: what pairs of answers are compared with."""
     data, value = decided.data, decided.asked.value
     report: dict[str, Any] = dataclasses.asdict(decided.asked.flags.report)
     report |= {name: decided.every(name) for name in CADENCES}
@@ -152,15 +153,16 @@ def run_config(decided: Decided, say: Say) -> RunConfig:
         objective=objective_of(decided.asked, decided.begin),
         gained=data.gained,
         extends=_extends(decided, data),
+        reference=reference,
         **report,
     )
 
 
 def objective_of(asked: Asked, begin: Begin) -> str:
-    """What the run learns: "sft" answers, "lm" texts. A run that goes on learns what it did."""
+    """What the run learns, a key of OBJECTIVES: "sft" answers, "lm" texts. A run that goes on learns what it did."""
     if isinstance(begin, GoOn):
-        return begin.recorded.get("objective") or "lm"
-    return "sft" if asked.chats else "lm"
+        return begin.recorded.get("objective") or (begin.info.train.objective if begin.info.train else "lm")
+    return LOSSES[asked.pairs.loss].name if asked.pairs else "sft" if asked.chats else "lm"
 
 
 def _extends(decided: Decided, data: RunData) -> str | None:

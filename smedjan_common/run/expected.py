@@ -13,6 +13,7 @@ from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, flop
 from smedjan_common.reporting.metrics import read_rows, train_rows
 from smedjan_common.run.decided import Decided
+from smedjan_common.training.objectives import OBJECTIVES
 
 ASSUMED_MFU = 0.4  # of a GPU whose peak is known; what runs reach is in docs/performance.md
 MEASURED = 3  # steps of the probe, after the one that compiles
@@ -69,11 +70,16 @@ def _probe(decided: Decided, backend: Backend) -> float:
     train = decided.train
     shape = train.batch_size, train.seq_len
     tokens = np.random.default_rng(0).integers(0, decided.model.vocab_size, shape, dtype=np.int32)
-    documents = np.zeros(shape, np.int32) if train.mask_documents else None
+    arrays = [np.zeros(shape, np.int32) if train.mask_documents else None]
+    if OBJECTIVES[train.objective].unit == "pairs":  # two answers of half a row
+        arrays = [
+            np.broadcast_to(np.arange(train.seq_len, dtype=np.int32) * 2 // train.seq_len, shape),
+            np.zeros((shape[0], 2), np.float32),
+        ]
     state, took = backend.init(draw(decided.model, train.seed)[0]), []
     for _ in range(1 + MEASURED):
         begun = time.perf_counter()
-        state, metrics = backend.train_step(state, tokens, tokens, 0.0, documents)
+        state, metrics = backend.train_step(state, tokens, tokens, 0.0, *arrays)
         backend.read(metrics)
         took.append(time.perf_counter() - begun)
     return statistics.median(took[1:])

@@ -18,9 +18,18 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.presets import DEFAULT_FFN_MULT, DEFAULT_VOCAB_SIZE, PRESETS
 from smedjan_common.optional import MaybeFloat, MaybeInt, MaybeStr
 from smedjan_common.reporting.trackers import NONE, TRACKERS
-from smedjan_common.run.option_flags import chat_training_options, option_flags, row_options, shape_options, training_options
+from smedjan_common.run.option_flags import (
+    chat_training_options,
+    objective_options,
+    option_flags,
+    pair_training_options,
+    row_options,
+    shape_options,
+    training_options,
+)
 from smedjan_common.training.cluster import HARDWARE
 from smedjan_common.training.config import CHECKPOINT_FORMATS
+from smedjan_common.training.preferences import LOSSES
 
 
 def _filled(default: str, metavar: str) -> Any:
@@ -254,8 +263,67 @@ class SftFlags(TrainFlags):
     chats: OmitArgPrefixes[ChatFlags] = field(default_factory=ChatFlags)
 
 
+@dataclass(frozen=True)
+class PairDataFlags(ChatDataFlags):
+    """What to learn from."""
+
+    dataset: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="FILE ...",
+            help="Pairs of answers as JSON lines, JSON or Parquet: prompt, chosen and rejected, and the other kinds of docs/fine-tuning.md."
+            " They are tokenised once, into CHECKPOINT_DIR/data. `smedjan dpo my.jsonl` is the same.",
+            help_behavior_hint="(required for a new run)",
+        ),
+        NAMELESS,
+    ] = ()
+    val_dataset: Annotated[tuple[str, ...], _filled("a part of --dataset", "FILE ...")] = ()
+    """Pairs to validate on, never trained on."""
+    val_fraction: float = 0.02
+    """The part of the questions of --dataset that is held out for validation, by a hash of each, when --val-dataset is not given."""
+
+
+@dataclass(frozen=True)
+class PairFlags:
+    """How preferences are learned."""
+
+    loss: Annotated[str, _one_of(*LOSSES)] = "sigmoid"
+    """What is minimised. sigmoid: DPO; ipo: IPO; simpo and orpo need no reference."""
+    reference: Annotated[MaybeStr, _filled("the weights of --pretrained", "PATH")] = None
+    """The model that answers are compared with, for sigmoid and ipo; none: their log-probabilities count as they are."""
+    epochs: float = 1.0
+    """How often the pairs are gone through when --steps is not given."""
+    max_dropped: float = 0.05
+    """Refuse files of which more than this part of the rows teaches nothing and would be dropped."""
+    template: Annotated[str, arg(metavar="auto|chatml|FILE")] = "auto"
+    """How turns are written. auto: the model's own way, else chatml, whose two tokens are added to the tokenizer; or a file of Jinja."""
+
+
+@dataclass(frozen=True)
+class PairTrainingFlags(option_flags("PairTrainingFlags", pair_training_options())):
+    """How it is trained; one step sees --batch-size sequences of --seq-len tokens, each of several pairs."""
+
+
+@dataclass(frozen=True)
+class DpoFlags(TrainFlags):
+    """Teach a model which of two answers is better, by pairs. Give the same command again to continue a run that was stopped."""
+
+    data: OmitArgPrefixes[PairDataFlags] = field(default_factory=PairDataFlags)
+    training: OmitArgPrefixes[PairTrainingFlags] = field(default_factory=PairTrainingFlags)
+    chats: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)
+
+
+def _of_any(name: str, *classes: type) -> Any:
+    """The flags of a group in any command; their defaults are those of the commands."""
+    found = {f.name: (f.name, f.type, field(default=None, metadata=f.metadata)) for each in classes for f in dataclasses.fields(each)}
+    return dataclasses.make_dataclass(name, found.values(), frozen=True)
+
+
 GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
-ALL_GROUPS: dict[str, Any] = GROUPS | {"chats": ChatFlags}  # that of one command among them
+ALL_GROUPS: dict[str, Any] = GROUPS | {  # those of single commands among them
+    "training": option_flags("AnyTrainingFlags", [*training_options(), *objective_options("dpo")]),
+    "chats": _of_any("AnyChatFlags", ChatFlags, PairFlags),
+}
 
 
 def given_names(argv: list[str]) -> frozenset[str]:

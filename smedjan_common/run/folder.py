@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,19 @@ from smedjan_common.training.objectives import OBJECTIVES
 COMMANDS = {name: row.command for name, row in OBJECTIVES.items()}  # what a run learns -> the command that begins one
 AVERAGED = "averaged"  # in final/'s "extra": the decay of the moving average that its weights are
 EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
+REFERENCE = "reference"  # in config.json and a checkpoint's "extra": what a run compares answers with
+
+
+class ReferenceScores(NamedTuple):
+    """Log-probabilities that a reference gives to the documents of train_data and val_data, float32; None where the objective has none.
+    record: what is written of it (run/reference_scores.py)."""
+
+    train: np.ndarray | None = None
+    val: np.ndarray | None = None
+    record: dict[str, Any] | None = None
+
+
+NO_SCORES = ReferenceScores()
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,8 @@ class RunConfig:
     train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
     flags: what config.json records. given: those that were given, for config.toml. objective: a key of COMMANDS. gained: how many tokens
-    the tokenizer has more than that of `pretrained`; extends: the hash of that one. mirror: sends the run to the
-    address that --checkpoint-dir is.
+    the tokenizer has more than that of `pretrained`; extends: the hash of that one. reference: of pairs of answers. mirror: sends
+    the run to the address that --checkpoint-dir is.
     """
 
     model: ModelConfig
@@ -76,6 +89,7 @@ class RunConfig:
     gained: int = 0
     extends: str | None = None
     mirror: Mirror | None = None
+    reference: ReferenceScores = NO_SCORES
 
 
 class RunFolder:
@@ -89,7 +103,7 @@ class RunFolder:
             tokenizer=SavedTokenizer.of(config.tokenizer),
             dataset=self._dataset(config.train_data),
             framework={"name": device.backend, "device": device.name, **device.versions},
-            extra={EXTENDS: config.extends} if config.extends else None,
+            extra={name: value for name, value in ((EXTENDS, config.extends), (REFERENCE, config.reference.record)) if value} or None,
         )
 
     def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
@@ -118,6 +132,7 @@ class RunFolder:
             "flags": self.config.flags,
             "dataset": self._about.dataset,
             "val_dataset": self._dataset(self.config.val_data) if self.config.val_data else None,
+            **({REFERENCE: self.config.reference.record} if self.config.reference.record else {}),
             "tokenizer_hash": self.config.tokenizer.hash,
             "initial_values": initial,
             "framework": self._about.framework,

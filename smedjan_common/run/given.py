@@ -4,7 +4,7 @@ import functools
 from typing import NamedTuple
 
 from smedjan_common.command_line import read
-from smedjan_common.run.flags import SftFlags, TrainFlags, given_names
+from smedjan_common.run.flags import DpoFlags, SftFlags, TrainFlags, given_names
 
 FIRST = {  # what a newcomer sets, and the few words for it in the help
     "dataset": "FILE: your text, JSONL or token file",
@@ -51,7 +51,24 @@ SFT = Kind(
     },
 )
 
-KINDS = {kind.name: kind for kind in (TRAIN, SFT)}
+DPO = Kind(
+    "dpo",
+    DpoFlags,
+    ("smedjan dpo pairs.jsonl --pretrained runs/chat --checkpoint-dir runs/better", "smedjan dpo --checkpoint-dir runs/better --epochs 2"),
+    {
+        "dataset": "FILE: your pairs of answers",
+        "pretrained": "PATH: the model that learns them, one that answers already",
+        "checkpoint_dir": FIRST["checkpoint_dir"],
+        "loss": "sigmoid (DPO), ipo, simpo, orpo",
+        "beta": "how much the difference of two answers counts",
+        "epochs": "how often the pairs are gone through",
+        "batch_size": "sequences of a step, each of several pairs",
+        "lr": "the learning rate",
+        "dry_run": FIRST["dry_run"],
+    },
+)
+
+KINDS = {kind.name: kind for kind in (TRAIN, SFT, DPO)}
 
 
 def parse(argv: list[str] | None = None, prog: str = "", kind: Kind = TRAIN) -> tuple[TrainFlags, frozenset[str]]:

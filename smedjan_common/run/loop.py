@@ -37,6 +37,7 @@ from smedjan_common.reporting.status import Status
 from smedjan_common.reporting.trackers.thread import begin_tracking
 from smedjan_common.run.ending import ending
 from smedjan_common.run.evaluate import evaluate
+from smedjan_common.run.falling import Falling
 from smedjan_common.run.folder import RunConfig, RunFolder
 from smedjan_common.run.signals import StopSignals
 from smedjan_common.tokenizer.chat import template_of
@@ -90,7 +91,9 @@ class _Loop:
         self.device = self.backend.describe()
         self.folder = RunFolder(self.config, self.device)
         train = self.train
-        self.batches = batches(self.config.train_data, train.seq_len, train.batch_size, train.seed, train.packing, train.mask_documents)
+        cut = train.seq_len, train.batch_size, train.seed, train.packing, train.mask_documents
+        self.batches = batches(self.config.train_data, *cut, self.config.reference.train)
+        self.falling = Falling(train, self.config.reference.train is not None)
         self.tokens_per_step = self.train.batch_size * self.train.seq_len
         self.meter = Meter(self.tokens_per_step)
         start = self.config.start
@@ -169,7 +172,7 @@ class _Loop:
         """Queue one optimizer step on the device."""
         lr = learning_rate(self.train, step - 1)
         batch = self.batches.batch(step - 1)
-        arrays = batch.inputs, batch.targets, lr, batch.documents
+        arrays = batch.inputs, batch.targets, lr, *batch[2:]
         (state, metrics), when = timed(self.backend.train_step, state, *arrays)
         self.queue.append((step, lr, metrics, when))
         return state
@@ -185,6 +188,8 @@ class _Loop:
             self.pace.stepped(read.ended)
             self.status.step, self.status.left = step, self.pace.left(step)
             self.status.figures |= {"lr": lr, "grad_norm": values["grad_norm"]}
+            if told := self.falling.add(values):
+                say(told)
             if self.is_logged(step):
                 self.log(step, lr, values, self.meter.lap(step, dispatched, read))
                 self.mean_loss.clear()
@@ -259,6 +264,7 @@ class _Loop:
             self.train.batch_size // parts,
             self.config.eval_batches * parts,
             self.train.mask_documents,
+            self.config.reference.val,
         )
         row = {"step": step, **evaluate(self.backend, state, batches_of, self.config.tokenizer.token_bytes())}
         self.report(row)
@@ -272,7 +278,7 @@ class _Loop:
 
     def sample(self, state: State, step: int) -> None:
         tokenizer, asked = self.config.tokenizer, self.config.sample_prompt
-        template = template_of(None, tokenizer) if self.config.objective == "sft" else None
+        template = template_of(None, tokenizer) if self.config.objective != "lm" else None
         if template:
             asked = asked or _HELLO
             prompt, shown = template.encode(tokenizer, [{"role": "user", "content": asked}]), f"{asked}\n"

@@ -82,6 +82,18 @@ def chat_training_options() -> list[Option]:
     return [option._replace(**_CHATS.get(option.name, {})) for option in training_options()]
 
 
+_PAIRS = _CHATS | {  # what differs where pairs of answers are
+    "steps": {"filled": "--epochs times over the pairs"},
+    "lr": {"filled": "a two-hundredth of that of `train`: 1.5e-6 * sqrt(4096 / dim)"},
+}
+
+
+def pair_training_options() -> list[Option]:
+    """The options of training with the defaults for pairs of answers, those of their losses behind the others."""
+    known = [option._replace(**_PAIRS.get(option.name, {})) for option in training_options()]
+    return [*known, *objective_options("dpo")]
+
+
 def _by_optimizer(option: Option) -> Option:
     """An option whose default the row of the optimizer says."""
     values = {name: getattr(row, option.name) for name, row in OPTIMIZERS.items()}

@@ -16,6 +16,7 @@ from smedjan_common.model.options import options
 from smedjan_common.run.flags import ReportFlags
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.preferences import PREFERENCES
 from smedjan_common.training.schedule import SCHEDULES
 
 _ROWS = (*MIXERS.values(), *FFNS.values())
@@ -67,6 +68,8 @@ def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tupl
     """What can be chosen, the fields of TrainConfig that it reads, and whether this run has it."""
     for row in MIXERS.values():
         yield f"--mixer {row.name}", tuple(options(row.training)), row.name in model.mixer
+    for row in PREFERENCES.values():
+        yield f"--loss {row.flag}", tuple(options(row.options)), row.name == train.objective
     for name, reads in ROUTERS.items():
         yield f"--experts 8 --router {name}", tuple(options(reads)), "experts" in model.ffn and model.router == name
     for row in OPTIMIZERS.values():

@@ -9,7 +9,7 @@ from typing import Any
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.json_fields import is_of
 from smedjan_common.remote.address import is_remote, shown
-from smedjan_common.run.flags import ALL_GROUPS, SftFlags, TrainFlags
+from smedjan_common.run.flags import ALL_GROUPS, DpoFlags, SftFlags, TrainFlags
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 
 RECALLED = ("data", "report", "run")  # groups of flags that config.json records, those of one start aside
@@ -18,7 +18,8 @@ COUNTS = {  # the least of each flag that counts batches, tokens or checkpoints
     **dict.fromkeys(("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
     **dict.fromkeys(("eval_batches", "sample_tokens"), 1),
 }
-_PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained")  # recorded as they are from any directory
+_PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained", "reference")  # recorded as they are from any directory
+NO_REFERENCE = ("reference", "none")  # a value that is no path
 
 
 def check_recorded(file: Path, recorded: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -
     groups = {}
     for group in _groups(flags):
         values = getattr(flags, group)
-        known = {name: _tuple(recorded[name]) for name in recorded_names(group) if name not in given and name in recorded}
+        known = {name: _tuple(recorded[name]) for name in _names(flags, group) if name not in given and name in recorded}
         if group == "data" and "dataset" in given:
             known.pop("val_dataset", None)  # it belongs to the other dataset
         groups[group] = dataclasses.replace(values, **known)
@@ -68,12 +69,18 @@ def recall(flags: TrainFlags, given: frozenset[str], recorded: dict[str, Any]) -
 
 def to_record(flags: TrainFlags) -> dict[str, Any]:
     """The flags that config.json records; paths are absolute, since the run may go on from another directory."""
-    values = {name: getattr(getattr(flags, group), name) for group in _groups(flags) for name in recorded_names(group)}
-    return values | {name: _absolute(values[name]) for name in _PATHS}
+    values = {name: getattr(getattr(flags, group), name) for group in _groups(flags) for name in _names(flags, group)}
+    paths = [name for name in _PATHS if name in values and (name, values[name]) != NO_REFERENCE]
+    return values | {name: _absolute(values[name]) for name in paths}
 
 
 def _groups(flags: TrainFlags) -> tuple[str, ...]:
-    return _OF_CHATS if isinstance(flags, SftFlags) else RECALLED
+    return _OF_CHATS if isinstance(flags, SftFlags | DpoFlags) else RECALLED
+
+
+def _names(flags: TrainFlags, group: str) -> list[str]:
+    """The flags of a group that config.json records and this command has."""
+    return [name for name in recorded_names(group) if hasattr(getattr(flags, group), name)]
 
 
 def recorded_names(group: str) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from smedjan_common.run.option_flags import shape_options
 from smedjan_common.run.resume import difference
 from smedjan_common.training.config import TrainConfig, default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS
+from smedjan_common.training.preferences import PREFERENCES
 
-_OF_CHATS = 0.2  # of the learning rate of pre-training
+_RATES = {"sft": 0.2, "dpo": 0.005}  # of the learning rate of pre-training, by command
 _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if option.shape_free)
 
 
@@ -95,8 +96,10 @@ def train_config(asked: Asked, base: TrainConfig | None, objective: str, dim: in
         values["steps"] = max(1, epoch)
     optimizer = OPTIMIZERS.get(values["optimizer"], OPTIMIZERS["adamw"])  # an unknown one is refused below
     if values["lr"] is None:
-        values["lr"] = default_lr(dim, optimizer.name) if not asked.chats else float(f"{_OF_CHATS * default_lr(dim, optimizer.name):.1e}")
+        values["lr"] = float(f"{_RATES.get(asked.command, 1.0) * default_lr(dim, optimizer.name):.1e}")
     values |= {name: getattr(optimizer, name) for name in ("beta2", "weight_decay") if values[name] is None}
+    loss = PREFERENCES.get(objective)
+    values |= {name: getattr(loss or TrainConfig, name) for name in ("beta", "nll_weight") if values.get(name, 0) is None}
     if values["warmup"] is None:
         values["warmup"] = min(1000, values["steps"] // (10 if asked.chats else 20))
     if not asked.is_given("warmup"):

@@ -29,6 +29,7 @@ from smedjan_common.training.config import TrainConfig
 Load = Callable[[], tuple[Callable[[ModelConfig, TrainConfig], Backend], str]]
 # fields of TrainConfig that are not options here
 OWN = ("steps", "batch_size", "seq_len", "lr", "objective", "distill_temperature", "distill_alpha")
+OWN += ("beta", "gamma", "label_smoothing", "nll_weight")  # of pairs
 
 
 class Trainer:

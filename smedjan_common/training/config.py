@@ -10,7 +10,7 @@ from smedjan_common.model.ffns import experts
 from smedjan_common.model.json_fields import JsonFields, check_extents
 from smedjan_common.model.mixers import MIXERS, shared
 from smedjan_common.model.options import REQUIRED, check_options, option, options
-from smedjan_common.training import distillation, optimizers, schedule
+from smedjan_common.training import distillation, optimizers, preferences, schedule
 from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.precision import FLOAT8_LEAST, FLOAT8_MULTIPLE, PRECISIONS, multiplied_in_float8
@@ -76,6 +76,8 @@ class TrainConfig(
     shared.Softmax,
     optimizers.Averaged,
     distillation.Distillation,
+    preferences.Smoothed,
+    preferences.Margin,
     optimizers.Orthogonal,
     schedule.Decay,
     Basics,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from smedjan_common.training.distillation import Distillation
+from smedjan_common.training.preferences import METRICS, PREFERENCES, Loss, count_pairs, weigh
 
 Array = Any  # of numpy, jax.numpy or mlx.core
 
@@ -19,7 +20,7 @@ class Rows(NamedTuple):
     """Rows of a batch, all of them or those of one part or device; no unit of an objective reaches over two rows.
 
     nll: float [B, T], nats, 0 where a target does not count. targets, documents: int [B, T], as batches have them; documents None: a row
-    is one. reference: float [B, M], what another model gives to the documents; None where the objective needs none.
+    is one. reference: float [B, M], of pairs: what the reference gives to the documents, 0 where there is none; None of others.
     """
 
     nll: Array
@@ -48,7 +49,7 @@ class Objective(NamedTuple):
 
     command: the command that begins a run of it. unit: what the loss of a step is a mean over, all parts and devices together.
     formula(xp, rows, train) -> Weighed, by the array module xp and the TrainConfig; None: the cross-entropy of tokens.
-    units(xp, targets, documents) -> their number; None: the tokens that count. needs_reference: whether rows have a reference.
+    units(xp, targets, documents, reference) -> their number; None: the tokens that count. needs_reference: whether rows have a reference.
     metrics: names of what the formula tells. options: its class of options, which TrainConfig inherits.
     """
 
@@ -56,10 +57,23 @@ class Objective(NamedTuple):
     command: str
     unit: str = "tokens"
     formula: Callable[[Any, Rows, Any], Weighed] | None = None
-    units: Callable[[Any, Array, Array | None], Array] | None = None
+    units: Callable[[Any, Array, Array | None, Array | None], Array] | None = None
     needs_reference: bool = False
     metrics: tuple[str, ...] = ()
     options: type | None = None
+
+
+def _of_pairs(loss: Loss) -> Objective:
+    """A loss of pairs of answers: documents 2j and 2j + 1 of a row."""
+
+    def formula(xp: Any, rows: Rows, train: Any) -> Weighed:
+        return Weighed(*weigh(xp, loss, *rows, train))
+
+    def units(xp: Any, targets: Array, documents: Array | None, reference: Array | None) -> Array:
+        assert reference is not None
+        return count_pairs(xp, targets, documents, reference.shape[1])
+
+    return Objective(loss.name, "dpo", "pairs", formula, units, loss.needs_reference, METRICS, loss.options)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -67,5 +81,6 @@ OBJECTIVES: dict[str, Objective] = {
     for row in (
         Objective("lm", "train", options=Distillation),
         Objective("sft", "sft", options=Distillation),  # targets are the tokens of answers: of what it is the loss, the data say
+        *(_of_pairs(row) for row in PREFERENCES.values()),
     )
 }

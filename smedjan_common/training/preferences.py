@@ -110,7 +110,7 @@ METRICS = (
 
 def count_pairs(xp: Any, targets: Array, documents: Array, most: int) -> Array:
     """How many pairs of a batch have tokens of both answers."""
-    tokens = _sums(xp, xp.where(targets >= 0, 1.0, 0.0), documents, most)
+    tokens = document_sums(xp, xp.where(targets >= 0, 1.0, 0.0), documents, most)
     return xp.sum(xp.where((tokens[:, 0::2] > 0) & (tokens[:, 1::2] > 0), 1.0, 0.0))
 
 
@@ -118,7 +118,10 @@ def weigh(xp: Any, loss: Loss, nll: Array, targets: Array, documents: Array, ref
     """(loss, d loss / d nll [B, T], metrics): sums over the pairs of these rows. nll [B, T], 0 where a target does not count; reference
     [B, M]; train: the options of the loss."""
     most = reference.shape[1]
-    sums, tokens = _sums(xp, nll, documents, most), _sums(xp, xp.where(targets >= 0, 1.0, 0.0).astype(nll.dtype), documents, most)
+    sums, tokens = (
+        document_sums(xp, nll, documents, most),
+        document_sums(xp, xp.where(targets >= 0, 1.0, 0.0).astype(nll.dtype), documents, most),
+    )
     there = (tokens[:, 0::2] > 0) & (tokens[:, 1::2] > 0)
     chosen, rejected = (Side(-sums[:, at::2], xp.maximum(tokens[:, at::2], 1), reference[:, at::2]) for at in (0, 1))
     judged = with_nll(loss.judge(xp, chosen, rejected, train), chosen, train.nll_weight)
@@ -135,14 +138,14 @@ def weigh(xp: Any, loss: Loss, nll: Array, targets: Array, documents: Array, ref
     return xp.sum(of_pairs(judged.loss)), weights, metrics
 
 
+def document_sums(xp: Any, values: Array, documents: Array, most: int) -> Array:
+    """Sums over the documents of each row, [B, T] -> [B, M]."""
+    return xp.sum(xp.where(_hits(xp, documents, most), values[:, :, None], 0.0), 1)
+
+
 def with_nll(judged: Judged, chosen: Side, weight: Any) -> Judged:
     """The loss and `weight` times that of the better answer by token."""
     return judged._replace(loss=judged.loss - weight * chosen.mean, by_chosen=judged.by_chosen - weight / chosen.tokens)
-
-
-def _sums(xp: Any, values: Array, documents: Array, most: int) -> Array:
-    """Sums over the documents of each row, [B, T] -> [B, M]."""
-    return xp.sum(xp.where(_hits(xp, documents, most), values[:, :, None], 0.0), 1)
 
 
 def _spread(xp: Any, values: Array, documents: Array) -> Array:

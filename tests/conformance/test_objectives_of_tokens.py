@@ -198,4 +198,4 @@ def test_a_policy_that_is_its_reference_has_a_loss_of_log_2(backend: str, pairs:
     assert abs(told["margin"]) < 1e-5
     evaluated = side.read(side.eval_step(side.init(pairs.params), inputs, targets, pairs.documents, ref))
     assert evaluated["loss_sum"] / evaluated["units"] == pytest.approx(np.log(2), rel=1e-6)
-    assert evaluated["units"] == int(PAIRED.units(np, targets, pairs.documents))
+    assert evaluated["units"] == int(PAIRED.units(np, targets, pairs.documents, ref))

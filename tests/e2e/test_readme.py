@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SET_UP = ("make ", "source ")  # the set-up itself, which CI and `make train` run
 TEXT = "".join(f"Once the smith of village {i % 97} struck the iron {i % 13} times; sparks flew over anvil {i % 7}.\n" for i in range(9000))
 CHATS = "".join(f'{{"prompt": "Who is in village {i}?", "completion": "A smith with {i % 7} anvils."}}\n' for i in range(60))
+PAIRS = "".join(f'{{"prompt": "Who is in village {i}?", "chosen": "A smith.", "rejected": "{i % 7} anvils."}}\n' for i in range(60))
 
 
 PAGES = ("README.md", "docs/training.md", "docs/mixers.md", "docs/troubleshooting.md", "docs/fine-tuning.md")
@@ -26,7 +27,7 @@ def commands(page: str) -> list[str]:
 
 def shortened(command: str) -> str:
     """The same with a hundredth of the steps, and fewer tokens to generate."""
-    if re.search(r"(smedjan |_)(jax\.|mlx\.)?(train|sft) ", command) and "--sample" not in command:
+    if re.search(r"(smedjan |_)(jax\.|mlx\.)?(train|sft|dpo) ", command) and "--sample" not in command:
         command += " --sample-tokens 4"
     command = re.sub(r"--steps (\d+)", lambda m: f"--steps {int(m[1]) // 100}", command)
     return command.replace("--vocab-size 4096", "--vocab-size 400") + (
@@ -45,6 +46,7 @@ def test_every_command_of_the_page_runs(tmp_path, page):
     (tmp_path / "my.txt").write_text(TEXT)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "chats.jsonl").write_text(CHATS)
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
     for command in commands(page):
         done = subprocess.run(

@@ -2,7 +2,8 @@
 
 The other parameters of the model stay as they are, so checkpoints are whole. Faults can be asked for through the environment:
 SMEDJAN_FAKE=nan_at=17, grad_nan_at=17, oom_at=17, seconds=0.05 (of each step), long_at=6 and long=30 (seconds
-of that step), nan_logits=1, decode_oom=1, decode_seconds=0.05 (of each token), val_nan=1; several with commas.
+of that step), nan_logits=1, reference_stops_at=2 (batches of a reference pass), decode_oom=1, decode_seconds=0.05 (of each token),
+val_nan=1; several with commas.
 """
 
 import os
@@ -14,6 +15,7 @@ import numpy as np
 from smedjan_common.backend import Device, Snapshot
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.inference.pieces import scores_in_pieces
+from smedjan_common.training.objectives import OBJECTIVES, Rows
 
 
 class BigramBackend:
@@ -38,18 +40,43 @@ class BigramBackend:
         copies = ({name: value.copy() for name, value in part.items()} for part in (snapshot.params, snapshot.optimizer))
         return dict(zip(("step", "params", "optimizer"), (snapshot.step, *copies), strict=True))
 
-    def train_step(self, state, inputs, targets, lr, documents=None):
+    def train_step(self, state, inputs, targets, lr, documents=None, reference=None):
         step = state["step"] + 1
         self.events.append(("dispatch", step))
         time.sleep(float(self.faults.get("long" if step == int(self.faults.get("long_at", -1)) else "seconds", 0)))
         if step == int(self.faults.get("oom_at", -1)):
             raise OutOfMemoryError("The device ran out of memory.", "It is an abacus.", "Lower --batch-size.")
-        loss, gradient = bigram_loss(state["params"]["embed.weight"], inputs.ravel(), targets.ravel())
+        row, told = OBJECTIVES[self.train.objective], {}
+        if row.formula:
+            loss, gradient, told = self._weighed(row, state, inputs, targets, documents, reference)
+        else:
+            loss, gradient = bigram_loss(state["params"]["embed.weight"], inputs.ravel(), targets.ravel())
         self._adamw(state, gradient, lr, step)
         state["step"] = step
         loss = np.nan if step == int(self.faults.get("nan_at", -1)) else loss
         norm = np.inf if step == int(self.faults.get("grad_nan_at", -1)) else np.linalg.norm(gradient)
-        return state, {"loss": loss, "grad_norm": norm, "tokens": inputs.size, "of_step": step}
+        return state, {"loss": loss, "grad_norm": norm, "tokens": inputs.size, "of_step": step, **told}
+
+    def _weighed(self, row, state, inputs, targets, documents, reference):
+        """Loss, gradient and metrics of an objective with a formula."""
+        nll, embed = self.token_losses(state["params"], inputs, targets), state["params"]["embed.weight"]
+        weighed = row.formula(np, Rows(nll, targets, documents, reference), self.train)
+        units = max(row.units(np, targets, documents, reference), 1)
+        counted = targets.ravel() >= 0
+        weights = weighed.weights.ravel()[counted] / units
+        gradient = bigram_loss(embed, inputs.ravel()[counted], targets.ravel()[counted], weights)[1]
+        return float(weighed.loss / units), gradient, {name: value / units for name, value in weighed.metrics.items()}
+
+    def token_losses(self, params, inputs, targets, documents=None):
+        self.events.append(("token_losses", len(inputs)))
+        if "reference_stops_at" in self.faults and len(self.events) > int(self.faults["reference_stops_at"]):
+            raise KeyboardInterrupt
+        embed = params["embed.weight"]
+        logits = embed[inputs] @ embed.T
+        logits -= logits.max(-1, keepdims=True)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        picked = np.take_along_axis(logprobs, np.maximum(targets, 0)[..., None], -1)[..., 0]
+        return np.where(targets >= 0, -picked, 0).astype(np.float32)
 
     def _adamw(self, state, gradient, lr, step):
         weight, train = state["params"]["embed.weight"], self.train
@@ -62,7 +89,13 @@ class BigramBackend:
             decay = np.float32(min(train.ema, step / (9 + step)))
             state["optimizer"][f"ema.{name}"] += (1 - decay) * (value - state["optimizer"][f"ema.{name}"])
 
-    def eval_step(self, state, inputs, targets, documents=None):
+    def eval_step(self, state, inputs, targets, documents=None, reference=None):
+        row = OBJECTIVES[self.train.objective]
+        if row.formula:
+            nll = self.token_losses(state["params"], inputs, targets)
+            weighed = row.formula(np, Rows(nll, targets, documents, reference), self.train)
+            sums = {"loss_sum": weighed.loss, "tokens": (targets >= 0).sum(), "units": row.units(np, targets, documents, reference)}
+            return sums | weighed.metrics
         counted = targets.ravel() >= 0
         loss, _ = bigram_loss(self.params_of(state)["embed.weight"], inputs.ravel()[counted], targets.ravel()[counted])
         loss = np.nan if "val_nan" in self.faults else loss
@@ -165,8 +198,8 @@ class BigramDecoder:
         self.positions[row], self.last[row] = saved.position, saved.last
 
 
-def bigram_loss(embed, inputs, targets):
-    """Mean cross-entropy in nats, and its gradient [V, D]."""
+def bigram_loss(embed, inputs, targets, weights=None):
+    """Mean cross-entropy in nats, and its gradient [V, D]; with a weight for each token the gradient of the weighted sum."""
     hidden = embed[inputs]
     logits = hidden @ embed.T
     logits -= logits.max(-1, keepdims=True)
@@ -175,7 +208,7 @@ def bigram_loss(embed, inputs, targets):
     rows = np.arange(len(targets))
     loss = -np.log(probabilities[rows, targets]).mean()
     probabilities[rows, targets] -= 1
-    probabilities /= len(targets)
+    probabilities *= 1 / len(targets) if weights is None else weights[:, None]
     gradient = probabilities.T @ hidden
     np.add.at(gradient, inputs, probabilities @ embed)
     return float(loss), gradient.astype(np.float32)

@@ -32,7 +32,7 @@ def paired(xp: Any, rows: Rows, config: TrainConfig) -> Weighed:
     return Weighed(loss, weights, {"margin": margins})
 
 
-def pairs(xp: Any, targets: Array, documents: Array | None) -> Array:
+def pairs(xp: Any, targets: Array, documents: Array | None, reference: Array | None) -> Array:
     """How many pairs there are: second documents with a token that counts."""
     assert documents is not None
     odd = (xp.arange(1, 5, 2)[None, None, :] == documents[..., None]) & (targets >= 0)[..., None]

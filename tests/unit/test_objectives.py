@@ -16,7 +16,7 @@ def rows(seed: int = 0) -> Rows:
     targets = rng.integers(0, 9, documents.shape)
     targets[:, [0, 5]] = targets[0, -1] = -1
     nll = np.where(targets >= 0, rng.uniform(0.2, 4, documents.shape), 0.0)
-    return Rows(nll, targets, documents, -rng.uniform(1, 6, (2, 5)))
+    return Rows(nll, targets, documents, -rng.uniform(1, 6, (2, 4)))
 
 
 @pytest.mark.parametrize("row", FORMULAS, ids=lambda row: row.name)
