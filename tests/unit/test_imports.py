@@ -89,6 +89,7 @@ REASONS = {
     ("smedjan_common.data.token_file", "smedjan_common.data.fetched"): "the same",
     ("smedjan_common.text.rows", "pyarrow"): PACKAGE,
     ("smedjan_common.evaluation.tasks", "yaml"): PACKAGE,
+    ("smedjan_common.text.chat_corpus", "yaml"): PACKAGE,
     ("smedjan_common.evaluation.harness", "yaml"): PACKAGE,
     ("smedjan_common.evaluation.harness", "lm_eval*"): PACKAGE,
     ("smedjan_common.text.rows", "datasets"): PACKAGE,
