@@ -63,7 +63,7 @@ def test_a_full_device_is_told_with_the_flags_of_what_it_does(backend: str, defa
     assert "--max-tokens" in caught.value.fix
     assert "--batch-size" not in caught.value.fix
     with pytest.raises(OutOfMemoryError, match="--batch-size"):
-        side.eval_step({"params": {}}, default_case.tokens[:, :-1], default_case.tokens[:, 1:])
+        side.eval_step({"params": {}, "slots": {}}, default_case.tokens[:, :-1], default_case.tokens[:, 1:])
 
 
 def test_decoder_takes_the_parameters_of_a_state_as_they_are(backend: str, default_case: Case):
