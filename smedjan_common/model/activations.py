@@ -5,7 +5,8 @@ row are the values that its forward pass makes of a token, by the sizes of the m
 platform (bench/results/estimates-*.json, which tests hold the sums against).
 
 Platforms: "gpu" is JAX on an NVIDIA GPU, "cpu" JAX on a CPU, "cpu-0.10" JAX before 0.11 there, whose compiler undoes gradient
-checkpointing, and "mlx" MLX, measured on a CPU.
+checkpointing, and "mlx" MLX, measured on a CPU. "kernels" is a GPU with this project's kernels: what is kept was measured at two depths
+and three lengths (bench/results/kernels-h200.json, kernel_lengths-h200.json), without gradient checkpointing; the rest is the plain form's.
 """
 
 from collections.abc import Mapping
@@ -41,13 +42,20 @@ BLOCK = Activations(4, 1, 1, 0)  # widths of a block: its residuals and what its
 
 
 class Course(NamedTuple):
-    """How a step is computed. width: bytes of a value of the compute dtype; plain: --attention plain."""
+    """How a step is computed. width: bytes of a value of the compute dtype; plain: --attention plain; kernels: the mixer is computed by
+    this project's kernels, which keep less than its plain form."""
 
     platform: str
     seq_len: int
     chunk_size: int = 64
     width: int = 4
     plain: bool = False
+    kernels: bool = False
+
+    @property
+    def form(self) -> str:
+        """A platform, or "kernels"."""
+        return "kernels" if self.kernels else self.platform
 
     def fused(self, head_size: int) -> bool:
         """Whether attention over heads of this size never holds its T x T scores."""

@@ -25,7 +25,7 @@ from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.settings import new_model
 from smedjan_common.run.start import New, Say
 from smedjan_common.training.config import GRADIENT_CHECKPOINTING, TrainConfig
-from smedjan_common.training.memory import PROCESS_BYTES, Place, state_bytes, training_bytes
+from smedjan_common.training.memory import PROCESS_BYTES, Place, by_kernels, state_bytes, training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, check_mesh, parse_mesh
 
 Models = Callable[[], Mapping[str, ModelConfig]]  # presets that are smaller than the model of the run, the largest first
@@ -63,7 +63,7 @@ def room(device: Device) -> int | None:
 def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, of all devices together, with what
     the process takes besides and the copy of the state that a checkpoint is written from while training goes on."""
-    place = Place(device.backend, device.kind, device.versions.get(device.backend, ""))
+    place = Place(device.backend, device.kind, device.versions.get(device.backend, ""), by_kernels(device.kernels))
     step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
     besides = state_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
     return device.count * step + besides if device.on_host else step

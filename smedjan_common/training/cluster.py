@@ -65,6 +65,7 @@ SPEED = {
     "block-sparse": 0.87,
 }
 MEASURED_LENGTH = 1024
+KERNEL_SIZES = {"linear": ("head_dim",), "ssm": ("ssm_state", "ssm_head_dim"), "rwkv": ("rwkv_head_dim",), "gated-deltanet": ("head_dim",)}
 EXPERTS_SPEED = 0.65  # of a dense model with as many active parameters: 8 experts at medium on an H100
 FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.30, 4096: 1.50}  # tokens/s over those of bfloat16, by width
 RECOMPUTING = {"none": 1.0, "dots": 1.05, "full": 4 / 3}
@@ -131,7 +132,24 @@ def cost(model: ModelConfig, train: TrainConfig, mesh: MeshShape, cluster: Clust
     sending = {axis: sent.bytes / cluster.bandwidth(mesh, axis) + sent.messages * LATENCY for axis, sent in found.items() if sent.bytes}
     tokens = train.batch_size * train.seq_len
     compute = _flops(model, train) * tokens / (_peak(model, train, cluster.hardware) * mesh.size)
-    return Cost(mesh, training_bytes(model, train, mesh, Place(kind="gpu")), compute, found, sending, tokens)
+    return Cost(
+        mesh,
+        training_bytes(model, train, mesh, Place(kind="gpu", kernels=_by_kernels(model, train, cluster.hardware))),
+        compute,
+        found,
+        sending,
+        tokens,
+    )
+
+
+def _by_kernels(model: ModelConfig, train: TrainConfig, hardware: Hardware) -> frozenset[str]:
+    """The mixers whose kernels a run takes there by itself, as smedjan_jax.kernels chooses."""
+    if not hardware.measured or train.dtype != "bfloat16":
+        return frozenset()
+    fits = {name for name, sizes in KERNEL_SIZES.items() if {getattr(model, size) for size in sizes} <= {64, 128}}
+    fits -= set() if train.kernels != "plain" else set(KERNEL_SIZES)
+    blocks = {model.block_size, model.head_dim} <= {16, 32, 64, 128} and train.attention != "plain"
+    return frozenset(fits | ({"block-sparse"} if blocks else set()))
 
 
 def costs(model: ModelConfig, train: TrainConfig, cluster: Cluster) -> list[Cost]:

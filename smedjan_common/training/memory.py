@@ -14,6 +14,7 @@ from smedjan_common.model.activations import BLOCK, RECOMPUTES_NOTHING, Course
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape
@@ -33,11 +34,12 @@ PROCESS_BYTES = {"jax": 400 << 20, "mlx": 100 << 20}
 
 
 class Place(NamedTuple):
-    """Where a run happens, as far as memory depends on it. version: the framework's."""
+    """Where a run happens, as far as memory depends on it. version: the framework's; kernels: as `by_kernels` gives them."""
 
     backend: str = "jax"
     kind: str = "gpu"
     version: str = ""
+    kernels: frozenset[str] = frozenset()  # mixers that are computed by this project's kernels
 
     @property
     def platform(self) -> str:
@@ -45,6 +47,13 @@ class Place(NamedTuple):
         if self.backend == "mlx":
             return "mlx"
         return "gpu" if self.kind == "gpu" else "cpu-0.10" if self.version.startswith("0.10.") else "cpu"
+
+
+def by_kernels(said: str) -> frozenset[str]:
+    """The mixers that take kernels, of what a device says (backend.Device.kernels): "pallas", "plain for ssm, pallas for linear"."""
+    parts = [part.partition(" for ") for part in said.split(", ")]
+    chunked = [name for name, row in MIXERS.items() if row.training is Chunked]
+    return frozenset(name for form, _, of in parts if form == "pallas" for name in ([of] if of else chunked))
 
 
 def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None) -> int:
@@ -85,10 +94,12 @@ def _copies(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Pla
 def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> tuple[float, float, float]:
     """Values per token: kept by all layers, held beside them while the last one is differentiated, and in all while the first one is."""
     course = Course(place.platform, train.seq_len, train.chunk_size, BYTES[compute_dtype(train.dtype)], train.attention == "plain")
+    measured = train.gradient_checkpointing == "none" and mesh.tensor == 1  # else what kernels keep is taken for what plain forms do
+    courses = [course._replace(kernels=measured and config.mixer_of(layer) in place.kernels) for layer in range(config.layers)]
     layers = [
         BLOCK._replace(kept=BLOCK.kept + len(config.block_norms) - 2)
         .times(config.dim)
-        .with_(MIXERS[config.mixer_of(layer)].activations(config, course).times(1 / mesh.tensor))
+        .with_(MIXERS[config.mixer_of(layer)].activations(config, courses[layer]).times(1 / mesh.tensor))
         .with_(FFNS[config.ffn_of(layer)].activations(config, course).times(1 / mesh.tensor))
         for layer in range(config.layers)
     ]

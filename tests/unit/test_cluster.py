@@ -8,6 +8,7 @@ import pytest
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.params import count_params
+from smedjan_common.training import cluster
 from smedjan_common.training.cluster import HARDWARE, Cluster, cost, costs, fits, hardware, traffic
 from smedjan_common.training.mesh import MeshShape, parse_mesh
 from tests.fakes.runs import ROOT
@@ -108,3 +109,20 @@ def test_unknown_hardware_is_refused():
     with pytest.raises(ConfigError, match="h100"):
         hardware("h1000")
     assert all(row.share and row.memory > 2**30 for row in HARDWARE.values())
+
+
+def test_mixers_take_kernels_in_a_plan_where_the_backend_takes_them_by_itself():
+    kernels = pytest.importorskip("smedjan_jax.kernels", reason="jax is not installed here")
+    assert kernels.SIZES == cluster.KERNEL_SIZES
+    assert set(kernels.FASTER.values()) == {(64, 128)}
+    hybrid = ModelConfig.preset("xxl", vocab_size=32768, context_length=2048, mixer=("gated-deltanet", "attention"))
+    wide = ModelConfig.preset(
+        "xxl", vocab_size=32768, context_length=2048, mixer=("gated-deltanet", "attention"), heads=8
+    )  # of 256 features
+
+    def needed(model, name="h200", **changes):
+        return cost(model, train(**changes), MeshShape(), Cluster(hardware(name), 1)).needed
+
+    assert needed(hybrid) == needed(hybrid, "h100") < 0.9 * needed(hybrid, kernels="plain")
+    assert needed(hybrid, "a100") == needed(hybrid, kernels="plain")
+    assert needed(wide) == needed(wide, kernels="plain")

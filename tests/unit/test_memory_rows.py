@@ -13,7 +13,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.config import parse_pattern
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
-from smedjan_common.training.memory import Place, state_bytes, training_bytes
+from smedjan_common.training.memory import Place, by_kernels, state_bytes, training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, parse_mesh
 
 RESULTS = pathlib.Path(__file__).parents[2] / "bench" / "results"
@@ -70,22 +70,47 @@ def test_the_rows_of_meshes_are_within_15_percent_on_each_device():
         assert estimate == pytest.approx(row["peak_memory_bytes"], rel=WITHIN), row
 
 
+def test_what_kernels_keep_is_within_15_percent_and_no_less():
+    """Whole models at two depths and three lengths."""
+    compared = set()
+    for name in ("kernels-h200.json", "kernel_lengths-h200.json"):
+        for row in json.loads((RESULTS / name).read_text())["rows"]:
+            taken = by_kernels(row["runs"])
+            if row["mixer"] not in taken:
+                continue
+            layers = {"layers": row["layers"]} if row["layers"] else {}
+            model = ModelConfig.preset("medium", context_length=row["seq_len"], mixer=(row["mixer"],), **layers)
+            train = TrainConfig(1000, row["batch_size"], row["seq_len"], 3e-4, dtype="bfloat16")
+            peak = row["bytes_per_token"] * row["batch_size"] * row["seq_len"] + state_bytes(model, train)
+            assert 0 <= training_bytes(model, train, place=Place(kernels=taken)) / peak - 1 < WITHIN, row
+            compared.add((row["mixer"], row["layers"], row["seq_len"]))
+    assert {mixer for mixer, *_ in compared} == {"linear", "ssm", "rwkv", "gated-deltanet", "block-sparse"}
+    assert len(compared) == 15
+
+
+def test_a_device_says_which_mixers_take_kernels():
+    assert by_kernels("") == by_kernels("plain") == by_kernels("cuDNN with a mask for block-sparse") == frozenset()
+    assert by_kernels("pallas") == {"linear", "ssm", "rwkv", "gated-deltanet"}
+    assert by_kernels("pallas for linear, plain for ssm, pallas for block-sparse") == {"linear", "block-sparse"}
+
+
 def test_the_rows_of_four_gpus_are_within_15_percent_of_what_xla_lays_out():
-    """Attention: what the kernels of other mixers keep is not in their rows yet."""
     pytest.importorskip("jax", reason="jax is not installed here")
     from bench.mesh import SHAPES
 
     compared = 0
     for row in json.loads((RESULTS / "scale-h200.json").read_text())["rows"]:
-        if row.get("table") or row["mixer"] != "attention" or not row.get("again", True):
+        if row.get("table") or not row.get("again", True):
             continue
-        settings = {"vocab_size": row["vocab_size"], "context_length": row["seq_len"]}
+        mixer = parse_pattern(row["mixer"])
+        settings = {"vocab_size": row["vocab_size"], "context_length": row["seq_len"], "mixer": mixer}
         shape = SHAPES.get(row["size"])
         model = ModelConfig.build(**shape, **settings) if shape else ModelConfig.preset(row["size"], **settings)
         train = TrainConfig(1000, row["batch_size"], row["seq_len"], 3e-4, dtype=row["dtype"])
-        assert training_bytes(model, train, parse_mesh(row["mesh"]) or ONE_DEVICE) == pytest.approx(row["bytes"], rel=WITHIN), row
+        place = Place(kernels=frozenset(mixer))
+        assert training_bytes(model, train, parse_mesh(row["mesh"]) or ONE_DEVICE, place) == pytest.approx(row["bytes"], rel=WITHIN), row
         compared += 1
-    assert compared >= 10
+    assert compared >= 12
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "cpu" in name])

@@ -61,6 +61,8 @@ def _activations(config: Options, course: Course) -> Activations:
         return attention.activations(config, course)
     kv = config.kv_heads * config.head_dim
     seen = min(config.block_topk, -(-course.seq_len // config.block_size))
+    if course.kernels:  # nothing is gathered: for each block its mean
+        return attention.MEASURED[course.platform].times(attention.projected(config)).with_(Activations(1.4 * config.inner_dim, 0, 0, 0))
     gathered = seen * (3.4 * config.inner_dim + 0.55 * kv + 0.75 * config.heads * config.block_size)
     return attention.MEASURED[course.platform].times(attention.projected(config)).with_(MEASURED[course.platform].times(gathered))
 

@@ -55,6 +55,7 @@ def _validate(config: Options) -> None:
 
 MEASURED: Measured = {
     "gpu": Activations(1, 0.63, 0.44, 0.62),
+    "kernels": Activations(0.48, 0.44, 0.44, 0.62),
     "cpu": Activations(1.8, 0.5, 0.18, 0.21),
     "cpu-0.10": Activations(2.3, 2.3, 2.3, 0.1),
     "mlx": Activations(1.2, 0.34, 0.091, 1.9),
@@ -64,7 +65,7 @@ MEASURED: Measured = {
 def _activations(config: Options, course: Course) -> Activations:
     keys, chunk = config.kv_heads * config.head_dim, course.chunk_size
     features = 10.4 * config.dim + 7.2 * keys + 5.6 * config.dim * config.head_dim / chunk + 1.2 * config.heads * chunk
-    return MEASURED[course.platform].times(features)
+    return MEASURED[course.form].times(features)
 
 
 ROW = MixerSpec(

@@ -81,6 +81,7 @@ def _validate(config: Options) -> None:
 
 MEASURED: Measured = {
     "gpu": Activations(1.1, 0.56, 0, 0.75),
+    "kernels": Activations(0.82, 0.56, 0, 0.75),
     "cpu": Activations(2.3, 0.065, 0, 0.33),
     "cpu-0.10": Activations(3.2, 3.2, 3.2, 0.3),
     "mlx": Activations(2.1, 0.45, 0.47, 2.3),
@@ -91,7 +92,7 @@ def _activations(config: Options, course: Course) -> Activations:
     chunk = course.chunk_size
     states, pairs = config.dim * config.head_dim / chunk, config.heads * chunk
     features = 1.32 * (3 * config.dim + 2 * config.kv_heads * config.head_dim) + 1.5 * states + pairs
-    return MEASURED[course.platform].times(features)
+    return MEASURED[course.form].times(features)
 
 
 ROW = MixerSpec(

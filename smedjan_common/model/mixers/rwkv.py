@@ -98,6 +98,7 @@ def _validate(config: Options) -> None:
 
 MEASURED: Measured = {
     "gpu": Activations(0.93, 0.48, 0.27, 0.87),
+    "kernels": Activations(0.74, 0.48, 0.27, 0.87),
     "cpu": Activations(1.1, 0.4, 0.16, 0.12),
     "cpu-0.10": Activations(1.5, 1.5, 1.5, 0.1),
     "mlx": Activations(0.77, 0, 0.09, 1.3),
@@ -106,7 +107,7 @@ MEASURED: Measured = {
 
 def _activations(config: Options, course: Course) -> Activations:
     size, chunk = config.rwkv_head_dim, course.chunk_size
-    return MEASURED[course.platform].times(config.dim * (23.2 + 9.5 * size / chunk + 3.15 * chunk / size))
+    return MEASURED[course.form].times(config.dim * (23.2 + 9.5 * size / chunk + 3.15 * chunk / size))
 
 
 ROW = MixerSpec(

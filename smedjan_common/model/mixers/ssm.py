@@ -84,6 +84,7 @@ def _validate(config: Options) -> None:
 
 MEASURED: Measured = {
     "gpu": Activations(1, 0, 0.069, 1.8),
+    "kernels": Activations(0.72, 0, 0.069, 1.8),
     "cpu": Activations(2, 0.5, 0, 0.26),
     "cpu-0.10": Activations(3.2, 3.2, 3.2, 0.1),
     "mlx": Activations(2.3, 0.35, 0.61, 1.9),
@@ -93,7 +94,7 @@ MEASURED: Measured = {
 def _activations(config: Options, course: Course) -> Activations:
     inner, chunk = inner_dim(config), course.chunk_size
     states, pairs = inner * config.ssm_state / chunk, heads(config) * (chunk + config.ssm_state)
-    return MEASURED[course.platform].times(5.8 * inner + 0.67 * states + 1.33 * pairs)
+    return MEASURED[course.form].times(5.8 * inner + 0.67 * states + 1.33 * pairs)
 
 
 ROW = MixerSpec(
