@@ -24,6 +24,7 @@ from smedjan_common.remote.download import download
 from smedjan_common.remote.store import Place
 
 _NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", re.ASCII)  # of a file in a checkpoint: nothing that leads out of it
+_SCORES = re.compile(r"reference-[0-9a-f]{16}\.npy")
 Say = Callable[[str], object]
 
 
@@ -89,8 +90,10 @@ def _bring_files(place: Place, folder: Path) -> None:
 
 
 def _bring_data(place: Place, folder: Path) -> None:
-    """The token files that the run made of its texts."""
+    """The token files that the run made of its texts, and what the reference of pairs gave to theirs."""
     for name in (place / DATA).files():
+        if _SCORES.fullmatch(name):
+            download(place / DATA / name, folder / DATA / name, None)  # the run knows its hash
         if name.endswith(".bin.json") and _NAME.fullmatch(name):
             manifest = place / DATA / name
             file = Place(type(manifest.address)(manifest.address.url.removesuffix(".json")))

@@ -224,6 +224,19 @@ def test_a_pull_that_broke_off_goes_on(place: Place, bucket: Door, tmp_path) -> 
     assert not [target for method, target in bucket.seen if method == "GET" and "model.safetensors" in target]
 
 
+def test_what_a_reference_gave_to_pairs_goes_along_and_is_not_computed_again(place: Place, tmp_path) -> None:
+    save(tmp_path / "a", 1)
+    name = f"reference-{'0123' * 4}.npy"
+    (tmp_path / "a" / "data").mkdir()
+    (tmp_path / "a" / "data" / name).write_bytes(b"scores")
+    (tmp_path / "a" / "data" / "else.npy").write_bytes(b"nobody's")
+    with sending(place, tmp_path / "a"):
+        pass
+    assert pulled(place, tmp_path / "b") == [1]
+    assert (tmp_path / "b" / "data" / name).read_bytes() == b"scores"
+    assert not (tmp_path / "b" / "data" / "else.npy").exists()
+
+
 def test_who_starts_later_takes_the_run_over(place: Place, tmp_path) -> None:
     save(tmp_path / "run", 10)
     first = Mirror(place, tmp_path / "run", print)

@@ -20,7 +20,7 @@ from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import default_lr
 from smedjan_common.training.preferences import METRICS
 from tests.fakes import bigram
-from tests.fakes.runs import ROOT, arguments, arrays, figures, start, train_here, tree, write_text
+from tests.fakes.runs import ROOT, arguments, arrays, figures, train_here, tree, write_text
 
 DPO = (
     "--seq-len",
@@ -191,18 +191,16 @@ def test_a_run_keeps_its_reference_by_hash_and_needs_the_weights_no_more(base, t
         moved.rename(base / "chat")
 
 
-def test_a_reference_pass_that_was_stopped_goes_on_at_its_next_batch(base, taught, tmp_path):
-    words = [word for word in words_of(base, tmp_path / "run", "--lr", 0.02, "--steps", 6)]
-    stopped = start("tests.fakes.dpo", *words, fake="reference_stops_at=2")
-    assert stopped.communicate(timeout=60)[1] is not None
-    assert stopped.returncode == 130
+def test_a_reference_pass_that_was_stopped_goes_on_at_its_next_batch(base, taught, tmp_path, monkeypatch, capsys):
+    words = words_of(base, tmp_path / "run", "--lr", 0.02, "--steps", 6)
+    monkeypatch.setenv("SMEDJAN_FAKE", "reference_stops_at=2")
+    assert dpo_here(*words) == 130
     (part,) = (tmp_path / "run" / "data").glob("reference-*.part")
     known = np.isfinite(np.fromfile(part, np.float32))
     assert 0 < known.sum() < len(known)
-    again = start("tests.fakes.dpo", *words)
-    out = "".join(again.communicate(timeout=60))
-    assert again.returncode == 0, out
-    assert "rows done before" in out
+    monkeypatch.delenv("SMEDJAN_FAKE")
+    assert dpo_here(*words) == 0
+    assert "rows done before" in capsys.readouterr().out
     assert scores_of(tmp_path / "run").read_bytes() == scores_of(taught).read_bytes()
     assert arrays(tmp_path / "run") == arrays(taught)
     assert not part.exists()

@@ -1,5 +1,6 @@
-"""Losses of pairs in float64: equal to their definitions pair by pair, their weights to finite differences of the loss."""
+"""Losses of pairs in float64: equal to their definitions pair by pair and to TRL's, their weights to finite differences of the loss."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.training.preferences import LOSSES, METRICS, PREFERENCES, count_pairs, weigh
+from tests.fakes.runs import ROOT
 
 OPTIONS = SimpleNamespace(beta=0.3, gamma=0.4, label_smoothing=0.1, nll_weight=0.7)
 LN2 = math.log(2)
@@ -84,6 +86,22 @@ def test_the_weights_are_the_derivatives_of_the_loss(name):
         up, down = (weigh(np, PREFERENCES[name], value, targets, documents, reference, OPTIONS)[0] for value in moved)
         assert weights[row, at] == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-9)
     assert (weights[0, 4:7] < 0).all() or name == "ipo", "those of the worse answer push it down"
+
+
+TRL = json.loads((ROOT / "tests" / "fixtures" / "preferences-trl.json").read_text())  # by tests/trl_preferences.py
+
+
+@pytest.mark.parametrize("row", TRL["rows"], ids=lambda row: f"{row['objective']}-{len(row['chosen'])}-{len(row['rejected'])}")
+def test_losses_and_derivatives_are_those_of_trl(row):
+    sizes = len(row["chosen"]), len(row["rejected"])
+    nll = -np.array([[0.0, *row["chosen"], 0.0, *row["rejected"]]])
+    documents = np.repeat([0, 1], [1 + size for size in sizes])[None]
+    targets = np.where(nll != 0, 1, -1)
+    options = SimpleNamespace(**{"beta": 0.1, "gamma": 1.0, "label_smoothing": 0.0, "nll_weight": 0.0, **row["options"]})
+    loss, weights, _ = weigh(np, PREFERENCES[row["objective"]], nll, targets, documents, np.array([row["reference"]]), options)
+    assert loss == pytest.approx(row["loss"], rel=1e-12)
+    slopes = [0.0, *row["by_chosen"], 0.0, *row["by_rejected"]]
+    np.testing.assert_allclose(-weights[0], slopes, rtol=1e-11, atol=1e-15)
 
 
 def test_where_nothing_moved_the_loss_is_ln_2_and_no_answer_is_ahead():
