@@ -132,7 +132,9 @@ def s3() -> Iterator[Door]:
     import logging
 
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
+    S3FileSystem.clear_instance_cache()  # fsspec keeps file systems by their arguments: one of an earlier server would ask that one
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
