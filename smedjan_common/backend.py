@@ -58,11 +58,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A train state on the host: float32 parameters, optimizer arrays by `{slot}.{parameter}` ("mu.…", "nu.…"), steps done."""
+    """A train state on the host: float32 parameters, optimizer arrays by `{slot}.{parameter}` ("mu.…", "nu.…"), steps done.
+
+    shared: every array is in parts on several hosts, which bring it together when `np.asarray` asks for it: all at the same moment, in
+    the order of checkpoint.tensors.write_order, and before the next step.
+    """
 
     step: int
-    params: dict[str, np.ndarray]
-    optimizer: dict[str, np.ndarray]
+    params: dict[str, Any]
+    optimizer: dict[str, Any]
+    shared: bool = False
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -195,12 +200,21 @@ class Backend(Protocol):
     train: TrainConfig
 
     @property
+    def rows(self) -> np.ndarray | None:
+        """The rows of each batch that this process trains on, of a run of several hosts; None: all."""
+        ...
+
+    @property
     def own(self) -> OwnFormat | None:
         """Its own form of checkpoint. None: the neutral one is."""
         ...
 
     def describe(self) -> Device:
         """The device, its memory and peak FLOP/s, and the versions of the frameworks."""
+        ...
+
+    def meet(self, wait: Callable[[], object]) -> None:
+        """Open the channels to the other hosts of the run, of which `wait` waits for all: frameworks give up soon where one comes late."""
         ...
 
     def init(self, params: dict[str, np.ndarray]) -> State:
@@ -225,11 +239,13 @@ class Backend(Protocol):
         lr: float,
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
+        stop: int = 0,
     ) -> tuple[State, Metrics]:
-        """One optimizer step (gradient accumulation inside). Metrics: loss (mean cross-entropy of counted tokens, nats, or that of the
-        objective, with its metrics, over its units: training/objectives.py), kl and ce with a teacher, grad_norm (before clipping), tokens;
-        of a model with experts expert_load [layers, experts] (shares of the choices) and, with the softmax router, balance_loss and
-        router_z_loss (means over the layers, unweighted). Returns at once; the old state is consumed."""
+        """One optimizer step (gradient accumulation inside) on the batch, or on those rows of it that `rows` says. Metrics: loss (mean
+        cross-entropy of counted tokens, nats, or that of the objective, with its metrics, over its units: training/objectives.py), kl and
+        ce with a teacher, grad_norm (before clipping), tokens; of a model with experts expert_load [layers, experts] (shares of the
+        choices) and, with the softmax router, balance_loss and router_z_loss (means over the layers, unweighted); of several hosts stop,
+        the largest of what they gave. Returns at once; the old state is consumed."""
         ...
 
     def eval_step(

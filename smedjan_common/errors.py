@@ -1,6 +1,7 @@
 """Errors for users: what is wrong, why, what to do; one class per exit code.
 
-Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 129/130/143 stopped by a signal.
+Exit codes: 0 done, 2 wrong usage or input, 3 out of memory, 4 loss or gradients not finite, 5 another host of the run was lost,
+129/130/143 stopped by a signal.
 """
 
 import contextlib
@@ -85,6 +86,12 @@ class WorkerError(SmedjanError):
     """A process that ended before its part of the work was done, mostly because the system ran out of memory and took it."""
 
     exit_code = 3
+
+
+class HostError(SmedjanError):
+    """Another process of the run is gone or cannot go on. The same command goes on from the newest checkpoint."""
+
+    exit_code = 5
 
 
 class NotFiniteError(SmedjanError):

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,6 +81,8 @@ class JaxBackend:
         self._teacher_spread: sharding.Spread | None = None
         self._scores = jax.jit(scores, static_argnames=("vocab", "top"))
         self._logits = jax.jit(logits, static_argnames="vocab")
+        self._own_rows = sharding.OwnRows(self._devices, train.batch_size) if jax.process_count() > 1 else None
+        self.rows = self._own_rows.of(sharding.deal(np.arange(train.batch_size), self.mesh, train.grad_accum)) if self._own_rows else None
         if self.mesh.size == 1:
             self._spread = None
             self._eval_step = jax.jit(self._evaluate)
@@ -97,7 +100,7 @@ class JaxBackend:
         return jax.tree.map(lambda shape: shape.sharding, self.shapes)
 
     def describe(self) -> Device:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
@@ -105,9 +108,21 @@ class JaxBackend:
         seen = str(self.mesh), len(jax.devices())
         return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, *seen, kernels=self._kernels)
 
+    def meet(self, wait: Callable[[], object]) -> None:
+        sums = sharding.sums_over_hosts(self._devices)
+        wait()
+        sums()
+
     def init(self, params: dict[str, np.ndarray]) -> State:
         require_tree(self.model, params)
         places = self.shardings
+        if self._own_rows:  # what comes from Orbax is in its place already
+            here = {name: value for name, value in params.items() if isinstance(value, jax.Array)}
+            there = {name: np.asarray(value, np.float32) for name, value in params.items() if name not in here}
+            device_params = here | sharding.place(there, {name: places["params"][name] for name in there})
+            init = functools.partial(optim.init, self.model, self.train)
+            slots = jax.jit(init, out_shardings=places["slots"])(device_params)
+            return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
         device_params = sharding.place({name: np.asarray(value, np.float32) for name, value in params.items()}, places["params"])
         slots = jax.tree.map(jax.device_put, optim.init(self.model, self.train, device_params), places["slots"])
         return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
@@ -135,8 +150,13 @@ class JaxBackend:
         lr: float,
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
+        stop: int = 0,
     ) -> tuple[State, Metrics]:
-        batch = sharding.deal((inputs, targets, documents, reference), self.mesh, self.train.grad_accum)
+        batch = inputs, targets, documents, reference
+        if self._own_rows:
+            said = sharding.each_device(self._devices, stop)
+            return guarded(self._train_step, state, self._own_rows.spread(batch), np.float32(lr), said, *self._taught())
+        batch = sharding.deal(batch, self.mesh, self.train.grad_accum)
         return guarded(self._train_step, state, batch, np.float32(lr), *self._taught())
 
     def eval_step(
@@ -147,7 +167,11 @@ class JaxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        return guarded(self._eval_step, self.params_of(state), (inputs, targets, documents, reference))
+        batch = inputs, targets, documents, reference
+        if self._own_rows:
+            own = sharding.OwnRows(self._devices, len(inputs))
+            batch = own.spread(jax.tree.map(own.of, batch))
+        return guarded(self._eval_step, self.params_of(state), batch)
 
     def token_losses(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
@@ -158,6 +182,10 @@ class JaxBackend:
         return {name: value.tolist() if value.ndim else float(value) for name, value in guarded(jax.device_get, metrics).items()}
 
     def save(self, state: State) -> Snapshot:
+        if self._own_rows and not all(array.is_fully_replicated for array in jax.tree.leaves(state)):
+            whole = sharding.everywhere(self._devices)
+            params, slots = self.own.tensors(jax.tree.map(lambda array: sharding.Gathered(array, whole), state))
+            return Snapshot(int(state["step"]), params, slots, shared=True)
         host = guarded(jax.device_get, state)
         optimizer = {f"{slot}.{name}": value for slot, tensors in host["slots"].items() for name, value in tensors.items()}
         return Snapshot(int(host["step"]), host["params"], optimizer)
@@ -212,12 +240,13 @@ class JaxBackend:
         return sharding.Spread(model, self._devices, _linear_weights(model), compute_dtype(self.train.dtype), again)
 
     def _compiled_step(self) -> Any:
-        """A step of (state, batch, lr), and of what `_taught` gives."""
+        """A step of (state, batch, lr), of what the hosts say where there are several, and of what `_taught` gives."""
         if self.mesh.size == 1:
             return jax.jit(self._step, donate_argnums=0)
         whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
         taught = (sharding.param_shardings(self._teacher.config, self._devices),) if self._teacher else ()
-        return jax.jit(self._step, in_shardings=(places, rows, whole, *taught), out_shardings=(places, whole), donate_argnums=0)
+        step, said = (self._step_of_hosts, (None,)) if self._own_rows else (self._step, ())
+        return jax.jit(step, in_shardings=(places, rows, whole, *said, *taught), out_shardings=(places, whole), donate_argnums=0)
 
     def _taught(self) -> tuple[dict[str, jax.Array], ...]:
         """The weights of the teacher, where there is one."""
@@ -289,6 +318,13 @@ class JaxBackend:
         params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
         metrics = {**experts.summarised(self.model, metrics), "grad_norm": norm, "tokens": tokens}
         return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
+
+    def _step_of_hosts(
+        self, state: State, batch: Batch, lr: jax.Array, said: jax.Array, *taught: dict[str, jax.Array]
+    ) -> tuple[State, Metrics]:
+        """A step, and the largest of what the hosts said."""
+        state, metrics = self._step(state, batch, lr, *taught)
+        return state, {**metrics, "stop": jnp.max(said)}
 
     def _evaluate(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
         return (self._spread.sums(self._evaluate_rows) if self._spread else self._evaluate_rows)(params, batch)

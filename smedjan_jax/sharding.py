@@ -7,6 +7,7 @@ in, their gradients reduced and split in float32; what is left is summed over da
 What splits what: smedjan_common.training.mesh.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +29,10 @@ BATCH = ("data", "fsdp")  # the axes that the rows of a batch are dealt over
 
 
 def default_shape(train: TrainConfig) -> MeshShape:
-    """Every GPU that the batch can be shared out to, each with the whole model; one device on a CPU."""
+    """Every GPU that the batch can be shared out to, each with the whole model; one device on a CPU. Of several hosts all devices."""
     devices = jax.devices()
+    if jax.process_count() > 1:
+        return MeshShape(data=len(devices))
     return MeshShape(data=math.gcd(train.batch_size // train.grad_accum, len(devices)) if devices[0].platform != "cpu" else 1)
 
 
@@ -39,6 +42,9 @@ def make_mesh(shape: MeshShape) -> Mesh:
     if shape.size > len(devices):
         names = f"{len(devices)} of {devices[0].device_kind}" if len(devices) > 1 else f"one, {devices[0].device_kind}"
         raise ConfigError(f"--mesh {shape} needs {shape.size} devices.", f"JAX sees {names}.", "Take a smaller mesh, or leave --mesh out.")
+    if jax.process_count() > 1 and shape.size < len(devices):
+        why = f"{jax.process_count()} hosts have {len(devices)} devices, and every host takes part with all of its own."
+        raise ConfigError(f"--mesh {shape} has {shape.size} devices.", why, f"Take data={len(devices)}, say, or leave --mesh out.")
     sizes = tuple(getattr(shape, axis) for axis in AXES)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: shape.size])
 
@@ -73,6 +79,73 @@ def place(host: Any, places: Any) -> Any:
         return jax.make_array_from_callback(value.shape, place, lambda part: np.array(value[part]))
 
     return jax.tree.map(one, host, places)
+
+
+class OwnRows:
+    """The rows of a batch of `size` that the devices of this host take, of several hosts. `starts`: where they begin, of `each` rows."""
+
+    def __init__(self, mesh: Mesh, size: int):
+        self._place, self.size = rows(mesh), size
+        parts = [part[0].indices(size) for part in self._place.addressable_devices_indices_map((size,)).values() if part]
+        self.each = parts[0][1] - parts[0][0]
+        self.starts = sorted({start for start, _, _ in parts})
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """Those of a whole batch."""
+        return np.concatenate([batch[start : start + self.each] for start in self.starts])
+
+    def spread(self, batch: Any) -> Any:
+        """Arrays of all hosts, of which this one knows these rows."""
+
+        def one(own: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                first = self.starts.index(index[0].indices(self.size)[0]) * self.each
+                return own[first : first + self.each]
+
+            return jax.make_array_from_callback((self.size, *own.shape[1:]), self._place, part)
+
+        return jax.tree.map(one, batch)
+
+
+class Gathered:
+    """An array in parts on several hosts. `np.asarray` brings it together, on all at once: each device has a whole copy meanwhile."""
+
+    def __init__(self, array: jax.Array, place: Sharding):
+        self._array, self._place = array, place
+        self.dtype, self.shape = array.dtype, array.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.gather(), dtype)
+
+    def gather(self) -> jax.Array:
+        """The whole array, on the devices."""
+        return jax.block_until_ready(jax.jit(_same, out_shardings=self._place)(self._array))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def each_device(mesh: Mesh, value: int) -> jax.Array:
+    """One int32 for each device, `value` on those of this host."""
+    place = NamedSharding(mesh, PartitionSpec(tuple(AXES)))
+    return jax.make_array_from_callback((mesh.size,), place, lambda part: np.full(1, value, np.int32))
+
+
+def sums_over_hosts(mesh: Mesh) -> Callable[[], object]:
+    """A compiled function that adds something up over each group of devices that the axes of the mesh make, for the sake of the channels
+    between hosts that it opens: gloo gives up after 30 seconds where a host comes later, and one may compile for longer than another."""
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+    place = PartitionSpec(tuple(AXES))
+
+    def local(ones: jax.Array) -> jax.Array:
+        return sum((jax.lax.psum(ones, group) for group in groups), ones)
+
+    sums = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=place, out_specs=place, check_vma=False))
+    ones = each_device(mesh, 1)
+    compiled = sums.lower(ones).compile()
+    return lambda: jax.block_until_ready(compiled(ones))
 
 
 def deal(batch: Any, mesh: MeshShape, parts: int) -> Any:

@@ -13,9 +13,16 @@ def load(deterministic: bool = False):
     return training_backend, default_dtype()
 
 
+def connect(asked):
+    """Meet the other processes of the run, where there are any."""
+    from smedjan_jax.hosts import connect
+
+    return connect(asked)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return backends.program("jax", argv, lambda: train.run("jax", load, argv))
+    return backends.program("jax", argv, lambda: train.run("jax", load, argv, connect=connect))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class MlxBackend:
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
         self.model, self.train = model, train
         self._kernels = kernels.summary(train.kernels, model, train.dtype)
-        self.own = None  # the neutral checkpoint is MLX's own
+        self.own = self.rows = None  # the neutral checkpoint is MLX's own; a run has one process
         self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._compiled, self._teacher = compiled, cast(Teacher | None, None)
@@ -72,6 +72,9 @@ class MlxBackend:
             return Device("mlx", "cpu", name, versions=versions, kernels=self._kernels)
         known = 1, int(memory) if memory else None, peak_flops(name), versions
         return Device("mlx", "gpu", name, *known, shares_memory=metal, kernels=self._kernels)
+
+    def meet(self, wait: Callable[[], object]) -> None:
+        wait()
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         require_tree(self.model, params)
@@ -100,6 +103,7 @@ class MlxBackend:
         lr: float,
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
+        stop: int = 0,
     ) -> tuple[State, Metrics]:
         step = self._split_step if self.train.grad_accum > 1 else self._train_step
         batch = _on_device(inputs, targets, documents, reference)

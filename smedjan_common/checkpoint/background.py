@@ -17,6 +17,10 @@ class Background:
         assert self._write is None
         self._write = self._pool.submit(write)
 
+    def busy(self) -> bool:
+        """Whether a write has not ended."""
+        return self._write is not None and not self._write.done()
+
     def take(self, wait: bool = False) -> Path | None:
         """The path of a write that has ended, once; None while there is none. Raises what the write raised."""
         if self._write is None or not (wait or self._write.done()):

@@ -59,13 +59,18 @@ def dtype_code(array: Any) -> str:
     return _CODES[np.dtype(array.dtype).name]
 
 
+def write_order(arrays: Mapping[str, Any]) -> list[str]:
+    """The names of tensors in the order in which a file has them."""
+    return sorted(arrays, key=lambda name: -_ITEM_BYTES[dtype_code(arrays[name])])  # wide dtypes first: all stay aligned
+
+
 def write_tensors(path: Path, arrays: Mapping[str, Any]) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """Write and sync a safetensors file; returns its record and, in the order of the file, those of its tensors.
 
     A value is anything with `.dtype` and `.shape` that `np.asarray` takes; each is turned into NumPy only when its turn comes.
     Raises OSError.
     """
-    order = sorted(arrays, key=lambda name: -_ITEM_BYTES[dtype_code(arrays[name])])  # wide dtypes first: all stay aligned
+    order = write_order(arrays)
     records = {name: TensorRecord(dtype_code(arrays[name]), tuple(map(int, arrays[name].shape)), 0) for name in order}
     header = header_bytes(records)
     digest = hashlib.sha256(header)

@@ -1,5 +1,6 @@
 """write_checkpoint and write_final: a checkpoint stands whole under its name, or not at all."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -14,7 +15,7 @@ from smedjan_common.backend import Snapshot
 from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.load import KINDS, check_name, step_name
 from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo, check_layout, manifest_text
-from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_tensors
+from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, dtype_code, write_order, write_tensors
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync
@@ -53,7 +54,19 @@ def write_checkpoint(
 
 def write_final(directory: str | Path, snapshot: Snapshot, about: About, *, metrics: Mapping[str, Any] | None = None) -> Path:
     """Write `directory/final`: weights, configuration and tokenizer, no optimizer state. As write_checkpoint otherwise."""
-    return write_checkpoint(directory, Snapshot(snapshot.step, snapshot.params, {}), about, metrics=metrics, name=FINAL)
+    return write_checkpoint(directory, weights_of(snapshot), about, metrics=metrics, name=FINAL)
+
+
+def weights_of(snapshot: Snapshot) -> Snapshot:
+    """The same without the optimizer: what final/ has."""
+    return dataclasses.replace(snapshot, optimizer={})
+
+
+def attend(snapshot: Snapshot) -> None:
+    """Take part in the writing of a snapshot whose arrays are on several hosts, on one that does not write it."""
+    for arrays in (snapshot.params, snapshot.optimizer) if snapshot.shared else ():
+        for name in write_order(arrays):
+            arrays[name].gather()
 
 
 def describe(

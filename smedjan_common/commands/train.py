@@ -5,7 +5,9 @@ Everything that can be refused is refused before a framework is imported, which 
 
 import dataclasses
 import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from smedjan_common.run.asked import Asked
     from smedjan_common.run.data import RunData
     from smedjan_common.run.decided import Decided
+    from smedjan_common.run.hosts import Hosts
     from smedjan_common.run.lock import RunLock
-    from smedjan_common.run.start import Say
+    from smedjan_common.run.start import Begin, Say
     from smedjan_common.training.config import TrainConfig
     from smedjan_common.training.mesh import MeshShape
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 # imports a framework, with --deterministic or without: -> (the backend's class, the dtype that auto means here)
 Load = Callable[[bool], "Framework"]
+# meets the other processes of the run, before a framework is used: (flags, the line to the others) where there are any
+Connect = Callable[["Asked"], "Hosts"]
 
 
 def main(argv: list[str], command: str = "train") -> int:
@@ -51,31 +56,70 @@ def _backend_of_config(argv: list[str], command: str) -> list[str]:
         return []  # the program says it
 
 
-def run(name: str, load: Load, argv: list[str] | None = None, command: str = "train") -> int:
-    """Parse and train with the backend `name`; returns the exit code. command: a key of run.given.KINDS."""
+def run(name: str, load: Load, argv: list[str] | None = None, command: str = "train", connect: Connect | None = None) -> int:
+    """Parse and train with the backend `name`; returns the exit code. command: a key of run.given.KINDS. connect: None where a run
+    has one process."""
     from smedjan_common.run.asked import Asked
     from smedjan_common.run.given import KINDS, parse
 
     argv = sys.argv[1:] if argv is None else argv
     prog = f"python -m smedjan_{name}.{command}" if "smedjan_" in Path(sys.argv[0]).parent.name else f"smedjan {command}"
-    return run_command(lambda: train(name, load, Asked(*parse(argv, prog, KINDS[command]))))
+    return run_command(lambda: train(name, load, Asked(*parse(argv, prog, KINDS[command])), connect))
 
 
-def train(name: str, load: Load, asked: "Asked") -> int:
+def train(name: str, load: Load, asked: "Asked", connect: Connect | None = None) -> int:
     """Train what is asked for with the backend `name`; returns the exit code. Raises SmedjanError."""
-    from smedjan_common.checkpoint.mirror import mirrored
     from smedjan_common.commands.backends import check_backend
-    from smedjan_common.reporting.console import say
     from smedjan_common.run.checks import check_words
-    from smedjan_common.run.lock import RunLock
+    from smedjan_common.run.hosts import ALONE, ONE_HOST, by_hand
 
     check_backend(name, asked.value("backend"))
     check_words(asked, name)
+    if connect is None and by_hand(asked) not in (None, ONE_HOST):
+        what = f"--coordinator is not for this command with the backend {name}."
+        raise ConfigError(what, "Such a run has one process.", "Leave --coordinator, --num-hosts and --host-id out.")
+    hosts = connect(asked) if connect and asked.value("devices") is None else ALONE
+    return _train(name, load, asked, hosts) if hosts.alone else _among(hosts, name, load, asked)
+
+
+def _among(hosts: "Hosts", name: str, load: Load, asked: "Asked") -> int:
+    """Train as one of several processes. This one ends here: what a framework does when Python ends waits for hosts that may be lost."""
+    from smedjan_common.run.hosts import of_command, silence
+
+    def body() -> int:
+        try:
+            hosts.check_same(of_command(asked, name))
+            if not hosts.first:
+                silence()
+            code = _train(name, load, asked, hosts)
+            hosts.end()
+            return code
+        except BaseException as error:
+            shown = hosts.explain(error) if isinstance(error, Exception) else error
+            hosts.leave(shown)
+            hosts.spoken()
+            raise shown from (None if shown is error else error)
+
+    try:
+        code = run_command(body)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _train(name: str, load: Load, asked: "Asked", hosts: "Hosts") -> int:
+    from smedjan_common.checkpoint.mirror import mirrored
+    from smedjan_common.reporting.console import say
+    from smedjan_common.run.lock import RunLock
+
     damaged: set[Path] = set()
-    with RunLock(writes=not asked.value("dry_run")) as lock, mirrored(address(asked), checkpoint_dir(asked), say) as mirror:
+    there = address(asked) if hosts.first else None
+    with RunLock(writes=hosts.first and not asked.value("dry_run")) as lock, mirrored(there, checkpoint_dir(asked), say) as mirror:
         while True:
             try:
-                return _train_alone(name, load, asked, lock, mirror, damaged)
+                return _train_into(name, load, asked, lock, mirror, damaged, hosts)
             except DamagedError as error:
                 if error.path.parent != checkpoint_dir(asked) or asked.value("resume") != "auto":
                     raise
@@ -83,53 +127,33 @@ def train(name: str, load: Load, asked: "Asked") -> int:
                 damaged.add(error.path)
 
 
-def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror: "Mirror | None", damaged: set[Path]) -> int:
+def _train_into(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror: "Mirror | None", damaged: set[Path], hosts: "Hosts") -> int:
     """The steps of a run. mirror: where --checkpoint-dir is an address. damaged: checkpoints that turned out not to be whole."""
-    from smedjan_common.checkpoint.pulled import pull
     from smedjan_common.data.token_file import TokenFile
     from smedjan_common.reporting.console import say
     from smedjan_common.run import loop
     from smedjan_common.run.chat_data import shown_rows
-    from smedjan_common.run.checks import check
-    from smedjan_common.run.claim import check_folder
-    from smedjan_common.run.cluster_plan import cluster_plan
-    from smedjan_common.run.completed import complete, data_of
     from smedjan_common.run.config_file import sources
-    from smedjan_common.run.decided import decide, run_config
+    from smedjan_common.run.decided import run_config, settled
     from smedjan_common.run.expected import expected, so_far
-    from smedjan_common.run.notes import notes
     from smedjan_common.run.plan import as_list, heading, plan
     from smedjan_common.run.reference_scores import reference_scores
-    from smedjan_common.run.start import find_begin
 
-    folder, dry_run, elsewhere = checkpoint_dir(asked), asked.value("dry_run"), asked.value("devices") is not None
-    lock.take(folder)
-    if mirror:
-        pull(mirror, say)
-    check_folder(folder, asked)
-    begin = find_begin(folder, asked, name, say, damaged)
-    asked = complete(asked, begin, say)
-    check(early := decide(name, asked, begin, folder))
-    if early.done:
-        return _done_already(early, mirror, say)
-    framework = functools.cache(lambda: _imported(load, early.train.deterministic))
-
-    def check_known(data: "RunData") -> None:  # by its devices too, before texts are tokenised, which may take hours
-        check(known := decide(name, asked, begin, folder, data))
-        if not elsewhere:
-            _on_devices(known, framework(), say=lambda line: None)
-
-    decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, dry_run, check_known))
-    check(decided)
-    if decided.done:
-        return _done_already(decided, mirror, say)
-    decided = decided.computing_in("bfloat16" if elsewhere else framework()[1])
-    for line in notes(decided):
-        say(f"note: {line}")
-    if elsewhere:
-        say(cluster_plan(decided))
-        return 0
-    backend, device = _on_devices(decided, framework(), say)
+    folder, dry_run = checkpoint_dir(asked), asked.value("dry_run")
+    made = None if dry_run else folder
+    begun = hosts.in_turn(lambda: _begun(name, asked, lock, mirror, damaged), made)
+    if isinstance(begun, int):
+        return begun
+    framework = functools.cache(lambda: _imported(load, begun[0].train.deterministic))
+    if not hosts.alone:
+        hosts.together("framework", lambda: (hosts.start(), framework()))
+    found = hosts.in_turn(lambda: _decided(*begun, framework, mirror), made)
+    if isinstance(found, int):
+        return found
+    decided, backend, device = found
+    if not hosts.alone:
+        hosts.check_same(settled(decided, device))
+        backend.meet(lambda: hosts.gather("meet"))
     if dry_run:
         if decided.asked.value("config"):
             say(as_list(sources(decided.asked.value("config"), decided.asked.given_values())))
@@ -144,7 +168,60 @@ def _train_alone(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror:
     if mirror:
         say(f"The run is written to {folder}, and sent to {mirror.place} behind it.")
         mirror.claim(config.keep, config.keep_every)
-    return loop.run(dataclasses.replace(config, mirror=mirror), backend)
+    return loop.run(dataclasses.replace(config, mirror=mirror), backend, hosts)
+
+
+def _begun(name: str, asked: "Asked", lock: "RunLock", mirror: "Mirror | None", damaged: set[Path]) -> "int | tuple[Decided, Begin]":
+    """How the run begins and what it will be, as far as that is known without data; an exit code where there is nothing to do."""
+    from smedjan_common.checkpoint.pulled import pull
+    from smedjan_common.reporting.console import say
+    from smedjan_common.run.checks import check
+    from smedjan_common.run.claim import check_folder
+    from smedjan_common.run.completed import complete
+    from smedjan_common.run.decided import decide
+    from smedjan_common.run.start import find_begin
+
+    folder = checkpoint_dir(asked)
+    lock.take(folder)
+    if mirror:
+        pull(mirror, say)
+    check_folder(folder, asked)
+    begin = find_begin(folder, asked, name, say, damaged)
+    asked = complete(asked, begin, say)
+    check(early := decide(name, asked, begin, folder))
+    return _done_already(early, mirror, say) if early.done else (early, begin)
+
+
+def _decided(
+    early: "Decided", begin: "Begin", framework: "Callable[[], Framework]", mirror: "Mirror | None"
+) -> "int | tuple[Decided, Backend, Device]":
+    """What the run will be, its data made and its devices started; an exit code where there is nothing to do."""
+    from smedjan_common.reporting.console import say
+    from smedjan_common.run.checks import check
+    from smedjan_common.run.cluster_plan import cluster_plan
+    from smedjan_common.run.completed import data_of
+    from smedjan_common.run.decided import decide
+    from smedjan_common.run.notes import notes
+
+    name, asked, folder = early.backend, early.asked, early.folder
+    elsewhere = asked.value("devices") is not None
+
+    def check_known(data: "RunData") -> None:  # by its devices too, before texts are tokenised, which may take hours
+        check(known := decide(name, asked, begin, folder, data))
+        if not elsewhere:
+            _on_devices(known, framework(), say=lambda line: None)
+
+    decided = decide(name, asked, begin, folder, data_of(asked, begin, folder, asked.value("dry_run"), check_known))
+    check(decided)
+    if decided.done:
+        return _done_already(decided, mirror, say)
+    decided = decided.computing_in("bfloat16" if elsewhere else framework()[1])
+    for line in notes(decided):
+        say(f"note: {line}")
+    if elsewhere:
+        say(cluster_plan(decided))
+        return 0
+    return decided, *_on_devices(decided, framework(), say)
 
 
 def _on_devices(decided: "Decided", framework: "Framework", say: "Say") -> "tuple[Backend, Device]":

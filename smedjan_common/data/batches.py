@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from smedjan_common.data.mixture import Mixed, MixedOrder, Mixture
-from smedjan_common.data.order import IGNORED, BatchOrder, Windows, eval_batches
+from smedjan_common.data.order import IGNORED, BatchOrder, Rows, Windows, eval_batches
 from smedjan_common.data.packing import Packed, PackedPairs
 from smedjan_common.data.token_file import TokenFile
 
@@ -42,7 +42,7 @@ class Order(Protocol):
 
     batch_size: int
 
-    def windows(self, step: int, rows: slice | None = None) -> Any:
+    def windows(self, step: int, rows: Rows = None) -> Any:
         """The pieces of a step, or of its rows `rows`, as the cut takes them."""
         ...
 
@@ -71,7 +71,7 @@ class Batches:
         self.num_windows, self.seq_len, self.batch_size = cut.num_windows, cut.seq_len, order.batch_size
         self.steps_per_epoch = -(-self.num_windows // self.batch_size)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch | PairBatch:
+    def batch(self, step: int, rows: Rows = None) -> Batch | PairBatch:
         """The batch of a step, or its rows `rows`. Raises DataError where documents are asked for and the file has no offsets."""
         pieces = self.order.windows(step, rows)
         return _read(self.cut, pieces, self._documents, self._reference)

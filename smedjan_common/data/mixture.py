@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smedjan_common.data.order import Windows, permute
+from smedjan_common.data.order import Rows, Windows, permute
 from smedjan_common.data.packing import Packed
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
@@ -99,7 +99,7 @@ class MixedOrder:
         self.batch_size, self.seed = batch_size, seed
         self._ends = np.cumsum(self.counts)
 
-    def windows(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def windows(self, step: int, rows: Rows = None) -> tuple[np.ndarray, np.ndarray]:
         """(file int64 [batch_size], window int64 [batch_size]) of a step, or of its rows `rows`."""
         row = np.arange(self.batch_size, dtype=np.int64)[rows if rows is not None else slice(None)]
         block, place = np.divmod(step * self.batch_size + row, BLOCK)

@@ -16,6 +16,8 @@ from smedjan_common.backend import IGNORED
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import DataError
 
+Rows = slice | np.ndarray | None  # of a batch; None: all
+
 _ROUNDS = 4
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele, Lea, Flood 2014)
 
@@ -28,7 +30,7 @@ class BatchOrder:
             raise DataError(f"Batches of {batch_size} windows make no sense.", "", "Give at least 1.")
         self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
 
-    def windows(self, step: int, rows: slice | None = None) -> np.ndarray:
+    def windows(self, step: int, rows: Rows = None) -> np.ndarray:
         """Window numbers int64 [batch_size] of a step, or of its rows `rows`."""
         row = np.arange(self.batch_size, dtype=np.int64)[rows if rows is not None else slice(None)]
         sample = step * self.batch_size + row

@@ -64,24 +64,30 @@ def routing(values: dict[str, Any]) -> Row:
 
 
 class MetricsFile:
-    """Appends rows to `folder/metrics.jsonl`; first drops the rows past `step`, and a torn last line."""
+    """Appends rows to `folder/metrics.jsonl`; first drops the rows past `step`, and a torn last line. writes: False where another
+    process does that, and this one keeps the rows."""
 
-    def __init__(self, folder: Path, step: int, rows: list[Row] | None = None):
+    def __init__(self, folder: Path, step: int, rows: list[Row] | None = None, writes: bool = True):
         self.path = folder / METRICS
         known = read_rows(folder) if rows is None else rows
         self.rows = [row for row in known if row["step"] < step + (row.get("event") is None)]  # that it went on from here is told anew
+        self._file = None
+        if not writes:
+            return
         write_atomically(self.path, "".join(_line(row) for row in self.rows).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: Row) -> None:
         """Append one row; it is in the file when this returns."""
         self.rows.append(row)
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file:
+            self._file.write(_line(row))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def _parse(line: str) -> Row | None:

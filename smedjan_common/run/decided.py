@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smedjan_common.backend import Device
 from smedjan_common.checkpoint import CheckpointInfo, read_info
 from smedjan_common.data.batches import batches
 from smedjan_common.errors import CheckpointError
@@ -156,6 +157,23 @@ def run_config(decided: Decided, say: Say, reference: ReferenceScores = NO_SCORE
         reference=reference,
         **report,
     )
+
+
+def settled(decided: Decided, device: Device) -> dict[str, Any]:
+    """What all hosts of a run must know alike before its first step."""
+    data, start = decided.data, decided.start or decided.pretrained
+    assert data
+    return {
+        "the versions": device.versions,
+        "the model": decided.model.to_dict(),
+        "the training": decided.train.to_dict(),
+        "the dataset's hash": data.train.hash if data.train else None,
+        "the hash of what it validates on": data.val.hash if data.val else None,
+        "the tokenizer's hash": data.tokenizer.hash if data.tokenizer else None,
+        "the checkpoint that it starts from": [start.path.name, start.step] if start else None,
+        "the report": dataclasses.asdict(decided.asked.flags.report) | {name: decided.every(name) for name in CADENCES},
+        "the mesh": device.mesh,
+    }
 
 
 def objective_of(asked: Asked, begin: Begin) -> str:

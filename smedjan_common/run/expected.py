@@ -68,18 +68,16 @@ def _left(decided: Decided) -> float:
 def _probe(decided: Decided, backend: Backend) -> float:
     """Seconds of a step: the median of a few, each waited for."""
     train = decided.train
-    shape = train.batch_size, train.seq_len
+    shape = train.batch_size if backend.rows is None else len(backend.rows), train.seq_len
     tokens = np.random.default_rng(0).integers(0, decided.model.vocab_size, shape, dtype=np.int32)
-    arrays = [np.zeros(shape, np.int32) if train.mask_documents else None]
+    documents, reference = np.zeros(shape, np.int32) if train.mask_documents else None, None
     if OBJECTIVES[train.objective].unit == "pairs":  # two answers of half a row
-        arrays = [
-            np.broadcast_to(np.arange(train.seq_len, dtype=np.int32) * 2 // train.seq_len, shape),
-            np.zeros((shape[0], 2), np.float32),
-        ]
+        documents = np.broadcast_to(np.arange(train.seq_len, dtype=np.int32) * 2 // train.seq_len, shape)
+        reference = np.zeros((shape[0], 2), np.float32)
     state, took = backend.init(draw(decided.model, train.seed)[0]), []
     for _ in range(1 + MEASURED):
         begun = time.perf_counter()
-        state, metrics = backend.train_step(state, tokens, tokens, 0.0, *arrays)
+        state, metrics = backend.train_step(state, tokens, tokens, 0.0, documents, reference)
         backend.read(metrics)
         took.append(time.perf_counter() - begun)
     return statistics.median(took[1:])

@@ -104,6 +104,14 @@ class RunFlags:
             help_behavior_hint="(default: auto, the batch over all GPUs)",
         ),
     ] = field(default="auto", metadata=THIS_START)
+    coordinator: Annotated[MaybeStr, _filled("of SLURM, Open MPI or Kubernetes, else one process", "HOST:PORT")] = field(
+        default=None, metadata=THIS_START
+    )
+    """Of a run of several processes (JAX): where host 0 is, and a free port there. The same on every host."""
+    num_hosts: Annotated[MaybeInt, _filled("as --coordinator", "INT")] = field(default=None, metadata=THIS_START)
+    """Processes of the run, one for each machine or for each GPU. 1: alone, whatever the environment says."""
+    host_id: Annotated[MaybeInt, _filled("as --coordinator", "INT")] = field(default=None, metadata=THIS_START)
+    """Which of them this one is, from 0."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False, metadata=THIS_START)
     """Go on where the memory or the disk is too small by estimate."""
     config: Annotated[MaybeStr, arg(metavar="FILE", help_behavior_hint="")] = field(default=None, metadata=THIS_START)

@@ -17,11 +17,14 @@ import numpy as np
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
 from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint.load import step_name
 from smedjan_common.checkpoint.mirror import Mirror
+from smedjan_common.checkpoint.own import FORMATS
+from smedjan_common.checkpoint.write import attend, weights_of
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.files.atomic_file import write_atomically
-from smedjan_common.files.names import CONFIG, GIVEN, PLOT, SAMPLES
+from smedjan_common.files.names import CONFIG, FINAL, GIVEN, PLOT, SAMPLES
 from smedjan_common.files.regular import read_regular
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import train_flops_per_token
@@ -30,6 +33,7 @@ from smedjan_common.reporting.curves import Curve
 from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
 from smedjan_common.run.config_file import to_toml
+from smedjan_common.run.hosts import ALONE, Hosts
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
@@ -93,10 +97,11 @@ class RunConfig:
 
 
 class RunFolder:
-    """Writes everything in the run folder but metrics.jsonl."""
+    """Writes everything in the run folder but metrics.jsonl. Of several hosts the first writes; the others take part where an array is
+    on all of them."""
 
-    def __init__(self, config: RunConfig, device: Device):
-        self.config, self.path = config, config.checkpoint_dir
+    def __init__(self, config: RunConfig, device: Device, hosts: Hosts = ALONE):
+        self.config, self.path, self._hosts = config, config.checkpoint_dir, hosts
         self._about = About(
             model=config.model,
             train=config.train,
@@ -138,6 +143,8 @@ class RunFolder:
             "framework": self._about.framework,
             "versions": {"smedjan": smedjan_common.__version__, "python": platform.python_version(), "numpy": np.__version__},
         }
+        if not self._hosts.first:
+            return values
         write_atomically(self.path / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
         self._write_given()
         return values
@@ -152,15 +159,20 @@ class RunFolder:
 
     def save(self, snapshot: Snapshot, metrics: Row, extra: Row) -> Path:
         """Write a step checkpoint, then remove what --keep does not keep. extra: what the loop needs to go on, beside the state."""
+        if not self._hosts.first:
+            attend(snapshot)
+            return self.path / step_name(snapshot.step)
         about = dataclasses.replace(self._about, extra=self._extra(extra))
         return self._pruned(write_checkpoint(self.path, snapshot, about, metrics=metrics))
 
     def start_own(self, own: OwnFormat, state: State, step: int, metrics: Row, extra: Row) -> Callable[[], Path]:
         """Take the state for a step checkpoint in the backend's own format; what is returned does what `save` does."""
+        if not self._hosts.first:
+            return self._attend_own(own, state, step)
         params, slots = own.tensors(state)
         finish = start_own(
             self.path,
-            lambda folder: own.begin(state, folder),
+            lambda folder: self._begin_own(own, state, folder),
             dataclasses.replace(self._about, extra=self._extra(extra)),
             kind=own.name,
             step=step,
@@ -169,6 +181,28 @@ class RunFolder:
             metrics=metrics,
         )
         return lambda: self._pruned(finish())
+
+    def _begin_own(self, own: OwnFormat, state: State, folder: Path) -> Callable[[], None]:
+        """All hosts write their parts into `folder`, whose name host 0 has made; it is complete when all are done."""
+        self._hosts.tell("folder", str(folder.relative_to(self.path)))
+        wait = own.begin(state, folder)
+
+        def all_of_them() -> None:
+            wait()
+            self._hosts.gather("written")
+
+        return all_of_them
+
+    def _attend_own(self, own: OwnFormat, state: State, step: int) -> Callable[[], Path]:
+        folder = self.path / self._hosts.tell("folder")
+        wait = own.begin(state, folder)
+
+        def finish() -> Path:
+            wait()
+            self._hosts.gather("written")
+            return self.path / step_name(step, FORMATS[own.name])
+
+        return finish
 
     def _extra(self, extra: Row) -> Row:
         return {**(self._about.extra or {}), **extra}
@@ -182,13 +216,19 @@ class RunFolder:
 
     def save_final(self, snapshot: Snapshot, metrics: Row) -> Path:
         """Write final/: weights (averages, with --ema), configuration and tokenizer."""
+        snapshot = weights_of(dataclasses.replace(snapshot, params=snapshot.weights))
+        if not self._hosts.first:
+            attend(snapshot)
+            return self.path / FINAL
         averaged = {AVERAGED: self.config.train.ema} if self.config.train.ema else {}
         about = dataclasses.replace(self._about, extra=self._extra(averaged) or None)
-        return write_final(self.path, dataclasses.replace(snapshot, params=snapshot.weights), about, metrics=metrics)
+        return write_final(self.path, snapshot, about, metrics=metrics)
 
     def save_sample(self, step: int, text: str) -> None:
         """Write a sample's text. It is not worth a run: what goes wrong is told, not raised. What is no character (a prompt from a command
         line may hold it) is replaced."""
+        if not self._hosts.first:
+            return
         folder = self.path / SAMPLES
         try:
             folder.mkdir(exist_ok=True)
@@ -198,6 +238,8 @@ class RunFolder:
 
     def draw(self, rows: list[Row]) -> None:
         """Draw loss.png. A picture is not worth a run: what goes wrong is told, not raised."""
+        if not self._hosts.first:
+            return
         try:
             curve = Curve(rows, train_flops_per_token(self.config.model, self.config.train.seq_len))
             plot({"training": curve}, self.path / PLOT, self.path.resolve().name)

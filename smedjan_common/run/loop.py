@@ -39,6 +39,7 @@ from smedjan_common.run.ending import ending
 from smedjan_common.run.evaluate import evaluate
 from smedjan_common.run.falling import Falling
 from smedjan_common.run.folder import RunConfig, RunFolder
+from smedjan_common.run.hosts import ALONE, Hosts
 from smedjan_common.run.signals import StopSignals
 from smedjan_common.tokenizer.chat import template_of
 from smedjan_common.training.objectives import OBJECTIVES
@@ -49,7 +50,7 @@ _HELLO = "Hello!"  # what a sample of a run that learns answers asks, where --sa
 SINCE_LINE = "loss_since_line"  # in a checkpoint's "extra"
 
 
-def run(config: RunConfig, backend: Backend) -> int:
+def run(config: RunConfig, backend: Backend, hosts: Hosts = ALONE) -> int:
     """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns the exit code: 0, or 130/143/129 after saving.
 
     Raises NotFiniteError, OutOfMemoryError, CheckpointError; nothing saved before is lost by any of them.
@@ -57,7 +58,7 @@ def run(config: RunConfig, backend: Backend) -> int:
     status, pace = Status(config.checkpoint_dir, config.train.steps), Pace(config.train.steps, _cadence(config))
     with StopSignals() as stop, make_screen(status, pace) as screen:
         stop.announce, stop.drawn = screen.announce, screen.drawn
-        return _Loop(config, backend, stop, screen).run()
+        return _Loop(config, backend, stop, screen, hosts).run()
 
 
 def _cadence(config: RunConfig) -> dict[str, int]:
@@ -72,6 +73,7 @@ class _Loop:
     backend: Backend
     stop: StopSignals
     screen: Screen
+    hosts: Hosts = ALONE
     queue: deque[tuple[int, float, Metrics, Span]] = field(default_factory=deque)  # (step, lr, metrics, when) dispatched, not read yet
     last: Row = field(default_factory=dict)  # newest figures, for checkpoint.json
     saved: int | None = None  # step of the newest checkpoint, written or being written
@@ -89,7 +91,9 @@ class _Loop:
         self.stop.lost = self.lost
         self.model, self.train = self.config.model, self.config.train
         self.device = self.backend.describe()
-        self.folder = RunFolder(self.config, self.device)
+        self.folder = RunFolder(self.config, self.device, self.hosts)
+        self.hosts.lost_work, self.hosts.writing = self.lost, self.writing_alone
+        self.agreed = 0  # of several hosts: the signal by which all stop after the same step
         train = self.train
         cut = train.seq_len, train.batch_size, train.seed, train.packing, train.mask_documents
         self.batches = batches(self.config.train_data, *cut, self.config.reference.train)
@@ -103,18 +107,21 @@ class _Loop:
         self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
 
     def run(self) -> int:
-        remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
-        state, self.begin = self.start()
+        if self.hosts.first:
+            remove_leftovers(self.config.checkpoint_dir)  # of a run that was killed while it saved
+        state, self.begin = self.hosts.together("start", self.start)
         self.reached = self.begin
         if self.train.ema:
             say(f"Validation, samples and {FINAL}/ take the moving average of the weights (--ema {self.train.ema:g}).")
         config = self.folder.write_config(self.initial)
-        self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history)
+        self.metrics = MetricsFile(self.config.checkpoint_dir, self.begin, self.config.history, self.hosts.first)
         self.elapsed_before = max((row.get("elapsed_seconds") or 0.0 for row in self.metrics.rows), default=0.0)
-        self.trackings = begin_tracking(self.config.tracker, self.config.checkpoint_dir, self.begin, config, say)
+        self.trackings = begin_tracking(
+            self.config.tracker if self.hosts.first else (), self.config.checkpoint_dir, self.begin, config, say
+        )
         code = 1  # of a run that ends by an error, to trackers
         try:
-            while self.reached < self.train.steps and not self.stop.received:
+            while self.reached < self.train.steps and not self.stopping:
                 self.reached += 1
                 state = self.step(state, self.reached)
             self.stop.speak()
@@ -126,6 +133,15 @@ class _Loop:
                 tracking.finish(code)
             self.metrics.close()
             self.abandon()
+
+    def writing_alone(self) -> bool:
+        """Whether a checkpoint is being written that needs no other host."""
+        return self.writes.busy() and self.config.checkpoint_format == "neutral"
+
+    @property
+    def stopping(self) -> int:
+        """The signal by which the run stops, 0 for none: of several hosts one that all know of."""
+        return self.stop.received if self.hosts.alone else self.agreed
 
     def start(self) -> tuple[State, int]:
         """The state that the run begins with, and its step."""
@@ -171,9 +187,10 @@ class _Loop:
     def dispatch(self, state: State, step: int) -> State:
         """Queue one optimizer step on the device."""
         lr = learning_rate(self.train, step - 1)
-        batch = self.batches.batch(step - 1)
+        batch = self.batches.batch(step - 1, self.backend.rows)
         arrays = batch.inputs, batch.targets, lr, *batch[2:]
-        (state, metrics), when = timed(self.backend.train_step, state, *arrays)
+        said = {} if self.hosts.alone else {"stop": self.stop.received}
+        (state, metrics), when = timed(functools.partial(self.backend.train_step, **said), state, *arrays)
         self.queue.append((step, lr, metrics, when))
         return state
 
@@ -183,6 +200,7 @@ class _Loop:
             step, lr, metrics, dispatched = self.queue.popleft()
             values, read = timed(self.backend.read, metrics)
             self.compiling.close()
+            self.agreed = self.agreed or int(values.pop("stop", 0))
             self.check_finite(step, values)
             self.last |= {"step": step, "loss": self.mean_loss.add(values["loss"])}
             self.pace.stepped(read.ended)
@@ -312,7 +330,8 @@ class _Loop:
         if own and own.name == self.config.checkpoint_format:
             write = self.folder.start_own(own, state, step, metrics, extra)
         else:
-            write = functools.partial(self.folder.save, snapshot or self.backend.save(state), metrics, extra)
+            snapshot = snapshot or self.backend.save(state)
+            write = functools.partial(self.folder.save, snapshot, metrics, extra)
         self.saved = step
 
         def write_and_draw() -> Path:
@@ -321,6 +340,9 @@ class _Loop:
             self.folder.draw(rows)
             return path
 
+        if snapshot and snapshot.shared:
+            say(f"saved {write_and_draw()}")  # while nobody takes a step
+            return
         self.writes.start(write_and_draw)
 
     def written(self, wait: bool = False) -> None:
@@ -356,6 +378,8 @@ class _Loop:
                 self.save(state, step)
                 self.written(wait=True)
         seconds = time.perf_counter() - self.begun
+        if not self.hosts.alone:
+            self.stop.received = self.agreed
         if finished:
             say(f"Done: {step} steps in {duration(self.elapsed_before + seconds)}.")
         else:

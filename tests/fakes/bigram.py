@@ -22,11 +22,14 @@ class BigramBackend:
     """The Backend protocol. `events` records the order of dispatching and reading."""
 
     name = "fake"
-    own = None
+    own = rows = None
 
     def __init__(self, model, train, mesh=None):
         self.model, self.train, self.events = model, train, []
         self.faults = dict(pair.split("=") for pair in os.environ.get("SMEDJAN_FAKE", "").split(",") if pair)
+
+    def meet(self, wait):
+        wait()
 
     def describe(self):
         return Device("fake", "cpu", "abacus", 1, 1 << 30, 1e9, {"numpy": np.__version__})

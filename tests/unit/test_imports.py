@@ -111,6 +111,8 @@ REASONS = {
     ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.eval", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
+    ("smedjan_jax.train", "smedjan_jax.hosts"): HELP,
+    ("smedjan_jax.hosts", "jax*"): "a framework, likewise",
     ("smedjan_mlx.generate", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.serve", "smedjan_mlx.backend"): "a framework, likewise",
     ("smedjan_mlx.eval", "smedjan_mlx.backend"): "a framework, likewise",
