@@ -1,6 +1,7 @@
 """smedjan's own checkpoints as a source and as a destination. Reading takes a step-*/, a final/, or a run: its newest weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,20 @@ import numpy as np
 from convert.portable import Lazy, Portable, cast, check_equal
 from convert.safetensors_file import open_tensors
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, newest, read_info, verify_checkpoint, write_checkpoint
+from smedjan_common.checkpoint import (
+    ADAPTER,
+    FORMAT,
+    About,
+    CheckpointInfo,
+    SavedTokenizer,
+    find_base,
+    lazy_weights,
+    newest,
+    read_info,
+    verify_checkpoint,
+    with_bases,
+    write_checkpoint,
+)
 from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.checkpoint.lazy import Show, watched
 from smedjan_common.checkpoint.manifest import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
@@ -25,13 +39,27 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path) -> Portable:
-    """The newest weights under `path`. Every byte is compared with its hash first. Raises CheckpointError."""
+    """The newest weights under `path`; of adapters the model that they make with their base. Every byte is compared with its hash first.
+    Raises CheckpointError."""
     info = newest(path)
-    verify_checkpoint(info.path)
+    for each in with_bases(info):
+        verify_checkpoint(each.path)
+    if info.adapter:
+        return _merged(info)
     tokenizer = Tokenizer.load(info.path / TOKENIZER) if TOKENIZER in info.files else None
     source = {"format": "neutral", "step": info.step, "framework": info.framework}
     slots = _stored(info, OPTIMIZER) if info.optimizer else {}
     return Portable(info.model, _stored(info, WEIGHTS), tokenizer, info.step, source, slots=slots, info=info)
+
+
+def _merged(info: CheckpointInfo) -> Portable:
+    """A whole model, which no optimizer state belongs to."""
+    tokenizer = Tokenizer.load(info.path / TOKENIZER) if TOKENIZER in info.files else None
+    rest = {name: value for name, value in (info.extra or {}).items() if name != ADAPTER}
+    whole = replace(info, train=info.train.of_whole_model() if info.train else None, optimizer=None, extra=rest)
+    source = {"format": "neutral", "step": info.step, "framework": info.framework}
+    note = f"The adapters of {info.path} are merged with {find_base(info).path}."
+    return Portable(info.model, lazy_weights(info), tokenizer, info.step, source, notes=(note,), info=whole)
 
 
 def _stored(info: CheckpointInfo, file: str) -> dict[str, Lazy]:

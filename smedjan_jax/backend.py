@@ -21,6 +21,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory, processor
+from smedjan_common.model.adapters import adapter_table, is_frozen, trained_table, with_adapters
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
 from smedjan_common.model.params import head_name, parameter_table, require_tree
@@ -28,7 +29,7 @@ from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
-from smedjan_jax import experts, held, kernels, optim, products, sharding
+from smedjan_jax import adapters, experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder
 from smedjan_jax.distillation import distilled_cross_entropy
@@ -72,8 +73,10 @@ class JaxBackend:
         self._kernels = ", ".join(filter(None, (self._kernels, blocks)))
         by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
         self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy
-        self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
+        self._frozen_head = is_frozen(model, train.adapters, head_name(model))
         self._devices = sharding.make_mesh(self.mesh)
+        self._table = trained_table(model, train.adapters)
+        self._trained = frozenset(adapter_table(model, train.adapters) if train.adapters else self._table)
         self.shapes = self._state_shapes()
         self.own = Orbax(self.shapes)
         self._hidden = jax.jit(lambda params, inputs, documents: self._model(params).hidden(inputs, documents))
@@ -83,15 +86,22 @@ class JaxBackend:
         self._logits = jax.jit(logits, static_argnames="vocab")
         self._own_rows = sharding.OwnRows(self._devices, train.batch_size) if jax.process_count() > 1 else None
         self.rows = self._own_rows.of(sharding.deal(np.arange(train.batch_size), self.mesh, train.grad_accum)) if self._own_rows else None
+        places, own = self.shardings, parameter_table(model)
+        merge = functools.partial(adapters.merged, model, train.adapters) if train.adapters else None
+        whole_model = {name: places["params"][name] for name in own}
+        self._merge = jax.jit(merge, out_shardings=whole_model) if merge else None
         if self.mesh.size == 1:
-            self._spread = None
+            self._spread = self._spread_whole = None
             self._eval_step = jax.jit(self._evaluate)
             self._each_loss = jax.jit(self._token_losses)
         else:
-            self._spread = self._spread_of(model, again=train.gradient_checkpointing != "full")
-            whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
+            again = train.gradient_checkpointing != "full"
+            self._spread = self._spread_of(model, again, self._table, self._trained)
+            self._spread_whole = self._spread_of(model, again) if train.adapters else self._spread
+            whole, rows = sharding.everywhere(self._devices), sharding.rows(self._devices)
             self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
-            self._each_loss = jax.jit(self._spread.rows(self._token_losses), in_shardings=(places["params"], rows), out_shardings=rows)
+            each = self._spread_whole.rows(self._token_losses)
+            self._each_loss = jax.jit(each, in_shardings=(whole_model, rows), out_shardings=rows)
         self._train_step = self._compiled_step()
 
     @property
@@ -114,7 +124,7 @@ class JaxBackend:
         sums()
 
     def init(self, params: dict[str, np.ndarray]) -> State:
-        require_tree(self.model, params)
+        params = with_adapters(self.model, self.train.adapters, params, self.train.seed)
         places = self.shardings
         if self._own_rows:  # what comes from Orbax is in its place already
             here = {name: value for name, value in params.items() if isinstance(value, jax.Array)}
@@ -128,7 +138,7 @@ class JaxBackend:
         return {"params": device_params, "slots": slots, "step": sharding.place(np.zeros((), np.int32), places["step"])}
 
     def restore(self, snapshot: Snapshot) -> State:
-        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema)
+        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema, self.train.adapters)
         places = self.shardings
         slots = {slot: {n: snapshot.optimizer[f"{slot}.{n}"] for n in tensors} for slot, tensors in places["slots"].items()}
         return sharding.place({"params": snapshot.params, "slots": slots, "step": np.array(snapshot.step, np.int32)}, places)
@@ -171,7 +181,7 @@ class JaxBackend:
         if self._own_rows:
             own = sharding.OwnRows(self._devices, len(inputs))
             batch = own.spread(jax.tree.map(own.of, batch))
-        return guarded(self._eval_step, self.params_of(state), batch)
+        return guarded(self._eval_step, _averaged(state), batch)
 
     def token_losses(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
@@ -182,6 +192,8 @@ class JaxBackend:
         return {name: value.tolist() if value.ndim else float(value) for name, value in guarded(jax.device_get, metrics).items()}
 
     def save(self, state: State) -> Snapshot:
+        params = {name: value for name, value in state["params"].items() if name in self._trained}
+        state = {**state, "params": params}
         if self._own_rows and not all(array.is_fully_replicated for array in jax.tree.leaves(state)):
             whole = sharding.everywhere(self._devices)
             params, slots = self.own.tensors(jax.tree.map(lambda array: sharding.Gathered(array, whole), state))
@@ -191,7 +203,8 @@ class JaxBackend:
         return Snapshot(int(host["step"]), host["params"], optimizer)
 
     def params_of(self, state: State) -> dict[str, Any]:
-        return {**state["params"], **state["slots"].get(EMA, {})}
+        params = _averaged(state)
+        return guarded(self._merge, params) if self._merge else params
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
         return guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)
@@ -226,8 +239,8 @@ class JaxBackend:
 
     def _state_shapes(self) -> State:
         """Every array of the optimizer lies where its parameter lies."""
-        places, whole = sharding.param_shardings(self.model, self._devices), sharding.everywhere(self._devices)
-        params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(self.model).items()}
+        places, whole = sharding.param_shardings(self._table, self._devices), sharding.everywhere(self._devices)
+        params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in self._table.items()}
         slots = jax.eval_shape(functools.partial(optim.init, self.model, self.train), params)
 
         def placed(tensors: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -236,15 +249,18 @@ class JaxBackend:
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return {"params": placed(params), "slots": {slot: placed(tensors) for slot, tensors in slots.items()}, "step": step}
 
-    def _spread_of(self, model: ModelConfig, again: bool) -> sharding.Spread:
-        return sharding.Spread(model, self._devices, _linear_weights(model), compute_dtype(self.train.dtype), again)
+    def _spread_of(
+        self, model: ModelConfig, again: bool, table: sharding.Table | None = None, trained: frozenset[str] | None = None
+    ) -> sharding.Spread:
+        table = table or parameter_table(model)
+        return sharding.Spread(table, self._devices, _linear_weights(model), compute_dtype(self.train.dtype), again, trained)
 
     def _compiled_step(self) -> Any:
         """A step of (state, batch, lr), of what the hosts say where there are several, and of what `_taught` gives."""
         if self.mesh.size == 1:
             return jax.jit(self._step, donate_argnums=0)
         whole, rows, places = sharding.everywhere(self._devices), sharding.rows(self._devices), self.shardings
-        taught = (sharding.param_shardings(self._teacher.config, self._devices),) if self._teacher else ()
+        taught = (sharding.param_shardings(parameter_table(self._teacher.config), self._devices),) if self._teacher else ()
         step, said = (self._step_of_hosts, (None,)) if self._own_rows else (self._step, ())
         return jax.jit(step, in_shardings=(places, rows, whole, *said, *taught), out_shardings=(places, whole), donate_argnums=0)
 
@@ -257,13 +273,17 @@ class JaxBackend:
         options = gradient_checkpointing, train.chunk_size, train.deterministic, train.kernels
         return Model(self.model, params, train.dtype, train.attention, *options)
 
+    def _whole(self, params: dict[str, jax.Array]) -> dict[str, Any]:
+        """The parameters as the modules take them."""
+        return adapters.adapted(self.model, self.train.adapters, self._spread.gather(params) if self._spread else params)
+
     def _loss(self, params: dict[str, jax.Array], batch: Batch, counts: Counts, *taught: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         """What is minimised, and what is reported. Both add up over the parts of a step: `counts` are those of the whole step.
 
         taught: the weights of the teacher, where there is one.
         """
         inputs, targets, documents, _ = batch
-        params = self._spread.gather(params) if self._spread else params
+        params = self._whole(params)
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         objective, told = self._head(hidden, params[head_name(self.model)], batch, counts, *taught)
         share = jnp.sum(targets >= 0) / counts.tokens
@@ -291,16 +311,18 @@ class JaxBackend:
         return objective, {name: value / counts.units for name, value in {"loss": weighed.loss, **weighed.metrics}.items()}
 
     def _gradients(self, params: dict[str, jax.Array], batch: Batch, counts: Counts, *taught: dict[str, jax.Array]):
-        """Gradients and what is reported of the whole batch, summed over `grad_accum` parts; each token weighs the same."""
-        parts, gradients = self.train.grad_accum, jax.grad(self._loss, has_aux=True)
+        """Gradients of what is trained and what is reported, summed over the `grad_accum` parts of a batch; each token weighs the same."""
+        trained = {name: value for name, value in params.items() if name in self._trained}
+        frozen = {name: value for name, value in params.items() if name not in self._trained}
+        parts, gradients = self.train.grad_accum, jax.grad(lambda moving, *rest: self._loss({**frozen, **moving}, *rest), has_aux=True)
         if parts == 1:
-            return gradients(params, batch, counts, *taught)
+            return gradients(trained, batch, counts, *taught)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, gradients(params, part, counts, *taught)), None
+            return jax.tree.map(jnp.add, carry, gradients(trained, part, counts, *taught)), None
 
         split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), batch)
-        sums = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], split), counts, *taught)
+        sums = jax.eval_shape(gradients, trained, jax.tree.map(lambda x: x[0], split), counts, *taught)
         return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), split)[0]
 
     def _step(self, state: State, batch: Batch, lr: jax.Array, *taught: dict[str, jax.Array]) -> tuple[State, Metrics]:
@@ -315,7 +337,8 @@ class JaxBackend:
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
+        if not self.train.adapters:
+            params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
         metrics = {**experts.summarised(self.model, metrics), "grad_norm": norm, "tokens": tokens}
         return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
@@ -331,7 +354,7 @@ class JaxBackend:
 
     def _evaluate_rows(self, params: dict[str, jax.Array], batch: Batch) -> Metrics:
         inputs, targets, documents, reference = batch
-        params = self._spread.gather(params) if self._spread else params
+        params = self._whole(params)
         hidden = self._model(params).hidden(inputs, documents)
         head, tokens = params[head_name(self.model)], jnp.sum(targets >= 0)
         row = OBJECTIVES[self.train.objective]
@@ -342,7 +365,7 @@ class JaxBackend:
 
     def _token_losses(self, params: dict[str, jax.Array], batch: Batch) -> jax.Array:
         inputs, targets, documents, _ = batch
-        params = self._spread.gather(params) if self._spread else params
+        params = self._spread_whole.gather(params) if self._spread_whole else params
         return token_losses(self._model(params).hidden(inputs, documents), params[head_name(self.model)], targets)
 
     def _units(self, targets: jax.Array, documents: jax.Array | None, reference: jax.Array | None) -> jax.Array:
@@ -367,6 +390,11 @@ def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | N
         for name in sizes.keys() & set(model.mixer):
             refuse_fused(jax.ShapeDtypeStruct((1, 1, model.heads, sizes[name]), compute_dtype(train.dtype)))
     return JaxBackend(model, train, mesh)
+
+
+def _averaged(state: State) -> dict[str, Any]:
+    """The parameters in a state, those that are averaged (--ema) as their averages."""
+    return {**state["params"], **state["slots"].get(EMA, {})}
 
 
 def default_dtype() -> str:

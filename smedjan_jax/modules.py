@@ -18,6 +18,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
+from smedjan_common.model.adapters import LORA_A, LORA_B
 from smedjan_common.model.rope import Turning
 from smedjan_common.training.memory import loss_chunks
 from smedjan_jax import products, sharding
@@ -29,19 +30,32 @@ Carried = dict[str, jax.Array]  # what a layer leaves for later layers or for th
 
 
 class Linear(nnx.Module):
-    """y = x W^T, and a bias where there is one; both are used in the dtype of the activations only. W is [out, in]."""
+    """y = x W^T, and a bias and an adapter where there are; all are used in the dtype of the activations only. W is [out, in]."""
 
     def __init__(self, params: Params, name: str):
         self.weight = nnx.data(weight_of(params, f"{name}.weight"))
         self.bias = nnx.data(params.get(f"{name}.bias"))
+        self.lora_a: Any = nnx.data(params.get(f"{name}.{LORA_A}"))
+        self.lora_b: Any = nnx.data(params.get(f"{name}.{LORA_B}"))
         self.float8 = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self._plus_bias(products.linear(x, [self.weight], self.float8))
+        return self._completed(products.linear(x, [self.weight], self.float8), *_lowered([self], x))
 
-    def _plus_bias(self, y: jax.Array) -> jax.Array:
-        """y and the bias, where there is one."""
-        return y if self.bias is None else y + self.bias.astype(y.dtype)
+    def _completed(self, y: jax.Array, low: jax.Array | None) -> jax.Array:
+        """y with the bias, and what the adapter makes of low = x A^T (smedjan_jax.adapters has scaled B), where there are."""
+        y = y if self.bias is None else y + self.bias.astype(y.dtype)
+        return y if low is None else y + low @ self.lora_b.astype(y.dtype).T
+
+
+def _lowered(linears: list[Linear], x: jax.Array) -> list[jax.Array | None]:
+    """x A^T for each linear map that has an adapter, by one matmul: x is wide, and what comes out is narrow."""
+    adapted = [linear for linear in linears if linear.lora_a is not None]
+    if not adapted:
+        return [None] * len(linears)
+    low = x @ jnp.concatenate([linear.lora_a for linear in adapted]).astype(x.dtype).T
+    parts = iter(jnp.split(low, len(adapted), axis=-1))
+    return [None if linear.lora_a is None else next(parts) for linear in linears]
 
 
 @jax.tree_util.register_dataclass
@@ -83,14 +97,14 @@ def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
     """What each linear map gives for the same x, by one matmul: on an H100 it is 2 % of a step faster (bench/results)."""
     if sharding.tensor_parts() > 1 or apart(linears):  # one matmul would mix the devices' parts of each
         return [linear(x) for linear in linears]
-    found = {}
+    found, low = {}, dict(zip(map(id, linears), _lowered(linears, x), strict=True))
     for float8 in dict.fromkeys(linear.float8 for linear in linears):
         those = [linear for linear in linears if linear.float8 == float8]
         first = those[0].weight
         y = products.linear(x, [first.whole] if isinstance(first, Part) else [linear.weight for linear in those], float8)
         bounds = itertools.accumulate(linear.weight.shape[0] for linear in those[:-1])
         parts = zip(those, jnp.split(y, list(bounds), axis=-1), strict=True)
-        found |= {id(linear): linear._plus_bias(part) for linear, part in parts}
+        found |= {id(linear): linear._completed(part, low[id(linear)]) for linear, part in parts}
     return [found[id(linear)] for linear in linears]
 
 

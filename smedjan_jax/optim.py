@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.model.adapters import trained_table
 from smedjan_common.model.parameter import ParamSpec
-from smedjan_common.model.params import parameter_table
 from smedjan_common.training.optimizers import EMA, MUON_RMS, NEWTON_SCHULZ, slot_names
 from smedjan_common.training.precision import compute_dtype
 
@@ -25,7 +25,7 @@ Slots = dict[str, Params]
 
 def init(model: ModelConfig, train: TrainConfig, params: Params) -> Slots:
     """Slots of the optimizer, zeros like the parameters that have them; averages are copies of them."""
-    make, slots = {EMA: jnp.array}, slot_names(model, train.optimizer, train.ema)
+    make, slots = {EMA: jnp.array}, slot_names(model, train.optimizer, train.ema, train.adapters)
     return {slot: {name: make.get(slot, jnp.zeros_like)(params[name]) for name in names} for slot, names in slots.items()}
 
 
@@ -47,7 +47,7 @@ def update(
     model: ModelConfig, train: TrainConfig, params: Params, grads: Params, slots: Slots, step: jax.Array, lr: jax.Array
 ) -> tuple[Params, Slots]:
     """One step of the optimizer. `step` counts the steps done before, int32; returns new parameters and slots."""
-    specs = {name: spec for name, spec in parameter_table(model).items() if spec.lr_scale}
+    specs = {name: spec for name, spec in trained_table(model, train.adapters).items() if spec.lr_scale}
     grads = {name: grads[name] for name in specs}
     directions, moments = _DIRECTIONS[train.optimizer](train, specs, grads, slots, step)
     moved = {}

@@ -9,7 +9,7 @@ What splits what: smedjan_common.training.mesh.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.config import TrainConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.model.params import parameter_table
+from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.training.mesh import AXES, MeshShape, mesh_axes
 from smedjan_jax import products
 
 Params = dict[str, jax.Array]
+Table = dict[str, ParamSpec]
 
 BATCH = ("data", "fsdp")  # the axes that the rows of a batch are dealt over
 
@@ -49,11 +50,11 @@ def make_mesh(shape: MeshShape) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: shape.size])
 
 
-def param_shardings(model: ModelConfig, mesh: Mesh) -> dict[str, Sharding]:
+def param_shardings(table: Table, mesh: Mesh) -> dict[str, Sharding]:
     """Where each parameter lies; on a mesh of one device simply there."""
     if mesh.size == 1:
-        return dict.fromkeys(parameter_table(model), SingleDeviceSharding(mesh.devices.item()))
-    return {name: NamedSharding(mesh, PartitionSpec(*mesh_axes(spec))) for name, spec in parameter_table(model).items()}
+        return dict.fromkeys(table, SingleDeviceSharding(mesh.devices.item()))
+    return {name: NamedSharding(mesh, PartitionSpec(*mesh_axes(spec))) for name, spec in table.items()}
 
 
 def everywhere(mesh: Mesh) -> Sharding:
@@ -158,12 +159,14 @@ class Spread:
 
     params: how each parameter lies. linear: names of weights that are used in the dtype of the activations only, so that they may be cast
     before they travel, and by `products` only, which gathers them when it comes to them. again: for the backward pass once more.
+    trained: names of the parameters that have gradients; None: all.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, linear: set[str], dtype: str, again: bool = True):
+    def __init__(self, table: Table, mesh: Mesh, linear: set[str], dtype: str, again: bool = True, trained: Collection[str] | None = None):
         self.mesh, self._linear, self._again = mesh, linear, again
+        self._trained = table if trained is None else trained
         self._batch = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
-        splits = {name: mesh_axes(spec) for name, spec in parameter_table(model).items()}
+        splits = {name: mesh_axes(spec) for name, spec in table.items()}
         self.params = {name: PartitionSpec(*(axis if axis in self._batch else None for axis in split)) for name, split in splits.items()}
         self._split = {name: split.index("fsdp") for name, split in splits.items() if "fsdp" in split and "fsdp" in self._batch}
         self._dtypes = {name: jnp.dtype(dtype if name in linear else "float32") for name in self._split}
@@ -190,7 +193,8 @@ class Spread:
             grads, sums = function(params, batch, tokens, *more)
             return {name: self._sum(grad, gathered=name in self._split) for name, grad in grads.items()}, self._sum(sums)
 
-        return self._over_rows(local, PartitionSpec(), *beside, returns=(self.params, PartitionSpec()))
+        returns = {name: self.params[name] for name in self._trained}, PartitionSpec()
+        return self._over_rows(local, PartitionSpec(), *beside, returns=returns)
 
     def sums(self, function: Callable) -> Callable:
         """`function(params, batch)` gives a tree of sums; now over the whole batch."""

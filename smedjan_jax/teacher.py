@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.model.params import head_name
+from smedjan_common.model.params import head_name, parameter_table
 from smedjan_common.training.distillation import Mixed
 from smedjan_common.training.precision import compute_dtype
 from smedjan_jax import sharding
@@ -37,7 +37,7 @@ def placed(config: ModelConfig, train: TrainConfig, params: dict[str, Any], mesh
     """The weights on the devices of a mesh, in the dtype that they are used in: bfloat16 in float8 runs."""
     cast, dtype = compute_weights(config), jax.numpy.dtype(compute_dtype(train.dtype))
     host = {name: np.asarray(value, dtype if name in cast else np.float32) for name, value in params.items()}
-    return sharding.place(host, sharding.param_shardings(config, mesh))
+    return sharding.place(host, sharding.param_shardings(parameter_table(config), mesh))
 
 
 def _unless_plain(asked: str) -> str:

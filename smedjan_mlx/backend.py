@@ -17,13 +17,14 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
 from smedjan_common.machine import peak_memory
+from smedjan_common.model.adapters import adapter_table, is_frozen, trained_table, with_adapters
 from smedjan_common.model.flops import peak_flops
-from smedjan_common.model.params import head_name, parameter_table, require_tree
+from smedjan_common.model.params import head_name, require_tree
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import check_precision
-from smedjan_mlx import experts, kernels, optim
+from smedjan_mlx import adapters, experts, kernels, optim
 from smedjan_mlx.decoder import MlxDecoder
 from smedjan_mlx.distillation import distilled_cross_entropy
 from smedjan_mlx.guard import guarded
@@ -53,7 +54,8 @@ class MlxBackend:
         self.model, self.train = model, train
         self._kernels = kernels.summary(train.kernels, model, train.dtype)
         self.own = self.rows = None  # the neutral checkpoint is MLX's own; a run has one process
-        self._frozen_head = not parameter_table(model)[head_name(model)].lr_scale
+        self._trained = frozenset(adapter_table(model, train.adapters) if train.adapters else trained_table(model, None))
+        self._frozen_head = is_frozen(model, train.adapters, head_name(model))
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
         self._compiled, self._teacher = compiled, cast(Teacher | None, None)
         self._train_step, self._part = self._compiled_step()
@@ -77,14 +79,14 @@ class MlxBackend:
         wait()
 
     def init(self, params: dict[str, np.ndarray]) -> State:
-        require_tree(self.model, params)
+        params = with_adapters(self.model, self.train.adapters, params, self.train.seed)
         device_params = {name: mx.array(np.asarray(value, np.float32)) for name, value in params.items()}
         state = {"params": device_params, "slots": optim.init(self.model, self.train, device_params), "step": mx.array(0, mx.int32)}
         mx.eval(state)
         return state
 
     def restore(self, snapshot: Snapshot) -> State:
-        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema)
+        check_state(self.model, self.train.optimizer, snapshot.optimizer, self.train.ema, self.train.adapters)
         state = self.init(snapshot.params)
         slots = {slot: {n: mx.array(snapshot.optimizer[f"{slot}.{n}"]) for n in tensors} for slot, tensors in state["slots"].items()}
         return {"params": state["params"], "slots": slots, "step": mx.array(snapshot.step, mx.int32)}
@@ -120,7 +122,7 @@ class MlxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        metrics = guarded(self._eval_step, self.params_of(state), _on_device(inputs, targets, documents, reference))
+        metrics = guarded(self._eval_step, _averaged(state), _on_device(inputs, targets, documents, reference))
         guarded(mx.async_eval, metrics)
         return metrics
 
@@ -137,10 +139,12 @@ class MlxBackend:
     def save(self, state: State) -> Snapshot:
         guarded(mx.eval, state)
         optimizer = {f"{slot}.{name}": np.array(value) for slot, tensors in state["slots"].items() for name, value in tensors.items()}
-        return Snapshot(int(state["step"].item()), {name: np.array(value) for name, value in state["params"].items()}, optimizer)
+        params = {name: np.array(value) for name, value in state["params"].items() if name in self._trained}
+        return Snapshot(int(state["step"].item()), params, optimizer)
 
     def params_of(self, state: State) -> dict[str, Any]:
-        return {**state["params"], **state["slots"].get(EMA, {})}
+        params = _averaged(state)
+        return adapters.merged(self.model, self.train.adapters, params) if self.train.adapters else params
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
         return {name: value if isinstance(value, mx.array) else mx.array(value) for name, value in params.items()}
@@ -175,7 +179,7 @@ class MlxBackend:
 
     def _compiled_step(self) -> tuple[Callable, Callable]:
         """A step of (state, batch, lr), and of what `_taught` gives; and the loss and gradients of a part of one."""
-        return self._compiled(self._step), self._compiled(mx.value_and_grad(self._loss))
+        return self._compiled(self._step), self._compiled(self._gradients)
 
     def _taught(self) -> tuple[dict[str, mx.array], ...]:
         """The weights of the teacher, where there is one."""
@@ -194,6 +198,7 @@ class MlxBackend:
         taught: the weights of the teacher, where there is one.
         """
         inputs, targets, documents, _ = batch
+        params = adapters.adapted(self.model, self.train.adapters, params)
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         counted = Counts(*counts)
         objective, told = self._head(hidden, params[head_name(self.model)], batch, counted, *taught)
@@ -226,9 +231,15 @@ class MlxBackend:
         whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(*batch[1:])))
         return tokens, (whole, units)
 
+    def _gradients(self, params: dict[str, mx.array], batch: Batch, counts: tuple[mx.array, mx.array], *taught: dict[str, mx.array]) -> Any:
+        """What `_loss` gives, and gradients of what is trained."""
+        trained = {name: value for name, value in params.items() if name in self._trained}
+        frozen = {name: value for name, value in params.items() if name not in self._trained}
+        return mx.value_and_grad(lambda moving: self._loss({**frozen, **moving}, batch, counts, *taught))(trained)
+
     def _step(self, state: State, batch: Batch, lr: mx.array, *taught: dict[str, mx.array]) -> tuple[State, Metrics]:
         tokens, counts = self._counts(batch)
-        (_, metrics), grads = mx.value_and_grad(self._loss)(state["params"], batch, counts, *taught)
+        (_, metrics), grads = self._gradients(state["params"], batch, counts, *taught)
         return self._apply(state, metrics, grads, tokens, lr)
 
     def _split_step(self, state: State, batch: Batch, lr: mx.array, *taught: dict[str, mx.array]) -> tuple[State, Metrics]:
@@ -245,12 +256,14 @@ class MlxBackend:
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
-        params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
+        if not self.train.adapters:
+            params = experts.move_biases(self.model, params, metrics, self.train.router_bias_rate * (tokens > 0))
         metrics = {**experts.summarised(self.model, metrics), "grad_norm": norm, "tokens": tokens}
         return {"params": params, "slots": slots, "step": state["step"] + 1}, metrics
 
     def _evaluate(self, params: dict[str, mx.array], batch: Batch) -> Metrics:
         inputs, targets, documents, reference = batch
+        params = adapters.adapted(self.model, self.train.adapters, params)
         hidden = self._model(params).hidden(inputs, documents)
         head, tokens = params[head_name(self.model)], mx.sum(targets >= 0)
         row = OBJECTIVES[self.train.objective]
@@ -267,6 +280,11 @@ class MlxBackend:
         """How many units of the objective the loss of these rows is a sum over."""
         units = OBJECTIVES[self.train.objective].units
         return mx.sum(targets >= 0) if units is None else units(mx, targets, documents, reference)
+
+
+def _averaged(state: State) -> dict[str, Any]:
+    """The parameters in a state, those that are averaged (--ema) as their averages."""
+    return {**state["params"], **state["slots"].get(EMA, {})}
 
 
 def default_dtype() -> str:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model import rope as rope_tables
+from smedjan_common.model.adapters import LORA_A, LORA_B
 from smedjan_common.model.rope import Turning
 from smedjan_common.training.memory import loss_chunks
 from smedjan_mlx.quantized import Quantized, product, weight_of
@@ -25,16 +26,32 @@ Carried = dict[str, mx.array]  # what a layer leaves for later layers or for the
 
 
 class Linear(nn.Module):
-    """y = x W^T, and a bias where there is one; both are used in the dtype of the activations only. W is [out, in]."""
+    """y = x W^T, and a bias and an adapter where there are; all are used in the dtype of the activations only. W is [out, in]."""
 
     def __init__(self, params: Params, name: str):
         super().__init__()
         self.weight = weight_of(params, f"{name}.weight")
         self.bias = params.get(f"{name}.bias")
+        self.lora_a: Any = params.get(f"{name}.{LORA_A}")
+        self.lora_b: Any = params.get(f"{name}.{LORA_B}")
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = product(x, self.weight)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+        return self._completed(product(x, self.weight), *_lowered([self], x))
+
+    def _completed(self, y: mx.array, low: mx.array | None) -> mx.array:
+        """y with the bias, and what the adapter makes of low = x A^T (smedjan_mlx.adapters has scaled B), where there are."""
+        y = y if self.bias is None else y + self.bias.astype(y.dtype)
+        return y if low is None else y + low @ self.lora_b.astype(y.dtype).T
+
+
+def _lowered(linears: list[Linear], x: mx.array) -> list[mx.array | None]:
+    """x A^T for each linear map that has an adapter, by one matmul: x is wide, and what comes out is narrow."""
+    adapted = [linear for linear in linears if linear.lora_a is not None]
+    if not adapted:
+        return [None] * len(linears)
+    low = x @ mx.concatenate([linear.lora_a for linear in adapted]).astype(x.dtype).T
+    parts = iter(mx.split(low, len(adapted), axis=-1))
+    return [None if linear.lora_a is None else next(parts) for linear in linears]
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,8 @@ def apply_together(linears: list[Linear], x: mx.array) -> list[mx.array]:
     if apart(linears):
         return [linear(x) for linear in linears]
     y, bounds = x @ joined(linears).astype(x.dtype).T, list(itertools.accumulate(linear.weight.shape[0] for linear in linears[:-1]))
-    parts = mx.split(y, bounds, axis=-1)
-    return [part if linear.bias is None else part + linear.bias.astype(x.dtype) for linear, part in zip(linears, parts, strict=True)]
+    parts = zip(linears, mx.split(y, bounds, axis=-1), _lowered(linears, x), strict=True)
+    return [linear._completed(part, low) for linear, part, low in parts]
 
 
 class RMSNorm(nn.Module):

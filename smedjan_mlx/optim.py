@@ -10,8 +10,8 @@ batch, in the compute dtype. The slots and the number of steps are what a checkp
 import mlx.core as mx
 
 from smedjan_common.config import ModelConfig, TrainConfig
+from smedjan_common.model.adapters import trained_table
 from smedjan_common.model.parameter import ParamSpec
-from smedjan_common.model.params import parameter_table
 from smedjan_common.training.optimizers import EMA, MUON_RMS, NEWTON_SCHULZ, slot_names
 
 Params = dict[str, mx.array]
@@ -21,7 +21,7 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 def init(model: ModelConfig, train: TrainConfig, params: Params) -> Slots:
     """Slots of the optimizer, zeros like the parameters that have them; averages are copies of them."""
-    make, slots = {EMA: mx.array}, slot_names(model, train.optimizer, train.ema)
+    make, slots = {EMA: mx.array}, slot_names(model, train.optimizer, train.ema, train.adapters)
     return {slot: {name: make.get(slot, mx.zeros_like)(params[name]) for name in names} for slot, names in slots.items()}
 
 
@@ -44,7 +44,7 @@ def update(
     model: ModelConfig, train: TrainConfig, params: Params, grads: Params, slots: Slots, step: mx.array, lr: mx.array
 ) -> tuple[Params, Slots]:
     """One step of the optimizer. `step` counts the steps done before, int32; returns new parameters and slots."""
-    specs = {name: spec for name, spec in parameter_table(model).items() if spec.lr_scale}
+    specs = {name: spec for name, spec in trained_table(model, train.adapters).items() if spec.lr_scale}
     grads = {name: grads[name] for name in specs}
     directions, moments = _DIRECTIONS[train.optimizer](train, specs, grads, slots, step)
     moved = {}

@@ -9,7 +9,9 @@ docs/checkpoints.md describes the format. No framework but NumPy is imported her
 """
 
 from smedjan_common.checkpoint.about import About, SavedTokenizer
+from smedjan_common.checkpoint.adapter import ADAPTER, AdapterRecord, BaseWeights
 from smedjan_common.checkpoint.background import Background
+from smedjan_common.checkpoint.base import find_base, lazy_weights, weights_hash, with_bases
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
@@ -19,12 +21,15 @@ from smedjan_common.checkpoint.tensors import FileRecord, TensorRecord
 from smedjan_common.checkpoint.write import write_checkpoint, write_final
 
 __all__ = [
+    "ADAPTER",
     "FORMAT",
     "FORMAT_VERSION",
     "KINDS",
     "ORBAX",
     "About",
+    "AdapterRecord",
     "Background",
+    "BaseWeights",
     "Checkpoint",
     "CheckpointInfo",
     "FileRecord",
@@ -32,8 +37,10 @@ __all__ = [
     "SavedTokenizer",
     "TensorRecord",
     "check_readable",
+    "find_base",
     "find_checkpoints",
     "latest_checkpoint",
+    "lazy_weights",
     "newest",
     "prune_checkpoints",
     "read_checkpoint",
@@ -43,6 +50,8 @@ __all__ = [
     "start_own",
     "step_name",
     "verify_checkpoint",
+    "weights_hash",
+    "with_bases",
     "write_checkpoint",
     "write_final",
 ]

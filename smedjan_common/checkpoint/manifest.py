@@ -14,6 +14,7 @@ CheckpointError. A later format gets a row in READERS; the row of format 1 stays
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -24,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smedjan_common.checkpoint.adapter import AdapterRecord, adapter_of
 from smedjan_common.checkpoint.tensors import DTYPES, FileRecord, TensorRecord, open_regular, unique_keys
 from smedjan_common.errors import CheckpointError, NewerFormatError, SmedjanError, reason
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS
+from smedjan_common.model.adapters import adapter_table
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.json_fields import MAX_POSITION, is_of, most
-from smedjan_common.model.params import check_tree, parameter_table
+from smedjan_common.model.params import differences, parameter_table
 from smedjan_common.training.config import TrainConfig
 
 FORMAT, FORMAT_VERSION = "smedjan-checkpoint", 1
@@ -70,6 +73,11 @@ class CheckpointInfo:
     def slots(self) -> dict[str, TensorRecord]:
         """The optimizer's arrays; none when it holds weights only."""
         return self.tensors.get(OPTIMIZER if self.format == FORMAT else SLOTS, {})
+
+    @functools.cached_property
+    def adapter(self) -> AdapterRecord | None:
+        """The adapters that it holds, and their base; None: it holds a whole model. Raises CheckpointError."""
+        return adapter_of(self.extra)
 
     @property
     def nbytes(self) -> int:
@@ -198,12 +206,13 @@ def check_layout(info: CheckpointInfo) -> None:
     """Raises CheckpointError unless the listed tensors are the parameters of the model and optimizer arrays of their shapes."""
     weights, slots = info.weights, info.slots
     where, beside = (WEIGHTS, OPTIMIZER) if info.format == FORMAT else (PARAMS, SLOTS)
-    if info.model.layers > len(weights):  # before a table of that many layers is made
+    adapters = info.adapter.adapters if info.adapter else None
+    if info.model.layers > len(weights) and not adapters:  # before a table of that many layers is made
         raise CheckpointError(f"the model has {info.model.layers:,} layers.", f"{where} has only {len(weights):,} tensors.")
-    if wrong := check_tree(info.model, weights):
+    table = adapter_table(info.model, adapters) if adapters else parameter_table(info.model)
+    if wrong := differences(table, weights):
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise CheckpointError(f"{where} does not belong to this model: {wrong[0]}{more}.", "Its tensors differ from the parameter table.")
-    table = parameter_table(info.model)
     for name, tensor in slots.items():
         slot, _, parameter = name.partition(".")
         if not slot.isidentifier() or parameter not in table:

@@ -19,12 +19,15 @@ def with_new_rows(params: Mapping[str, Any], model: ModelConfig, seen: int, toke
 
     params: float arrays by name, of the smaller vocabulary or of one that has room. Rows that pad the larger one are the mean too.
     """
-    grown = dict(params)
-    for name in dict.fromkeys(("embed.weight", head_name(model))):
-        old = np.asarray(params[name])
-        mean = old[:seen].mean(axis=0, dtype=np.float64).astype(old.dtype)
-        rows = np.broadcast_to(mean, (model.padded_vocab_size, old.shape[1])).copy()
-        rows[: len(old)] = old
-        rows[seen:tokens] = mean
-        grown[name] = rows
-    return grown
+    tables = dict.fromkeys(("embed.weight", head_name(model)))
+    return {**params, **{name: grown_rows(params[name], model, seen, tokens) for name in tables}}
+
+
+def grown_rows(table: Any, model: ModelConfig, seen: int, tokens: int) -> np.ndarray:
+    """The same of the embedding alone, or of the head."""
+    old = np.asarray(table)
+    mean = old[:seen].mean(axis=0, dtype=np.float64).astype(old.dtype)
+    rows = np.broadcast_to(mean, (model.padded_vocab_size, old.shape[1])).copy()
+    rows[: len(old)] = old
+    rows[seen:tokens] = mean
+    return rows

@@ -9,11 +9,13 @@ in a thread of its own if need be. The directory has its name when all of it is 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Backend, OwnFormat
 from smedjan_common.checkpoint.about import About, SavedTokenizer
+from smedjan_common.checkpoint.base import find_base, grown_base
 from smedjan_common.checkpoint.load import KINDS, foreign, load_arrays, regular_hash, step_name, verify_info
 from smedjan_common.checkpoint.manifest import ARRAYS, FORMAT, PARAMS, SLOTS, CheckpointInfo
 from smedjan_common.checkpoint.read import with_offer
@@ -22,6 +24,7 @@ from smedjan_common.checkpoint.write import cannot_write, complete, describe, pr
 from smedjan_common.errors import CheckpointError, DamagedError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.files.durable import sync, sync_directory
+from smedjan_common.model.adapters import merged
 
 FORMATS = {kind.name: format for format, kind in KINDS.items()}  # name on the command line -> format
 
@@ -75,7 +78,10 @@ def _write_in_two(
 
 
 def read_weights(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
-    """The parameters of a checkpoint, neutral or `own`, its hashes compared first. Raises CheckpointError."""
+    """The parameters of a checkpoint, neutral or `own`, its hashes compared first; of adapters those of the model that they make with
+    their base. Raises CheckpointError."""
+    if info.adapter:
+        return merged(info.model, info.adapter.adapters, _with_base(info, own))
     with _whole(info):
         if info.format == FORMAT:
             return load_arrays(info, optimizer=False).snapshot.params
@@ -94,7 +100,21 @@ def read_state(info: CheckpointInfo, backend: Backend) -> Any:
         else:
             verify_info(info)
             return _owned(info, backend.own).read(info.path / ARRAYS)
+    if info.adapter:
+        snapshot = replace(snapshot, params=_frozen(info, backend.own) | snapshot.params)
     return backend.restore(snapshot)
+
+
+def _with_base(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
+    """Adapters, and the frozen weights that they belong to."""
+    with _whole(info):
+        adapters = load_arrays(info, optimizer=False).snapshot.params
+    return _frozen(info, own) | adapters
+
+
+def _frozen(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
+    assert info.adapter
+    return grown_base(info.model, info.adapter.adapters, read_weights(find_base(info), own))
 
 
 @contextlib.contextmanager

@@ -91,7 +91,8 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         "path": str(info.path),
         "format": KINDS[info.format].name,
         "step": info.step,
-        **_model(info.model, info.train.dtype if info.train else None),
+        **_model(info.model, info.train),
+        **(_adapters(info.model, info.adapter) if info.adapter else {}),
         "training": info.train.to_dict() if info.train else None,
         "optimizer": info.optimizer,
         "dataset": info.dataset,
@@ -123,7 +124,8 @@ def _run(path: Path, verify: bool) -> Facts:
         "step": step,
         "steps": steps,
         "finished": (path / FINAL).is_dir() and steps is not None and step >= steps,
-        **(_model(ModelConfig.from_dict(config["model"]), train.dtype if train else None) if "model" in config else {}),
+        **(_model(ModelConfig.from_dict(config["model"]), train) if "model" in config else {}),
+        **_adapters_of(found, path),
         "training": config.get("train"),
         "dataset": config.get("dataset"),
         "tokenizer_hash": config.get("tokenizer_hash"),
@@ -272,7 +274,7 @@ def _quantized(path: Path, verify: bool) -> Facts:
         "bits": " and ".join(map(str, sorted(widths))),
         "group": GROUP,
         "quantised": f"{len(weights)} weights",
-        **_model(info.model, None),
+        **_model(info.model),
         "tokenizer_hash": tokenizer.hash,
         "chat_template": _chat_template(path),
         "bytes": sum(tensor.nbytes for tensor in info.weights.values()),
@@ -297,7 +299,7 @@ def _foreign(path: Path, verify: bool) -> Facts:
     return {
         "kind": "Hugging Face directory, quantised" if isinstance(info, Foreign) and info.format != "hf" else "Hugging Face directory",
         "path": str(path),
-        **_model(info.model, None),
+        **_model(info.model),
         "tokenizer_hash": tokenizer.hash,
         "chat_template": _chat_template(path),
         "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -315,18 +317,41 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] 
 )
 
 
-def _model(model: Any, dtype: str | None) -> Facts:
-    """FLOPs (training: forward and backward) and decode state (one sequence) at the model's context; dtype None: not known, float32."""
+def _adapters_of(found: "list[Found]", run: Path) -> Facts:
+    """Of a run: what its newest checkpoint says."""
+    from smedjan_common.checkpoint import read_info
+
+    try:
+        info = read_info(found[-1].path if found else run)
+    except CheckpointError:
+        return {}
+    return _adapters(info.model, info.adapter) if info.adapter else {}
+
+
+def _adapters(model: Any, record: Any) -> Facts:
+    """What a checkpoint of adapters holds, and where the weights are that they belong to."""
+    from smedjan_common.model.adapters import adapter_table
+
+    adapters = record.adapters
+    trained = sum(spec.size for spec in adapter_table(model, adapters).values())
+    facts = {"parameters": trained, "rank": adapters.rank, "alpha": adapters.alpha, "targets": " ".join(adapters.targets)}
+    if adapters.tokens:
+        facts["new_tokens"] = adapters.tokens
+    return {"adapters": facts, "base": {"path": record.base.path, "sha256": record.base.sha256}}
+
+
+def _model(model: Any, train: Any = None) -> Facts:
+    """FLOPs (training: forward and backward) and decode state (one sequence) at the model's context; train None: not known, float32."""
     from smedjan_common.inference.memory import state_bytes
     from smedjan_common.model.flops import active_params, train_flops_per_token
     from smedjan_common.training.precision import compute_dtype
 
-    active, context, dtype = active_params(model), model.context_length, compute_dtype(dtype or "float32")
+    active, context, dtype = active_params(model), model.context_length, compute_dtype(train.dtype if train else "float32")
     routed = {"active_parameters": active} if active != model.num_params() else {}
     return {
         "parameters": model.num_params(),
         **routed,
-        "train_flops_per_token": train_flops_per_token(model, context),
+        "train_flops_per_token": train_flops_per_token(model, context, adapters=train.adapters if train else None),
         "decode_state_bytes": state_bytes(model, 1, context, dtype),
         "decode_state_dtype": dtype,
         "model": model.to_dict(),

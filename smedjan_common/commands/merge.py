@@ -159,5 +159,5 @@ def _last(flags: MergeFlags) -> list[str]:
 
 def _training(sources: "Sequence[Source]") -> "TrainConfig | None":
     """How they were trained, where that is the same of all."""
-    trained = [source.info.train if source.info else None for source in sources]
+    trained = [source.train for source in sources]
     return trained[0] if all(each == trained[0] for each in trained) else None

@@ -57,7 +57,7 @@ def open_model(path: str | os.PathLike) -> tuple[CheckpointInfo | Foreign, Token
 def decoding_config(info: CheckpointInfo | Foreign, dtype: str) -> TrainConfig:
     """A training configuration for a backend that only infers. Raises ConfigError for an unknown dtype."""
     base = info.train or TrainConfig(steps=1, batch_size=1, seq_len=1, lr=1.0)
-    train = dataclasses.replace(base, dtype=dtype)
+    train = dataclasses.replace(base.of_whole_model(), dtype=dtype)
     train.validate()
     return train
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from smedjan_common.backend import Device
-from smedjan_common.checkpoint import FORMAT
+from smedjan_common.checkpoint import FORMAT, CheckpointInfo
 from smedjan_common.errors import OutOfMemoryError
 from smedjan_common.inference.memory import state_bytes
 from smedjan_common.machine import available_memory
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.model.params import parameter_table
+from smedjan_common.model.params import count_params, parameter_table
 from smedjan_common.model.quantization import FORMAT as QUANTIZED
 from smedjan_common.model.quantization import quantized_names
 from smedjan_common.reporting.console import size
@@ -100,6 +100,8 @@ def _state(info: Weighed, dtype: str, length: int, rows: int) -> int:
 
 
 def _weights(info: Weighed) -> int:
+    if isinstance(info, CheckpointInfo) and info.adapter:  # they are added to those of their base
+        return 4 * count_params(info.model)
     return sum(tensor.nbytes for tensor in info.weights.values())
 
 

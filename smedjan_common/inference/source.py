@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any, cast
 
 from smedjan_common.backend import Snapshot
-from smedjan_common.checkpoint import FORMAT, About, CheckpointInfo, SavedTokenizer, find_checkpoints, write_checkpoint
+from smedjan_common.checkpoint import (
+    About,
+    CheckpointInfo,
+    SavedTokenizer,
+    find_checkpoints,
+    lazy_weights,
+    with_bases,
+    write_checkpoint,
+)
 from smedjan_common.checkpoint.lazy import Lazy
-from smedjan_common.checkpoint.load import faults, foreign
-from smedjan_common.checkpoint.tensors import check_tensors, stored
+from smedjan_common.checkpoint.load import faults
+from smedjan_common.checkpoint.tensors import check_tensors
 from smedjan_common.errors import CheckpointError, flag, notice
 from smedjan_common.files.names import MANIFEST, OPTIMIZER, WEIGHTS
 from smedjan_common.inference.open import Foreign, open_model
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
 from smedjan_common.tokenizer import Tokenizer
-from smedjan_common.training.optimizers import EMA
+from smedjan_common.training.config import TrainConfig
 
 _INERT = {name for name, option in options(ModelConfig).items() if option.inert}
 
@@ -39,6 +47,11 @@ class Source:
         """Optimizer steps done; 0 where that is not known."""
         return self.info.step if self.info else 0
 
+    @property
+    def train(self) -> TrainConfig | None:
+        """How it was trained, as of a whole model; None where that is not known."""
+        return self.info.train.of_whole_model() if self.info and self.info.train else None
+
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of what it was made of."""
         known = {"step": self.step, "sha256": self.info.files[WEIGHTS].sha256} if self.info else {}
@@ -46,10 +59,10 @@ class Source:
 
     def verify(self) -> None:
         """Compare every byte of the weights with their hash, where there is one. Raises CheckpointError."""
-        if self.info:
-            with faults(self.path):
-                for name in (WEIGHTS, OPTIMIZER) if self.averaged else (WEIGHTS,):
-                    check_tensors(self.path / name, self.info.files[name], self.info.tensors[name])
+        for info in with_bases(self.info) if self.info else ():
+            with faults(info.path):
+                for name in (WEIGHTS, OPTIMIZER) if self.averaged and info is self.info else (WEIGHTS,):
+                    check_tensors(info.path / name, info.files[name], info.tensors[name])
 
 
 def open_source(path: str | Path) -> Source:
@@ -63,10 +76,7 @@ def open_source(path: str | Path) -> Source:
             why, fix = "They are to infer with: only whole weights can become another model.", "Give the model that they were made from."
             raise CheckpointError(f"The weights of {path} are quantised.", why, fix)
         return Source(info.path, info.model, tokenizer, info.weights)
-    if info.format != FORMAT:
-        raise foreign(info)
-    with faults(info.path):
-        return Source(info.path, info.model, tokenizer, stored(info.path / WEIGHTS, info.files[WEIGHTS], info.weights), info)
+    return Source(info.path, info.model, tokenizer, lazy_weights(info), info)
 
 
 def open_averages(path: str | Path) -> Source:
@@ -80,11 +90,7 @@ def open_averages(path: str | Path) -> Source:
             "They are in the step checkpoints of a run that was trained with --ema.",
         )
         raise CheckpointError(what, why, "Give such a run or checkpoint, or leave --ema out; final/ of such a run is its average.")
-    mark = f"{EMA}."
-    with faults(info.path):
-        kept = stored(info.path / OPTIMIZER, info.files[OPTIMIZER], info.slots)
-    weights = {**source.weights, **{name.removeprefix(mark): lazy for name, lazy in kept.items() if name.startswith(mark)}}
-    return dataclasses.replace(source, weights=weights, averaged=info.train.ema)
+    return dataclasses.replace(source, weights=lazy_weights(info, averaged=True), averaged=info.train.ema)
 
 
 def check_alike(first: Source, other: Source) -> None:
@@ -117,7 +123,7 @@ def write_made(output: Path, like: Source, weights: Mapping[str, Lazy], made_by:
     tokenizer, info = SavedTokenizer.of(like.tokenizer), like.info
     about = About(
         model=like.model,
-        train=info.train if info else None,
+        train=like.train,
         tokenizer=tokenizer,
         dataset=info.dataset if info else None,
         framework={"name": made_by},

@@ -1,6 +1,6 @@
 """FLOPs per trained token and peak FLOP/s of known devices, for MFU.
 
-    train FLOPs/token = 6 * active parameters + 3 * sum over layers of the mixer's own forward FLOPs/token
+    train FLOPs/token = 6 * active parameters (4 * frozen ones) + 3 * sum over layers of the mixer's own forward FLOPs/token
 
 A causal pair counts once; `full_square=True` counts the whole T x T square, as many papers do.
 The output head counts, tied or not; looking a row of the embedding up costs nothing.
@@ -8,6 +8,7 @@ The output head counts, tied or not; looking a row of the embedding up costs not
 
 import re
 
+from smedjan_common.model.adapters import Adapters, adapter_table
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
@@ -64,9 +65,16 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool
     return 2 * active_params(config) + mixing
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False) -> int:
-    """FLOPs of forward and backward per token (the backward counts twice the forward; recomputation is not counted)."""
-    return 3 * forward_flops_per_token(config, seq_len, full_square)
+def train_flops_per_token(config: ModelConfig, seq_len: int, full_square: bool = False, adapters: Adapters | None = None) -> int:
+    """FLOPs of forward and backward per token (the backward counts twice the forward; recomputation is not counted).
+
+    With adapters no gradient of the frozen matrices is computed, which is a third of their work.
+    """
+    whole = 3 * forward_flops_per_token(config, seq_len, full_square)
+    if adapters is None:
+        return whole
+    trained = sum(spec.size for spec in adapter_table(config, adapters).values())
+    return whole - 2 * active_params(config) + 6 * trained
 
 
 def peak_flops(device_name: str) -> float | None:

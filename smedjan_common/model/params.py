@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from smedjan_common.errors import CheckpointError
@@ -98,7 +99,11 @@ def require_tree(config: Shape, tensors: dict[str, Any]) -> None:
 
 def check_tree(config: Shape, tensors: dict[str, Any]) -> list[str]:
     """Names the differences between `tensors` (name -> anything with .shape) and the table; empty when they agree."""
-    table = parameter_table(config)
+    return differences(parameter_table(config), tensors)
+
+
+def differences(table: Mapping[str, ParamSpec], tensors: Mapping[str, Any]) -> list[str]:
+    """The same with any table."""
     missing = [f"{name} is missing" for name in table if name not in tensors]
     extra = [f"{name} is not a parameter of this model" for name in tensors if name not in table]
     wrong = [

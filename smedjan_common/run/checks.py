@@ -6,6 +6,7 @@ CHECKS is the one list. It is gone through before texts are tokenised, as far as
 import os
 from collections.abc import Callable
 
+from smedjan_common.checkpoint import find_base
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.order import document_offsets
 from smedjan_common.errors import ConfigError, DataError, flag, unknown
@@ -19,7 +20,7 @@ from smedjan_common.run.folder import COMMANDS
 from smedjan_common.run.options import check_options, check_report_options, check_training_options
 from smedjan_common.run.recorded import COUNTS
 from smedjan_common.run.reference_scores import check_reference
-from smedjan_common.run.resume import check_fixed, check_same
+from smedjan_common.run.resume import check_fixed, check_same, check_same_adapters
 from smedjan_common.run.start import GoOn, New
 from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
@@ -123,6 +124,26 @@ def _check_pairs(decided: Decided) -> None:
                 why = "Pairs say which of two answers is better, and are learned from as such."
                 raise DataError(what, why, "Learn from pairs with smedjan dpo, and from other data with smedjan sft or train.")
         check_reference(decided)
+
+
+def _check_adapters(decided: Decided) -> None:
+    """Adapters beside no weights, other adapters than the run has, or what they have no use for."""
+    info, train, given = decided.start, decided.train, decided.asked.given
+    if info and info.train:
+        check_same_adapters(info, train)
+    if info and info.adapter:
+        find_base(info)
+    if not train.lora_rank:
+        return
+    if isinstance(decided.begin, New):
+        what, why = "--lora-rank needs --pretrained.", "Adapters change a trained model, whose weights stay as they are."
+        raise ConfigError(what, why, "Name one: --pretrained runs/mine, or leave --lora-rank out.")
+    if decided.asked.value("checkpoint_format") != "neutral":
+        kind = decided.asked.value("checkpoint_format")
+        why = "A checkpoint of adapters holds them and not the model; it is small, and neutral."
+        raise ConfigError(f"--checkpoint-format {kind} does not go with --lora-rank.", why, "Leave it out.")
+    if "router_bias_rate" in given and train.router_bias_rate:
+        raise ConfigError("--router-bias-rate would do nothing.", "Beside adapters routers are frozen.", "Leave it out.")
 
 
 def _check_run(decided: Decided) -> None:
@@ -231,6 +252,7 @@ def _check_writable(decided: Decided) -> None:
 
 CHECKS: tuple[Callable[[Decided], None], ...] = (
     _check_objective,
+    _check_adapters,
     _check_pairs,
     _check_run,
     _check_weights,

@@ -92,7 +92,7 @@ def _where(decided: Decided, cluster: Cluster) -> list[Line]:
 def _costs(decided: Decided, best: Cost, cluster: Cluster) -> list[Line]:
     model, train = decided.model, decided.train
     rate = best.tokens_per_second / cluster.devices
-    reached = rate * train_flops_per_token(model, train.seq_len)
+    reached = rate * train_flops_per_token(model, train.seq_len, adapters=train.adapters)
     parts = [
         (
             "" if number else "traffic",

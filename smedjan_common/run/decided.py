@@ -87,6 +87,8 @@ def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData
     mesh = parse_mesh(asked.value("mesh"))
     model = _model(_grown(begin, data), asked, _vocab_size(asked, mesh, data))
     train = train_config(asked, base_of(begin), objective_of(asked, begin), model.dim, _epoch(asked, begin, data))
+    if train.lora_rank and isinstance(begin, Pretrained) and data and data.tokenizer:
+        train = dataclasses.replace(train, lora_rows_from=data.tokenizer.vocab_size - data.gained, lora_rows=data.gained)
     return Decided(backend, asked, begin, folder, mesh, model, train, data)
 
 

@@ -44,7 +44,7 @@ def expected(decided: Decided, device: Device, backend: Backend) -> Expected:
     if known := so_far(decided, device):
         return known
     train = decided.train
-    work = train_flops_per_token(decided.model, train.seq_len) * train.batch_size * train.seq_len
+    work = train_flops_per_token(decided.model, train.seq_len, adapters=train.adapters) * train.batch_size * train.seq_len
     if device.peak_flops and device.kind == "gpu":
         seconds = work / (device.peak_flops * device.count * ASSUMED_MFU)
         steps = _left(decided) / (train.batch_size * train.seq_len)

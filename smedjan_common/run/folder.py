@@ -16,7 +16,20 @@ import numpy as np
 
 import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
-from smedjan_common.checkpoint import About, CheckpointInfo, SavedTokenizer, prune_checkpoints, start_own, write_checkpoint, write_final
+from smedjan_common.checkpoint import (
+    ADAPTER,
+    About,
+    AdapterRecord,
+    BaseWeights,
+    CheckpointInfo,
+    SavedTokenizer,
+    find_base,
+    prune_checkpoints,
+    start_own,
+    weights_hash,
+    write_checkpoint,
+    write_final,
+)
 from smedjan_common.checkpoint.load import step_name
 from smedjan_common.checkpoint.mirror import Mirror
 from smedjan_common.checkpoint.own import FORMATS
@@ -108,8 +121,18 @@ class RunFolder:
             tokenizer=SavedTokenizer.of(config.tokenizer),
             dataset=self._dataset(config.train_data),
             framework={"name": device.backend, "device": device.name, **device.versions},
-            extra={name: value for name, value in ((EXTENDS, config.extends), (REFERENCE, config.reference.record)) if value} or None,
+            extra=self._more() or None,
         )
+
+    def _more(self) -> dict[str, Any]:
+        """What checkpoint.json says besides: which tokenizer the run's own was made of, what it is compared with, and which weights its
+        adapters belong to."""
+        config = self.config
+        more: dict[str, Any] = {name: value for name, value in ((EXTENDS, config.extends), (REFERENCE, config.reference.record)) if value}
+        if config.train.adapters and (base := find_base(config.start) if config.start else config.pretrained):
+            where = BaseWeights.at(base.path, self.path, weights_hash(base))
+            more[ADAPTER] = AdapterRecord(config.train.adapters, where).to_json()
+        return more
 
     def _dataset(self, data: TokenFile | Mixture) -> dict[str, Any]:
         """Path relative to the run folder when it lies inside, so that the folder can move; else absolute. A mixture lists its files."""
@@ -241,7 +264,7 @@ class RunFolder:
         if not self._hosts.first:
             return
         try:
-            curve = Curve(rows, train_flops_per_token(self.config.model, self.config.train.seq_len))
+            curve = Curve(rows, train_flops_per_token(self.config.model, self.config.train.seq_len, adapters=self.config.train.adapters))
             plot({"training": curve}, self.path / PLOT, self.path.resolve().name)
         except Exception as error:
             say(f"note: {PLOT} was not drawn: {(error.strerror if isinstance(error, OSError) else '') or error}")

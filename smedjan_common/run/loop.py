@@ -104,7 +104,7 @@ class _Loop:
         self.mean_loss = RunningMean.of((start.extra or {}).get(SINCE_LINE) if start else None)
         peak = self.device.peak_flops
         self.peak_flops = peak * self.device.count if peak else None
-        self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len)
+        self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len, adapters=self.train.adapters)
 
     def run(self) -> int:
         if self.hosts.first:

@@ -12,6 +12,7 @@ from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.options import Option, options
 from smedjan_common.model.shape import Shape
 from smedjan_common.optional import MaybeFloat, MaybeInt
+from smedjan_common.training.adaptation import Adaptation
 from smedjan_common.training.config import Basics, TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.optimizers import OPTIMIZERS, Averaged
@@ -53,6 +54,7 @@ def training_options() -> list[Option]:
         known[name] = option
         for reads in behind.get(name, ()):
             known |= options(reads)
+    known |= options(Adaptation)
     of_objectives = {name for row in OBJECTIVES.values() for name in options(row.options)}
     assert known.keys() | of_objectives == options(TrainConfig).keys(), "TrainConfig inherits the options of every row"
     flags = {name: option for name, option in known.items() if option.help}
@@ -69,7 +71,7 @@ def objective_options(command: str) -> list[Option]:
 
 _CHATS: dict[str, dict[str, Any]] = {  # what differs where conversations are learned
     "steps": {"filled": "--epochs times over the conversations"},
-    "lr": {"filled": "a fifth of that of `train`: 6e-5 * sqrt(4096 / dim)"},
+    "lr": {"filled": "a fifth of that of `train`: 6e-5 * sqrt(4096 / dim); with --lora-rank ten times as much"},
     "warmup": {"filled": "10% of --steps, at most 1000"},
     "weight_decay": {"unset": 0.0, "filled": ""},
     "packing": {"unset": "documents"},
@@ -84,7 +86,7 @@ def chat_training_options() -> list[Option]:
 
 _PAIRS = _CHATS | {  # what differs where pairs of answers are
     "steps": {"filled": "--epochs times over the pairs"},
-    "lr": {"filled": "a two-hundredth of that of `train`: 1.5e-6 * sqrt(4096 / dim)"},
+    "lr": {"filled": "a two-hundredth of that of `train`: 1.5e-6 * sqrt(4096 / dim); with --lora-rank ten times as much"},
 }
 
 
@@ -99,7 +101,8 @@ def _by_optimizer(option: Option) -> Option:
     values = {name: getattr(row, option.name) for name, row in OPTIMIZERS.items()}
     usual = values["adamw"]
     others = "".join(f"; {name}: {value:g}" for name, value in values.items() if value != usual)
-    return option._replace(filled=f"{usual:g}{others}")
+    adapted = "; 0 with --lora-rank" if option.name == "weight_decay" else ""
+    return option._replace(filled=f"{usual:g}{others}{adapted}")
 
 
 def _type(option: Option) -> Any:

@@ -14,6 +14,7 @@ from smedjan_common.model.ffns.experts import ROUTERS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.options import options
 from smedjan_common.run.flags import ReportFlags
+from smedjan_common.training.adaptation import Adaptation
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.preferences import PREFERENCES
@@ -76,6 +77,7 @@ def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tupl
         yield f"--optimizer {row.name}", tuple(options(row.options)), row.name == train.optimizer
     for row in SCHEDULES.values():
         yield f"--lr-schedule {row.name}", tuple(options(row.options)), row.name == train.lr_schedule
+    yield "--lora-rank 16", tuple(name for name in options(Adaptation) if name != "lora_rank"), train.lora_rank > 0
 
 
 def check_report_options(flags: ReportFlags, given: frozenset[str]) -> None:

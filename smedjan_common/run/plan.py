@@ -3,6 +3,8 @@
 import shutil
 
 from smedjan_common.backend import Device
+from smedjan_common.checkpoint import find_base
+from smedjan_common.model.adapters import adapted_maps, adapter_table
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import active_params, train_flops_per_token
 from smedjan_common.reporting.console import count, flop, size
@@ -10,7 +12,7 @@ from smedjan_common.reporting.table import Line, as_table
 from smedjan_common.run.decided import Decided
 from smedjan_common.run.expected import Expected
 from smedjan_common.run.room import existing, needed, room
-from smedjan_common.training.memory import state_bytes
+from smedjan_common.training.memory import checkpoint_bytes
 
 
 def heading(decided: Decided, device: Device, time: Expected | None = None) -> str:
@@ -23,7 +25,7 @@ def plan(decided: Decided, device: Device, time: Expected) -> str:
     model, train, data = decided.model, decided.train, decided.data
     assert data
     tokens = train.steps * train.batch_size * train.seq_len
-    flops = train_flops_per_token(model, train.seq_len)
+    flops = train_flops_per_token(model, train.seq_len, adapters=train.adapters)
     if decided.known_steps:
         passes = f"{tokens / data.train.num_tokens:.2f} passes over the data; " if data.train else ""
         work = f"{passes}{flop(flops)} a token, {flop(flops * tokens)} in all"
@@ -35,7 +37,7 @@ def plan(decided: Decided, device: Device, time: Expected) -> str:
     free = shutil.disk_usage(existing(decided.folder)).free
     lines = [
         ("work", work),
-        ("disk", f"{size(state_bytes(model, train))} a checkpoint, {size(free)} free"),
+        ("disk", f"{size(checkpoint_bytes(model, train))} a checkpoint, {size(free)} free"),
         *([("besides", often)] if often else []),
         ("time", str(time) if decided.known_steps else "not known before tokenising"),
     ]
@@ -50,7 +52,7 @@ def as_list(rows: list[tuple[str, str, str]]) -> str:
 
 def _heading(decided: Decided, device: Device) -> list[Line]:
     known = _device(decided, device), _memory(decided, device), _model(decided.model), _data(decided)
-    return [*known, *_training(decided), _folder(decided)]
+    return [*known, *_adapters(decided), *_training(decided), _folder(decided)]
 
 
 def _device(decided: Decided, device: Device) -> Line:
@@ -73,6 +75,18 @@ def _model(model: ModelConfig) -> Line:
     shared = f", {model.kv_heads} key/value heads" if model.kv_heads != model.heads else ""
     shape = f"dim {model.dim}, {model.layers} layers, {model.heads} heads{shared}, vocabulary {model.vocab_size}"
     return "model", f"{count(model.num_params())} parameters{_active(model)}: {shape}"
+
+
+def _adapters(decided: Decided) -> list[Line]:
+    """What is trained beside which weights, where it is not all of them."""
+    if not (adapters := decided.train.adapters):
+        return []
+    trained = count(sum(spec.size for spec in adapter_table(decided.model, adapters).values()))
+    rows = f", and rows of {adapters.tokens} new tokens" if adapters.tokens else ""
+    maps = f"{len(adapted_maps(decided.model, adapters))} linear maps ({', '.join(adapters.targets)})"
+    frozen = decided.pretrained or (find_base(decided.start) if decided.start else None)
+    beside = f"beside {frozen.path}, which stays as it is" if frozen else ""
+    return [("adapters", f"{trained} parameters, rank {adapters.rank}, alpha {adapters.alpha:g}: {maps}{rows}"), ("", beside)]
 
 
 def _active(model: ModelConfig) -> str:

@@ -213,7 +213,7 @@ def _losses(decided: Decided, record: Record, make_backend: MakeBackend) -> Call
     model = dataclasses.replace(info.model, context_length=decided.train.seq_len, vocab_size=size)
     if model.rope_scaling != "none":
         model = dataclasses.replace(model, rope_original_len=original_length(info.model))
-    backend = make_backend(model, decided.train, decided.mesh)
+    backend = make_backend(model, decided.train.of_whole_model(), decided.mesh)
     params = read_weights(info, backend.own)
     if seen < tokenizer.vocab_size:
         params = with_new_rows(params, model, seen, tokenizer.vocab_size)

@@ -13,6 +13,7 @@ from smedjan_common.errors import CheckpointError, ConfigError, flag
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
 from smedjan_common.tokenizer import Tokenizer
+from smedjan_common.training.adaptation import Adaptation
 from smedjan_common.training.config import TrainConfig
 
 FIXED = tuple(name for name, option in options(TrainConfig).items() if option.fixed)
@@ -47,6 +48,19 @@ def check_fixed(info: CheckpointInfo, train: TrainConfig) -> None:
             f"{info.path} was trained with other settings: {shown}.",
             "They fix which text each step sees, so the run would not be the same.",
             f"Leave them out (--grad-accum saves memory), or start a new run: --pretrained {info.path} --checkpoint-dir NEW.",
+        )
+
+
+def check_same_adapters(info: CheckpointInfo, train: TrainConfig) -> None:
+    """Raises ConfigError for other --lora-… than those of the run."""
+    assert info.train
+    other = [change for change in _differing(info.train, train) if change[0] in options(Adaptation)]
+    if other:
+        shown = "; ".join(f"{flag(name)} is {_show(a)} there, {_show(b)} now" for name, a, b in other)
+        raise ConfigError(
+            f"{info.path} has other adapters: {shown}.",
+            "What is trained stays the same for the whole of a run.",
+            "Leave them out, or start a new run with another --checkpoint-dir.",
         )
 
 

@@ -17,7 +17,6 @@ from smedjan_common.checkpoint.directory import step_directories
 from smedjan_common.errors import ConfigError, OutOfMemoryError, flag
 from smedjan_common.machine import available_memory
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.model.params import count_params
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.reporting.console import size
 from smedjan_common.run.decided import Decided
@@ -25,7 +24,7 @@ from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.settings import new_model
 from smedjan_common.run.start import New, Say
 from smedjan_common.training.config import GRADIENT_CHECKPOINTING, TrainConfig
-from smedjan_common.training.memory import PROCESS_BYTES, Place, by_kernels, state_bytes, training_bytes
+from smedjan_common.training.memory import PROCESS_BYTES, Place, by_kernels, checkpoint_bytes, final_bytes, state_bytes, training_bytes
 from smedjan_common.training.mesh import ONE_DEVICE, check_mesh, parse_mesh
 
 Models = Callable[[], Mapping[str, ModelConfig]]  # presets that are smaller than the model of the run, the largest first
@@ -65,7 +64,7 @@ def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     the process takes besides and the copy of the state that a checkpoint is written from while training goes on."""
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""), by_kernels(device.kernels))
     step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
-    besides = state_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
+    besides = checkpoint_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
     return device.count * step + besides if device.on_host else step
 
 
@@ -85,7 +84,7 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
             _advice(fitting(model, train, device, there, resumed, smaller), train, device),
         )
         _refuse(error, force, say)
-    host, copy = available_memory(), state_bytes(model, train)
+    host, copy = available_memory(), checkpoint_bytes(model, train)
     if not device.on_host and host is not None and copy > host:
         what = f"A checkpoint of this run needs {size(copy)} of the machine's memory, and {size(host)} are there."
         why = "The parameters and what the optimizer keeps are brought there to be written."
@@ -176,7 +175,7 @@ def check_disk(
     """Raises OutOfMemoryError when the checkpoints that are on the disk of `folder` at one time do not fit there. begin: the step that
     the run goes on from; the rest as the flags say."""
     total, _, free = shutil.disk_usage(existing(folder))
-    one, final = state_bytes(model, train), 4 * count_params(model)
+    one, final = checkpoint_bytes(model, train), final_bytes(model, train)
     there = len(step_directories(folder))  # by their names: the run has read them already
     count = new_checkpoints(begin, train.steps, checkpoint_every, keep, keep_every, there)
     if not total or count * one + final <= free:  # a total of 0: a file system that tells nothing

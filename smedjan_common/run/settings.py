@@ -15,6 +15,7 @@ from smedjan_common.run.described import described_model, feed_forward, option_v
 from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.option_flags import shape_options
 from smedjan_common.run.resume import difference
+from smedjan_common.training.adaptation import RATES as ADAPTED
 from smedjan_common.training.config import TrainConfig, default_lr
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.preferences import PREFERENCES
@@ -96,7 +97,10 @@ def train_config(asked: Asked, base: TrainConfig | None, objective: str, dim: in
         values["steps"] = max(1, epoch)
     optimizer = OPTIMIZERS.get(values["optimizer"], OPTIMIZERS["adamw"])  # an unknown one is refused below
     if values["lr"] is None:
-        values["lr"] = float(f"{_RATES.get(asked.command, 1.0) * default_lr(dim, optimizer.name):.1e}")
+        part = ADAPTED[asked.command] if values["lora_rank"] else _RATES.get(asked.command, 1.0)
+        values["lr"] = float(f"{part * default_lr(dim, optimizer.name):.1e}")
+    if values["weight_decay"] is None and values["lora_rank"]:
+        values["weight_decay"] = 0.0
     values |= {name: getattr(optimizer, name) for name in ("beta2", "weight_decay") if values[name] is None}
     loss = PREFERENCES.get(objective)
     values |= {name: getattr(loss or TrainConfig, name) for name in ("beta", "nll_weight") if values.get(name, 0) is None}

@@ -12,6 +12,7 @@ from smedjan_common.reporting.console import count
 from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
 from smedjan_common.run.claim import is_run
 from smedjan_common.run.folder import read_config
+from smedjan_common.training.config import TrainConfig
 
 Summary = dict[str, Any]
 _HEAD = ("run", "", "step", "tokens", "loss", "best validation", "at step", "bits/byte", "parameters", "mixer", "tok/s")
@@ -51,7 +52,13 @@ def flops_per_token(path: Path) -> float | None:
     """Of training the run's model, forward and backward; None where config.json does not say it."""
     config = read_config(path) or {}
     model, train = _model(config), config.get("train")
-    return train_flops_per_token(model, train["seq_len"]) if model and isinstance(train, dict) and "seq_len" in train else None
+    if not model or not isinstance(train, dict) or "seq_len" not in train:
+        return None
+    try:
+        adapters = TrainConfig.from_dict(train).adapters
+    except ConfigError:
+        adapters = None
+    return train_flops_per_token(model, train["seq_len"], adapters=adapters)
 
 
 def _steps(config: Summary) -> int | None:

@@ -7,7 +7,6 @@
 The step is the one of `smedjan train`; schedules, data and checkpoints are the caller's. It belongs to the thread that made it.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from smedjan_common.backend import Backend
+from smedjan_common.backend import Backend, Snapshot
 from smedjan_common.checkpoint import About, SavedTokenizer, read_weights, write_final
 from smedjan_common.errors import ConfigError
 from smedjan_common.inference.keywords import check_keywords
@@ -30,6 +29,7 @@ Load = Callable[[], tuple[Callable[[ModelConfig, TrainConfig], Backend], str]]
 # fields of TrainConfig that are not options here
 OWN = ("steps", "batch_size", "seq_len", "lr", "objective", "distill_temperature", "distill_alpha")
 OWN += ("beta", "gamma", "label_smoothing", "nll_weight")  # of pairs
+OWN += ("lora_rows_from", "lora_rows")  # of a tokenizer that has gained tokens
 
 
 class Trainer:
@@ -82,15 +82,16 @@ class Trainer:
         return {"loss": sums["loss_sum"] / max(sums["tokens"], 1), "tokens": sums["tokens"]}
 
     def params(self) -> dict[str, np.ndarray]:
-        """A copy of the parameters, float32, by their names; with `ema` their averages."""
-        return self._backend.save(self._state).weights
+        """A copy of the parameters, float32, by their names; with `ema` their averages, with `lora_rank` those of the model that adapters
+        were merged into."""
+        return {name: np.array(value) for name, value in self._backend.params_of(self._state).items()}
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write folder/final with weights, configuration and tokenizer; gives its path, which `load` opens."""
-        snapshot = self._backend.save(self._state)
+        snapshot = Snapshot(self.steps_done, self.params(), {})
         device, saved = self._backend.describe(), self.tokenizer and SavedTokenizer.of(self.tokenizer)
         about = About(model=self.config, tokenizer=saved, framework={"name": device.backend, **device.versions})
-        return write_final(Path(folder), dataclasses.replace(snapshot, params=snapshot.weights), about)
+        return write_final(Path(folder), snapshot, about)
 
     def _weights(self, info: Any, seed: int) -> dict[str, Any]:
         if info is None:

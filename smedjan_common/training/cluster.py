@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from smedjan_common.errors import ConfigError, unknown
+from smedjan_common.model.adapters import trained_table
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import peak_flops, train_flops_per_token
-from smedjan_common.model.params import parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.memory import Place, training_bytes
 from smedjan_common.training.mesh import AXES, MeshShape, check_mesh, mesh_axes
@@ -172,14 +172,14 @@ def traffic(model: ModelConfig, train: TrainConfig, mesh: MeshShape) -> dict[str
     """What each device sends along each axis in a step."""
     width, parts = BYTES[compute_dtype(train.dtype)], train.grad_accum
     gathered = summed = shared = 0.0
-    for spec in parameter_table(model).values():
+    for spec in trained_table(model, train.adapters).values():
         whole = 4 * spec.size / mesh.parts(spec, but="fsdp")  # of this device's part of the tensor axis
         if "fsdp" in mesh_axes(spec):
             gathered += width / 4 * whole * 2  # for the forward pass and again for the backward pass
-            summed += whole
-        else:
+            summed += whole * (spec.lr_scale > 0)
+        elif spec.lr_scale:
             summed += 2 * whole * (mesh.fsdp > 1)
-        shared += 2 * whole / (mesh.fsdp if "fsdp" in mesh_axes(spec) else 1)
+        shared += (spec.lr_scale > 0) * 2 * whole / (mesh.fsdp if "fsdp" in mesh_axes(spec) else 1)
     tokens = train.batch_size * train.seq_len / mesh.batch
     crossing = tokens * model.dim * width * (4 * model.layers + 2) * 2  # two sums a layer forward, two backward; embedding and head
     return {
@@ -207,7 +207,7 @@ def _flops(model: ModelConfig, train: TrainConfig) -> float:
         mixer, ffn = model.mixer_of(layer), model.ffn_of(layer)
         length = train.seq_len if mixer in {"attention", "mla"} else min(train.seq_len, MEASURED_LENGTH)
         speed = SPEED.get(mixer, min(SPEED.values())) * (1.0 if ffn == "swiglu" else EXPERTS_SPEED)
-        found += train_flops_per_token(replace(model, mixer=("attention",)), length) / speed
+        found += train_flops_per_token(replace(model, mixer=("attention",)), length, adapters=train.adapters) / speed
     return found / model.layers * RECOMPUTING[train.gradient_checkpointing]
 
 

@@ -1,16 +1,19 @@
 """How a model is trained (TrainConfig): frozen, validated, to and from JSON. Each field is an option, and so a flag."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from smedjan_common.errors import ConfigError, nearest_divisor
+from smedjan_common.model.adapters import check_targets
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import experts
 from smedjan_common.model.json_fields import JsonFields, check_extents
 from smedjan_common.model.mixers import MIXERS, shared
 from smedjan_common.model.options import REQUIRED, check_options, option, options
 from smedjan_common.training import distillation, optimizers, preferences, schedule
+from smedjan_common.training.adaptation import Adaptation
 from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.precision import FLOAT8_LEAST, FLOAT8_MULTIPLE, PRECISIONS, multiplied_in_float8
@@ -31,7 +34,11 @@ class Basics:
         fixed=True,
     )
     lr: float = option(
-        REQUIRED, "Peak learning rate.", over=0, unset=None, filled="by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it"
+        REQUIRED,
+        "Peak learning rate.",
+        over=0,
+        unset=None,
+        filled="by width: 3e-4 * sqrt(4096 / dim); for lion a fifth of it; with --lora-rank twice it",
     )
     warmup: int = option(0, "Steps over which the learning rate rises.", least=0, unset=None, filled="5% of --steps, at most 1000")
     lr_schedule: str = option("cosine", "How the learning rate falls after the warm-up.", choices=SCHEDULES)
@@ -70,6 +77,7 @@ class Basics:
 @dataclass(frozen=True)
 class TrainConfig(
     # fields come in the order of the rows, the last class's first
+    Adaptation,
     experts.BiasRouter,
     experts.SoftmaxRouter,
     shared.Chunked,
@@ -95,6 +103,8 @@ class TrainConfig(
                 "Every part has the same number of sequences.",
                 f"Take --grad-accum {nearest_divisor(self.batch_size, self.grad_accum)}.",
             )
+        if self.adapters and not self.adapters.targets:
+            raise ConfigError("--lora-targets is empty.", "Nothing would be trained.", "Leave it out, which adapts all linear maps.")
         if self.warmup > self.steps:
             raise ConfigError(
                 f"--warmup {self.warmup} is longer than --steps {self.steps}.",
@@ -102,12 +112,18 @@ class TrainConfig(
                 "Lower --warmup.",
             )
 
+    def of_whole_model(self) -> "TrainConfig":
+        """The same for a model without adapters, such as that which they were merged into."""
+        return dataclasses.replace(self, lora_rank=0, lora_rows_from=0, lora_rows=0)
+
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for what this model cannot do."""
         for name in dict.fromkeys(model.mixer):
             if self.mask_documents and not MIXERS[name].documents:
                 able = ", ".join(row.name for row in MIXERS.values() if row.documents)
                 raise ConfigError(f"--mask-documents does not work with {name}.", MIXERS[name].about + ".", f"It works with {able}.")
+        if self.adapters:
+            check_targets(model, self.adapters)
         if PRECISIONS[self.dtype].float8 and not multiplied_in_float8((model.dim, model.dim)):
             raise ConfigError(
                 f"--dtype float8 does not work with --dim {model.dim}.",

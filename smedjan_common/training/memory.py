@@ -1,9 +1,9 @@
 """Estimated device memory to train and to infer, in bytes: for choosing a size, and for refusing what cannot fit (run/room.py).
 
-Training holds float32 parameters and what the optimizer keeps of them. A step adds, at its peak, the larger of two moments:
+Training holds float32 parameters, and of those that are trained what the optimizer keeps. A step adds the larger of two moments:
 
     after the forward pass   what the layers keep for the backward pass, and the logits or what one layer's backward pass works with
-    after the backward pass  the gradients of all parameters, or what the update of the optimizer works with
+    after the backward pass  the gradients of all that is trained, or what the update of the optimizer works with
 
 and, of another dtype, a copy of the weights. What a layer keeps is said by the rows of its mixer and its feed-forward, per token.
 """
@@ -11,11 +11,12 @@ and, of another dtype, a copy of the weights. What a layer keeps is said by the 
 from typing import NamedTuple
 
 from smedjan_common.model.activations import BLOCK, RECOMPUTES_NOTHING, Course
+from smedjan_common.model.adapters import adapter_table, is_frozen, trained_table
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
-from smedjan_common.model.params import parameter_table
+from smedjan_common.model.params import head_name, parameter_table
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.mesh import ONE_DEVICE, MeshShape
 from smedjan_common.training.optimizers import slots_of
@@ -63,18 +64,20 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     """
     place = place or Place(kind="cpu" if train.dtype == "float32" else "gpu")
     width, framework = BYTES[compute_dtype(train.dtype)], "mlx" if place.backend == "mlx" else "jax"
-    specs = parameter_table(config).values()
-    own = sum(spec.size // mesh.parts(spec) for spec in specs)
+    specs = parameter_table(config) if train.adapters is None else adapter_table(config, train.adapters)
+    own = sum(spec.size // mesh.parts(spec) for spec in specs.values())  # what has gradients
     fixed = 4 * own * (train.grad_accum > 1) + state_bytes(config, train, mesh)  # with several parts their gradients add up
     fixed += _copies(config, train, mesh, place)
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
     kept, working, layer = _activations(config, train, mesh, place)
     logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
     logits *= 16 if place.backend == "mlx" else 4 + width  # and their gradient; MLX on a CPU, which fuses nothing, has four float32 arrays
-    embed = 4 * config.padded_vocab_size * config.dim // mesh.tensor  # its gradient is the first that there is
+    moves = not is_frozen(config, train.adapters, head_name(config))
+    embed = moves * 4 * config.padded_vocab_size * config.dim // mesh.tensor  # its gradient is the first that there is
     after_forward = round(tokens * kept * width) + max(logits, round(tokens * working * width)) + embed
     gradients = 4 * own + round(tokens * layer * width)
-    return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own))
+    merged = 4 * sum(spec.size // mesh.parts(spec) for spec in parameter_table(config).values()) * bool(train.adapters)  # for samples
+    return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own), merged)
 
 
 def _copies(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> int:
@@ -110,9 +113,21 @@ def _activations(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place
 
 
 def state_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE) -> int:
-    """Float32 parameters and what the optimizer keeps of them, on each device; a checkpoint's size."""
-    specs = parameter_table(config).values()
-    return 4 * sum((1 + len(slots_of(spec, train.optimizer, train.ema))) * (spec.size // mesh.parts(spec)) for spec in specs)
+    """Float32 parameters and what the optimizer keeps of them, on each device."""
+    table = trained_table(config, train.adapters).values()
+    return 4 * sum((1 + len(slots_of(spec, train.optimizer, train.ema))) * (spec.size // mesh.parts(spec)) for spec in table)
+
+
+def checkpoint_bytes(config: ModelConfig, train: TrainConfig) -> int:
+    """A checkpoint's size: the train state, but for frozen weights beside adapters."""
+    frozen = parameter_table(config).values() if train.adapters else ()
+    return state_bytes(config, train) - 4 * sum(spec.size for spec in frozen)
+
+
+def final_bytes(config: ModelConfig, train: TrainConfig) -> int:
+    """The size of final/: weights, or adapters."""
+    table = adapter_table(config, train.adapters) if train.adapters else parameter_table(config)
+    return 4 * sum(spec.size for spec in table.values())
 
 
 def loss_chunks(tokens: int, vocab: int) -> int:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from smedjan_common.errors import CheckpointError
+from smedjan_common.model.adapters import Adapters, trained_table
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec
-from smedjan_common.model.params import parameter_table
 from smedjan_common.model.shape import Shape
 
 
@@ -105,19 +105,19 @@ def slots_of(spec: ParamSpec, optimizer: str, ema: float = 0.0) -> tuple[str, ..
     return (*OPTIMIZERS[optimizer].slots(spec), *((EMA,) if ema and spec.lr_scale else ()))
 
 
-def slot_names(config: Shape, optimizer: str, ema: float = 0.0) -> dict[str, list[str]]:
-    """slot -> names of the parameters that have it, in the order of the parameter table."""
+def slot_names(config: Shape, optimizer: str, ema: float = 0.0, adapters: Adapters | None = None) -> dict[str, list[str]]:
+    """slot -> names of the parameters that have it, in the order of the parameter table of the run."""
     slots: dict[str, list[str]] = {}
-    for name, spec in parameter_table(config).items():
+    for name, spec in trained_table(config, adapters).items():
         for slot in slots_of(spec, optimizer, ema):
             slots.setdefault(slot, []).append(name)
     return slots
 
 
-def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any], ema: float = 0.0) -> None:
+def check_state(config: Shape, optimizer: str, tensors: Mapping[str, Any], ema: float = 0.0, adapters: Adapters | None = None) -> None:
     """Raises CheckpointError unless `tensors` (`{slot}.{parameter}` -> anything with .shape) are what the optimizer keeps."""
-    table = parameter_table(config)
-    shapes = {f"{slot}.{name}": table[name].shape for slot, names in slot_names(config, optimizer, ema).items() for name in names}
+    table, slots = trained_table(config, adapters), slot_names(config, optimizer, ema, adapters)
+    shapes = {f"{slot}.{name}": table[name].shape for slot, names in slots.items() for name in names}
     wrong = [f"{name} is missing" for name in shapes if name not in tensors]
     wrong += [f"{name} is none of its arrays" for name in tensors if name not in shapes]
     wrong += [

@@ -58,10 +58,12 @@ class GatedDeltaNet(nnx.Module):
 
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """What is convolved [B, T, F], z [B, T, H V], and what makes decay and beta [B, T, H], of x [B, T, D]."""
-        if around(self.implementation, context.position):  # a matmul each for what kernels read: of one matmul they would get copies
+        linears = together(self)
+        plain = all(linear.lora_a is None for linear in linears)
+        if plain and around(self.implementation, context.position):  # a matmul each for what kernels read: else they would get copies
             convolved: Any = [each.weight for each in (self.q_proj, self.k_proj, self.v_proj)]
             return linear(x, convolved, self.q_proj.float8), self.z_proj(x), *apply_together([self.a_proj, self.b_proj], x)
-        q, k, v, z, a, b = apply_together(together(self), x)
+        q, k, v, z, a, b = apply_together(linears, x)
         return jnp.concatenate([q, k, v], axis=-1), z, a, b
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:

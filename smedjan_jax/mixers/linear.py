@@ -95,7 +95,8 @@ class LinearAttention(nnx.Module):
 
     def _scales_weight(self, context: Context) -> bool:
         """Whether K^-1/2 goes into the weight of the queries, which spares a pass over them."""
-        if self.config.linear_feature_map != "identity" or self.q_proj.float8 or not isinstance(self.q_proj.weight, jax.Array):
+        plain = isinstance(self.q_proj.weight, jax.Array) and not self.q_proj.float8 and self.q_proj.lora_a is None
+        if self.config.linear_feature_map != "identity" or not plain:
             return False
         return around(self.implementation, context.position)
 

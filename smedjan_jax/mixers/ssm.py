@@ -51,7 +51,8 @@ class Mamba2(nnx.Module):
     def project(self, x: jax.Array, context: Context) -> Arrays:
         """z [B, T, E], x, B and C together [B, T, E + 2 G N], dt [B, T, H], of x [B, T, D]."""
         weight, bounds = self.in_proj.weight, [self.inner, self.inner + self.convolved]
-        if around(self.implementation, context.position) and isinstance(weight, jax.Array) and not self.in_proj.float8:
+        plain = isinstance(weight, jax.Array) and not self.in_proj.float8 and self.in_proj.lora_a is None
+        if plain and around(self.implementation, context.position):
             return tuple(x @ part.T for part in jnp.split(weight.astype(x.dtype), bounds))  # of one matmul kernels would get copies
         return tuple(jnp.split(self.in_proj(x), bounds, axis=-1))
 

@@ -187,7 +187,7 @@ def kernel_over_heads(shape: MeshShape) -> float:
     double = custom_partitioning(lambda x: 2 * x)
     double.def_partition(partition=None, infer_sharding_from_operands=None, sharding_rule="b t h k -> b t h k")
     mesh = sharding.make_mesh(shape)
-    spread = sharding.Spread(GQA.model, mesh, set(), "float32")
+    spread = sharding.Spread(parameter_table(GQA.model), mesh, set(), "float32")
     total = spread.sums(lambda params, x: jnp.sum(sharding.over_heads(double, (x,))))
     params = {name: jnp.zeros(spec.shape) for name, spec in parameter_table(GQA.model).items()}
     return float(jax.jit(total)(params, jax.device_put(jnp.ones((4, 8, 4, 2)), sharding.rows(mesh))))

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from smedjan_common.errors import CheckpointError
-from smedjan_common.model import params
+from smedjan_common.model import adapters, params
 from smedjan_common.model.params import parameter_table
-from smedjan_common.training import optimizers
 from smedjan_common.training.optimizers import OPTIMIZERS
 from tests.conformance import checks, subjects
 from tests.conformance.cases import DEFAULT_CASES, Case, train_config
@@ -81,7 +80,7 @@ def test_parameters_keep_their_own_learning_rate_and_frozen_ones_stay(backend: s
     """lr_scale of the parameter table: a quarter for one matrix, and 0 for another matrix, for a norm: no state, no step, no decay."""
     scales = {"layers.0.mixer.q_proj.weight": 0.25, "layers.0.ffn.up_proj.weight": 0.0, "norm.weight": 0.0}
     table = {name: spec._replace(lr_scale=scales.get(name, 1.0)) for name, spec in parameter_table(FIRST.model).items()}
-    for owner in (params, optimizers, checks, subjects.module(backend, "optim")):
+    for owner in (params, adapters, checks):
         monkeypatch.setattr(owner, "parameter_table", lambda model: table)
     case = using(FIRST, optimizer, seed=99)  # a configuration of its own: what is compiled here serves no other test
     demand(checks.optimizer(backend, case))

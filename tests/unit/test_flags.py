@@ -38,16 +38,17 @@ def test_the_list_of_flags_is_the_frozen_one():
 
 
 SAID_BY_COMMANDS = {"objective", *(name for row in OBJECTIVES.values() for name in options(row.options))}
+SAID_BY_TOKENIZERS = {"lora_rows", "lora_rows_from"}
 
 
 def test_every_setting_of_training_is_a_flag_and_none_is_more():
-    assert names(TrainingFlags) == names(TrainConfig) - SAID_BY_COMMANDS
+    assert names(TrainingFlags) == names(TrainConfig) - SAID_BY_COMMANDS - SAID_BY_TOKENIZERS
     assert names(ReportFlags) <= names(RunConfig)
 
 
 def test_defaults_are_those_of_the_configuration():
     derived = {"dtype": "auto"}
-    for field in (field for field in dataclasses.fields(TrainConfig) if field.name not in SAID_BY_COMMANDS):
+    for field in (field for field in dataclasses.fields(TrainConfig) if field.name not in SAID_BY_COMMANDS | SAID_BY_TOKENIZERS):
         flag = getattr(TrainingFlags(), field.name)
         if field.default is not dataclasses.MISSING and flag is not None and field.name not in ("batch_size", "seq_len"):
             assert flag == derived.get(field.name, field.default), field.name

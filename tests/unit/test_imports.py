@@ -21,6 +21,7 @@ FORBIDDEN = {
 }
 LIGHT = (
     "smedjan_common.config",
+    "smedjan_common.model.adapters",
     "smedjan_common.model.params",
     "smedjan_common.errors",
     "smedjan_common.training.schedule",
@@ -59,6 +60,7 @@ REASONS = {
     ("convert.cli", "convert.*"): HELP,
     ("convert.cli", "smedjan_common.*"): HELP,
     ("smedjan_common.model.params", "numpy"): NUMPY,
+    ("smedjan_common.model.adapters", "numpy"): NUMPY,
     ("smedjan_common.model.params", "smedjan_common.model.initializers"): NUMPY,
     ("smedjan_common.model.params", "concurrent.futures"): "used with NumPy only, and takes 5 ms",
     ("smedjan_common.files.atomic_directory", "ctypes"): "takes 10 ms, and only an exchange of two directories calls it",

@@ -95,11 +95,11 @@ def test_too_small_a_value_of_a_row_in_use_is_refused(row, name):
         ModelConfig(**{**MODEL, **used, name: least - 1}).validate()
 
 
-def test_every_field_of_the_training_is_an_option_and_a_flag_unless_the_command_says_it():
+def test_every_field_of_the_training_is_an_option_and_a_flag_unless_the_command_or_the_tokenizer_says_it():
     found = options(TrainConfig)
     assert found.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
-    said_by_commands = {"objective", *(name for row in OBJECTIVES.values() for name in options(row.options))}
-    assert {name: said.flag_default for name, said in found.items() if name not in said_by_commands} == vars(TrainingFlags())
+    said = {"objective", "lora_rows", "lora_rows_from", *(name for row in OBJECTIVES.values() for name in options(row.options))}
+    assert {name: option.flag_default for name, option in found.items() if name not in said} == vars(TrainingFlags())
     TrainConfig(**TRAIN).validate()
 
 
