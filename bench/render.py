@@ -20,7 +20,7 @@ from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.mixers import MIXERS
 
 DOCS, IMAGES = ROOT / "docs", ROOT / "docs" / "images"
-PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "mixers.md", "performance.md", "scale.md", "training.md")
+PAGES = ("checkpoints.md", "convert.md", "equivalence.md", "generate.md", "mixers.md", "performance.md", "scale.md", "training.md")
 CHECKS = {
     "forward": "logits against the reference",
     "loss": "loss",
@@ -360,6 +360,28 @@ def sampling() -> str | None:
     return f"NumPy {report['versions']['numpy']}, one CPU core (`{report['command']}`):\n\n{table(head, body)}"
 
 
+def speculation() -> str | None:
+    """What a draft gains on each device, by how often it is right and how many texts are written at once."""
+    return "\n\n".join(_speculation(report) for report in reports("speculation").values()) or None
+
+
+def _speculation(report: Row) -> str:
+    body = [
+        [
+            f"{row['size']}, {row['parameters'] / 1e6:.0f}M, {row['backend'].upper()}",
+            f"{row['draft_parameters'] / 1e6:.0f}M",
+            str(row["rows"]),
+            f"{row['right']:.0%}",
+            f"{row['cpu_ms_alone']:.1f} -> {row['cpu_ms']:.1f}",
+            f"{row['cpu_ms_alone'] / row['cpu_ms']:.2f}",
+            f"{row['tokens_per_second'] / row['tokens_per_second_alone']:.2f}",
+        ]
+        for row in sorted(report["rows"], key=lambda row: (row["rows"], row["parameters"], -row["right"]))
+    ]
+    head = ["model", "draft", "texts at once", "guesses right", "CPU ms a token, alone -> with draft", "times as fast", "by the clock"]
+    return f"{report['device']}, float32, 4 tokens ahead (`{report['command']}`):\n\n{table(head, body)}"
+
+
 def decode() -> str | None:
     """Tokens per second of decoding, ours and transformers', and how they were measured."""
     report = newest("decode")
@@ -417,6 +439,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "stalls": stalls,
     "converts": converts,
     "quantized": quantized,
+    "speculation": speculation,
     **scale_tables.PARTS,
 }
 

@@ -189,6 +189,15 @@ def test_decoding_is_measured_by_blocks_and_by_steps(tmp_path):
     assert blocks["estimated_bytes"] > 4 * blocks["parameters"]
 
 
+def test_a_draft_is_measured_beside_the_model_alone(tmp_path):
+    pytest.importorskip("mlx.core")
+    words = "-m bench.speculation --backend mlx --size tiny --vocab-size 300 --rows 2 --tokens 12 --repeats 1 --off 0 --output".split()
+    subprocess.run([sys.executable, *words, str(tmp_path / "found.json")], cwd=render.ROOT, check=True, capture_output=True)
+    [row] = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["right"] > 0.9, "the layers that the draft lacks add nothing"
+    assert min(row["cpu_ms"], row["cpu_ms_alone"], row["tokens_per_second"]) > 0
+
+
 @pytest.mark.parametrize("page", render.PAGES)
 def test_pages_show_what_the_result_files_and_the_tables_say(page):
     text = (render.DOCS / page).read_text()
