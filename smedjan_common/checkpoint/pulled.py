@@ -4,6 +4,7 @@ A checkpoint comes into .pull-NAME/, each file hashed against checkpoint.json as
 that broke off goes on from where it was.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,11 +16,13 @@ from smedjan_common.checkpoint.directory import find_checkpoints
 from smedjan_common.checkpoint.load import step_of
 from smedjan_common.checkpoint.mirror import Mirror, checkpoints_there, manifest_there
 from smedjan_common.data.fetched import bring
-from smedjan_common.errors import CheckpointError, DataError
+from smedjan_common.errors import CheckpointError, DataError, notice
 from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.files.durable import sync_directory
 from smedjan_common.files.leftovers import remove
 from smedjan_common.files.names import CONFIG, DATA, FINAL, GIVEN, MANIFEST, METRICS
+from smedjan_common.remote.address import is_remote
+from smedjan_common.remote.cache import cache_folder
 from smedjan_common.remote.download import download
 from smedjan_common.remote.store import Place
 
@@ -48,6 +51,39 @@ def pull(mirror: Mirror, say: Say) -> None:
         mirror.keep_run(there)
     for left in folder.glob(".pull-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def checkpoint_here(path: str | os.PathLike, *, step: bool = False) -> Path:
+    """A path of this machine as it is; the checkpoint at an address brought to the cache.
+
+    Of a run that is the newest, final/ where no later step is there; `step`: never final/. Raises CheckpointError, DataError, OSError.
+    """
+    if not is_remote(path):
+        return Path(path)
+    place = Place(os.fspath(path))
+    if (place / MANIFEST).stat_if_there():
+        run, name = Place(place.address.parent), place.address.name
+    else:
+        run, name = place, _newest(place, step)
+    raw = manifest_there(run, name)
+    folder = cache_folder("checkpoints") / hashlib.sha256(raw).hexdigest()[:24]
+    if not (folder / name / MANIFEST).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _bring_checkpoint(run, folder, name, notice):
+            raise CheckpointError(f"{run / name} is damaged.", "It is not what its checkpoint.json says.", "Give another of the run.")
+        _bring_files(run, folder)
+    return folder / name
+
+
+def _newest(place: Place, step: bool) -> str:
+    there = checkpoints_there(place)
+    steps = [name for name in there if name != FINAL]
+    if not steps and (step or FINAL not in there):
+        raise CheckpointError(f"There is no checkpoint at {place}.", "None there has its checkpoint.json.", "Check the address.")
+    if step or FINAL not in there:
+        return steps[-1]
+    last = step_of(steps[-1]) if steps else -1
+    return FINAL if json.loads(manifest_there(place, FINAL)).get("step", 0) >= (last or 0) else steps[-1]
 
 
 def _bring_checkpoint(place: Place, folder: Path, name: str, say: Say) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.checkpoint import CheckpointInfo, newest
+from smedjan_common.checkpoint.pulled import checkpoint_here
 from smedjan_common.errors import CheckpointError, notice
 from smedjan_common.files.names import MANIFEST, TOKENIZER
 from smedjan_common.model.config import ModelConfig
@@ -35,12 +36,12 @@ class Foreign:
 
 def open_model(path: str | os.PathLike) -> tuple[CheckpointInfo | Foreign, Tokenizer]:
     """The checkpoint with the newest weights under `path` (a run folder, step-*/ or final/), or the model of a Hugging Face directory, and
-    its tokenizer. No weight is read.
+    its tokenizer. No weight is read; a checkpoint at an address is brought to the cache.
 
     Raises CheckpointError where there is none, or where the tokenizer is missing or another one; ConfigError for a foreign model that
     cannot be expressed.
     """
-    path = Path(path)
+    path = checkpoint_here(path)
     if _is_foreign(path):
         return _open_foreign(path)
     info = newest(path)

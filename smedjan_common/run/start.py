@@ -7,6 +7,7 @@ from typing import Any
 
 from smedjan_common.checkpoint import CheckpointInfo, check_readable, newest, read_info
 from smedjan_common.checkpoint.directory import Entry, check_formats, entries
+from smedjan_common.checkpoint.pulled import checkpoint_here
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.names import CONFIG, FINAL
 from smedjan_common.reporting.metrics import read_rows
@@ -51,7 +52,7 @@ def find_begin(folder: Path, asked: Asked, backend: str, say: Say, damaged: Coll
     damaged: checkpoints that turned out not to be whole when they were read. Their hashes are compared then, not here.
     """
     info = _step_checkpoint(folder, asked.value("resume"), say, damaged)
-    weights = newest(asked.value("pretrained")) if asked.value("pretrained") and info is None else None
+    weights = newest(checkpoint_here(asked.value("pretrained"))) if asked.value("pretrained") and info is None else None
     if found := info or weights:
         check_readable(found, backend)
     if info and info.step == 0 and not info.optimizer and not info.train:
@@ -66,7 +67,7 @@ def _step_checkpoint(folder: Path, resume: str, say: Say, damaged: Collection[Pa
         return _refuse_a_run(folder)
     if resume == "auto":
         return _newest_step(folder, say, damaged)
-    info = read_info(resume)
+    info = read_info(checkpoint_here(resume, step=True))
     inside = info.path.resolve().parent == folder.resolve()
     others = entries(folder, exclude=info.path)
     check_formats([entry for entry in others if not inside or entry.step > info.step])

@@ -24,7 +24,7 @@ from smedjan_common.checkpoint import (
     write_final,
 )
 from smedjan_common.checkpoint.mirror import Mirror, checkpoints_there, mirrored
-from smedjan_common.checkpoint.pulled import pull
+from smedjan_common.checkpoint.pulled import checkpoint_here, pull
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import parameter_table
@@ -293,8 +293,31 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(place: Place, bucket
     for mine, theirs in ((ours.params, plain.params), (ours.optimizer, plain.optimizer)):
         assert mine.keys() == theirs.keys()
         assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    assert cli.main(["generate", str(place), "--prompt", "The", "--max-tokens", "2", "--backend", "mlx"]) == 0
     there = [json.loads(line) for line in (place / "metrics.jsonl").read_all().decode().splitlines()]
     assert [row["loss"] for row in there if row.get("loss")] == losses(tmp_path / "plain")
+
+
+def test_weights_at_an_address_are_opened(place: Place, bucket: Door, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SMEDJAN_CACHE", str(tmp_path / "cache"))
+    save(tmp_path / "run", 10, 20)
+    write_final(tmp_path / "run", snapshot(20), ABOUT)
+    save(tmp_path / "run", 30)
+    with sending(place, tmp_path / "run"):
+        pass
+    for url, step in ((f"{place}", 30), (f"{place}/final", 20), (f"{place}/step-00000010", 10)):
+        for _ in range(2):
+            assert read_checkpoint(checkpoint_here(url)).step == step
+    assert checkpoint_here(f"{place}", step=True).name == "step-00000030"
+    (place / "step-00000030" / "checkpoint.json").remove()
+    assert checkpoint_here(str(place)).name == "final"
+    name = f"{str(place).rpartition('/')[2]}/step-00000020/model.safetensors"
+    put(bucket, name, bytes((tmp_path / "run" / "step-00000020" / "model.safetensors").stat().st_size))
+    with pytest.warns(match="is not what was written"), pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint_here(f"{place}/step-00000020")
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        checkpoint_here("s3://bucket/nothing")
+    assert checkpoint_here("runs/mine") == Path("runs/mine")
 
 
 def losses(folder: Path) -> list[float]:
