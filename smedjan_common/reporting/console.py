@@ -5,6 +5,7 @@ import sys
 
 from smedjan_common import streams
 from smedjan_common.reporting.metrics import Row
+from smedjan_common.training.distillation import METRICS
 
 
 def say(text: str) -> None:
@@ -33,6 +34,7 @@ def step_line(row: Row, steps: int, seconds_left: float | None) -> str:
     parts = [
         f"step {row['step']:>{width}}/{steps}",
         f"loss {row['loss']:.4f}",
+        *(f"{name} {row[name]:.4f}" for name in METRICS if name in row),
         f"lr {row['lr']:.2e}",
         f"grad {row['grad_norm']:.2f}",
     ]

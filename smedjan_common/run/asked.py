@@ -30,6 +30,11 @@ class Asked:
         """How preferences are learned; None where something else is."""
         return self.flags.chats if isinstance(self.flags, DpoFlags) else None
 
+    @property
+    def teacher(self) -> str | None:
+        """The checkpoint to learn from; None where there is none, or the command takes none."""
+        return self.value("teacher_checkpoint") if hasattr(self.flags.run, "teacher_checkpoint") else None
+
     def value(self, name: str) -> Any:
         """The value of a flag by the name of its field: "batch_size"."""
         return getattr(getattr(self.flags, _group_of(name)), name)

@@ -6,7 +6,7 @@ CHECKS is the one list. It is gone through before texts are tokenised, as far as
 import os
 from collections.abc import Callable
 
-from smedjan_common.checkpoint import find_base
+from smedjan_common.checkpoint import check_readable, find_base
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.order import document_offsets
 from smedjan_common.errors import ConfigError, DataError, flag, unknown
@@ -25,6 +25,7 @@ from smedjan_common.run.start import GoOn, New
 from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
+from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.precision import check_precision
 from smedjan_common.training.preferences import LOSSES, PREFERENCES
 
@@ -58,7 +59,7 @@ def _check_counts(asked: Asked) -> None:
 
 def _check_names(asked: Asked) -> None:
     """An empty name, which would stand for the current directory or for nothing, and two beginnings."""
-    of_pairs = ("reference",) if asked.pairs else ()
+    of_pairs = ("reference",) if asked.pairs else ("teacher_checkpoint",)
     for name in ("dataset", "val_dataset", "tokenizer", "checkpoint_dir", "resume", "pretrained", "ffn", *of_pairs):
         value = asked.value(name)
         if value == "" or (isinstance(value, tuple) and "" in value):
@@ -144,6 +145,31 @@ def _check_adapters(decided: Decided) -> None:
         raise ConfigError(f"--checkpoint-format {kind} does not go with --lora-rank.", why, "Leave it out.")
     if "router_bias_rate" in given and train.router_bias_rate:
         raise ConfigError("--router-bias-rate would do nothing.", "Beside adapters routers are frozen.", "Leave it out.")
+
+
+def _check_teacher(decided: Decided) -> None:
+    """A teacher where nothing would be learned from it, or one that cannot read what the run reads."""
+    train, teacher = decided.train, decided.teacher
+    if decided.asked.teacher and OBJECTIVES[train.objective].formula:
+        what, why = "--teacher-checkpoint does not work here.", "A teacher speaks of tokens, and this run learns from something else."
+        raise ConfigError(what, why, "Leave it out.")
+    if teacher is None:
+        if decided.asked.is_given("distill_alpha") and decided.asked.value("distill_alpha"):
+            what, why = "--distill-alpha would do nothing.", "It is read with --teacher-checkpoint PATH only."
+            raise ConfigError(what, why, "Leave it out, or add --teacher-checkpoint PATH.")
+        return
+    if train.distill_alpha == 0:
+        raise ConfigError("--distill-alpha is 0.", "Nothing would be learned from the teacher.", "Take 0.5, or no --teacher-checkpoint.")
+    check_readable(teacher.info, decided.backend)
+    if train.seq_len > (length := teacher.model.context_length):
+        what = f"The teacher {teacher.info.path} has a context of {length} tokens, and sequences have {train.seq_len}."
+        raise ConfigError(what, "What it says past its context is of no use.", f"Take --seq-len {length}, or another teacher.")
+    try:
+        train.check_model(teacher.model)
+        if decided.mesh:
+            check_mesh(decided.mesh, teacher.model, train.batch_size, train.grad_accum)
+    except ConfigError as error:
+        raise ConfigError(f"The teacher: {error.what}", error.why, error.fix) from None
 
 
 def _check_run(decided: Decided) -> None:
@@ -254,6 +280,7 @@ CHECKS: tuple[Callable[[Decided], None], ...] = (
     _check_objective,
     _check_adapters,
     _check_pairs,
+    _check_teacher,
     _check_run,
     _check_weights,
     _check_initial,

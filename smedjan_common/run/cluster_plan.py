@@ -1,11 +1,11 @@
 """`--dry-run --devices 64 --device h100`: what a run would take on GPUs that are not here, and which mesh is the fastest that fits."""
 
 from smedjan_common.errors import ConfigError, OutOfMemoryError, flag
-from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.reporting.console import count, duration, flop, size
 from smedjan_common.reporting.table import Line, as_table
 from smedjan_common.run.asked import Asked
-from smedjan_common.run.decided import Decided
+from smedjan_common.run.decided import Decided, teacher_line
+from smedjan_common.run.teacher import model_of
 from smedjan_common.training.cluster import (
     LINK_SHARE,
     NETWORK_SHARE,
@@ -54,7 +54,8 @@ def cluster_plan(decided: Decided) -> str:
     cluster = Cluster(
         hardware(asked.value("device")), asked.value("devices"), asked.value("devices_per_host"), asked.value("network_gbits") * 1e9 / 8
     )
-    found = [cost(model, train, decided.mesh, cluster)] if decided.mesh else costs(model, train, cluster)
+    teacher = model_of(decided.teacher)
+    found = [cost(model, train, decided.mesh, cluster, teacher)] if decided.mesh else costs(model, train, cluster, teacher)
     if decided.mesh and decided.mesh.size != cluster.devices:
         what = f"--mesh {decided.mesh} takes {decided.mesh.size} devices."
         raise ConfigError(what, f"--devices says {cluster.devices}.", "Leave --mesh out to see the fastest.")
@@ -85,6 +86,7 @@ def _where(decided: Decided, cluster: Cluster) -> list[Line]:
     return [
         ("devices", f"{cluster.devices} x {row.name.upper()}{spread}, {train.dtype}"),
         ("model", f"{count(model.num_params())} parameters: {shape}"),
+        *teacher_line(decided),
         ("training", f"{f'{train.steps} ' if decided.known_steps else ''}steps of {train.batch_size} x {train.seq_len}, {train.optimizer}"),
     ]
 
@@ -92,7 +94,7 @@ def _where(decided: Decided, cluster: Cluster) -> list[Line]:
 def _costs(decided: Decided, best: Cost, cluster: Cluster) -> list[Line]:
     model, train = decided.model, decided.train
     rate = best.tokens_per_second / cluster.devices
-    reached = rate * train_flops_per_token(model, train.seq_len, adapters=train.adapters)
+    reached = rate * decided.flops_per_token
     parts = [
         (
             "" if number else "traffic",

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.errors import ConfigError, DataError
-from smedjan_common.files.names import TOKENIZER
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.chat_data import chat_data, check_masked, speaker
-from smedjan_common.run.data import RunData, check_same_share, check_vocab_size, note_other_beginnings, recorded_datasets, run_data
+from smedjan_common.run.data import (
+    RunData,
+    check_same_share,
+    check_vocab_size,
+    note_other_beginnings,
+    recorded_datasets,
+    run_data,
+    trains_tokenizer,
+)
 from smedjan_common.run.recorded import recall
 from smedjan_common.run.resume import check_tokenizer
 from smedjan_common.run.settings import pretrained_length
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
+from smedjan_common.run.teacher import own_tokenizer, teacher_info
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.ends import Ends
 from smedjan_common.tokenizer.growing import extends
@@ -59,23 +67,28 @@ def data_of(asked: Asked, begin: Begin, folder: Path, dry_run: bool, before: Cal
     before: as run_data has it.
     """
     info = None if isinstance(begin, New) else begin.info
-    own = Tokenizer.load(info.path) if info and (info.path / TOKENIZER).is_file() else None
+    own = own_tokenizer(info) if info else None
     if asked.chats and (not isinstance(begin, GoOn) or asked.is_given("dataset")):
         return _conversations(asked, asked.chats.template, begin, own, folder, dry_run, before)
     given = asked.given
     if isinstance(begin, GoOn):
         asked, given = _with_own_data(asked, begin, own), given - {"vocab_size"}  # held against the run already
 
+    if taught := teacher_info(asked, None) if isinstance(begin, New) and trains_tokenizer(asked.flags.data) else None:
+        own = own_tokenizer(taught)
+
     def check(tokenizer: Tokenizer) -> None:
+        if taught:
+            check_vocab_size(asked.flags.data, given, tokenizer, f"the tokenizer of {taught.path}")
         if info:
             check_tokenizer(info, tokenizer)
         if isinstance(begin, Pretrained):
             check_vocab_size(asked.flags.data, given, tokenizer, f"the tokenizer of {begin.info.path}")
 
     data = run_data(asked.flags.data, given, folder, own, dry_run, check, before)
-    if own and data.tokenizer and data.tokenizer.chat is None:
+    if info and own and data.tokenizer and data.tokenizer.chat is None:
         data.tokenizer.chat = own.chat  # the tokenizer of a token file is often a copy without it
-    if own and data.tokenizer and data.tokenizer.ends == Ends():
+    if info and own and data.tokenizer and data.tokenizer.ends == Ends():
         data.tokenizer.ends = own.ends
     if data.train:
         note_other_beginnings(data)

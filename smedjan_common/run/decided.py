@@ -16,8 +16,11 @@ from smedjan_common.data.batches import batches
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.names import FINAL
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.flops import forward_flops_per_token, train_flops_per_token
 from smedjan_common.model.presets import VOCAB_MULTIPLE
+from smedjan_common.reporting.console import count
 from smedjan_common.reporting.metrics import read_rows
+from smedjan_common.reporting.table import Line
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData, trains_tokenizer
@@ -25,6 +28,7 @@ from smedjan_common.run.folder import EXTENDS, NO_SCORES, ReferenceScores, RunCo
 from smedjan_common.run.recorded import to_record
 from smedjan_common.run.settings import new_model, pretrained_model, same_model, takes_auto, train_config
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
+from smedjan_common.run.teacher import Teacher, teacher_info, teacher_of
 from smedjan_common.training.config import CHECKPOINT_FORMATS, TrainConfig
 from smedjan_common.training.mesh import MeshShape, parse_mesh
 from smedjan_common.training.preferences import LOSSES
@@ -32,7 +36,7 @@ from smedjan_common.training.preferences import LOSSES
 
 @dataclass(frozen=True)
 class Decided:
-    """data: None before the texts are tokenised. mesh: None where the backend chooses it."""
+    """data: None before the texts are tokenised. mesh: None where the backend chooses it. teacher: None where there is none."""
 
     backend: str
     asked: Asked
@@ -42,11 +46,19 @@ class Decided:
     model: ModelConfig
     train: TrainConfig
     data: RunData | None
+    teacher: Teacher | None = None
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of a step per token, those of the forward pass of a teacher too."""
+        length = self.train.seq_len
+        own = train_flops_per_token(self.model, length, adapters=self.train.adapters)
+        return own + (forward_flops_per_token(self.teacher.model, length) if self.teacher else 0)
 
     @property
     def start(self) -> CheckpointInfo | None:
         """The step checkpoint that the run goes on from."""
-        return self.begin.info if isinstance(self.begin, GoOn) else None
+        return _begun(self.begin)
 
     @property
     def pretrained(self) -> CheckpointInfo | None:
@@ -83,18 +95,23 @@ class Decided:
 
 
 def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData | None = None) -> Decided:
-    """Raises ConfigError for flags that make no model or no training."""
+    """Raises ConfigError for flags that make no model or no training, CheckpointError for a teacher that cannot teach it."""
     mesh = parse_mesh(asked.value("mesh"))
-    model = _model(_grown(begin, data), asked, _vocab_size(asked, mesh, data))
+    model = _model(_grown(begin, data), asked, _vocab_size(asked, begin, mesh, data))
     train = train_config(asked, base_of(begin), objective_of(asked, begin), model.dim, _epoch(asked, begin, data))
     if train.lora_rank and isinstance(begin, Pretrained) and data and data.tokenizer:
         train = dataclasses.replace(train, lora_rows_from=data.tokenizer.vocab_size - data.gained, lora_rows=data.gained)
-    return Decided(backend, asked, begin, folder, mesh, model, train, data)
+    teacher = teacher_of(asked, _begun(begin), model, data.tokenizer if data else None)
+    return Decided(backend, asked, begin, folder, mesh, model, train, data, teacher)
 
 
 def base_of(begin: Begin) -> TrainConfig | None:
     """How the run was trained up to here, where one goes on."""
     return begin.info.train if isinstance(begin, GoOn) else None
+
+
+def _begun(begin: Begin) -> CheckpointInfo | None:
+    return begin.info if isinstance(begin, GoOn) else None
 
 
 def _grown(begin: Begin, data: RunData | None) -> Begin:
@@ -115,10 +132,12 @@ def _model(begin: Begin, asked: Asked, vocab_size: int) -> ModelConfig:
             return pretrained_model(info.model, info.path, asked)
 
 
-def _vocab_size(asked: Asked, mesh: MeshShape | None, data: RunData | None) -> int:
-    """That of the tokenizer; before it is read that of the one to be trained, else one that no mesh refuses."""
+def _vocab_size(asked: Asked, begin: Begin, mesh: MeshShape | None, data: RunData | None) -> int:
+    """That of the tokenizer; before it is read that of the teacher, or of the one to be trained, else one that no mesh refuses."""
     if data and data.tokenizer:
         return data.tokenizer.vocab_size
+    if info := teacher_info(asked, _begun(begin)):
+        return info.model.vocab_size
     return asked.value("vocab_size") if trains_tokenizer(asked.flags.data) or not mesh else VOCAB_MULTIPLE * mesh.tensor
 
 
@@ -128,6 +147,15 @@ def _epoch(asked: Asked, begin: Begin, data: RunData | None) -> int:
     known = base_of(begin) or asked.flags.training
     found = batches(data.train, known.seq_len, known.batch_size, 0, known.packing)
     return math.ceil((asked.chats.epochs if asked.chats else 1) * found.num_windows / found.batch_size)
+
+
+def teacher_line(decided: Decided) -> list[Line]:
+    """What a plan says of the teacher; nothing where there is none."""
+    if not (teacher := decided.teacher):
+        return []
+    shared = "" if teacher.known == decided.model.vocab_size else f", which knows {teacher.known} of the tokens"
+    said = f"alpha {decided.train.distill_alpha:g}, temperature {decided.train.distill_temperature:g}"
+    return [("teacher", f"{teacher.info.path}, {count(teacher.model.num_params())} parameters{shared}: {said}")]
 
 
 def run_config(decided: Decided, say: Say, reference: ReferenceScores = NO_SCORES) -> RunConfig:
@@ -157,6 +185,7 @@ def run_config(decided: Decided, say: Say, reference: ReferenceScores = NO_SCORE
         gained=data.gained,
         extends=_extends(decided, data),
         reference=reference,
+        teacher=decided.teacher,
         **report,
     )
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from smedjan_common.backend import Backend, Device
 from smedjan_common.errors import OutOfMemoryError
-from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, flop
 from smedjan_common.reporting.metrics import read_rows, train_rows
@@ -44,7 +43,7 @@ def expected(decided: Decided, device: Device, backend: Backend) -> Expected:
     if known := so_far(decided, device):
         return known
     train = decided.train
-    work = train_flops_per_token(decided.model, train.seq_len, adapters=train.adapters) * train.batch_size * train.seq_len
+    work = decided.flops_per_token * train.batch_size * train.seq_len
     if device.peak_flops and device.kind == "gpu":
         seconds = work / (device.peak_flops * device.count * ASSUMED_MFU)
         steps = _left(decided) / (train.batch_size * train.seq_len)
@@ -74,6 +73,8 @@ def _probe(decided: Decided, backend: Backend) -> float:
     if OBJECTIVES[train.objective].unit == "pairs":  # two answers of half a row
         documents = np.broadcast_to(np.arange(train.seq_len, dtype=np.int32) * 2 // train.seq_len, shape)
         reference = np.zeros((shape[0], 2), np.float32)
+    if decided.teacher:  # drawn like the model: how long it takes does not depend on the weights
+        backend.learn_from(decided.teacher.model, draw(decided.teacher.model, train.seed)[0], decided.teacher.known)
     state, took = backend.init(draw(decided.model, train.seed)[0]), []
     for _ in range(1 + MEASURED):
         begun = time.perf_counter()

@@ -129,6 +129,14 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
+class TaughtRunFlags(RunFlags):
+    """Where the run lives and how it starts."""
+
+    teacher_checkpoint: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
+    """Learn from this model too: of every token not only which one comes, but what the teacher makes of all of them."""
+
+
+@dataclass(frozen=True)
 class SizeFlag:
     """A named size."""
 
@@ -174,7 +182,7 @@ class MixerFlags(option_flags("MixerFlags", row_options())):
 
 
 @dataclass(frozen=True)
-class TrainingFlags(option_flags("TrainingFlags", training_options())):
+class TrainingFlags(option_flags("TrainingFlags", [*training_options(), *objective_options("train")])):
     """How it is trained; one step sees --batch-size sequences of --seq-len tokens."""
 
 
@@ -210,7 +218,7 @@ class TrainFlags:
     """Train a language model from raw text. Give the same command again to continue a run that was stopped."""
 
     data: OmitArgPrefixes[DataFlags] = field(default_factory=DataFlags)
-    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
+    run: OmitArgPrefixes[TaughtRunFlags] = field(default_factory=TaughtRunFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
     mixers: OmitArgPrefixes[MixerFlags] = field(default_factory=MixerFlags)
     training: OmitArgPrefixes[TrainingFlags] = field(default_factory=TrainingFlags)
@@ -258,7 +266,7 @@ class ChatFlags:
 
 
 @dataclass(frozen=True)
-class ChatTrainingFlags(option_flags("ChatTrainingFlags", chat_training_options())):
+class ChatTrainingFlags(option_flags("ChatTrainingFlags", [*chat_training_options(), *objective_options("sft")])):
     """How it is trained; one step sees --batch-size sequences of --seq-len tokens."""
 
 
@@ -317,6 +325,7 @@ class DpoFlags(TrainFlags):
     """Teach a model which of two answers is better, by pairs. Give the same command again to continue a run that was stopped."""
 
     data: OmitArgPrefixes[PairDataFlags] = field(default_factory=PairDataFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
     training: OmitArgPrefixes[PairTrainingFlags] = field(default_factory=PairTrainingFlags)
     chats: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)
 
@@ -327,9 +336,16 @@ def _of_any(name: str, *classes: type) -> Any:
     return dataclasses.make_dataclass(name, found.values(), frozen=True)
 
 
-GROUPS = {"data": DataFlags, "run": RunFlags, "model": ModelFlags, "mixers": MixerFlags, "training": TrainingFlags, "report": ReportFlags}
+GROUPS = {
+    "data": DataFlags,
+    "run": TaughtRunFlags,
+    "model": ModelFlags,
+    "mixers": MixerFlags,
+    "training": TrainingFlags,
+    "report": ReportFlags,
+}
 ALL_GROUPS: dict[str, Any] = GROUPS | {  # those of single commands among them
-    "training": option_flags("AnyTrainingFlags", [*training_options(), *objective_options("dpo")]),
+    "training": option_flags("AnyTrainingFlags", [*training_options(), *objective_options("train"), *objective_options("dpo")]),
     "chats": _of_any("AnyChatFlags", ChatFlags, PairFlags),
 }
 

@@ -47,6 +47,7 @@ from smedjan_common.reporting.metrics import Row
 from smedjan_common.reporting.plot import plot
 from smedjan_common.run.config_file import to_toml
 from smedjan_common.run.hosts import ALONE, Hosts
+from smedjan_common.run.teacher import TEACHER, Teacher
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
@@ -76,8 +77,8 @@ class RunConfig:
     train_data, val_data: token files. start: a step checkpoint to go on from; its hashes are compared when it is read. pretrained: a
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
     flags: what config.json records. given: those that were given, for config.toml. objective: a key of COMMANDS. gained: how many tokens
-    the tokenizer has more than that of `pretrained`; extends: the hash of that one. reference: of pairs of answers. mirror: sends
-    the run to the address that --checkpoint-dir is.
+    the tokenizer has more than that of `pretrained`; extends: the hash of that one. reference: of pairs of answers. teacher: a model that
+    the run learns from. mirror: sends the run to the address that --checkpoint-dir is.
     """
 
     model: ModelConfig
@@ -107,6 +108,7 @@ class RunConfig:
     extends: str | None = None
     mirror: Mirror | None = None
     reference: ReferenceScores = NO_SCORES
+    teacher: Teacher | None = None
 
 
 class RunFolder:
@@ -125,10 +127,11 @@ class RunFolder:
         )
 
     def _more(self) -> dict[str, Any]:
-        """What checkpoint.json says besides: which tokenizer the run's own was made of, what it is compared with, and which weights its
-        adapters belong to."""
+        """What checkpoint.json says besides: which tokenizer the run's own was made of, what it is compared with, who teaches it, and which
+        weights its adapters belong to."""
         config = self.config
-        more: dict[str, Any] = {name: value for name, value in ((EXTENDS, config.extends), (REFERENCE, config.reference.record)) if value}
+        known = {EXTENDS: config.extends, REFERENCE: config.reference.record, TEACHER: config.teacher and config.teacher.record()}
+        more: dict[str, Any] = {name: value for name, value in known.items() if value}
         if config.train.adapters and (base := find_base(config.start) if config.start else config.pretrained):
             where = BaseWeights.at(base.path, self.path, weights_hash(base))
             more[ADAPTER] = AdapterRecord(config.train.adapters, where).to_json()

@@ -25,7 +25,7 @@ from smedjan_common.files.names import FINAL, METRICS
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.request import Request
 from smedjan_common.inference.sampling import Sampling
-from smedjan_common.model.flops import train_flops_per_token
+from smedjan_common.model.flops import forward_flops_per_token, train_flops_per_token
 from smedjan_common.model.params import draw
 from smedjan_common.reporting.console import duration, eval_line, printable, say, step_line
 from smedjan_common.reporting.displays import make_screen
@@ -42,6 +42,7 @@ from smedjan_common.run.folder import RunConfig, RunFolder
 from smedjan_common.run.hosts import ALONE, Hosts
 from smedjan_common.run.signals import StopSignals
 from smedjan_common.tokenizer.chat import template_of
+from smedjan_common.training import distillation
 from smedjan_common.training.objectives import OBJECTIVES
 from smedjan_common.training.schedule import learning_rate
 
@@ -85,7 +86,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
-        self.told = OBJECTIVES[self.config.train.objective].metrics
+        self.told = (*OBJECTIVES[self.config.train.objective].metrics, *(distillation.METRICS if self.config.teacher else ()))
         self.status, self.pace = self.screen.status, self.screen.pace
         self.begin = self.reached = 0  # steps done when the run began, and dispatched by now
         self.stop.lost = self.lost
@@ -105,6 +106,8 @@ class _Loop:
         peak = self.device.peak_flops
         self.peak_flops = peak * self.device.count if peak else None
         self.flops_per_token = train_flops_per_token(self.model, self.train.seq_len, adapters=self.train.adapters)
+        if teacher := self.config.teacher:
+            self.flops_per_token += forward_flops_per_token(teacher.model, self.train.seq_len)
 
     def run(self) -> int:
         if self.hosts.first:
@@ -145,6 +148,9 @@ class _Loop:
 
     def start(self) -> tuple[State, int]:
         """The state that the run begins with, and its step."""
+        if teacher := self.config.teacher:
+            self.backend.learn_from(teacher.model, teacher.weights(self.backend.own), teacher.known)
+            say(f"Learning from {teacher.info.path} too.")
         if info := self.config.start:
             say(f"Going on from {info.path}, step {info.step} of {self.train.steps}.")
             self.saved = self.kept = info.step if info.path.parent == self.config.checkpoint_dir else None

@@ -21,6 +21,8 @@ def notes(decided: Decided) -> list[str]:
     recorded = begin.recorded.get("flags") or {}
     compared = [name for group in RECALLED if group != "data" for name in recorded_names(group) if name in asked.given & recorded.keys()]
     for name in compared:
+        if name == "teacher_checkpoint":
+            continue  # the same weights, wherever they are
         if name == "pretrained":
             if recorded[name] != os.path.abspath(asked.value(name)):
                 lines.append(f"--pretrained is not read: the run goes on from {begin.info.path}")

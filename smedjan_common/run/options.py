@@ -16,6 +16,7 @@ from smedjan_common.model.options import options
 from smedjan_common.run.flags import ReportFlags
 from smedjan_common.training.adaptation import Adaptation
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.distillation import Distillation
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.preferences import PREFERENCES
 from smedjan_common.training.schedule import SCHEDULES
@@ -75,6 +76,7 @@ def _readers(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tupl
         yield f"--experts 8 --router {name}", tuple(options(reads)), "experts" in model.ffn and model.router == name
     for row in OPTIMIZERS.values():
         yield f"--optimizer {row.name}", tuple(options(row.options)), row.name == train.optimizer
+    yield "--teacher-checkpoint PATH", tuple(options(Distillation)), train.distill_alpha > 0
     for row in SCHEDULES.values():
         yield f"--lr-schedule {row.name}", tuple(options(row.options)), row.name == train.lr_schedule
     yield "--lora-rank 16", tuple(name for name in options(Adaptation) if name != "lora_rank"), train.lora_rank > 0

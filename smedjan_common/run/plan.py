@@ -6,12 +6,13 @@ from smedjan_common.backend import Device
 from smedjan_common.checkpoint import find_base
 from smedjan_common.model.adapters import adapted_maps, adapter_table
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.model.flops import active_params, train_flops_per_token
+from smedjan_common.model.flops import active_params
 from smedjan_common.reporting.console import count, flop, size
 from smedjan_common.reporting.table import Line, as_table
-from smedjan_common.run.decided import Decided
+from smedjan_common.run.decided import Decided, teacher_line
 from smedjan_common.run.expected import Expected
 from smedjan_common.run.room import existing, needed, room
+from smedjan_common.run.teacher import model_of
 from smedjan_common.training.memory import checkpoint_bytes
 
 
@@ -25,7 +26,7 @@ def plan(decided: Decided, device: Device, time: Expected) -> str:
     model, train, data = decided.model, decided.train, decided.data
     assert data
     tokens = train.steps * train.batch_size * train.seq_len
-    flops = train_flops_per_token(model, train.seq_len, adapters=train.adapters)
+    flops = decided.flops_per_token
     if decided.known_steps:
         passes = f"{tokens / data.train.num_tokens:.2f} passes over the data; " if data.train else ""
         work = f"{passes}{flop(flops)} a token, {flop(flops * tokens)} in all"
@@ -51,7 +52,7 @@ def as_list(rows: list[tuple[str, str, str]]) -> str:
 
 
 def _heading(decided: Decided, device: Device) -> list[Line]:
-    known = _device(decided, device), _memory(decided, device), _model(decided.model), _data(decided)
+    known = _device(decided, device), _memory(decided, device), _model(decided.model), *teacher_line(decided), _data(decided)
     return [*known, *_adapters(decided), *_training(decided), _folder(decided)]
 
 
@@ -68,7 +69,7 @@ def _memory(decided: Decided, device: Device) -> Line:
     there = room(device)
     known = "" if there is None else f", {size(there)} {'free' if device.kind == 'cpu' else 'there'}"
     each = " on each device" if device.count > 1 and device.kind == "gpu" else ""
-    return "memory", f"about {size(needed(decided.model, decided.train, device))}{each}{known}"
+    return "memory", f"about {size(needed(decided.model, decided.train, device, model_of(decided.teacher)))}{each}{known}"
 
 
 def _model(model: ModelConfig) -> Line:

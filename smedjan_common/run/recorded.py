@@ -18,7 +18,7 @@ COUNTS = {  # the least of each flag that counts batches, tokens or checkpoints
     **dict.fromkeys(("checkpoint_every", "keep", "keep_every", "log_every", "eval_every", "sample_every"), 0),
     **dict.fromkeys(("eval_batches", "sample_tokens"), 1),
 }
-_PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained", "reference")  # recorded as they are from any directory
+_PATHS = ("dataset", "val_dataset", "tokenizer", "pretrained", "reference", "teacher_checkpoint")  # recorded as they are from any directory
 NO_REFERENCE = ("reference", "none")  # a value that is no path
 
 

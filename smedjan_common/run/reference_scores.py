@@ -20,14 +20,14 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from smedjan_common.backend import Backend
-from smedjan_common.checkpoint import FORMAT, CheckpointInfo, check_readable, newest, read_weights
+from smedjan_common.checkpoint import CheckpointInfo, check_readable, newest, read_weights, weights_hash
 from smedjan_common.checkpoint.new_rows import with_new_rows
 from smedjan_common.data.packing import PackedPairs
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_file import atomic_file
 from smedjan_common.files.hashing import file_hash
-from smedjan_common.files.names import DATA, WEIGHTS
+from smedjan_common.files.names import DATA
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.rope import original_length
 from smedjan_common.reporting.console import count, say
@@ -79,7 +79,7 @@ def _record(decided: Decided) -> Record:
         if (REFERENCE, asked) == NO_REFERENCE:
             return {"path": None, "weights": None, "files": {}}
         info = newest(asked) if asked else decided.pretrained
-        return {"path": str(info.path.resolve()), "weights": _hash(info), "files": {}}
+        return {"path": str(info.path.resolve()), "weights": weights_hash(info), "files": {}}
     known = (begin.info.extra or {}).get(REFERENCE) or begin.recorded.get(REFERENCE)
     if not _is_record(known):
         what = f"{begin.info.path} does not say which reference it compares with."
@@ -87,7 +87,7 @@ def _record(decided: Decided) -> Record:
     record: Record = dict(known)
     if asked and decided.asked.is_given(REFERENCE):
         info = None if (REFERENCE, asked) == NO_REFERENCE else newest(asked)
-        if (_hash(info) if info else None) != record["weights"]:
+        if (weights_hash(info) if info else None) != record["weights"]:
             what = f"--reference {asked} is not what the run compares with."
             raise CheckpointError(what, f"It began with {record['path'] or 'none'}, and goes on with it.", "Leave --reference out.")
         record["path"] = str(info.path.resolve()) if info else None  # moved, say
@@ -96,13 +96,6 @@ def _record(decided: Decided) -> Record:
 
 def _is_record(known: Any) -> TypeGuard[Record]:
     return isinstance(known, dict) and {"path", "weights", "files"} <= known.keys() and isinstance(known["files"], dict)
-
-
-def _hash(info: CheckpointInfo) -> str:
-    """Of the weights of a checkpoint."""
-    if info.format == FORMAT:
-        return info.files[WEIGHTS].sha256
-    return hashlib.sha256(json.dumps(sorted((name, record.sha256) for name, record in info.files.items())).encode()).hexdigest()
 
 
 def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend) -> np.ndarray:
@@ -205,7 +198,7 @@ def _losses(decided: Decided, record: Record, make_backend: MakeBackend) -> Call
         info = newest(record["path"])
     except CheckpointError as error:
         raise _gone(record, error.what) from error
-    if _hash(info) != record["weights"]:
+    if weights_hash(info) != record["weights"]:
         raise _gone(record, "It has other weights now.")
     check_readable(info, decided.backend)
     seen = _check_tokenizer(info, tokenizer)

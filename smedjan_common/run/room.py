@@ -23,8 +23,18 @@ from smedjan_common.run.decided import Decided
 from smedjan_common.run.flags import TrainFlags
 from smedjan_common.run.settings import new_model
 from smedjan_common.run.start import New, Say
+from smedjan_common.run.teacher import model_of
 from smedjan_common.training.config import GRADIENT_CHECKPOINTING, TrainConfig
-from smedjan_common.training.memory import PROCESS_BYTES, Place, by_kernels, checkpoint_bytes, final_bytes, state_bytes, training_bytes
+from smedjan_common.training.memory import (
+    PROCESS_BYTES,
+    Place,
+    by_kernels,
+    checkpoint_bytes,
+    final_bytes,
+    state_bytes,
+    teacher_bytes,
+    training_bytes,
+)
 from smedjan_common.training.mesh import ONE_DEVICE, check_mesh, parse_mesh
 
 Models = Callable[[], Mapping[str, ModelConfig]]  # presets that are smaller than the model of the run, the largest first
@@ -37,7 +47,8 @@ def check_room(decided: Decided, device: Device, say: Say) -> None:
     flags, model, train, start = decided.asked.flags, decided.model, decided.train, decided.start
     force = flags.run.force
     smaller = functools.partial(smaller_models, flags, model.vocab_size) if isinstance(decided.begin, New) else dict
-    check_memory(model, train, device, resumed=start is not None, smaller=smaller, force=force, say=say)
+    teacher = model_of(decided.teacher)
+    check_memory(model, train, device, resumed=start is not None, smaller=smaller, force=force, say=say, teacher=teacher)
     saving = {"checkpoint_every": decided.every("checkpoint_every"), "keep": flags.run.keep, "keep_every": flags.run.keep_every}
     check_disk(decided.folder, model, train, begin=start.step if start else 0, **saving, force=force, say=say)
 
@@ -59,29 +70,39 @@ def room(device: Device) -> int | None:
     return min((found for found in known if found is not None), default=None)
 
 
-def needed(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Bytes that a run takes on each of its devices, estimated; where that is the machine's memory, of all devices together, with what
-    the process takes besides and the copy of the state that a checkpoint is written from while training goes on."""
+def needed(model: ModelConfig, train: TrainConfig, device: Device, teacher: ModelConfig | None = None) -> int:
+    """Bytes that a run, with its teacher, takes on each of its devices, estimated; where that is the machine's memory, of all devices
+    together, with what the process takes besides and the copy of the state that a checkpoint is written from while training goes on."""
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""), by_kernels(device.kernels))
-    step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place)
+    step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place, teacher)
     besides = checkpoint_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
     return device.count * step + besides if device.on_host else step
 
 
-def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resumed: bool, smaller: Models, force: bool, say: Say) -> None:
+def check_memory(
+    model: ModelConfig,
+    train: TrainConfig,
+    device: Device,
+    *,
+    resumed: bool,
+    smaller: Models,
+    force: bool,
+    say: Say,
+    teacher: ModelConfig | None = None,
+) -> None:
     """Raises OutOfMemoryError for a run that its devices, or the machine that writes its checkpoints, cannot hold.
 
     resumed: what fixes the order of the data stays. smaller: models that may be trained instead.
     """
-    there, need = room(device), needed(model, train, device)
+    there, need = room(device), needed(model, train, device, teacher)
     if there is not None and need > there:
         each = " on each device" if device.count > 1 and not device.on_host else ""
         parts = f" in {train.grad_accum} parts" if train.grad_accum > 1 else ""
         error = OutOfMemoryError(
             f"The run needs about {size(need)} of memory{each}, and {size(there)} are there.",
             f"A step has {train.batch_size} x {train.seq_len} tokens{parts} in {train.dtype}; parameters and optimizer take"
-            f" {size(state_bytes(model, train))} of it.",
-            _advice(fitting(model, train, device, there, resumed, smaller), train, device),
+            f" {size(state_bytes(model, train))} of it{_taken_by(teacher, train, device)}.",
+            _advice(fitting(model, train, device, there, resumed, smaller, teacher), train, device, teacher),
         )
         _refuse(error, force, say)
     host, copy = available_memory(), checkpoint_bytes(model, train)
@@ -91,11 +112,23 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device, *, resu
         _refuse(OutOfMemoryError(what, why, "Take a smaller --size, or --force to go on as it is."), force, say)
 
 
-def fitting(model: ModelConfig, train: TrainConfig, device: Device, there: int, resumed: bool, smaller: Models) -> list[Change]:
+def _taken_by(teacher: ModelConfig | None, train: TrainConfig, device: Device) -> str:
+    return f", the teacher {size(teacher_bytes(teacher, train, parse_mesh(device.mesh) or ONE_DEVICE))}" if teacher else ""
+
+
+def fitting(
+    model: ModelConfig,
+    train: TrainConfig,
+    device: Device,
+    there: int,
+    resumed: bool,
+    smaller: Models,
+    teacher: ModelConfig | None = None,
+) -> list[Change]:
     """Single changes that make a run fit, the least costly first, each as small as helps."""
     found = []
     for changes in _ways(model, train, device, resumed, smaller):
-        first = bisect.bisect_left(changes, True, key=lambda change: needed(*change[1:], device) <= there)
+        first = bisect.bisect_left(changes, True, key=lambda change: needed(*change[1:], device, teacher) <= there)
         found += changes[first : first + 1]
     return found
 
@@ -142,7 +175,7 @@ def _spreads(model: ModelConfig, train: TrainConfig, device: Device) -> bool:
     return True
 
 
-def _advice(found: list[Change], train: TrainConfig, device: Device) -> str:
+def _advice(found: list[Change], train: TrainConfig, device: Device, teacher: ModelConfig | None = None) -> str:
     if not found:
         return "No single change makes it fit: combine a smaller --size, --batch-size and --seq-len, or give --force to go on as it is."
     width = max(len(flags) for flags, _, _ in found)
@@ -150,7 +183,7 @@ def _advice(found: list[Change], train: TrainConfig, device: Device) -> str:
     for flags, model, changed in found:
         names = ("batch_size", "seq_len", "dtype")
         same = "--size" not in flags and all(getattr(train, name) == getattr(changed, name) for name in names)
-        lines.append(f"{flags:{width}}  about {size(needed(model, changed, device))}{', the same result' if same else ''}")
+        lines.append(f"{flags:{width}}  about {size(needed(model, changed, device, teacher))}{', the same result' if same else ''}")
     return "\n         ".join(["One of these makes it fit (--force goes on as it is):", *lines])
 
 

@@ -68,6 +68,7 @@ MEASURED_LENGTH = 1024
 KERNEL_SIZES = {"linear": ("head_dim",), "ssm": ("ssm_state", "ssm_head_dim"), "rwkv": ("rwkv_head_dim",), "gated-deltanet": ("head_dim",)}
 EXPERTS_SPEED = 0.65  # of a dense model with as many active parameters: 8 experts at medium on an H100
 FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.30, 4096: 1.50}  # tokens/s over those of bfloat16, by width
+FORWARD_SHARE = {"data": 0.0, "fsdp": 0.25, "tensor": 0.5}  # of what a step sends: its forward pass, in bfloat16
 RECOMPUTING = {"none": 1.0, "dots": 1.05, "full": 4 / 3}
 
 
@@ -95,6 +96,10 @@ class Traffic(NamedTuple):
 
     bytes: float
     messages: int
+
+    def plus(self, other: "Traffic", share: float) -> "Traffic":
+        """This and a share of another."""
+        return Traffic(self.bytes + share * other.bytes, self.messages + round(share * other.messages))
 
 
 class Cost(NamedTuple):
@@ -125,21 +130,20 @@ def hardware(name: str) -> Hardware:
     return HARDWARE[name.lower()]
 
 
-def cost(model: ModelConfig, train: TrainConfig, mesh: MeshShape, cluster: Cluster) -> Cost:
-    """What a step costs on this mesh. Raises ConfigError where the mesh cannot share out the model or the batch."""
-    check_mesh(mesh, model, train.batch_size, train.grad_accum)
+def cost(model: ModelConfig, train: TrainConfig, mesh: MeshShape, cluster: Cluster, teacher: ModelConfig | None = None) -> Cost:
+    """What a step costs on this mesh, with the forward pass of a teacher where there is one. Raises ConfigError where the mesh cannot share
+    out the models or the batch."""
+    for each in (model, teacher) if teacher else (model,):
+        check_mesh(mesh, each, train.batch_size, train.grad_accum)
     found = traffic(model, train, mesh)
+    if teacher:
+        found = {axis: sent.plus(traffic(teacher, train, mesh)[axis], FORWARD_SHARE[axis]) for axis, sent in found.items()}
     sending = {axis: sent.bytes / cluster.bandwidth(mesh, axis) + sent.messages * LATENCY for axis, sent in found.items() if sent.bytes}
     tokens = train.batch_size * train.seq_len
-    compute = _flops(model, train) * tokens / (_peak(model, train, cluster.hardware) * mesh.size)
-    return Cost(
-        mesh,
-        training_bytes(model, train, mesh, Place(kind="gpu", kernels=_by_kernels(model, train, cluster.hardware))),
-        compute,
-        found,
-        sending,
-        tokens,
-    )
+    flops = _flops(model, train) + (_flops(teacher, train) / RECOMPUTING[train.gradient_checkpointing] / 3 if teacher else 0)
+    compute = flops * tokens / (_peak(model, train, cluster.hardware) * mesh.size)
+    place = Place(kind="gpu", kernels=_by_kernels(model, train, cluster.hardware))
+    return Cost(mesh, training_bytes(model, train, mesh, place, teacher), compute, found, sending, tokens)
 
 
 def _by_kernels(model: ModelConfig, train: TrainConfig, hardware: Hardware) -> frozenset[str]:
@@ -152,12 +156,12 @@ def _by_kernels(model: ModelConfig, train: TrainConfig, hardware: Hardware) -> f
     return frozenset(fits | ({"block-sparse"} if blocks else set()))
 
 
-def costs(model: ModelConfig, train: TrainConfig, cluster: Cluster) -> list[Cost]:
+def costs(model: ModelConfig, train: TrainConfig, cluster: Cluster, teacher: ModelConfig | None = None) -> list[Cost]:
     """Of every mesh of all devices that can share the run out: those that fit first, the fastest first."""
     found = []
     for mesh in _meshes(cluster):
         try:
-            found.append(cost(model, train, mesh, cluster))
+            found.append(cost(model, train, mesh, cluster, teacher))
         except ConfigError:
             continue
     return sorted(found, key=lambda one: (not fits(one, cluster), one.seconds))

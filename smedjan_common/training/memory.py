@@ -57,10 +57,12 @@ def by_kernels(said: str) -> frozenset[str]:
     return frozenset(name for form, _, of in parts if form == "pallas" for name in ([of] if of else chunked))
 
 
-def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None) -> int:
+def training_bytes(
+    config: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None, teacher: ModelConfig | None = None
+) -> int:
     """Peak memory of a training step on each device.
 
-    place: None is a GPU with JAX, or a CPU where the run computes in float32.
+    place: None is a GPU with JAX, or a CPU where the run computes in float32. teacher: a model that the run learns from besides.
     """
     place = place or Place(kind="cpu" if train.dtype == "float32" else "gpu")
     width, framework = BYTES[compute_dtype(train.dtype)], "mlx" if place.backend == "mlx" else "jax"
@@ -70,14 +72,28 @@ def training_bytes(config: ModelConfig, train: TrainConfig, mesh: MeshShape = ON
     fixed += _copies(config, train, mesh, place)
     tokens = train.batch_size // train.grad_accum // mesh.batch * train.seq_len
     kept, working, layer = _activations(config, train, mesh, place)
-    logits = tokens // loss_chunks(tokens, config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
-    logits *= 16 if place.backend == "mlx" else 4 + width  # and their gradient; MLX on a CPU, which fuses nothing, has four float32 arrays
+    models = 2 if teacher else 1  # whose logits there are
+    logits = tokens // loss_chunks(tokens, models * config.padded_vocab_size) * config.padded_vocab_size // mesh.tensor
+    each = 16 if place.backend == "mlx" else 4 + width  # and their gradient; MLX on a CPU, which fuses nothing, has four float32 arrays
+    logits *= each if teacher is None else 2 * each
     moves = not is_frozen(config, train.adapters, head_name(config))
     embed = moves * 4 * config.padded_vocab_size * config.dim // mesh.tensor  # its gradient is the first that there is
+    if teacher:
+        taught = _activations(teacher, train, mesh, place)[2]  # of one layer after the other: there is no backward pass
+        fixed += teacher_bytes(teacher, train, mesh, place) + round(tokens * teacher.dim * width)
+        working = max(working, taught)
     after_forward = round(tokens * kept * width) + max(logits, round(tokens * working * width)) + embed
     gradients = 4 * own + round(tokens * layer * width)
     merged = 4 * sum(spec.size // mesh.parts(spec) for spec in parameter_table(config).values()) * bool(train.adapters)  # for samples
     return fixed + max(after_forward, gradients, round(UPDATE[framework][train.optimizer] * own), merged)
+
+
+def teacher_bytes(teacher: ModelConfig, train: TrainConfig, mesh: MeshShape = ONE_DEVICE, place: Place | None = None) -> int:
+    """The weights of a teacher on each device: matrices in the dtype that they are used in, and with fsdp what is gathered of them."""
+    width = BYTES[compute_dtype(train.dtype)]
+    held = ((width if len(spec.shape) > 1 else 4, spec.size // mesh.parts(spec)) for spec in parameter_table(teacher).values())
+    gathered = _copies(teacher, train, mesh, place or Place()) if mesh.fsdp > 1 else 0
+    return sum(each * size for each, size in held) + gathered
 
 
 def _copies(config: ModelConfig, train: TrainConfig, mesh: MeshShape, place: Place) -> int:

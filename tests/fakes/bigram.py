@@ -25,7 +25,7 @@ class BigramBackend:
     own = rows = None
 
     def __init__(self, model, train, mesh=None):
-        self.model, self.train, self.events = model, train, []
+        self.model, self.train, self.events, self.teacher = model, train, [], None
         self.faults = dict(pair.split("=") for pair in os.environ.get("SMEDJAN_FAKE", "").split(",") if pair)
 
     def meet(self, wait):
@@ -43,6 +43,9 @@ class BigramBackend:
         copies = ({name: value.copy() for name, value in part.items()} for part in (snapshot.params, snapshot.optimizer))
         return dict(zip(("step", "params", "optimizer"), (snapshot.step, *copies), strict=True))
 
+    def learn_from(self, teacher, params, known):
+        self.teacher = params["embed.weight"][:known]
+
     def train_step(self, state, inputs, targets, lr, documents=None, reference=None):
         step = state["step"] + 1
         self.events.append(("dispatch", step))
@@ -54,6 +57,8 @@ class BigramBackend:
             loss, gradient, told = self._weighed(row, state, inputs, targets, documents, reference)
         else:
             loss, gradient = bigram_loss(state["params"]["embed.weight"], inputs.ravel(), targets.ravel())
+        if self.teacher is not None:
+            told = {"kl": float(np.abs(self.teacher).mean()), "ce": loss}
         self._adamw(state, gradient, lr, step)
         state["step"] = step
         loss = np.nan if step == int(self.faults.get("nan_at", -1)) else loss

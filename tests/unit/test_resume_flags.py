@@ -20,6 +20,7 @@ NO_BEARING = {
     "config": "what it names counts as given",
     "force": "it is about the machine, not the run",
     "mesh": "it changes no result, and a run may go on on another one",
+    **dict.fromkeys(("devices", "device", "devices-per-host", "network-gbits"), "they are of a plan, of which no run has any"),
 }
 REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "dataset": ("OTHER.txt", TOLD),
@@ -33,6 +34,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "keep-every": (2, TOLD),
     "resume": ("never", "already has a run"),
     "pretrained": ("RUN", "--pretrained starts a new run, and RUN has one that began without weights"),
+    "teacher-checkpoint": ("RUN", "has no teacher"),
     "backend": ("mlx", "mlx"),
     "size": ("small", MODEL),
     "dim": (32, MODEL),
@@ -117,6 +119,8 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "router-z-loss": (0.5, UNREAD),
     "router-bias-rate": (0.5, UNREAD),
     "seed": (1, FIXED),
+    "distill-temperature": (2.0, UNREAD),
+    "distill-alpha": (0.3, UNREAD),
     "log-every": (3, TOLD),
     "eval-every": (3, TOLD),
     "eval-batches": (3, TOLD),
