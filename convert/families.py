@@ -104,10 +104,9 @@ def _granite(config: ModelConfig) -> bool:
 
 
 def _deepseek(config: ModelConfig) -> bool:
-    """Two of its norms have an eps of 1e-6, whatever config.json says; scaled RoPE was not compared."""
+    """Scaled RoPE was not compared."""
     routed = config.router == "bias" and _dense_first(config)
-    plain = config.norm_eps == 1e-6 and config.rope_scaling == "none"
-    return set(config.mixer) == {"mla"} and plain and (set(config.ffn) == {"swiglu"} or routed)
+    return set(config.mixer) == {"mla"} and config.rope_scaling == "none" and (set(config.ffn) == {"swiglu"} or routed)
 
 
 def _delta(config: ModelConfig) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from convert import hf_config, hf_tokenizer, layouts, ties
 from convert.families import FAMILIES
+from convert.hf_values import number
 from convert.json_file import read_json
 from convert.names import HEAD_ROW, MODEL_ROWS
 from convert.portable import Lazy, Portable, cast
@@ -74,7 +75,8 @@ def read(path: Path) -> Portable:
     if name := ties.lost(layout, stored):
         what = f"{path} has a tensor {name} with values that are zero in every model from here. The model cannot be expressed here."
         raise ConfigError(what, "Attention and shared experts have no gates of their own.", "Choose another model.")
-    tensors = ties.read(layout, stored, config)
+    tensors, more_notes = _experts_scaled(ties.read(layout, stored, config), values, config)
+    notes += more_notes
     if values.get("auto_map"):
         notes.append(f"It names code of its own (auto_map), which was not read: it is taken for a plain {values['model_type']}.")
     source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
@@ -190,6 +192,16 @@ def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, layout: list[
 def _is_table(name: str) -> bool:
     """Whether its rows are the vocabulary's, which need not be padded."""
     return name == HEAD or name.endswith(EMBED.removeprefix(layouts.PREFIX))
+
+
+def _experts_scaled(tensors: dict[str, Lazy], values: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Lazy], list[str]]:
+    """The model with its factor on the sum of routed experts, which no model here has, multiplied into their down projections."""
+    by = number(values, "routed_scaling_factor", CONFIG, 1.0)
+    if by == 1 or "experts" not in config.ffn:
+        return tensors, []
+    routed = [f"layers.{layer}.ffn.down_proj.weight" for layer in range(config.layers) if config.ffn_of(layer) == "experts"]
+    larger = {name: tensors[name].then(lambda array: array * np.float32(by)) for name in routed}
+    return tensors | larger, [f"Its factor {by:g} on experts (routed_scaling_factor) was multiplied into their down_proj."]
 
 
 def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -219,7 +219,7 @@ def _read_grouped(values: Values, where: str) -> dict[str, Any]:
         raise inexpressible(where, f"first_k_dense_replace {dense!r}", "It counts layers")
     if dense == layers:
         return {}
-    _asks_for(values, where, n_group=1, topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=True, scoring_func="sigmoid")
+    _asks_for(values, where, n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid")
     found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", "bias")
     ffn = ("swiglu",) * dense + ("experts",) * (layers - dense)
     shared = 0 if values.get(_NO_SHARED) is True else values.get("n_shared_experts") or 0
@@ -232,7 +232,7 @@ def _read_glm4_moe(values: Values, where: str) -> dict[str, Any]:
 
 def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
     dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
-    _asks_for(values, where, qk_nope_head_dim=dim // heads, v_head_dim=dim // heads, rms_norm_eps=1e-6, rope_interleave=True)
+    _asks_for(values, where, qk_nope_head_dim=dim // heads, v_head_dim=dim // heads, rope_interleave=True)
     ranks = {"mla_kv_rank": integer(values, "kv_lora_rank", where), "mla_rope_dim": integer(values, "qk_rope_head_dim", where)}
     q_rank = 0 if values.get("q_lora_rank") is None else integer(values, "q_lora_rank", where)
     return {**_read_grouped(values, where), "mixer": ("mla",), "head_size": 0, "mla_q_rank": q_rank, **ranks}

@@ -68,20 +68,25 @@ def glm4_moe(config: ModelConfig) -> list[Tie]:
     return [*qwen3_moe(config), *_written_head(config)]
 
 
+_LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+
+
 def deepseek_v3(config: ModelConfig) -> list[Tie]:
+    """Latents before their norms are larger here where the norms' eps is: c x / sqrt(mean (c x)^2 + c^2 eps) is the same for any c."""
     H, N, P, R = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
     queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + _neighbours(P)]) for head in range(H)])
-    latents = np.concatenate([np.arange(R), R + _neighbours(P)])
-    ties = _ends(config)
+    latents, ties = np.concatenate([np.arange(R), R + _neighbours(P)]), _ends(config)
+    larger = np.float32((config.norm_eps / _LATENT_EPS) ** 0.5)
+    normed = np.concatenate([np.full((R, 1), larger, np.float32), np.ones((P, 1), np.float32)])
     for i in range(config.layers):
         ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.self_attn."
         if config.mla_q_rank:
-            ties.append(_as_is(config, f"{ours}q_a_proj.weight", f"{theirs}q_a_proj.weight"))
+            ties.append(scaled(f"{ours}q_a_proj.weight", f"{theirs}q_a_proj.weight", 1 / larger, config.mla_q_rank, config.dim))
             ties.append(_as_is(config, f"{ours}q_a_norm.weight", f"{theirs}q_a_layernorm.weight"))
             ties.append(reordered(f"{ours}q_b_proj.weight", f"{theirs}q_b_proj.weight", queries, config.mla_q_rank))
         else:
             ties.append(reordered(f"{ours}q_proj.weight", f"{theirs}q_proj.weight", queries, config.dim))
-        ties.append(reordered(f"{ours}kv_a_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", latents, config.dim))
+        ties.append(reordered(f"{ours}kv_a_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", latents, config.dim, by=1 / normed))
         ties.append(_as_is(config, f"{ours}kv_a_norm.weight", f"{theirs}kv_a_layernorm.weight"))
         ties += [_as_is(config, f"{ours}{name}.weight", f"{theirs}{name}.weight") for name in ("kv_b_proj", "o_proj")]
         ties += _norms(config, i)

@@ -60,10 +60,12 @@ def by_expert(ours: str, theirs: str, experts: int, *shape: int) -> Tie:
     return Tie((ours,), names, (shape,) * experts, lambda arrays: list(arrays[0]), lambda arrays: [np.stack(arrays)])
 
 
-def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int) -> Tie:
-    """Rows in another order: theirs[i] is ours[rows[i]]."""
-    back = np.argsort(rows)
-    return Tie((ours,), (theirs,), ((len(rows), *width),), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]], by_rows=True)
+def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int, by: np.ndarray | None = None) -> Tie:
+    """Rows in another order, theirs[i] is ours[rows[i]], and times `by` there."""
+    back, shape = np.argsort(rows), (len(rows), *width)
+    if by is None:
+        return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]], by_rows=True)
+    return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0][rows] * by], lambda arrays: [(arrays[0] / by)[back]])
 
 
 def shifted(ours: str, theirs: str, by: float, *shape: int) -> Tie:
@@ -73,7 +75,7 @@ def shifted(ours: str, theirs: str, by: float, *shape: int) -> Tie:
 
 
 def scaled(ours: str, theirs: str, by: float, *shape: int) -> Tie:
-    """Times a power of two, which is exact."""
+    """Times a number, which is exact if that is a power of two."""
     change = np.float32(by)
     return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0] * change], lambda arrays: [arrays[0] / change])
 

@@ -51,7 +51,7 @@ MAMBA = {
 }
 LATENT = {
     **{"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
-    **{"head_dim": 4, "rms_norm_eps": 1e-6, "routed_scaling_factor": 1.0},
+    **{"head_dim": 4, "rms_norm_eps": 1e-5, "routed_scaling_factor": 2.446},
 }
 DELTA = {
     **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
@@ -81,8 +81,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3-mini": ("phi3", {"tie_word_embeddings": False, "sliding_window": 16}),
     "Phi-4-mini, unscaled": ("phi3", {"partial_rotary_factor": 0.75}),
     "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False}),
-    "GLM 4.5": ("glm4_moe", {**ROUTED, "head_dim": 8, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5}),
-    "DeepSeek V3 in its form": ("deepseek_v3", {**ROUTED, **LATENT}),
+    "GLM 4.5": (
+        "glm4_moe",
+        {**ROUTED, "routed_scaling_factor": 2.5, "head_dim": 8, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+    ),
+    "Moonlight": ("deepseek_v3", {**ROUTED, **LATENT, "q_lora_rank": None, "tie_word_embeddings": False}),
+    "DeepSeek V3 of one group": ("deepseek_v3", {**ROUTED, **LATENT}),
     "Qwen 3.5 without gates": ("qwen3_5", DELTA),
     "Qwen3-Next without gates": (
         "qwen3_next",
@@ -219,11 +223,12 @@ def gradients(model: Any, family: str, config: Any, inputs: np.ndarray, targets:
     if family == "qwen3_5":
         theirs = {name.replace(PREFIX, NESTED, 1): gradient for name, gradient in theirs.items()}
     model.float()
-    table, found = parameter_table(config), {}
+    table, found, factor = parameter_table(config), {}, getattr(model.config, "routed_scaling_factor", None) or 1.0
     for tie in FAMILIES[family].layout(config):
         if tie.ours and all(name in theirs for name in tie.theirs):
             for name, value in zip(tie.ours, transposed(tie, [theirs[name] for name in tie.theirs]), strict=True):
-                found[name] = found.get(name, 0.0) + value.reshape(table[name].shape)
+                routed = len(table[name].shape) == 3 and name.endswith("down_proj.weight")  # which have the factor in them
+                found[name] = found.get(name, 0.0) + value.reshape(table[name].shape) / (factor if routed else 1)
     return found
 
 
@@ -246,10 +251,11 @@ def saved_gradients(model: Any) -> dict[str, np.ndarray]:
 def transposed(tie: Tie, gradients_of_theirs: list[np.ndarray]) -> list[np.ndarray]:
     """Weights that are only moved come back the same way; of those that are multiplied, by the square of that."""
     zero = [np.zeros_like(gradient) for gradient in gradients_of_theirs]
-    back = [one - none for one, none in zip(tie.back(gradients_of_theirs), tie.back(zero), strict=True)]
-    ones = [np.ones_like(gradient) for gradient in back]
-    factor = max(float(np.abs(one - none).max()) for one, none in zip(tie.out(ones), tie.out([0 * one for one in ones]), strict=True))
-    return [gradient * factor**2 for gradient in back]
+    none = tie.back(zero)
+    ones, zeros = ([np.full_like(each, value) for each in none] for value in (1, 0))
+    factors = [one - nothing for one, nothing in zip(tie.out(ones), tie.out(zeros), strict=True)]
+    squared = tie.back([gradient * factor**2 for gradient, factor in zip(gradients_of_theirs, factors, strict=True)])
+    return [each - nothing for each, nothing in zip(squared, none, strict=True)]
 
 
 def test_the_older_keys_are_read_alike(case, tmp_path: Path):

@@ -57,7 +57,7 @@ ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias"}  # after a 
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_divisor": 8.0}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
-MLA = {"mixer": ("mla",), "kv_heads": 4, "norm_eps": 1e-6}
+MLA = {"mixer": ("mla",), "kv_heads": 4, "norm_eps": 1e-6}  # so a round trip is exact
 MODELS |= {
     "mixtral": EXPERTS | {"tied_head": False},
     "qwen3_moe": EXPERTS | {"ffn": ("swiglu", "experts"), "qk_norm": True, "head_size": 12},
@@ -224,14 +224,13 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
     [
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("glm4_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
+        ("glm4_moe", {"routed_scaling_factor": "x"}, "routed_scaling_factor 'x'"),
         ("glm4_moe", {"n_group": 2}, "n_group 2"),
         ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "partial_rotary_factor 0.4"),
         ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ("granitemoehybrid", {"residual_multiplier": "x"}, "residual_multiplier 'x'"),
         ("granitemoehybrid", {"attention_multiplier": -1.0}, "attention_multiplier -1"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention", "conv"]}, "layer_types"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
         ("deepseek_v3", {"v_head_dim": 16}, "v_head_dim 16"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
         ("qwen3_next", {"linear_key_head_dim": 4}, "linear_key_head_dim 4"),
