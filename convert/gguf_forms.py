@@ -8,6 +8,8 @@
 | smollm3 | smollm3 | windows; other layers that do not turn than every fourth |
 | olmo2 | olmo2, olmo3 | biases; other layers that see all than every fourth |
 | glm4moe | glm4_moe | |
+| deepseek2 | deepseek_v3 | queries that are not compressed |
+| qwen35, qwen3next | qwen3_5, qwen3_next | layers with attention other than every so many |
 | granite, granitemoe, granitehybrid | granite, granitemoehybrid | |
 """
 
@@ -15,15 +17,17 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from convert import gguf_layouts
+from convert import gguf_delta, gguf_layouts
 from convert.families import dense_prefix, families_of
 from convert.gguf_fields import Fields
+from convert.hf_rope import turned_dim
 from convert.hf_values import shortest
 from convert.ties import Tie
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 
 Stored = Mapping[str, Any]
 _SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of expert_gating_func
@@ -153,6 +157,47 @@ def _olmo2(config: ModelConfig) -> dict[str, Any]:
     return {"attention.sliding_window": config.window} if config.window else {}
 
 
+def _deepseek2(config: ModelConfig) -> dict[str, Any]:
+    routed = grouped(config) or {"expert_feed_forward_length": config.ffn_dim, "expert_shared_count": 1, "expert_weights_scale": 1.0}
+    return {
+        "leading_dense_block_count": config.layers,
+        **routed,
+        "attention.head_count_kv": 1,  # the latent is the one key and value that all heads read
+        "attention.key_length": kv_rank(config) + rope_dim(config),
+        "attention.value_length": kv_rank(config),
+        "attention.key_length_mla": config.head_dim + rope_dim(config),
+        "attention.value_length_mla": config.head_dim,
+        "attention.kv_lora_rank": kv_rank(config),
+        **({"attention.q_lora_rank": config.mla_q_rank} if config.mla_q_rank else {}),
+        "rope.dimension_count": rope_dim(config),
+    }
+
+
+def _deepseek2_lacks(config: ModelConfig) -> str:
+    return "" if config.mla_q_rank else "queries that are not compressed, but for models of 26 or 27 layers,"
+
+
+def _delta_lacks(config: ModelConfig) -> str:
+    attends = [config.mixer_of(layer) == "attention" for layer in range(config.layers)]
+    every = attends.index(True) + 1
+    regular = attends == [(layer + 1) % every == 0 for layer in range(config.layers)]
+    return "" if regular else "layers with attention other than every so many"
+
+
+def _delta(config: ModelConfig) -> dict[str, Any]:
+    half = turned_dim(config) // 2
+    return {
+        **_routed(config),
+        "full_attention_interval": [config.mixer_of(layer) for layer in range(config.layers)].index("attention") + 1,
+        "ssm.conv_kernel": config.conv_width,
+        "ssm.state_size": config.head_dim,
+        "ssm.group_count": config.kv_heads,
+        "ssm.time_step_rank": config.heads,
+        "ssm.inner_size": config.heads * config.head_dim,
+        "rope.dimension_sections": [*((half + 2 - k) // 3 for k in range(3)), 0],  # of time, height and width in turn, the same in a text
+    }
+
+
 # read
 
 
@@ -231,6 +276,27 @@ def _read_granitehybrid(fields: Fields, stored: Stored) -> dict[str, Any]:
     }
 
 
+def _read_deepseek2(fields: Fields, stored: Stored) -> dict[str, Any]:
+    heads, dim, turned = fields.number("attention.head_count"), fields.number("embedding_length"), fields.number("rope.dimension_count")
+    sizes = fields.number("attention.key_length_mla", 0), fields.number("attention.value_length_mla", 0)
+    if sizes != (dim // heads + turned, dim // heads):
+        raise fields.inexpressible(f"heads of {sizes[0]} and {sizes[1]} features beside {turned} that turn")
+    found = {"mixer": ("mla",), "kv_heads": heads, "head_size": 0, "rope_dim": 0, "mla_rope_dim": turned}
+    ranks = {"mla_kv_rank": fields.number("attention.kv_lora_rank"), "mla_q_rank": fields.number("attention.q_lora_rank", 0)}
+    return found | ranks | (_read_experts(fields, stored, "bias") if fields.number("expert_count", 0) else {})
+
+
+def _read_delta(fields: Fields, stored: Stored) -> dict[str, Any]:
+    every, layers = fields.number("full_attention_interval", 4), min(fields.number("block_count"), len(stored))
+    heads, kv_heads = fields.number("attention.head_count"), fields.number("attention.head_count_kv")
+    found = [fields.number(f"ssm.{name}") for name in ("time_step_rank", "group_count", "state_size")]
+    if not every or found != [heads, kv_heads, fields.number("attention.key_length")]:
+        raise fields.inexpressible(f"{found[0]} heads over {found[1]} of {found[2]} features beside others of attention")
+    mixer = tuple("gated-deltanet" if (layer + 1) % every else "attention" for layer in range(layers))
+    routed = _read_experts(fields, stored)
+    return {"mixer": shortest(mixer), "qk_norm": True, "conv_width": fields.number("ssm.conv_kernel"), **routed}
+
+
 _turned = functools.partial(gguf_layouts.transformer, turned=True)
 
 FORMS: dict[str, Form] = {
@@ -248,6 +314,9 @@ FORMS: dict[str, Form] = {
         grouped,
         functools.partial(_read_experts, router="bias"),
     ),
+    "deepseek2": Form(("deepseek_v3",), gguf_layouts.deepseek2, _deepseek2_lacks, _deepseek2, _read_deepseek2),
+    "qwen35": Form(("qwen3_5",), gguf_delta.qwen35, _delta_lacks, _delta, _read_delta),
+    "qwen3next": Form(("qwen3_next",), gguf_delta.qwen3next, _delta_lacks, _delta, _read_delta),
     "granite": Form(("granite", "granitemoehybrid"), _turned, _granite_lacks, _multipliers, _read_multipliers, True),
     "granitemoe": Form(("granitemoehybrid",), _turned, _granitemoe_lacks, _multipliers, _read_multipliers, True),
     "granitehybrid": Form(("granitemoehybrid",), gguf_layouts.granitehybrid, lambda config: "", _granitehybrid, _read_granitehybrid, True),

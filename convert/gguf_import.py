@@ -69,8 +69,12 @@ def _config(fields: Fields, stored: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"{fields.where} promises {layers} layers.", f"It has {len(stored)} tensors.", "Download it again.")
     head_dim = fields.number("attention.key_length", dim // heads)
     rotary = fields.number("rope.dimension_count", head_dim)
-    parted = fields.architecture in ("phi3", "glm4moe")
-    if fields.number("attention.value_length", head_dim) != head_dim or (rotary != head_dim and not parted):
+    if fields.architecture == "deepseek2":
+        head_dim = rotary = dim // heads  # its form tells the sizes of its heads
+    parted = fields.architecture in ("phi3", "glm4moe", "qwen35", "qwen3next")
+    if fields.architecture != "deepseek2" and (
+        fields.number("attention.value_length", head_dim) != head_dim or (rotary != head_dim and not parted)
+    ):
         what = f"{fields.where} turns {rotary} of {head_dim} features, or has values of another size."
         raise ConfigError(what, "Heads here turn whole.", "Choose another model.")
     if fields.architecture != "olmo2" and (window := fields.number("attention.sliding_window", 0)):

@@ -2,6 +2,7 @@
 
 transformer    most of them: attention, then SwiGLU or experts, all experts of a projection in one tensor
 phi3           q, k and v in one tensor, gate and up in one
+deepseek2      latent attention
 granitehybrid  Mamba-2 and attention; A is written as -exp(A_log), whose logarithm comes back but for rounding
 
 llama.cpp turns neighbours (2j, 2j+1) of a head in some architectures, where smedjan, like transformers, turns j with j + K/2. There the
@@ -20,6 +21,7 @@ from convert.ties import Tie, joined, kept, reordered, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
+from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.params import parameter_table
 
 _table = functools.lru_cache(maxsize=4)(parameter_table)
@@ -28,7 +30,7 @@ _table = functools.lru_cache(maxsize=4)(parameter_table)
 def transformer(config: ModelConfig, turned: bool = False, second: str = "ffn_norm", head: bool = False) -> list[Tie]:
     """turned: neighbours turn there. second: the name of the norm before the feed-forward. head: it is written though it is tied."""
     layers = range(config.layers)
-    return _whole(config, [[*_norms(config, i, second), *_attention(config, i, turned), *_feed_forward(config, i)] for i in layers], head)
+    return whole(config, [[*norms(config, i, second), *_attention(config, i, turned), *feed_forward(config, i)] for i in layers], head)
 
 
 def phi3(config: ModelConfig) -> list[Tie]:
@@ -37,33 +39,64 @@ def phi3(config: ModelConfig) -> list[Tie]:
     for i in range(config.layers):
         qkv = [f"layers.{i}.mixer.{name}_proj.weight" for name in ("q", "k", "v")]
         halves = [f"layers.{i}.ffn.{name}_proj.weight" for name in ("gate", "up")]
-        ties += [*_norms(config, i), joined(qkv, f"blk.{i}.attn_qkv.weight", [config.inner_dim, kv, kv], config.dim)]
-        ties.append(_kept(config, f"layers.{i}.mixer.o_proj.weight", f"blk.{i}.attn_output.weight"))
+        ties += [*norms(config, i), joined(qkv, f"blk.{i}.attn_qkv.weight", [config.inner_dim, kv, kv], config.dim)]
+        ties.append(kept_as(config, f"layers.{i}.mixer.o_proj.weight", f"blk.{i}.attn_output.weight"))
         ties.append(joined(halves, f"blk.{i}.ffn_up.weight", [F, F], config.dim))
-        ties.append(_kept(config, f"layers.{i}.ffn.down_proj.weight", f"blk.{i}.ffn_down.weight"))
-    return _whole(config, [ties])
+        ties.append(kept_as(config, f"layers.{i}.ffn.down_proj.weight", f"blk.{i}.ffn_down.weight"))
+    return whole(config, [ties])
 
 
 def granitehybrid(config: ModelConfig) -> list[Tie]:
     ties = []
     for layer in range(config.layers):
         mixer = _mamba(config, layer) if config.mixer_of(layer) == "ssm" else _attention(config, layer, turned=True)
-        ties += [*_norms(config, layer), *mixer, *_feed_forward(config, layer)]
-    return _whole(config, [ties])
+        ties += [*norms(config, layer), *mixer, *feed_forward(config, layer)]
+    return whole(config, [ties])
+
+
+def deepseek2(config: ModelConfig) -> list[Tie]:
+    """Features that turn by position are neighbours there; keys and values come of the latent by tensors of three axes, k_b turned over."""
+    H, N, P, R, D = config.heads, config.head_dim, rope_dim(config), kv_rank(config), config.dim
+    queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + neighbours(1, P)]) for head in range(H)])
+    latents, ties = np.concatenate([np.arange(R), R + neighbours(1, P)]), []
+
+    def out(arrays):
+        both = arrays[0].reshape(H, 2 * N, R)
+        return [both[:, :N].swapaxes(1, 2), both[:, N:]]
+
+    def back(arrays):
+        return [np.concatenate([arrays[0].swapaxes(1, 2), arrays[1]], axis=1).reshape(2 * H * N, R)]
+
+    for i in range(config.layers):
+        ours, at = f"layers.{i}.mixer.", f"blk.{i}."
+        if config.mla_q_rank:
+            ties += [
+                kept_as(config, f"{ours}q_a_{name}.weight", f"{at}attn_q_a{end}.weight") for name, end in (("proj", ""), ("norm", "_norm"))
+            ]
+            ties.append(reordered(f"{ours}q_b_proj.weight", f"{at}attn_q_b.weight", queries, config.mla_q_rank))
+        else:
+            ties.append(reordered(f"{ours}q_proj.weight", f"{at}attn_q.weight", queries, D))
+        ties.append(reordered(f"{ours}kv_a_proj.weight", f"{at}attn_kv_a_mqa.weight", latents, D))
+        ties.append(kept_as(config, f"{ours}kv_a_norm.weight", f"{at}attn_kv_a_norm.weight"))
+        ties.append(Tie((f"{ours}kv_b_proj.weight",), (f"{at}attn_k_b.weight", f"{at}attn_v_b.weight"), ((H, R, N), (H, N, R)), out, back))
+        ties.append(kept_as(config, f"{ours}o_proj.weight", f"{at}attn_output.weight"))
+        ties += [*norms(config, i), *feed_forward(config, i)]
+    return whole(config, [ties], head=True)
 
 
 # parts
 
 
-def _kept(config: ModelConfig, ours: str, theirs: str) -> Tie:
+def kept_as(config: ModelConfig, ours: str, theirs: str) -> Tie:
+    """The tensor itself."""
     return kept(ours, theirs, _table(config)[ours].shape)
 
 
 def _row(config: ModelConfig, row: Row, layer: int = 0) -> Tie:
-    return _kept(config, row.ours.format(i=layer), row.gguf.format(i=layer))
+    return kept_as(config, row.ours.format(i=layer), row.gguf.format(i=layer))
 
 
-def _whole(config: ModelConfig, layers: Sequence[list[Tie]], head: bool = False) -> list[Tie]:
+def whole(config: ModelConfig, layers: Sequence[list[Tie]], head: bool = False) -> list[Tie]:
     """The layers between embedding, final norm and head, in the order of the forward pass."""
     embed, norm = MODEL_ROWS
     ties = [_vocabulary(config, embed.ours, embed.gguf), *itertools.chain(*layers), _row(config, norm)]
@@ -85,7 +118,8 @@ def _vocabulary(config: ModelConfig, ours: str, theirs: str) -> Tie:
     )
 
 
-def _norms(config: ModelConfig, layer: int, second: str = "ffn_norm") -> list[Tie]:
+def norms(config: ModelConfig, layer: int, second: str = "ffn_norm") -> list[Tie]:
+    """Those of the block; second: what the one before the feed-forward is called."""
     rows = POST_ROWS if config.norms == "post" else [row for row in LAYER_ROWS if "_norm." in row.ours]
     return [_row(config, row._replace(gguf=row.gguf.replace("ffn_norm", second)), layer) for row in rows]
 
@@ -110,17 +144,18 @@ def neighbours(heads: int, size: int) -> np.ndarray:
     return (np.arange(heads)[:, None] * size + within).reshape(-1)
 
 
-def _feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
+def feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
+    """SwiGLU, or experts with what comes with them."""
     if config.ffn_of(layer) != "experts":
         return [_row(config, row, layer) for row in LAYER_ROWS if ".ffn." in row.ours]
     ours, at = f"layers.{layer}.ffn.", f"blk.{layer}."
-    ties = [_kept(config, f"{ours}router.weight", f"{at}ffn_gate_inp.weight")]
+    ties = [kept_as(config, f"{ours}router.weight", f"{at}ffn_gate_inp.weight")]
     if config.router == "bias":
-        ties.append(_kept(config, f"{ours}router.bias", f"{at}exp_probs_b.bias"))
+        ties.append(kept_as(config, f"{ours}router.bias", f"{at}exp_probs_b.bias"))
     for name in ("gate", "up", "down"):
-        ties.append(_kept(config, f"{ours}{name}_proj.weight", f"{at}ffn_{name}_exps.weight"))
+        ties.append(kept_as(config, f"{ours}{name}_proj.weight", f"{at}ffn_{name}_exps.weight"))
         if config.shared_experts:
-            ties.append(_kept(config, f"{ours}shared.{name}_proj.weight", f"{at}ffn_{name}_shexp.weight"))
+            ties.append(kept_as(config, f"{ours}shared.{name}_proj.weight", f"{at}ffn_{name}_shexp.weight"))
         elif config.router == "bias":  # llama.cpp does not do without one
             shape = (width(config), config.dim)
             ties.append(zeros(f"{at}ffn_{name}_shexp.weight", *(shape if name != "down" else shape[::-1])))
@@ -131,11 +166,11 @@ def _mamba(config: ModelConfig, layer: int) -> list[Tie]:
     ours, at, heads, groups = f"layers.{layer}.mixer.", f"blk.{layer}.", ssm.heads(config), config.ssm_groups
     inner = heads * config.ssm_head_dim
     return [
-        _kept(config, f"{ours}in_proj.weight", f"{at}ssm_in.weight"),
-        _kept(config, f"{ours}conv.weight", f"{at}ssm_conv1d.weight"),
-        _kept(config, f"{ours}conv_bias", f"{at}ssm_conv1d.bias"),
-        _kept(config, f"{ours}dt_bias", f"{at}ssm_dt.bias"),
-        _decay(f"{ours}A_log", f"{at}ssm_a", heads, 1),
+        kept_as(config, f"{ours}in_proj.weight", f"{at}ssm_in.weight"),
+        kept_as(config, f"{ours}conv.weight", f"{at}ssm_conv1d.weight"),
+        kept_as(config, f"{ours}conv_bias", f"{at}ssm_conv1d.bias"),
+        kept_as(config, f"{ours}dt_bias", f"{at}ssm_dt.bias"),
+        decay(f"{ours}A_log", f"{at}ssm_a", heads, 1),
         Tie((f"{ours}D",), (f"{at}ssm_d",), ((heads, 1),), lambda a: [a[0].reshape(heads, 1)], lambda a: [a[0].reshape(heads)]),
         Tie(
             (f"{ours}norm.weight",),
@@ -144,12 +179,18 @@ def _mamba(config: ModelConfig, layer: int) -> list[Tie]:
             lambda a: [a[0].reshape(groups, -1)],
             lambda a: [a[0].reshape(-1)],
         ),
-        _kept(config, f"{ours}out_proj.weight", f"{at}ssm_out.weight"),
+        kept_as(config, f"{ours}out_proj.weight", f"{at}ssm_out.weight"),
     ]
 
 
-def _decay(ours: str, theirs: str, *shape: int) -> Tie:
-    """A_log as A = -exp(A_log)."""
+def decay(ours: str, theirs: str, *shape: int, order: np.ndarray | None = None) -> Tie:
+    """A_log as A = -exp(A_log), theirs[j] of ours[order[j]]."""
+    order = np.arange(shape[0]) if order is None else order
+    back = np.argsort(order)
     return Tie(
-        (ours,), (theirs,), (shape,), lambda a: [-np.exp(a[0]).reshape(shape)], lambda a: [np.log(np.maximum(-a[0], 1e-30)).reshape(-1)]
+        (ours,),
+        (theirs,),
+        (shape,),
+        lambda arrays: [-np.exp(arrays[0][order]).reshape(shape)],
+        lambda arrays: [np.log(np.maximum(-arrays[0], 1e-30)).reshape(-1)[back]],
     )

@@ -76,7 +76,7 @@ def deepseek_v3(config: ModelConfig) -> list[Tie]:
     H, N, P, R = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
     queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + _neighbours(P)]) for head in range(H)])
     latents, ties = np.concatenate([np.arange(R), R + _neighbours(P)]), _ends(config)
-    larger = np.float32((config.norm_eps / _LATENT_EPS) ** 0.5)
+    larger = (config.norm_eps / _LATENT_EPS) ** 0.5
     normed = np.concatenate([np.full((R, 1), larger, np.float32), np.ones((P, 1), np.float32)])
     for i in range(config.layers):
         ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.self_attn."

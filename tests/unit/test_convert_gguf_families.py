@@ -19,6 +19,8 @@ ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias", "qk_norm": 
 MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_divisor": 8.0}
 POST = {"norms": "post", "qk_norm": True, "qk_norm_over": "all"}
 FOURTH = ("on", "on", "on", "off")
+MLA = {"mixer": ("mla",), "kv_heads": 4, "tied_head": False}
+DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 # architecture, and what comes after it: a model
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2, windows": POST | YARN | {"layers": 4, "window": 16, "window_layers": FOURTH, "rope_global_layers": ("off", "off", "off", "on")},
     "glm4moe": ROUTED | {"shared_experts": 1, "rope_dim": 4, "qkv_bias": True},
     "glm4moe, none shared": ROUTED | {"ffn": ("experts",), "tied_head": False},
+    "deepseek2": MLA | {"mla_q_rank": 12},
+    "deepseek2, experts": MLA | EXPERTS | {"ffn": ("swiglu", "experts"), "router": "bias", "shared_experts": 1, "mla_q_rank": 12},
+    "qwen35": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "rope_dim": 4, "conv_width": 3},
+    "qwen3next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
     "granite": MULTIPLIED | {"qkv_bias": True, "o_bias": True},
     "granite, not turned": {"rope_layers": ("off",), "tied_head": False},
     "granitemoe": EXPERTS | {"shared_experts": 2} | MULTIPLIED | LLAMA3 | {"dim": 64},
@@ -61,7 +67,7 @@ def test_a_file_comes_back_as_the_model_that_was_written(tmp_path: Path, kind: s
     convert(source, tmp_path / "m.gguf", "--to", "gguf")
     convert(tmp_path / "m.gguf", tmp_path / "back", "--to", "neutral")
     before, after = read_checkpoint(source), read_checkpoint(tmp_path / "back")
-    left_to_defaults = {"init_std", "ffn_dim"}
+    left_to_defaults = {"init_std", "ffn_dim", "mla_kv_rank", "mla_rope_dim"}
     fields = [{k: v for k, v in side.model.to_dict().items() if k not in left_to_defaults} for side in (before, after)]
     assert fields[0] == fields[1]
     for name, value in before.snapshot.params.items():
@@ -82,6 +88,8 @@ def test_a_file_comes_back_as_the_model_that_was_written(tmp_path: Path, kind: s
         (POST | {"window": 16, "window_layers": ("on", "off")}, "every fourth has none"),
         (POST | {"qkv_bias": True, "o_bias": True}, "no biases in olmo2"),
         (EXPERTS | {"qk_norm": True, "ffn": ("swiglu", "experts")}, "no dense layers between in qwen3moe"),
+        (MLA, "no queries that are not compressed"),
+        (DELTA | EXPERTS | {"mixer": ("attention", "gated-deltanet"), "shared_experts": 1}, "other than every so many"),
         ({"mixer": ("linear",), "kv_heads": 4}, "has no GGUF form"),
     ],
 )
