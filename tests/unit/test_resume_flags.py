@@ -20,6 +20,7 @@ NO_BEARING = {
     "config": "what it names counts as given",
     "force": "it is about the machine, not the run",
     "mesh": "it changes no result, and a run may go on on another one",
+    **dict.fromkeys(("coordinator", "num-hosts", "host-id"), "they are about the machines, not the run"),
     **dict.fromkeys(("devices", "device", "devices-per-host", "network-gbits"), "they are of a plan, of which no run has any"),
 }
 REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
@@ -34,6 +35,9 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "keep-every": (2, TOLD),
     "resume": ("never", "already has a run"),
     "pretrained": ("RUN", "--pretrained starts a new run, and RUN has one that began without weights"),
+    "lora-rank": (4, "has other adapters"),
+    "lora-alpha": (8.0, "has other adapters"),
+    "lora-targets": ("q_proj", "has other adapters"),
     "teacher-checkpoint": ("RUN", "has no teacher"),
     "backend": ("mlx", "mlx"),
     "size": ("small", MODEL),
