@@ -22,6 +22,7 @@ import numpy as np
 from smedjan_common.backend import Backend
 from smedjan_common.checkpoint import CheckpointInfo, check_readable, newest, read_weights, weights_hash
 from smedjan_common.checkpoint.new_rows import with_new_rows
+from smedjan_common.checkpoint.pulled import checkpoint_here
 from smedjan_common.data.packing import PackedPairs
 from smedjan_common.data.token_file import TokenFile
 from smedjan_common.errors import CheckpointError
@@ -49,8 +50,9 @@ MakeBackend = Callable[[ModelConfig, TrainConfig, MeshShape | None], Backend]
 Record = dict[str, Any]  # {"path", "weights": a hash, "files": {hash of a token file: {"name", "sha256"}}}; path None: no reference
 
 
-def reference_scores(decided: Decided, make_backend: MakeBackend) -> ReferenceScores:
-    """Those of a run, read or computed. Raises CheckpointError where the reference is another than the run has had, or is gone."""
+def reference_scores(decided: Decided, make_backend: MakeBackend | None) -> ReferenceScores:
+    """Those of a run, read or computed. make_backend: None where a run has several hosts, of which each reads them. Raises CheckpointError
+    where the reference is another than the run has had, or is gone."""
     if not OBJECTIVES[decided.train.objective].needs_reference:
         return NO_SCORES
     assert decided.data
@@ -78,7 +80,7 @@ def _record(decided: Decided) -> Record:
         assert decided.pretrained
         if (REFERENCE, asked) == NO_REFERENCE:
             return {"path": None, "weights": None, "files": {}}
-        info = newest(asked) if asked else decided.pretrained
+        info = newest(checkpoint_here(asked)) if asked else decided.pretrained
         return {"path": str(info.path.resolve()), "weights": weights_hash(info), "files": {}}
     known = (begin.info.extra or {}).get(REFERENCE) or begin.recorded.get(REFERENCE)
     if not _is_record(known):
@@ -86,7 +88,7 @@ def _record(decided: Decided) -> Record:
         raise CheckpointError(what, "It is damaged, or was edited.", "Go on from another checkpoint of the run: --resume PATH.")
     record: Record = dict(known)
     if asked and decided.asked.is_given(REFERENCE):
-        info = None if (REFERENCE, asked) == NO_REFERENCE else newest(asked)
+        info = None if (REFERENCE, asked) == NO_REFERENCE else newest(checkpoint_here(asked))
         if (weights_hash(info) if info else None) != record["weights"]:
             what = f"--reference {asked} is not what the run compares with."
             raise CheckpointError(what, f"It began with {record['path'] or 'none'}, and goes on with it.", "Leave --reference out.")
@@ -98,7 +100,7 @@ def _is_record(known: Any) -> TypeGuard[Record]:
     return isinstance(known, dict) and {"path", "weights", "files"} <= known.keys() and isinstance(known["files"], dict)
 
 
-def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend) -> np.ndarray:
+def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend | None) -> np.ndarray:
     """The scores of a token file; where they had to be computed, `record` is told."""
     folder = decided.folder / DATA
     if known := record["files"].get(file.hash):
@@ -107,6 +109,9 @@ def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: Ma
         say(f"note: {folder / known['name']} is gone or was changed; the reference gives its log-probabilities again.")
     place = folder / f"reference-{_key(decided, record, file)}.npy"
     if known or (scores := _read(place, file)) is None:
+        if make_backend is None:
+            what = "The log-probabilities that the reference gives to the answers are not there."
+            raise CheckpointError(what, "They are computed by one host.", "Begin the run there, by smedjan dpo, for a step: --steps 1.")
         scores = _compute(decided, record, file, place, make_backend)
     record["files"][file.hash] = {"name": place.name, "sha256": file_hash(place)}
     return scores

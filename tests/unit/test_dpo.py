@@ -13,6 +13,7 @@ from smedjan_common.commands import dpo, sft
 from smedjan_common.config import TrainConfig
 from smedjan_common.data.packing import PackedPairs
 from smedjan_common.data.token_file import TokenFile
+from smedjan_common.run import reference_scores
 from smedjan_common.run.falling import WINDOW, Falling
 from smedjan_common.run.flags import PairFlags, flag_names
 from smedjan_common.run.option_flags import objective_options
@@ -204,6 +205,16 @@ def test_a_reference_pass_that_was_stopped_goes_on_at_its_next_batch(base, taugh
     assert scores_of(tmp_path / "run").read_bytes() == scores_of(taught).read_bytes()
     assert arrays(tmp_path / "run") == arrays(taught)
     assert not part.exists()
+
+
+def test_several_hosts_read_what_one_has_computed(base, taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        reference_scores, "reference_scores", lambda decided, _, known=reference_scores.reference_scores: known(decided, None)
+    )
+    assert dpo_here(*words_of(base, tmp_path / "new")) == 2
+    assert "They are computed by one host" in capsys.readouterr().err
+    shutil.copytree(taught, tmp_path / "better")
+    assert train_here("--checkpoint-dir", tmp_path / "better", "--steps", 7) == 0
 
 
 def test_another_reference_and_none(base, taught, tmp_path, capsys):
