@@ -1,5 +1,6 @@
 """`smedjan info PATH`: what a checkpoint, run folder, folder of runs, Hugging Face directory, token file or tokenizer is."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -98,6 +99,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         "dataset": info.dataset,
         "tokenizer_hash": info.tokenizer_hash,
         "chat_template": _chat_template(info.path),
+        "made_of": _made_of(info.extra or {}),
         "metrics": info.metrics,
         "written_by": {"smedjan": info.smedjan_version, **info.framework},
         "bytes": info.nbytes,
@@ -106,6 +108,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 
 def _run(path: Path, verify: bool) -> Facts:
+    from smedjan_common.checkpoint.load import load_info
     from smedjan_common.model.config import ModelConfig
     from smedjan_common.reporting.metrics import eval_rows, read_rows, train_rows
     from smedjan_common.run.folder import read_config
@@ -130,6 +133,7 @@ def _run(path: Path, verify: bool) -> Facts:
         "dataset": config.get("dataset"),
         "tokenizer_hash": config.get("tokenizer_hash"),
         "chat_template": _chat_template(found[-1].path if found else path / FINAL),
+        "made_of": _made_of(load_info(found[-1].path).extra or {}) if found else None,
         "initial_values": config.get("initial_values"),
         "first": trained[0] if trained else None,
         "last": trained[-1] if trained else None,
@@ -139,6 +143,23 @@ def _run(path: Path, verify: bool) -> Facts:
         "written_by": config.get("framework"),
         "verified": not broken if verify else None,
     }
+
+
+def _made_of(extra: Facts) -> str | None:
+    """The models that a checkpoint, or the run that wrote it, was made of; None of one that began from initial values."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # whatever a file says
+        began, averaged = extra.get("pretrained"), extra.get("averaged")
+        merge, grow = extra.get("merge"), extra.get("grow")
+        parts = [f"{merge['method']} merge of {', '.join(_place(model) for model in merge['models'])}"] if merge else []
+        parts += [f"grown from {_place(grow['of'])}"] if grow else []
+        parts += [f"the moving average of its weights, --ema {averaged:g}"] if averaged else []
+        parts += [f"began with {_place(began)}" + (f", {before}" if (before := _made_of(began)) else "")] if began else []
+        return "; ".join(parts) or None
+    return None
+
+
+def _place(model: Facts) -> str:
+    return f"{model['path']} (step {model['step']:,})" if model.get("step") else str(model["path"])
 
 
 def _as_config(checkpoint: Path) -> Facts:

@@ -6,6 +6,7 @@ It is decided twice by the same function: before texts are tokenised, which may 
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from smedjan_common.backend import Device
 from smedjan_common.checkpoint import CheckpointInfo, read_info
 from smedjan_common.data.batches import batches
 from smedjan_common.errors import CheckpointError
-from smedjan_common.files.names import FINAL
+from smedjan_common.files.names import FINAL, WEIGHTS
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.flops import forward_flops_per_token, train_flops_per_token
 from smedjan_common.model.presets import VOCAB_MULTIPLE
@@ -24,7 +25,7 @@ from smedjan_common.reporting.table import Line
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.cadence import CADENCES, interval
 from smedjan_common.run.data import RunData, trains_tokenizer
-from smedjan_common.run.folder import EXTENDS, NO_SCORES, ReferenceScores, RunConfig
+from smedjan_common.run.folder import EXTENDS, NO_SCORES, ORIGIN, ReferenceScores, RunConfig
 from smedjan_common.run.recorded import to_record
 from smedjan_common.run.settings import new_model, pretrained_model, same_model, takes_auto, train_config
 from smedjan_common.run.start import Begin, GoOn, New, Pretrained, Say
@@ -179,13 +180,14 @@ def run_config(decided: Decided, say: Say, reference: ReferenceScores = NO_SCORE
         keep=value("keep"),
         keep_every=value("keep_every"),
         checkpoint_format=_format_here(value("checkpoint_format"), decided.backend, say),
-        flags=to_record(decided.asked.flags),
+        flags=to_record(decided.asked.flags) | _weights_in_place(decided),
         given=decided.asked.given_values(),
         objective=objective_of(decided.asked, decided.begin),
         gained=data.gained,
         extends=_extends(decided, data),
         reference=reference,
         teacher=decided.teacher,
+        origin=_origin(decided),
         **report,
     )
 
@@ -220,6 +222,21 @@ def _extends(decided: Decided, data: RunData) -> str | None:
         return decided.pretrained.tokenizer_hash
     info = decided.start or decided.pretrained
     return (info.extra or {}).get(EXTENDS) if info else None
+
+
+def _weights_in_place(decided: Decided) -> dict[str, Any]:
+    """What --pretrained would say of a run that begins with the weights in its own folder."""
+    info = decided.pretrained
+    return {"pretrained": os.path.abspath(info.path)} if info and not decided.asked.value("pretrained") else {}
+
+
+def _origin(decided: Decided) -> dict[str, Any] | None:
+    """What the run began with, for its checkpoints: path, step and hash of the weights, and how those were made of others."""
+    if not (info := decided.pretrained):
+        return ((decided.start and decided.start.extra) or {}).get(ORIGIN)
+    made = {name: value for name, value in (info.extra or {}).items() if name in ("grow", "merge", ORIGIN)}
+    known = {"sha256": info.files[WEIGHTS].sha256} if WEIGHTS in info.files else {}
+    return {"path": str(info.path), "step": info.step, **known, **made}
 
 
 def _format_here(kind: str, backend: str, say: Say) -> str:

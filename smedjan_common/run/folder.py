@@ -54,6 +54,7 @@ from smedjan_common.training.objectives import OBJECTIVES
 
 COMMANDS = {name: row.command for name, row in OBJECTIVES.items()}  # what a run learns -> the command that begins one
 AVERAGED = "averaged"  # in final/'s "extra": the decay of the moving average that its weights are
+ORIGIN = "pretrained"  # in a checkpoint's "extra": the weights that the run began with, and what those were made of
 EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
 REFERENCE = "reference"  # in config.json and a checkpoint's "extra": what a run compares answers with
 
@@ -78,7 +79,8 @@ class RunConfig:
     checkpoint whose weights a new run starts from. history: rows of metrics.jsonl before `start` when it lies in another folder.
     flags: what config.json records. given: those that were given, for config.toml. objective: a key of COMMANDS. gained: how many tokens
     the tokenizer has more than that of `pretrained`; extends: the hash of that one. reference: of pairs of answers. teacher: a model that
-    the run learns from. mirror: sends the run to the address that --checkpoint-dir is.
+    the run learns from. origin: the weights that it began with, and what those were made of. mirror: sends the run to the address that
+    --checkpoint-dir is.
     """
 
     model: ModelConfig
@@ -106,6 +108,7 @@ class RunConfig:
     objective: str = "lm"
     gained: int = 0
     extends: str | None = None
+    origin: dict[str, Any] | None = None
     mirror: Mirror | None = None
     reference: ReferenceScores = NO_SCORES
     teacher: Teacher | None = None
@@ -127,10 +130,11 @@ class RunFolder:
         )
 
     def _more(self) -> dict[str, Any]:
-        """What checkpoint.json says besides: which tokenizer the run's own was made of, what it is compared with, who teaches it, and which
-        weights its adapters belong to."""
+        """What checkpoint.json says besides: which tokenizer the run's own was made of, what it is compared with, who teaches it, which
+        weights it began with, and which its adapters belong to."""
         config = self.config
         known = {EXTENDS: config.extends, REFERENCE: config.reference.record, TEACHER: config.teacher and config.teacher.record()}
+        known[ORIGIN] = config.origin
         more: dict[str, Any] = {name: value for name, value in known.items() if value}
         if config.train.adapters and (base := find_base(config.start) if config.start else config.pretrained):
             where = BaseWeights.at(base.path, self.path, weights_hash(base))

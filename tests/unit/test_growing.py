@@ -1,5 +1,7 @@
 """`smedjan grow`: the larger model computes the same for every mixer, its copies are no twins, and a run goes on from it."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -216,6 +218,14 @@ def test_a_run_folder_begins_that_says_where_it_is_from_and_training_goes_on_in_
     assert "Starting from the weights of" in out
     done = read_checkpoint(tmp_path / "grown")
     assert (done.info.step, done.model, done.train.seq_len) == (2, info.model, 16)
+    began = {"path": str(info.path), "step": 0, "sha256": info.files["model.safetensors"].sha256, "grow": how}
+    assert done.info.extra["pretrained"] == began
+    assert train_here("--checkpoint-dir", tmp_path / "grown", "--steps", 3) == 0
+    assert read_info(tmp_path / "grown/final").extra["pretrained"] == began
+    assert json.loads((tmp_path / "grown/config.json").read_text())["flags"]["pretrained"] == str(info.path)
+    capsys.readouterr()
+    assert cli.main(["info", str(tmp_path / "grown")]) == 0
+    assert f"began with {info.path}, grown from {tmp_path}/run/final (step 3)" in " ".join(capsys.readouterr().out.split())
     assert (
         train_here(text, "--pretrained", tmp_path / "grown/step-00000000", "--checkpoint-dir", tmp_path / "other", "--steps", 1, *rarely)
         == 0
