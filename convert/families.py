@@ -246,14 +246,19 @@ def family_of(config: ModelConfig, target: str) -> str:
     return families_of(config, target)[0]
 
 
+def chosen(config: ModelConfig) -> set[str]:
+    """Fields beyond those that every row can say that are not as they are by default."""
+    values, plain = config.to_dict(), ModelConfig(64, 2, 1, 1, 1, 1).to_dict()
+    return {name for name in values.keys() - EXPRESSED if values[name] != plain[name]}
+
+
 def families_of(config: ModelConfig, target: str) -> list[str]:
     """Every row that holds a model, and the error of `family_of` where none does."""
-    values, plain = config.to_dict(), ModelConfig(64, 2, 1, 1, 1, 1).to_dict()
-    special = {name: values[name] for name in values.keys() - EXPRESSED if values[name] != plain[name]}
-    if found := [name for name, family in FAMILIES.items() if special.keys() <= family.options and family.holds(config)]:
+    special = chosen(config)
+    if found := [name for name, family in FAMILIES.items() if special <= family.options and family.holds(config)]:
         return found
-    kinds = ", ".join(dict.fromkeys((*config.mixer, *config.ffn)))
-    wanted = ", ".join(f"{name} = {value}" for name, value in sorted(special.items()))
+    kinds, values = ", ".join(dict.fromkeys((*config.mixer, *config.ffn))), config.to_dict()
+    wanted = ", ".join(f"{name} = {value}" for name, value in sorted((name, values[name]) for name in special))
     raise ConfigError(
         f"A model of {kinds}{' with ' if wanted else ''}{wanted} has no {target} form.",
         "No architecture that other programs run has it; docs/convert.md lists those that there are.",

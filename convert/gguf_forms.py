@@ -8,6 +8,7 @@
 | smollm3 | smollm3 | windows; other layers that do not turn than every fourth |
 | olmo2 | olmo2, olmo3 | biases; other layers that see all than every fourth |
 | glm4moe | glm4_moe | |
+| arwkv7 | none: rwkv with SwiGLU | |
 | deepseek2 | deepseek_v3 | queries that are not compressed |
 | qwen35, qwen3next | qwen3_5, qwen3_next | layers with attention other than every so many |
 | granite, granitemoe, granitehybrid | granite, granitemoehybrid | |
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from convert import gguf_delta, gguf_layouts
-from convert.families import dense_prefix, families_of
+from convert.families import chosen, dense_prefix, families_of
 from convert.gguf_fields import Fields
 from convert.hf_rope import turned_dim
 from convert.hf_values import shortest
@@ -28,6 +29,7 @@ from smedjan_common.errors import ConfigError
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.params import parameter_table
 
 Stored = Mapping[str, Any]
 _SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of expert_gating_func
@@ -49,6 +51,8 @@ class Form(NamedTuple):
 
 def form_of(config: ModelConfig) -> str:
     """The architecture that a model goes to. Raises ConfigError, by name, where llama.cpp would not read it as it is."""
+    if set(config.mixer) == {"rwkv"} and set(config.ffn) == {"swiglu"} and chosen(config) <= {"rwkv_head_dim"}:
+        return "arwkv7"  # which transformers does not have
     families = families_of(config, "GGUF")
     lacking = {name: _lacks(form, config) for family in families for name, form in FORMS.items() if family in form.families}
     for name, lack in lacking.items():
@@ -198,6 +202,20 @@ def _delta(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _arwkv7(config: ModelConfig) -> dict[str, Any]:
+    ranks = {name: parameter_table(config)[f"layers.0.mixer.{name}1.weight"].shape[0] for name in "wag"}
+    later = parameter_table(config).get("layers.1.mixer.v1.weight")
+    return {
+        "wkv.head_size": config.rwkv_head_dim,
+        "token_shift_count": 1,
+        "attention.decay_lora_rank": ranks["w"],
+        "attention.iclr_lora_rank": ranks["a"],
+        "attention.value_residual_mix_lora_rank": later.shape[0] if later else ranks["a"],
+        "attention.gate_lora_rank": ranks["g"],
+        "attention.head_count": 0,
+    }
+
+
 # read
 
 
@@ -297,6 +315,12 @@ def _read_delta(fields: Fields, stored: Stored) -> dict[str, Any]:
     return {"mixer": shortest(mixer), "qk_norm": True, "conv_width": fields.number("ssm.conv_kernel"), **routed}
 
 
+def _read_arwkv7(fields: Fields, stored: Stored) -> dict[str, Any]:
+    size = fields.number("wkv.head_size")
+    heads = fields.number("embedding_length") // max(1, size)
+    return {"mixer": ("rwkv",), "rwkv_head_dim": size, "heads": heads, "kv_heads": heads, "head_size": 0, "rope_dim": 0}
+
+
 _turned = functools.partial(gguf_layouts.transformer, turned=True)
 
 FORMS: dict[str, Form] = {
@@ -317,6 +341,7 @@ FORMS: dict[str, Form] = {
     "deepseek2": Form(("deepseek_v3",), gguf_layouts.deepseek2, _deepseek2_lacks, _deepseek2, _read_deepseek2),
     "qwen35": Form(("qwen3_5",), gguf_delta.qwen35, _delta_lacks, _delta, _read_delta),
     "qwen3next": Form(("qwen3_next",), gguf_delta.qwen3next, _delta_lacks, _delta, _read_delta),
+    "arwkv7": Form((), gguf_layouts.arwkv7, lambda config: "", _arwkv7, _read_arwkv7),
     "granite": Form(("granite", "granitemoehybrid"), _turned, _granite_lacks, _multipliers, _read_multipliers, True),
     "granitemoe": Form(("granitemoehybrid",), _turned, _granitemoe_lacks, _multipliers, _read_multipliers, True),
     "granitehybrid": Form(("granitemoehybrid",), gguf_layouts.granitehybrid, lambda config: "", _granitehybrid, _read_granitehybrid, True),

@@ -65,16 +65,14 @@ def read(path: Path) -> Portable:
 
 def _config(fields: Fields, stored: Mapping[str, Any]) -> ModelConfig:
     dim, heads, layers = (fields.number(key) for key in ("embedding_length", "attention.head_count", "block_count"))
+    heads = heads or (1 if fields.architecture == "arwkv7" else 0)
     if not 0 < layers <= len(stored) or not heads or not dim or "token_embd.weight" not in stored:
         raise CheckpointError(f"{fields.where} promises {layers} layers.", f"It has {len(stored)} tensors.", "Download it again.")
     head_dim = fields.number("attention.key_length", dim // heads)
     rotary = fields.number("rope.dimension_count", head_dim)
-    if fields.architecture == "deepseek2":
-        head_dim = rotary = dim // heads  # its form tells the sizes of its heads
+    own_heads = fields.architecture in ("deepseek2", "arwkv7")  # their forms tell the sizes of heads
     parted = fields.architecture in ("phi3", "glm4moe", "qwen35", "qwen3next")
-    if fields.architecture != "deepseek2" and (
-        fields.number("attention.value_length", head_dim) != head_dim or (rotary != head_dim and not parted)
-    ):
+    if not own_heads and (fields.number("attention.value_length", head_dim) != head_dim or (rotary != head_dim and not parted)):
         what = f"{fields.where} turns {rotary} of {head_dim} features, or has values of another size."
         raise ConfigError(what, "Heads here turn whole.", "Choose another model.")
     if fields.architecture != "olmo2" and (window := fields.number("attention.sliding_window", 0)):

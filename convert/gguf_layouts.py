@@ -2,6 +2,7 @@
 
 transformer    most of them: attention, then SwiGLU or experts, all experts of a projection in one tensor
 phi3           q, k and v in one tensor, gate and up in one
+arwkv7         RWKV-7's time mix
 deepseek2      latent attention
 granitehybrid  Mamba-2 and attention; A is written as -exp(A_log), whose logarithm comes back but for rounding
 
@@ -81,6 +82,44 @@ def deepseek2(config: ModelConfig) -> list[Tie]:
         ties.append(Tie((f"{ours}kv_b_proj.weight",), (f"{at}attn_k_b.weight", f"{at}attn_v_b.weight"), ((H, R, N), (H, N, R)), out, back))
         ties.append(kept_as(config, f"{ours}o_proj.weight", f"{at}attn_output.weight"))
         ties += [*norms(config, i), *feed_forward(config, i)]
+    return whole(config, [ties], head=True)
+
+
+def arwkv7(config: ModelConfig) -> list[Tie]:
+    """RWKV-7's time mix with SwiGLU. The first layer has parts of a mix of values there that nothing reads."""
+    D, ties = config.dim, []
+    ranks = {name: _table(config)[f"layers.0.mixer.{name}1.weight"].shape[0] for name in "wag"}
+    shifts = ("r", "w", "k", "v", "a", "g")
+    for i in range(config.layers):
+        ours, at = f"layers.{i}.mixer.", f"blk.{i}.time_mix_"
+        lerps = tuple(f"{ours}x_{name}" for name in shifts)
+        ties += norms(config, i)
+        ties.append(
+            Tie(
+                lerps,
+                (f"{at}lerp_fused.weight",),
+                ((6, 1, 1, D),),
+                lambda a: [np.stack(a).reshape(6, 1, 1, D)],
+                lambda a: list(a[0].reshape(6, D)),
+            )
+        )
+        for name in ("w", "a", "v", "g"):
+            parts = [*([f"{name}0"] if name != "g" else []), f"{name}1", f"{name}2"]
+            if name == "v" and i == 0:
+                sizes = {"v0": (D,), "v1": (ranks["a"], D), "v2": (D, ranks["a"])}
+                ties += [zeros(f"{at}{part}.weight", *sizes[part])._replace(checked=False) for part in parts]
+            else:
+                ties += [
+                    kept_as(config, f"{ours}{part}" + ("" if part.endswith("0") else ".weight"), f"{at}{part}.weight") for part in parts
+                ]
+        ties += [kept_as(config, f"{ours}{name}", f"{at}{name}.weight") for name in ("k_k", "k_a")]
+        heads = _table(config)[f"{ours}r_k"].shape
+        ties.append(
+            Tie((f"{ours}r_k",), (f"{at}r_k.weight",), ((D,),), lambda a: [a[0].reshape(-1)], lambda a, heads=heads: [a[0].reshape(heads)])
+        )
+        more = {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output", "ln_x": "ln"}
+        ties += [kept_as(config, f"{ours}{name}.weight", f"{at}{theirs}.weight") for name, theirs in more.items()]
+        ties += [kept_as(config, f"{ours}ln_x.bias", f"{at}ln.bias"), *feed_forward(config, i)]
     return whole(config, [ties], head=True)
 
 

@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2, windows": POST | YARN | {"layers": 4, "window": 16, "window_layers": FOURTH, "rope_global_layers": ("off", "off", "off", "on")},
     "glm4moe": ROUTED | {"shared_experts": 1, "rope_dim": 4, "qkv_bias": True},
     "glm4moe, none shared": ROUTED | {"ffn": ("experts",), "tied_head": False},
+    "arwkv7": {"mixer": ("rwkv",), "rwkv_head_dim": 8, "kv_heads": 4, "init_std": 0.1},
     "deepseek2": MLA | {"mla_q_rank": 12},
     "deepseek2, experts": MLA | EXPERTS | {"ffn": ("swiglu", "experts"), "router": "bias", "shared_experts": 1, "mla_q_rank": 12},
     "qwen35": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "rope_dim": 4, "conv_width": 3},
