@@ -26,6 +26,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
 from smedjan_common.tokenizer import Tokenizer
 
+_MOST_AHEAD = 16  # GLM and DeepSeek have 1
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBED = HEAD_ROW.hf, MODEL_ROWS[0].hf
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files keep a table that follows from config.json
@@ -56,7 +57,9 @@ def read(path: Path) -> Portable:
     try:
         hf_config.from_hf(values, where)  # what it says by itself is refused before a tensor is looked at
         stored = _nested(open_weights(path)) if values.get("model_type") == "qwen3_5" else open_weights(path)
+        stored, ahead = _without_predictors(stored, values)
         tied, notes = _tied(values, stored, path)
+        notes += ahead
         if tied and (table := _table(stored)):  # some architectures have a tied head written out
             stored.setdefault(HEAD, table)
         config = hf_config.from_hf(values, where, tied)
@@ -123,6 +126,19 @@ def _nested(stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
     if any(name.startswith(layouts.NESTED) for name in stored):
         return dict(stored)
     return {name.replace(layouts.PREFIX, layouts.NESTED, 1): tensor for name, tensor in stored.items()}
+
+
+def _without_predictors(stored: dict[str, Lazy], values: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[str]]:
+    """The tensors without those of layers that guess the token after the next one, after the model's own, and a note of that."""
+    layers, more = values.get("num_hidden_layers"), values.get("num_nextn_predict_layers") or 0
+    first = (
+        [f"model.layers.{layers + number}." for number in range(min(more, _MOST_AHEAD))]
+        if type(layers) is int and type(more) is int
+        else []
+    )
+    ahead = tuple(first if more else ["mtp."])
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(ahead)}
+    return kept, ["Its layers that guess further tokens at once were left out."] if len(kept) < len(stored) else []
 
 
 def _without_extras(stored: Mapping[str, Lazy], layout: list[ties.Tie], path: Path) -> tuple[dict[str, Lazy], list[str]]:

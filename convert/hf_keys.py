@@ -3,6 +3,7 @@
 What these keys ask for and a model of smedjan does not compute is refused by name.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -219,7 +220,7 @@ def _read_grouped(values: Values, where: str) -> dict[str, Any]:
         raise inexpressible(where, f"first_k_dense_replace {dense!r}", "It counts layers")
     if dense == layers:
         return {}
-    _asks_for(values, where, n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid")
+    _asks_for(values, where, n_group=1, topk_group=1, moe_layer_freq=1, norm_topk_prob=True, scoring_func="sigmoid")
     found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", "bias")
     ffn = ("swiglu",) * dense + ("experts",) * (layers - dense)
     shared = 0 if values.get(_NO_SHARED) is True else values.get("n_shared_experts") or 0
@@ -251,6 +252,7 @@ def _read_multipliers(values: Values, where: str) -> dict[str, Any]:
     }
 
 
+_UNBOUNDED = 1e6  # no softplus comes near
 _SINCE_5 = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5's names of Granite 4's layers
 
 
@@ -270,6 +272,9 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
         found["rope_layers"] = ("off",)
     if "mamba" in kinds:
         _asks_for(values, where, mamba_proj_bias=False)
+        low, high = values.get("time_step_limit") or (0.0, math.inf)
+        if low > 0 or high < _UNBOUNDED:
+            raise inexpressible(where, f"time_step_limit {[low, high]}", "Time steps have no bounds here")
         names = {"ssm_state": "mamba_d_state", "ssm_head_dim": "mamba_d_head", "ssm_groups": "mamba_n_groups", "ssm_expand": "mamba_expand"}
         found |= {name: integer(values, key, where) for name, key in (names | {"conv_width": "mamba_d_conv"}).items()}
     if not values.get("num_local_experts"):

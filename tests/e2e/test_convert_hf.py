@@ -227,6 +227,8 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
         ("glm4_moe", {"routed_scaling_factor": "x"}, "routed_scaling_factor 'x'"),
         ("glm4_moe", {"n_group": 2}, "n_group 2"),
         ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "partial_rotary_factor 0.4"),
+        ("glm4_moe", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
+        ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}, "time_step_limit [0.001, 0.1]"),
         ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ("granitemoehybrid", {"residual_multiplier": "x"}, "residual_multiplier 'x'"),
         ("granitemoehybrid", {"attention_multiplier": -1.0}, "attention_multiplier -1"),
@@ -246,6 +248,23 @@ def test_what_an_architecture_may_ask_for_and_we_do_not_have_is_refused_by_name(
     (path / "config.json").write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
     assert main([str(path), str(tmp_path / "neutral"), "--to", "neutral"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_layers_that_guess_further_tokens_are_left_out(exported, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """As GLM 4.5 has one, with an embedding and a head of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    source, hf = exported["glm4_moe"]
+    path = Path(shutil.copytree(hf, tmp_path / "hf"))
+    arrays = load_file(path / "model.safetensors")
+    more = {name: np.ones((320, 32), np.float32) for name in ("embed_tokens.weight", "shared_head.head.weight", "eh_proj.weight")}
+    save_file(arrays | {f"model.layers.2.{name}": array for name, array in more.items()}, path / "model.safetensors")
+    document = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (path / "config.json").write_text(json.dumps(document))
+    convert(path, tmp_path / "neutral", "--to", "neutral")
+    assert "guess further tokens" in capsys.readouterr().out
+    before, after = (read_checkpoint(each).snapshot.params for each in (source, tmp_path / "neutral"))
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize(("kind", "part"), [("qwen3_next", "shared_expert_gate"), ("qwen3_next", "self_attn.q_proj")])
