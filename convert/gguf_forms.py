@@ -239,6 +239,12 @@ def _read_experts(fields: Fields, stored: Stored, router: str = "softmax") -> di
     return routed | {"ffn": shortest(ffn), "shared_experts": int(shared) // hidden}
 
 
+def _read_phi3(fields: Fields, stored: Stored) -> dict[str, Any]:
+    """The window that the model was trained with, in all layers; llama.cpp lets it see more."""
+    window = fields.number("attention.sliding_window", 0)
+    return {"window": window} if 0 < window < fields.number("context_length") else {}
+
+
 def _read_smollm3(fields: Fields, stored: Stored) -> dict[str, Any]:
     layers = min(fields.number("block_count"), len(stored))
     return {"rope_layers": shortest(tuple(_FOURTH[layer % 4] for layer in range(layers)))}
@@ -329,7 +335,7 @@ FORMS: dict[str, Form] = {
     "qwen3": Form(("qwen3",), gguf_layouts.transformer),
     "qwen3moe": Form(("qwen3_moe",), gguf_layouts.transformer, _qwen3moe_lacks, _routed, _read_experts),
     "smollm3": Form(("smollm3",), _turned, _smollm3_lacks, read=_read_smollm3),
-    "phi3": Form(("phi3",), gguf_layouts.phi3),
+    "phi3": Form(("phi3",), gguf_layouts.phi3, read=_read_phi3),
     "olmo2": Form(("olmo2", "olmo3"), functools.partial(gguf_layouts.transformer, head=True), _olmo2_lacks, _olmo2, _read_olmo2),
     "glm4moe": Form(
         ("glm4_moe",),

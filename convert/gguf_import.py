@@ -75,7 +75,7 @@ def _config(fields: Fields, stored: Mapping[str, Any]) -> ModelConfig:
     if not own_heads and (fields.number("attention.value_length", head_dim) != head_dim or (rotary != head_dim and not parted)):
         what = f"{fields.where} turns {rotary} of {head_dim} features, or has values of another size."
         raise ConfigError(what, "Heads here turn whole.", "Choose another model.")
-    if fields.architecture != "olmo2" and (window := fields.number("attention.sliding_window", 0)):
+    if fields.architecture not in ("olmo2", "phi3") and (window := fields.number("attention.sliding_window", 0)):
         what = f"{fields.where} has a sliding window of {window} positions."
         raise ConfigError(what, "Such a file does not say in which layers.", "Take its safetensors.")
     context = fields.number("context_length")

@@ -20,6 +20,8 @@ _VALUES: dict[str, tuple[type, ...]] = {"model": (str,), "pre": (str,), **dict.f
 # llama.cpp's names of splits that are known here: (pattern, whether a word that is a token is taken whole)
 SPLITS = {name: (pattern, name == whole) for pattern, (whole, merged) in PRE.items() for name in (whole, merged) if name}
 
+DIGITS = ("smollm", "starcoder", "refact")  # digits one by one, then GPT-2's split: SmolLM's and Granite 3's
+
 
 def read(values: Mapping[str, Any], where: str) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer, and what its users should know; None where the file has none. Raises ConfigError for a kind that is not known."""
@@ -58,10 +60,9 @@ def _check_types(values: Mapping[str, Any], where: str) -> None:
 
 def _byte_level(values: Mapping[str, Any], tokens: list[str], types: list[int], where: str) -> str:
     name = values.get("tokenizer.ggml.pre", "default")
-    if name not in SPLITS:
-        what = f"{where} splits text by llama.cpp's pattern {name!r}."
-        raise ConfigError(what, f"These are known here: {', '.join(SPLITS)}.", "Take the model's safetensors with its tokenizer.json.")
-    pattern, whole = SPLITS[name]
+    if name not in SPLITS and name not in DIGITS:
+        what, known = f"{where} splits text by llama.cpp's pattern {name!r}.", ", ".join((*SPLITS, *DIGITS))
+        raise ConfigError(what, f"These are known here: {known}.", "Take the model's safetensors with its tokenizer.json.")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": number, "content": token, **flags, "special": kind == _CONTROL}
@@ -70,7 +71,11 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], types: list[int], 
     ]
     apart = {number for number, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED, _UNUSED)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}
+    if name in DIGITS:
+        whole, steps = False, [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    else:
+        pattern, whole = SPLITS[name]
+        steps = [{"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}, byte_level]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": whole}
     model["vocab"] = {token: number for number, token in enumerate(tokens) if number not in apart}
@@ -78,7 +83,7 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], types: list[int], 
     if any(kind == _USER_DEFINED for kind in types):  # these are tokens of the model as well, for the library
         model["vocab"] |= {entry["content"]: entry["id"] for entry in added}
     whole_file = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    whole_file |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None}
+    whole_file |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "post_processor": None}
     return json.dumps(whole_file | {"decoder": byte_level, "model": model}, ensure_ascii=False)
 
 

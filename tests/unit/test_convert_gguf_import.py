@@ -12,6 +12,7 @@ from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.errors import CheckpointError
 from smedjan_common.tokenizer import Tokenizer
 from tests.unit.convert_models import LINEAR, LLAMA3, TEXT, YARN, convert, model_config, neutral, parameters, tokenizer
+from tests.unit.llama_cpp import llama_cpp
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
 
@@ -97,6 +98,27 @@ def changed(path: Path, target: Path, key: str, value: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("split", gguf_vocabulary.DIGITS)
+def test_digits_are_split_one_by_one_as_llama_cpp_splits_them(tmp_path: Path, split: str):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra: foreign)")
+    convert(neutral(tmp_path / "run", tok=(plain := tokenizer("gpt2"))), tmp_path / "whole.gguf", "--to", "gguf")
+    changed(tmp_path / "whole.gguf", tmp_path / "m.gguf", "tokenizer.ggml.pre", split)
+    found = gguf_import.read(tmp_path / "m.gguf").tokenizer
+    texts = [TEXT, "12345  678", "a1b 22\n\n  3\t4", "x  9", " 0", "l'été 1592… 🔥7"]
+    asked = {"texts": texts, "prefixes": [], "prompt": [1], "tokens": 1, "size": plain.vocab_size}
+    theirs = llama_cpp(tmp_path / "m.gguf", **asked)[0]
+    assert found is not None
+    assert [found.encode(text) for text in texts] == theirs
+    assert theirs != [plain.encode(text) for text in texts]
+
+
+def test_the_window_of_a_phi3_is_in_all_layers(tmp_path: Path):
+    config = model_config(tokenizer().vocab_size, rope_dim=4)
+    convert(neutral(tmp_path / "run", config, parameters(config)), tmp_path / "whole.gguf", "--to", "gguf")
+    changed(tmp_path / "whole.gguf", tmp_path / "m.gguf", "phi3.attention.sliding_window", 32)
+    assert gguf_import.read(tmp_path / "m.gguf").config.window == 32
 
 
 @pytest.mark.parametrize(
