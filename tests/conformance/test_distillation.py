@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import numpy as np
@@ -183,9 +184,11 @@ def test_validation_is_the_cross_entropy_of_the_student_alone(backend: str, taug
 
 def test_a_student_comes_near_its_teacher(backend: str, taught):
     """Twenty steps of one batch: by the texts and the teacher together KL falls further than by the texts alone."""
+    if backend == "jax" and os.environ.get("SMEDJAN_TEST_FULL") != "1":
+        pytest.skip("JAX compiles each for seconds: SMEDJAN_TEST_FULL=1")
     case, teacher = taught
     found = {}
-    for alpha in (0.8, 1e-9) if backend == "mlx" else (0.8,):  # JAX compiles each for seconds
+    for alpha in (0.8, 1e-9):
         train = dataclasses.replace(case.train, distill_alpha=alpha, z_loss=0.0)
         side = subjects.make_backend(backend, case.model, train)
         side.learn_from(teacher.config, teacher.params, teacher.mixed.known)
@@ -195,7 +198,7 @@ def test_a_student_comes_near_its_teacher(backend: str, taught):
             rows.append(side.read(metrics)["kl"])
         found[alpha] = rows
     assert found[0.8][-1] < 0.6 * found[0.8][0]
-    assert found[0.8][-1] < 0.9 * found.get(1e-9, found[0.8][:1])[-1]
+    assert found[0.8][-1] < 0.9 * found[1e-9][-1]
 
 
 def test_weights_that_are_not_of_the_teacher_are_refused(backend: str, taught):

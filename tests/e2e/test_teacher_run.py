@@ -47,10 +47,8 @@ def student(folder):
 
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_text_alone(folder, student):
     by_text = taught(folder, "mlx", "by_text", "--distill-alpha 1e-9")
-    by_teacher = taught(folder, "mlx", "by_teacher", "--distill-alpha 1")
-    last = {run.name: sum(column(run, "kl")[-5:]) for run in (by_text, student, by_teacher)}
-    assert last["by_teacher"] < 0.98 * last["by_text"], last
-    assert last["student"] < last["by_text"], last
+    last = {run.name: sum(column(run, "kl")[-5:]) for run in (by_text, student)}
+    assert last["student"] < 0.99 * last["by_text"], last
     assert column(student, "kl")[-1] < 0.7 * column(student, "kl")[0]
 
 
