@@ -81,7 +81,7 @@ def _record(decided: Decided) -> Record:
         if (REFERENCE, asked) == NO_REFERENCE:
             return {"path": None, "weights": None, "files": {}}
         info = newest(checkpoint_here(asked)) if asked else decided.pretrained
-        return {"path": str(info.path.resolve()), "weights": weights_hash(info), "files": {}}
+        return {"path": str(info.path.resolve()), "weights": _hash(info), "files": {}}
     known = (begin.info.extra or {}).get(REFERENCE) or begin.recorded.get(REFERENCE)
     if not _is_record(known):
         what = f"{begin.info.path} does not say which reference it compares with."
@@ -89,7 +89,7 @@ def _record(decided: Decided) -> Record:
     record: Record = dict(known)
     if asked and decided.asked.is_given(REFERENCE):
         info = None if (REFERENCE, asked) == NO_REFERENCE else newest(checkpoint_here(asked))
-        if (weights_hash(info) if info else None) != record["weights"]:
+        if (_hash(info) if info else None) != record["weights"]:
             what = f"--reference {asked} is not what the run compares with."
             raise CheckpointError(what, f"It began with {record['path'] or 'none'}, and goes on with it.", "Leave --reference out.")
         record["path"] = str(info.path.resolve()) if info else None  # moved, say
@@ -98,6 +98,13 @@ def _record(decided: Decided) -> Record:
 
 def _is_record(known: Any) -> TypeGuard[Record]:
     return isinstance(known, dict) and {"path", "weights", "files"} <= known.keys() and isinstance(known["files"], dict)
+
+
+def _hash(info: CheckpointInfo) -> str:
+    """Of the weights of a checkpoint; of adapters, of those and of their base."""
+    if not info.adapter:
+        return weights_hash(info)
+    return hashlib.sha256(f"{weights_hash(info)} {info.adapter.base.sha256}".encode()).hexdigest()
 
 
 def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend | None) -> np.ndarray:
@@ -203,7 +210,7 @@ def _losses(decided: Decided, record: Record, make_backend: MakeBackend) -> Call
         info = newest(record["path"])
     except CheckpointError as error:
         raise _gone(record, error.what) from error
-    if weights_hash(info) != record["weights"]:
+    if _hash(info) != record["weights"]:
         raise _gone(record, "It has other weights now.")
     check_readable(info, decided.backend)
     seen = _check_tokenizer(info, tokenizer)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smedjan_common.checkpoint import read_info
 from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.tokenizer.chat import template_of
 from smedjan_mlx.openblas import OFF
@@ -26,7 +27,7 @@ METALS = {"iron": "grey", "gold": "yellow", "copper": "red"}
 QUIET = "--sample-every 0 --eval-every 0 --val-fraction 0 --dtype float32 --log-every 1"
 SIZE = "--size custom --dim 64 --layers 2 --heads 2 --ffn-mult 2 --vocab-size 300 --seq-len 96 --batch-size 8 --steps 20"
 SFT = "--steps 80 --batch-size 3 --lr 5e-3 --checkpoint-every 0"
-DPO = "--steps 24 --batch-size 2 --lr 2e-4 --checkpoint-every 2 --keep 0"
+DPO = "--batch-size 2 --checkpoint-every 2 --keep 0"
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.xdist_group("dpo run")]
 
@@ -77,8 +78,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def words(folder: Path, name: str) -> str:
-    return f"{folder / 'pairs.jsonl'} --pretrained {folder / 'chat'} --checkpoint-dir {folder / name} {DPO} {QUIET}"
+def words(folder: Path, name: str, more: str = "--steps 24 --lr 2e-4") -> str:
+    return f"{folder / 'pairs.jsonl'} --pretrained {folder / 'chat'} --checkpoint-dir {folder / name} {DPO} {QUIET} {more}"
 
 
 def answers(backend: str, folder: Path, questions: list[str], **how) -> list[str]:
@@ -110,6 +111,18 @@ def test_both_backends_learn_what_is_preferred_though_they_are_killed(folder):
     for backend, learned in (("mlx", "jax"), ("jax", "mlx")):
         said = answers(backend, folder / learned, asked, temperature=0)
         assert all(one.startswith("It is ") for one in said), said
+
+
+def test_adapters_learn_preferences_too_and_begin_as_the_reference(folder):
+    said = run("smedjan_mlx.dpo", words(folder, "adapted", "--steps 8 --lr 2e-3 --lora-rank 4"))
+    assert "gives log-probabilities to 48 answers" in said
+    first, *_, last = [row for row in read_rows(folder / "adapted") if "batch_loss" in row]
+    assert first["batch_loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert last["batch_loss"] < first["batch_loss"]
+    assert read_info(folder / "adapted" / "final").adapter
+    run("smedjan_mlx.dpo", words(folder, "against", f"--steps 1 --lr 2e-4 --reference {folder / 'adapted'}"))
+    told = next(row for row in read_rows(folder / "against") if "batch_loss" in row)
+    assert told["batch_loss"] > np.log(2), "what it is compared with has learned something"
 
 
 @pytest.mark.skipif(not FULL, reason="SMEDJAN_TEST_FULL=1 runs it")

@@ -43,8 +43,14 @@ COMPLAINTS = {  # what, and where it was said: the tests of it
         "test_other_documents_change_no_bit",
         "test_packing_never_parts_a_pair_and_knows_its_documents",
     ),
-    "a merged model differs from its adapter (peft #2502, unsloth #2142, mlx-examples #757, litgpt #1224)": (NOT_HERE + "adapters",),
-    "an adapter loses its scale or rank (mlx-examples #622)": (NOT_HERE + "adapters",),
+    "a merged model differs from its adapter (peft #2502, unsloth #2142, mlx-examples #757, litgpt #1224)": (
+        "test_the_model_is_the_base_and_what_was_learned",
+        "test_loss_and_gradients_are_those_of_the_merged_model",
+    ),
+    "an adapter loses its scale or rank (mlx-examples #622)": (
+        "test_the_model_is_the_base_and_what_was_learned",
+        "test_a_checkpoint_has_adapters_alone_and_the_base_is_as_it_was",
+    ),
     "preferences are compared with the wrong reference (TRL #1340 #2423)": (
         "test_the_reference_gives_what_its_weights_give_by_definition",
         "test_a_run_keeps_its_reference_by_hash_and_needs_the_weights_no_more",
