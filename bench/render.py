@@ -67,10 +67,12 @@ def rendered(text: str) -> str:
 
 
 def conformance() -> dict[str, list[Row]]:
-    """Device (h100, cpu) -> rows of all its files."""
+    """Device (h100, cpu) -> rows of all its files; of a CPU the row of the file of all combinations, where it is in that and in another."""
     found: dict[str, list[Row]] = {}
-    for name, report in reports("conformance").items():
-        found.setdefault(name.split("-")[0], []).extend(report["combinations"])
+    for name, report in sorted(reports("conformance").items(), key=lambda item: item[0].startswith("cpu-")):
+        rows = found.setdefault(name.split("-")[0], [])
+        have = {(row["combination"], row["dtype"]) for row in rows if name.startswith("cpu-")}
+        rows += [row for row in report["combinations"] if (row["combination"], row["dtype"]) not in have]
     return found
 
 
