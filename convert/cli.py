@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from smedjan_common import errors
 from smedjan_common.command_line import parse
 from smedjan_common.errors import ConfigError, unknown
+from smedjan_common.optional import MaybeStr
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,16 @@ class Flags:
     """A run folder (docs/convert.md says what of it), a step-*/, orbax-*/ or final/, a Hugging Face directory, a GGUF file, or hf://OWNER/NAME."""
     dst: Annotated[Positional[str], arg(metavar="DST")]
     """What to write: a directory, or a file for gguf."""
-    to: Annotated[str, arg(metavar="neutral|orbax|hf|quantized|gguf")]
-    """neutral: smedjan's own. orbax: JAX's own. hf: for transformers and mlx-lm. quantized: small, to infer with. gguf: for llama.cpp."""
+    to: Annotated[str, arg(metavar="neutral|orbax|hf|quantized|gguf|peft|mlx-lm")]
+    """neutral: smedjan's own. orbax: JAX's. hf: transformers, mlx-lm. quantized: to infer with. gguf: llama.cpp. peft, mlx-lm: adapters."""
     dtype: Annotated[str, arg(metavar="float32|bfloat16|float16|q8_0")] = "float32"
     """Precision of the weights that are written; q8_0 (8 bits and a scale per 32 weights) for gguf only, float32 for neutral and orbax."""
     bits: int = 8
     """quantized: bits of a weight, 8 or 4; the embedding and the head have 8."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """hf: a larger model is written in several files of at most this size (a number with KB, MB or GB)."""
+    base: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
+    """SRC holds adapters of PEFT or mlx-lm: the run or checkpoint of smedjan that they belong to."""
     force: Annotated[bool, FlagCreatePairsOff] = False
     """Replace DST if it exists. Only what `convert` could have written is ever replaced."""
 
@@ -45,6 +48,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: Flags) -> int:
+    from convert import adapters
+
+    if flags.to in adapters.KINDS or adapters.found(Path(flags.src)):
+        return _adapters(flags)
+    if flags.base is not None:
+        raise ConfigError("--base would do nothing.", f"{flags.src} holds no adapters of PEFT or mlx-lm.", "Leave it out.")
+    return _model(flags)
+
+
+def _adapters(flags: Flags) -> int:
+    """Adapters in or out."""
+    from convert import adapters
+    from convert.formats import FLOATS, FORMATS, dtype_name
+    from convert.output import check_target
+    from smedjan_common.checkpoint import newest
+
+    started, src, dst = time.monotonic(), Path(flags.src), Path(flags.dst)
+    if not (kind := adapters.found(src)):
+        target = adapters.KINDS[flags.to]
+        check_target(src, dst, flags.force, target)
+        info = newest(src)
+        adapters.export(info, target, dst, FLOATS[dtype_name(flags.dtype, FORMATS["hf"])])
+        print(f"{dst}: {target.about} of {info.path}, read back and equal, {time.monotonic() - started:.1f} s")
+        return 0
+    if flags.to != "neutral" or flags.base is None:
+        what = f"{src} holds {kind.about}, which become a checkpoint of smedjan beside their base."
+        fix = f"Write: smedjan convert {src} {dst} --to neutral --base RUN (a Hugging Face base: convert it to neutral before)."
+        raise ConfigError(what, "They are no model by themselves.", fix)
+    check_target(src, dst, flags.force, FORMATS["neutral"])
+    check_target(Path(flags.base), dst, flags.force, FORMATS["neutral"])
+    count = adapters.import_into(src, kind, Path(flags.base), dst)
+    print(f"{dst}: a checkpoint of adapters of {count} linear maps beside {flags.base}, {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _model(flags: Flags) -> int:
     from convert.formats import FORMATS, Options, dtype_name, source_format
     from convert.neutral import training_state
     from convert.output import check_target

@@ -16,7 +16,7 @@ import functools
 import numpy as np
 
 from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, POST_ROWS, Row
-from convert.ties import Tie, by_expert, joined, reordered, same, scaled, shifted, zeros
+from convert.ties import Tie, by_expert, joined, kept, reordered, same, scaled, shifted, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
@@ -148,7 +148,7 @@ def qwen3_5(config: ModelConfig) -> list[Tie]:
 
 
 def _as_is(config: ModelConfig, ours: str, theirs: str) -> Tie:
-    return same(ours, theirs, _table(config)[ours].shape)
+    return kept(ours, theirs, _table(config)[ours].shape)
 
 
 def _row(config: ModelConfig, row: Row, layer: int = 0) -> Tie:

@@ -2,9 +2,10 @@
 
 import fnmatch
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from convert.formats import Format
 from smedjan_common.commands.outputs import is_or_holds
 from smedjan_common.errors import CheckpointError, some
 from smedjan_common.files.foreign import foreign_names
@@ -12,7 +13,17 @@ from smedjan_common.files.foreign import foreign_names
 _NOBODYS = (".DS_Store",)  # of names with a dot; any other, .git say, is somebody's work
 
 
-def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
+class Form(Protocol):
+    """What a writer makes: whether a path is that, and patterns of the names in it."""
+
+    @property
+    def detect(self) -> Callable[[Path], bool]: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+
+def check_target(source: Path, target: Path, force: bool, form: Form) -> None:
     """Raises CheckpointError when `target` may not be written: it is the source, holds it or lies in it, by whatever spelling; something
     stands there and there is no --force; or what stands there is not all of what a writer of `form` makes."""
     if is_or_holds(target.resolve(), source.resolve()):
@@ -37,7 +48,7 @@ def check_target(source: Path, target: Path, force: bool, form: Format) -> None:
         )
 
 
-def _not_of(form: Format, target: Path) -> list[str]:
+def _not_of(form: Form, target: Path) -> list[str]:
     """What lies in `target` and no writer of `form` makes."""
 
     def known(path: Path) -> bool:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from smedjan_common.inference.source import Source
     from smedjan_common.training.config import TrainConfig
 
-EXAMPLES = ("smedjan merge runs/a runs/b --output out/merged", "smedjan merge runs/a --last 5 --output out/mean")
+EXAMPLES = (
+    "smedjan merge runs/a runs/b --output out/merged",
+    "smedjan merge runs/a --last 5 --output out/mean",
+    "smedjan merge --adapter runs/lora --output out/whole",
+)
 RANGES = {"t": (0.0, 1.0), "density": (0.0, 1.0)}  # least and most
 
 
@@ -26,12 +30,14 @@ class MergeFlags:
     """Merge models of the same shape and tokenizer into one checkpoint, tensor by tensor in float64: the mean of the last checkpoints of a
     run, or of runs that began with the same weights."""
 
-    checkpoints: Annotated[tuple[str, ...], arg(metavar="PATH ...", help_behavior_hint="(required)"), NAMELESS]
-    """Run folders (their newest weights), step-*/, final/ or Hugging Face directories. `smedjan merge A B` is the same."""
     output: Annotated[str, arg(metavar="DIR")]
     """The checkpoint to write."""
+    checkpoints: Annotated[tuple[str, ...], arg(metavar="PATH ...", help_behavior_hint="(required but for --adapter)"), NAMELESS] = ()
+    """Run folders (their newest weights), step-*/, final/ or Hugging Face directories. `smedjan merge A B` is the same."""
     last: int = 0
     """Merge this many newest step checkpoints of the one run that is given. 0: what is given."""
+    adapter: Annotated[MaybeStr, arg(metavar="PATH", help_behavior_hint="")] = None
+    """Instead of several models: a run of adapters (--lora-rank), or its checkpoint, into the whole model that it is with its base."""
     ema: Annotated[bool, FlagCreatePairsOff] = False
     """Take the moving averages that step checkpoints of `smedjan train --ema` keep, not their weights; one is enough."""
     method: Annotated[str, arg(metavar="linear|slerp|ties")] = "linear"
@@ -57,6 +63,38 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: MergeFlags) -> int:
+    return _run_adapter(flags, flags.adapter) if flags.adapter is not None else _run_models(flags)
+
+
+def _run_adapter(flags: MergeFlags, path: str) -> int:
+    from smedjan_common.checkpoint import find_base
+    from smedjan_common.checkpoint.lazy import watched
+    from smedjan_common.commands.outputs import check_directory
+    from smedjan_common.inference.source import open_averages, open_source, write_made
+    from smedjan_common.reporting.progress import progress_bar
+
+    started, output = time.monotonic(), Path(flags.output)
+    plain = MergeFlags("")
+    for name in ("checkpoints", "last", "method", "weights", "t", "base", "density", "scale"):
+        if getattr(flags, name) != getattr(plain, name):
+            what = f"{'Another path' if name == 'checkpoints' else flag(name)} does not go with --adapter."
+            why = "One run of adapters is merged with the weights that it was trained beside, which it names itself."
+            raise ConfigError(what, why, "Leave it out.")
+    source = (open_averages if flags.ema else open_source)(path)
+    if not source.info or not source.info.adapter:
+        raise ConfigError(f"{source.path} holds a whole model.", "There are no adapters to merge.", "Use it as it is.")
+    base = find_base(source.info)
+    check_directory(output, flags.force, [path, str(base.path)])
+    source.verify()
+    how = {"adapter": source.described(), "base": {"path": str(base.path), "sha256": source.info.adapter.base.sha256}}
+    with progress_bar() as show:
+        write_made(output, source, watched(source.weights, "merging", show), "merge", how)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {base.path} with the adapters of {source.path}, {size / 1e6:,.1f} MB, {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _run_models(flags: MergeFlags) -> int:
     from smedjan_common.checkpoint.averaging import merged
     from smedjan_common.checkpoint.lazy import watched
     from smedjan_common.commands.outputs import check_directory

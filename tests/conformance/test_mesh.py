@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.model.adapters import trained_table
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
@@ -67,6 +68,7 @@ RUNS = {
     "experts": Run("data=2,fsdp=2", EXPERTS, {"optimizer": "muon", "mask_documents": True, "grad_accum": 2, "ema": 0.3}, 3),
     "pairs": Run("data=2,fsdp=2", MHA.model, {"objective": PAIRED.name, "mask_documents": True, "grad_accum": 2}, 2),
     "teacher": Run("data=2,fsdp=2,tensor=2", GQA.model, {"distill_alpha": 0.5, "grad_accum": 2}, 3),
+    "adapters": Run("data=2,fsdp=2,tensor=2", GQA.model, {"lora_rank": 4, "lora_rows_from": 50, "lora_rows": 3, "grad_accum": 2}, 3),
     "every mixer": Run("data=2,fsdp=2,tensor=2", every_mixer(), {"mask_documents": True}, 0),  # evaluation alone: to compile is long
 }
 
@@ -98,12 +100,16 @@ def train(name: str, mesh: MeshShape) -> dict[str, Any]:
     for step, batch in enumerate(batches()[: run.steps]):
         state, metrics = backend.train_step(state, *batch, learning_rate(config, step), documents, reference)
         rows.append(backend.read(metrics))
-    found = {"rows": rows, "snapshot": backend.save(state), "backend": backend, "state": state}
+    snapshot = backend.save(state)
+    if config.adapters:  # of which a snapshot has these alone
+        frozen = {name: np.asarray(value) for name, value in state["params"].items() if name not in snapshot.params}
+        snapshot = dataclasses.replace(snapshot, params=frozen | snapshot.params)
+    found = {"rows": rows, "snapshot": snapshot, "backend": backend, "state": state}
     if run.model is GQA.model:
         found["logits"] = backend.decoder(backend.params_of(state), 8).feed([1, 2, 3, 4])
     if run.model is GQA.model or not run.steps or reference is not None:
         found["evaluated"] = backend.read(backend.eval_step(state, *batches()[0], documents, reference))
-    if reference is not None:
+    if reference is not None or config.adapters:
         found["losses"] = backend.token_losses(backend.params_of(state), *batches()[0], documents)
     return found
 
@@ -153,7 +159,8 @@ def measure(path: str) -> None:
         report[name] = {"differences": differences(got, want), "shares": shares(got["state"])}
         for mesh in (ONE_DEVICE, parse_mesh("data=2,fsdp=2,tensor=2")):
             other = type(got["backend"])(run.model, got["backend"].train, mesh)
-            demand_equal_bits(other.save(other.restore(got["snapshot"])).params, got["snapshot"].params, f"{name} restored on {mesh} ")
+            again = other.save(other.restore(got["snapshot"])).params
+            demand_equal_bits(again, {key: got["snapshot"].params[key] for key in again}, f"{name} restored on {mesh} ")
     report["messages"] = messages()
     report["kernels"] = {name: kernel_over_heads(parse_mesh(name)) for name in ("tensor=2", "data=2,tensor=2", "data=2,fsdp=2,tensor=2")}
     report["float8"] = float8_over_fsdp()
@@ -275,7 +282,8 @@ def test_training_on_a_mesh_equals_training_on_one_device(report, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_parameters_and_slots_are_split_as_the_table_says(report, name):
     run, got = RUNS[name], {key: tuple(shape) for key, shape in report[name]["shares"].items()}
-    table, mesh = parameter_table(run.model), parse_mesh(run.mesh)
+    adapters = dataclasses.replace(MHA.train, **run.changes).adapters
+    table, mesh = trained_table(run.model, adapters), parse_mesh(run.mesh)
     for key, shape in got.items():
         spec = table[key.partition(".")[2]]
         assert shape == tuple(size // (getattr(mesh, axis) if axis else 1) for size, axis in zip(spec.shape, mesh_axes(spec), strict=True))

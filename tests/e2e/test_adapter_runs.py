@@ -75,6 +75,22 @@ def test_the_model_is_the_base_and_what_was_learned(folder):
     assert changed == {f"{path.removesuffix('.lora_a')}.weight" for path in learned if path.endswith("lora_a")}
 
 
+def test_merge_writes_the_whole_model_and_refuses_what_is_one(folder, tmp_path, capsys):
+    assert merge.main(["--adapter", str(folder / "whole"), "--output", str(tmp_path / "out")]) == 0
+    made, whole = read_checkpoint(tmp_path / "out"), read_weights(read_info(folder / "whole" / "final"), None)
+    assert all(np.array_equal(made.snapshot.params[name], whole[name]) for name in whole)
+    assert made.info.adapter is None
+    assert made.train
+    assert made.train.lora_rank == 0
+    for words, told in (
+        (["--adapter", str(folder / "base")], "holds a whole model."),
+        (["--adapter", str(folder / "whole"), "--t", "0.4"], "--t does not go with --adapter."),
+        ([str(folder / "base"), "--adapter", str(folder / "whole")], "Another path does not go with --adapter."),
+    ):
+        assert merge.main([*words, "--output", str(tmp_path / "other")]) == 2
+        assert told in capsys.readouterr().err
+
+
 @pytest.fixture
 def away(folder, tmp_path):
     """The base and the run, both somewhere else, and not where they were."""

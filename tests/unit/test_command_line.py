@@ -97,7 +97,7 @@ def test_every_command_refuses_in_three_sentences_without_boxes_and_types(comman
         ("prepare", ("--errors", "ignore"), "It must be one of strict, replace."),
         ("mix", (), "needs --shards FILE:WEIGHT,… and --output FILE."),
         ("convert", ("a",), "needs DST."),
-        ("convert", ("a", "b"), "needs --to neutral|orbax|hf|quantized|gguf."),
+        ("convert", ("a", "b"), "needs --to neutral|orbax|hf|quantized|gguf|peft|mlx-lm."),
         ("info", ("a", "b"), "'b' is not understood."),
         ("prepare", ("--input", ""), "--input is empty. An unset shell variable has this effect. Give --input a value."),
         ("train", ("--dataset", ""), "--dataset is empty."),
