@@ -48,6 +48,7 @@ class Device:
     mesh: str = "data=1"  # how a run is spread over `count` devices
     visible: int = 1  # devices that there are
     shares_memory: bool = False  # a GPU whose memory is the machine's
+    hosts: int = 1  # processes of the run, whose devices `count` counts
     kernels: str = ""  # what --kernels comes to; empty where nothing reads it
 
     @property

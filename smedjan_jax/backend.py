@@ -116,7 +116,9 @@ class JaxBackend:
         kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
         peak = peak_flops(device.device_kind)
         seen = str(self.mesh), len(jax.devices())
-        return Device("jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, *seen, kernels=self._kernels)
+        return Device(
+            "jax", kind, device.device_kind, self.mesh.size, limit, peak, versions, *seen, hosts=jax.process_count(), kernels=self._kernels
+        )
 
     def meet(self, wait: Callable[[], object]) -> None:
         sums = sharding.sums_over_hosts(self._devices)

@@ -20,11 +20,11 @@ from smedjan_common.machine import peak_memory
 from smedjan_common.model.adapters import adapter_table, is_frozen, trained_table, with_adapters
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.params import head_name, require_tree
-from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh_of
+from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh, check_mesh_of
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import check_precision
-from smedjan_mlx import adapters, experts, kernels, optim
+from smedjan_mlx import adapters, experts, kernels, optim, spread
 from smedjan_mlx.decoder import MlxDecoder
 from smedjan_mlx.distillation import distilled_cross_entropy
 from smedjan_mlx.guard import guarded
@@ -53,7 +53,10 @@ class MlxBackend:
             raise ConfigError(f"--dtype {train.dtype} needs a GPU with MLX.", why, "Take --dtype float32.")
         self.model, self.train = model, train
         self._kernels = kernels.summary(train.kernels, model, train.dtype)
-        self.own = self.rows = None  # the neutral checkpoint is MLX's own; a run has one process
+        self.own = None  # the neutral checkpoint is MLX's own
+        self._mesh = MeshShape(data=spread.parts())
+        check_mesh(self._mesh, model, train.batch_size, train.grad_accum)
+        self.rows = _own_rows(train) if self._mesh.size > 1 else None
         self._trained = frozenset(adapter_table(model, train.adapters) if train.adapters else trained_table(model, None))
         self._frozen_head = is_frozen(model, train.adapters, head_name(model))
         compiled: Callable[[Callable], Callable] = mx.compile if on_gpu() else lambda function: function
@@ -70,13 +73,15 @@ class MlxBackend:
         metal = "max_recommended_working_set_size" in info  # what Metal lets a process have of the machine's memory
         memory = info.get("max_recommended_working_set_size", info.get("total_memory"))
         versions = {package: importlib.metadata.version(package) for package in ("mlx", "numpy")}
+        among = {"mesh": str(self._mesh), "visible": self._mesh.size, "hosts": self._mesh.size, "kernels": self._kernels}
         if not on_gpu():
-            return Device("mlx", "cpu", name, versions=versions, kernels=self._kernels)
-        known = 1, int(memory) if memory else None, peak_flops(name), versions
-        return Device("mlx", "gpu", name, *known, shares_memory=metal, kernels=self._kernels)
+            return Device("mlx", "cpu", name, self._mesh.size, versions=versions, **among)
+        known = self._mesh.size, int(memory) if memory else None, peak_flops(name), versions
+        return Device("mlx", "gpu", name, *known, shares_memory=metal, **among)
 
     def meet(self, wait: Callable[[], object]) -> None:
         wait()
+        mx.eval(spread.total(mx.ones(1)))
 
     def init(self, params: dict[str, np.ndarray]) -> State:
         params = with_adapters(self.model, self.train.adapters, params, self.train.seed)
@@ -109,7 +114,10 @@ class MlxBackend:
     ) -> tuple[State, Metrics]:
         step = self._split_step if self.train.grad_accum > 1 else self._train_step
         batch = _on_device(inputs, targets, documents, reference)
+        said = {"stop": spread.largest(mx.array(stop, mx.int32))} if self._mesh.size > 1 else {}
+        mx.async_eval(said)
         new, metrics = guarded(step, state, batch, mx.array(lr, mx.float32), *self._taught())
+        metrics |= said
         state.clear()  # the last reference to the old arrays: their memory is used for the new ones
         guarded(mx.async_eval, new, metrics)
         return new, metrics
@@ -122,7 +130,8 @@ class MlxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        metrics = guarded(self._eval_step, _averaged(state), _on_device(inputs, targets, documents, reference))
+        batch = _on_device(*map(spread.own, (inputs, targets, documents, reference)))
+        metrics = guarded(self._eval_step, _averaged(state), batch)
         guarded(mx.async_eval, metrics)
         return metrics
 
@@ -202,7 +211,7 @@ class MlxBackend:
         hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
         counted = Counts(*counts)
         objective, told = self._head(hidden, params[head_name(self.model)], batch, counted, *taught)
-        share = mx.sum(targets >= 0) / counted.tokens
+        share = spread.batch_mean(mx.sum(targets >= 0) / counted.tokens)
         objective = objective / counted.tokens + share * experts.auxiliary_loss(self.train, carried)
         return objective, {**told, **experts.measured(self.model, carried, share)}
 
@@ -227,8 +236,8 @@ class MlxBackend:
 
     def _counts(self, batch: Batch) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         """The tokens of a step that count, and what its means are over: at least 1."""
-        tokens = mx.sum(batch[1] >= 0)
-        whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, self._units(*batch[1:])))
+        tokens, of_objective = spread.totals((mx.sum(batch[1] >= 0), self._units(*batch[1:])))
+        whole, units = (mx.maximum(count, 1).astype(mx.float32) for count in (tokens, of_objective))
         return tokens, (whole, units)
 
     def _gradients(self, params: dict[str, mx.array], batch: Batch, counts: tuple[mx.array, mx.array], *taught: dict[str, mx.array]) -> Any:
@@ -253,6 +262,7 @@ class MlxBackend:
         return self._finish(state, total[0], total[1], tokens, lr)
 
     def _apply(self, state: State, metrics: Metrics, grads: dict[str, mx.array], tokens: mx.array, lr: mx.array) -> tuple[State, Metrics]:
+        metrics, grads = spread.totals((metrics, grads))
         norm = optim.global_norm(grads)
         grads = optim.clip(grads, norm, self.train.clip_norm)
         params, slots = optim.update(self.model, self.train, state["params"], grads, state["slots"], state["step"], lr)
@@ -268,9 +278,10 @@ class MlxBackend:
         head, tokens = params[head_name(self.model)], mx.sum(targets >= 0)
         row = OBJECTIVES[self.train.objective]
         if row.formula is None:
-            return {"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens}
+            return spread.totals({"loss_sum": forward_loss(hidden, head, targets), "tokens": tokens})
         weighed = row.formula(mx, Rows(token_losses(hidden, head, targets), targets, documents, reference), self.train)
-        return {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents, reference), **weighed.metrics}
+        found = {"loss_sum": weighed.loss, "tokens": tokens, "units": self._units(targets, documents, reference), **weighed.metrics}
+        return spread.totals(found)
 
     def _token_losses(self, params: dict[str, mx.array], batch: Batch) -> mx.array:
         inputs, targets, documents, _ = batch
@@ -285,6 +296,12 @@ class MlxBackend:
 def _averaged(state: State) -> dict[str, Any]:
     """The parameters in a state, those that are averaged (--ema) as their averages."""
     return {**state["params"], **state["slots"].get(EMA, {})}
+
+
+def _own_rows(train: TrainConfig) -> np.ndarray:
+    """The rows of this host: of each part of a step its share of the rows that one process would take for it."""
+    every = np.arange(train.batch_size).reshape(train.grad_accum, -1)
+    return np.concatenate([spread.own(part) for part in every])
 
 
 def default_dtype() -> str:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
+from smedjan_mlx import spread
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
 from smedjan_mlx.modules import Carried, Linear, Params, apart, joined, together
@@ -123,7 +124,7 @@ def choose(logits_NE: mx.array, bias_E: mx.array | None, count: int) -> tuple[mx
 
 def balance_loss(logits_NE: mx.array, load_E: mx.array) -> mx.array:
     """E sum_e f_e P_e, 1 at perfect balance (Switch Transformer, 2021)."""
-    share_E = load_E / mx.sum(load_E)
+    share_E = spread.batch_mean(load_E / mx.sum(load_E))
     return load_E.size * mx.sum(share_E * mx.mean(mx.softmax(logits_NE, axis=-1), axis=0))
 
 

@@ -13,12 +13,19 @@ def load(deterministic: bool = False):
     return MlxBackend, default_dtype()
 
 
+def connect(asked):
+    """Meet the other processes of the run, where there are any."""
+    from smedjan_mlx.hosts import connect
+
+    return connect(asked)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
 
     def run() -> int:
         openblas.preload(sys.argv[1:] if argv is None else argv)
-        return train.run("mlx", load, argv)
+        return train.run("mlx", load, argv, connect=connect)
 
     return backends.program("mlx", argv, run)
 

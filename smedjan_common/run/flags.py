@@ -104,10 +104,10 @@ class RunFlags:
             help_behavior_hint="(default: auto, the batch over all GPUs)",
         ),
     ] = field(default="auto", metadata=THIS_START)
-    coordinator: Annotated[MaybeStr, _filled("of SLURM, Open MPI or Kubernetes, else one process", "HOST:PORT")] = field(
+    coordinator: Annotated[MaybeStr, _filled("of SLURM, Open MPI, Kubernetes or mlx.launch, else one process", "HOST:PORT")] = field(
         default=None, metadata=THIS_START
     )
-    """Of a run of several processes (JAX): where host 0 is, and a free port there. The same on every host."""
+    """Of a run of several processes: where host 0 is, and a free port there. The same on every host."""
     num_hosts: Annotated[MaybeInt, _filled("as --coordinator", "INT")] = field(default=None, metadata=THIS_START)
     """Processes of the run, one for each machine or for each GPU. 1: alone, whatever the environment says."""
     host_id: Annotated[MaybeInt, _filled("as --coordinator", "INT")] = field(default=None, metadata=THIS_START)

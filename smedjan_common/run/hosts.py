@@ -121,6 +121,10 @@ class Hosts:
                 return self._whole(self._line.gone)
         return error
 
+    def address(self) -> str:
+        """The number of this machine in the network of the hosts."""
+        return self._line.address() if self._line else "127.0.0.1"
+
     def end(self) -> None:
         """All have come to the end of the run."""
         self.gather("end")

@@ -74,6 +74,11 @@ class Line:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
 
+    def address(self) -> str:
+        """The numeric address of this end."""
+        found = next(iter(self._peers.values())).getsockname()[0]
+        return found.removeprefix("::ffff:")  # IPv4, at a socket for both
+
     def begin(self, connections: dict[int, socket.socket]) -> None:
         """Listen to these peers from here on."""
         self._peers = connections
@@ -211,11 +216,6 @@ def split_address(address: str) -> tuple[str, int]:
         what = f"--coordinator {address} is no address."
         raise ConfigError(what, "It is the name or number of host 0 and a free port there.", "Write --coordinator node1:6000, say.")
     return host.strip("[]"), int(port)
-
-
-def own_name(connection: socket.socket) -> str:
-    """The numeric address of this end of a connection."""
-    return connection.getsockname()[0]
 
 
 def _welcomed(connection: socket.socket, count: int, peers: dict[int, socket.socket]) -> int | None:

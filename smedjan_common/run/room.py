@@ -76,7 +76,7 @@ def needed(model: ModelConfig, train: TrainConfig, device: Device, teacher: Mode
     place = Place(device.backend, device.kind, device.versions.get(device.backend, ""), by_kernels(device.kernels))
     step = training_bytes(model, train, parse_mesh(device.mesh) or ONE_DEVICE, place, teacher)
     besides = checkpoint_bytes(model, train) + PROCESS_BYTES.get(device.backend, 0)
-    return device.count * step + besides if device.on_host else step
+    return device.count // device.hosts * step + besides if device.on_host else step
 
 
 def check_memory(

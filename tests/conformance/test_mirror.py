@@ -17,7 +17,7 @@ PACKAGES = {"jax": ROOT / "smedjan_jax", "mlx": ROOT / "smedjan_mlx"}
 
 ONE_SIDED_FILES = {
     "sharding.py": "JAX shards over devices by a mesh",
-    "hosts.py": "a run of several processes, which MLX does not have",
+    "spread.py": "sums over the hosts of a run; in JAX they are those of its mesh",
     "held.py": "asks a GPU whether JAX's kernels are their plain forms there",
     "products.py": "products of split matrices, and float8, which MLX does not multiply with float32 sums",
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
@@ -37,7 +37,6 @@ ONE_SIDED_NAMES = {
     ("jax", "backend.py", "missing_flags"): "those of them that the environment does not set",
     ("jax", "backend.py", "DETERMINISTIC"): "what configure() sets for the same bits on a GPU",
     ("jax", "backend.py", "training_backend"): "--attention fused needs cuDNN; MLX's own kernel is on every device",
-    ("jax", "train.py", "connect"): "a run of several processes, which MLX does not have",
     ("jax", "mixers/attention.py", "refuse_fused"): "the same",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
     **{

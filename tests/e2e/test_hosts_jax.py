@@ -105,7 +105,8 @@ def test_hosts_that_were_told_different_things_end_with_a_sentence_before_jax_is
     assert not (tmp_path / "run").exists()
 
 
-EVERY = ("--mixer", ",".join(MIXERS), "--layers", len(MIXERS), "--mask-documents")
+SIZES = ("--ssm-head-dim", 16, "--rwkv-head-dim", 8, "--block-size", 4)
+EVERY = ("--mixer", ",".join(MIXERS), "--layers", len(MIXERS), *SIZES)
 EXPERTS = ("--ffn", "experts", "--experts", 4, "--experts-per-token", 2, "--optimizer", "muon", "--ema", 0.9, "--grad-accum", 2)
 
 

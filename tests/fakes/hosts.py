@@ -46,11 +46,12 @@ def begin(count: int, module: str, *words: object, of_host: dict[int, tuple[obje
     """Start `count` hosts of one run: `python -m module words … --coordinator … --num-hosts … --host-id …`, or without these flags as
     srun does, which tells a task in its environment. of_host: more words of one."""
     port, hosts = free_port(), Processes()
+    quick = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # to compile for speed takes longer than it saves
     for index in range(count):
         by_hand = ("--coordinator", f"127.0.0.1:{port}", "--num-hosts", count, "--host-id", index)
         own = (*(() if slurm else by_hand), *(of_host or {}).get(index, ()))
         command = [sys.executable, "-m", module, *map(str, (*words, *own))]
-        environment = os.environ | {"SMEDJAN_FAKE": ""} | (_slurm(count, index, port) if slurm else {})
+        environment = os.environ | {"XLA_FLAGS": quick} | (_slurm(count, index, port) if slurm else {})
         hosts.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, encoding="utf-8", cwd=ROOT, env=environment))
     return hosts
 

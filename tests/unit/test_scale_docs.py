@@ -20,12 +20,12 @@ def blocks(language: str) -> list[str]:
 
 def flags(text: str) -> set[str]:
     """What is given to smedjan in it."""
-    found = re.findall(r"smedjan train (.*?)(?:\n *- |\n *\w+:|\n\w|$)", text.replace("\\\n", " "), re.DOTALL)
+    found = re.findall(r"smedjan\"? train (.*?)(?:\n *- |\n *\w+:|\n\w|$)", text.replace("\\\n", " "), re.DOTALL)
     assert found
     return {word for words in found for word in shlex.split(words.replace("'", " "), comments=True) if word.startswith("--")}
 
 
-@pytest.mark.parametrize("script", blocks("bash"), ids=lambda text: text.split()[0])
+@pytest.mark.parametrize("script", blocks("bash"), ids=lambda text: text.split()[0].split("/")[-1])
 def test_scripts_are_bash_and_their_flags_are_of_train(script):
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -48,3 +48,11 @@ def test_the_job_of_kubernetes_is_whole():
     assert flags(command) <= set(flag_names())
     assert given["--coordinator"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
     assert given["--num-hosts"] == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
+
+
+def test_the_hosts_of_mlx_launch_are_what_it_reads(tmp_path):
+    common = pytest.importorskip("mlx._distributed_utils.common")
+    [text] = blocks("json")
+    (tmp_path / "hosts.json").write_text(text)
+    hosts = common.Hostfile.from_file(str(tmp_path / "hosts.json")).hosts
+    assert [(host.ssh_hostname, host.ips) for host in hosts] == [("localhost", ["192.168.2.1"]), ("second.local", ["192.168.2.2"])]
