@@ -30,12 +30,50 @@ _ENOUGH_BYTES = 4 << 20  # of text; below it starting processes takes longer tha
 _PATIENCE_SECONDS = 10  # for a process that closed its pipe to end
 
 
-class Workers:
-    """`with Workers("module:Class", args, count) as workers:`; then `map` and `finish`."""
+class Pool:
+    """Workers of whichever executor (executors.py): `with start(…) as workers:`; then `map` and `finish`."""
+
+    count = 1
+
+    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Results in the order of the items; only a few items are read ahead. Raises what the worker raised."""
+        with ThreadPoolExecutor(self.count) as threads:
+            waiting: deque = deque()
+            try:
+                for item in items:
+                    waiting.append(threads.submit(self._ask, item))
+                    if len(waiting) > _IN_FLIGHT * self.count:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BaseException:
+                self.close()  # unblocks the threads
+                raise
+
+    def _ask(self, item: Any) -> Any:
+        raise NotImplementedError
+
+    def finish(self) -> list[Any]:
+        """What the workers' `finish()` return, one for each or several together."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End all of them."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Workers(Pool):
+    """Processes of this machine: `with Workers("module:Class", args, count) as workers:`."""
 
     def __init__(self, target: str, args: tuple, count: int):
         self.count = max(1, count)
-        self._local = _make(target, args) if self.count == 1 else None
+        self._local = make(target, args) if self.count == 1 else None
         self._processes: list[subprocess.Popen] = []
         self._free: queue.Queue[subprocess.Popen] = queue.Queue()
         if self._local is None:
@@ -56,22 +94,8 @@ class Workers:
             self._free.put(process)
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Results in the order of the items; only a few items are read ahead. Raises what the worker raised."""
-        if self._local is not None:
-            yield from map(self._local, items)
-            return
-        with ThreadPoolExecutor(self.count) as threads:
-            waiting: deque = deque()
-            try:
-                for item in items:
-                    waiting.append(threads.submit(self._ask, item))
-                    if len(waiting) > _IN_FLIGHT * self.count:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            except BaseException:
-                self.close()  # unblocks the threads
-                raise
+        """As Pool has it; one worker is this process."""
+        yield from super().map(items) if self._local is None else map(self._local, items)
 
     def _ask(self, item: Any) -> Any:
         process = self._free.get()
@@ -94,9 +118,6 @@ class Workers:
             process.kill()
         for process in self._processes:
             process.wait()
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -127,7 +148,8 @@ def default_workers() -> int:
         return os.cpu_count() or 1
 
 
-def _make(target: str, args: tuple) -> Any:
+def make(target: str, args: tuple) -> Any:
+    """A worker of this "module:Class"."""
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)(*args)
 
@@ -148,9 +170,15 @@ def _send(process: subprocess.Popen, message: Any) -> None:
 def _receive(process: subprocess.Popen) -> Any:
     assert process.stdout is not None
     try:
-        kind, value = pickle.load(process.stdout)
+        reply = pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
         raise _ended(process) from None
+    return result(reply)
+
+
+def result(reply: tuple[str, Any]) -> Any:
+    """What `answer` has of a worker, or raises what it raised."""
+    kind, value = reply
     if kind == "refused":
         name, sentences, case = value
         raise getattr(errors, name)(*sentences, case=case)
@@ -190,24 +218,28 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to standard error, not into the messages
-    worker = _make(*pickle.load(source))
+    worker = make(*pickle.load(source))
     while True:
         try:
             kind, item = pickle.load(source)
         except EOFError:
             return
         try:
-            reply = ("result", worker(item) if kind == "item" else worker.finish())
-        except errors.SmedjanError as error:
-            reply = ("refused", (type(error).__name__, (error.what, error.why, error.fix), error.case))
-        except MemoryError as error:
-            reply = ("out of memory", f"{error}." if str(error) else "")
-        except Exception:
-            reply = ("failed", traceback.format_exc())
-        try:
-            _write(out, reply)
+            _write(out, answer(worker, kind, item))
         except BrokenPipeError:
             return
+
+
+def answer(worker: Any, kind: str, item: Any) -> tuple[str, Any]:
+    """What a worker gives to an "item", or to "finish", as it goes back: it may be an error."""
+    try:
+        return "result", worker(item) if kind == "item" else worker.finish()
+    except errors.SmedjanError as error:
+        return "refused", (type(error).__name__, (error.what, error.why, error.fix), error.case)
+    except MemoryError as error:
+        return "out of memory", f"{error}." if str(error) else ""
+    except Exception:
+        return "failed", traceback.format_exc()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ class Flags:
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes; all cores by default."""
+    executor: Literal["local", "ray"] = "local"
+    """Where they are: on this machine, or on those of a Ray cluster (RAY_ADDRESS, else the one that `ray start` began here)."""
     force: bool = False
     """Replace --output and --report if they exist."""
 
@@ -60,7 +62,9 @@ def _run(flags: Flags) -> int:
     reading = Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n"))
     threshold = None if flags.exact_only else flags.threshold
     with progress_bar() as show:
-        report = dedup(flags.input, flags.output, threshold=threshold, reading=reading, processes=flags.workers, progress=show)
+        report = dedup(
+            flags.input, flags.output, threshold=threshold, reading=reading, processes=flags.workers, executor=flags.executor, progress=show
+        )
     print(
         f"{flags.output}: {report.kept:,} of {report.documents:,} documents; dropped {report.exact:,} exact, {report.near:,} near repeats"
     )

@@ -33,6 +33,8 @@ class Flags:
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes that tokenise; all cores by default."""
+    executor: Literal["local", "ray"] = "local"
+    """Where they are: on this machine, or on those of a Ray cluster (RAY_ADDRESS, else the one that `ray start` began here)."""
     force: bool = False
     """Replace --output and --val-output if they exist."""
     config: Annotated[MaybeStr, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -70,6 +72,7 @@ def _run(flags: Flags) -> int:
             val_fraction=flags.val_fraction,
             field=flags.field,
             workers=flags.workers,
+            executor=flags.executor,
             progress=lambda done, total: show("tokenise", done, total),
             errors=flags.errors,
         )

@@ -41,6 +41,8 @@ class Flags:
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes; all cores by default."""
+    executor: Literal["local", "ray"] = "local"
+    """Where they are: on this machine, or on those of a Ray cluster (RAY_ADDRESS, else the one that `ray start` began here)."""
     force: bool = False
     """Replace outputs that exist."""
 
@@ -91,6 +93,7 @@ def _run(flags: Flags) -> int:
             reading=Reading(flags.field, flags.errors, flags.separator.replace("\\n", "\n")),
             log=flags.log,
             processes=flags.workers,
+            executor=flags.executor,
             progress=show,
         )
     print(f"{flags.output}: {report.kept:,} of {report.documents:,} documents, {report.kept_bytes:,} of {report.bytes:,} bytes")

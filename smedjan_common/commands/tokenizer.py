@@ -36,6 +36,8 @@ class Flags:
     """Bytes that are not UTF-8: refuse the file, or replace them by U+FFFD."""
     workers: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Number of processes that count words; all cores by default."""
+    executor: Literal["local", "ray"] = "local"
+    """Where they are: on this machine, or on those of a Ray cluster (RAY_ADDRESS, else the one that `ray start` began here)."""
     report: bool = False
     """After training print bytes per token by kind of text, the longest tokens and how many are unused."""
     force: bool = False
@@ -79,6 +81,7 @@ def _run(flags: Flags) -> int:
             flags.workers,
             flags.field,
             flags.errors,
+            flags.executor,
         )
     file = tokenizer.save(flags.output)
     print(f"{file}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash[:16]}, learnt in {time.monotonic() - started:.1f} s")

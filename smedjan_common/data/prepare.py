@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from smedjan_common import workers
 from smedjan_common.data.journal import EVERY_BYTES, Journal
 from smedjan_common.data.token_file import TokenFileWriter
 from smedjan_common.errors import DataError
+from smedjan_common.executors import start
 from smedjan_common.text.blocks import Block, blocks, bundles
 from smedjan_common.text.compressed import COMPRESSED
 from smedjan_common.text.cuts import mend_surrogates
@@ -76,6 +76,7 @@ def prepare(
     val_fraction: float = 0.0,
     field: str = "text",
     workers: int | None = None,
+    executor: str = "local",
     progress: Callable[[int, int], None] | None = None,
     errors: str = "strict",
     journal_bytes: int = EVERY_BYTES,
@@ -104,7 +105,7 @@ def prepare(
             resume = state["writers"][number] if state else None
             writers.append(stack.enter_context(TokenFileWriter(path, tokenizer.vocab_size, tokenizer.hash, notes | {"side": side}, resume)))
             writers[-1].keep_when_stopped = journal.saved
-        work = _Work(found, tokenizer, field, errors, workers, val_fraction, progress)
+        work = _Work(found, tokenizer, field, errors, workers, executor, val_fraction, progress)
         before = (state["bundles"], state["skipped"]) if state else (0, 0)
         seen, skipped = work.write(writers, _pieces(found, split, val_fraction, field), journal, *before)
         _refuse_empty(writers, found, val_fraction)
@@ -136,6 +137,7 @@ class _Work:
     field: str
     errors: str
     processes: int | None
+    executor: str
     val_fraction: float
     progress: Callable[[int, int], None] | None
 
@@ -146,10 +148,10 @@ class _Work:
 
         Returns (what was read of each source: [{path, bytes, sha256}], documents without text in all).
         """
-        total, count = total_size(self.found), workers.processes(self.processes, much(self.found))
+        total = total_size(self.found)
         reader = _Reader(self.found, pieces, skip)
         arguments = (self.tokenizer, self.field, self.errors, self.val_fraction)
-        with workers.Workers("smedjan_common.data.prepare:Tokenise", arguments, count) as pool:
+        with start(self.executor, "smedjan_common.data.prepare:Tokenise", arguments, self.processes, much(self.found)) as pool:
             for number, (size, sides, empty) in enumerate(pool.map(reader.bundles()), skip + 1):
                 for writer, (tokens, starts, text_bytes) in zip(writers, sides, strict=False):
                     writer.append(tokens, starts, text_bytes)

@@ -6,7 +6,7 @@ set, so that two documents agree in each with a probability equal to the Jaccard
 14 bands of 8 values find candidates: documents that agree in a whole band. A candidate is a repeat when at least `threshold` of its 112
 values agree. Repeats of repeats form one group, of which the first document stays.
 
-Two passes over the input: signatures (448 bytes a document, in processes), then copying what stays.
+Two passes over the input: signatures (448 bytes a document, in processes, of one machine or several), then copying what stays.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from smedjan_common import workers
 from smedjan_common.errors import DataError
+from smedjan_common.executors import start
 from smedjan_common.text.blocks import Block, bundles
 from smedjan_common.text.records import Reading, write_records
 from smedjan_common.text.sources import Source, find, much, refuse_pipes, total_size
@@ -34,6 +34,7 @@ _NO_SPACES = (
 )
 _WORD = re.compile(rf"[^\W{_NO_SPACES}]+|[{_NO_SPACES}]")
 _AT_ONCE = 4096  # shingles hashed together
+_MANY = 1 << 17  # documents from which the cores of a cluster sort the bands
 
 
 def _multipliers() -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +94,7 @@ def dedup(
     threshold: float | None = 0.8,
     reading: Reading | None = None,
     processes: int | None = None,
+    executor: str = "local",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DedupReport:
     """Copy the documents of `inputs` to `output` (JSONL) without repeats. `threshold` None: exact repeats only.
@@ -104,23 +106,23 @@ def dedup(
     reading = reading or Reading()
     found = find(inputs, field=reading.field)
     refuse_pipes(found, "dedup reads its input twice: first to compare, then to copy what stays.")
-    total, count = total_size(found), workers.processes(processes, much(found))
+    total = total_size(found)
     exact, signatures, done = [np.empty((0, 2), np.uint64)], [np.empty((0, BANDS * ROWS), np.uint32)], 0
-    with workers.Workers("smedjan_common.text.dedup:Sign", (reading, threshold is not None), count) as pool:
+    with start(executor, "smedjan_common.text.dedup:Sign", (reading, threshold is not None), processes, much(found)) as pool:
         for size, some_exact, some_signatures in pool.map(bundles(reading.blocks(found))):
             exact.append(some_exact)
             signatures.append(some_signatures)
             done += size
             if progress:
                 progress("compare", min(done, total), total)
-    kept_by, is_near = repeats(np.concatenate(exact), np.concatenate(signatures), threshold)
+    kept_by, is_near = repeats(np.concatenate(exact), np.concatenate(signatures), threshold, executor)
     report = DedupReport(documents=len(kept_by), exact=int((~is_near & (kept_by >= 0)).sum()), near=int(is_near.sum()))
     report.kept = report.documents - report.exact - report.near
     write_records(output, _keep(found, reading, kept_by, is_near, report))
     return report
 
 
-def repeats(exact: np.ndarray, signatures: np.ndarray, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
+def repeats(exact: np.ndarray, signatures: np.ndarray, threshold: float | None, executor: str = "local") -> tuple[np.ndarray, np.ndarray]:
     """(for each document the earlier one that it repeats or -1, int64; whether it is a near repeat, bool)."""
     _, first, which = np.unique(exact, axis=0, return_index=True, return_inverse=True)
     earliest = first[which.reshape(-1)]
@@ -130,15 +132,26 @@ def repeats(exact: np.ndarray, signatures: np.ndarray, threshold: float | None) 
         return kept_by, is_near
     rest = np.flatnonzero(kept_by < 0)
     rest = rest[(signatures[rest] != 0xFFFFFFFF).any(axis=1)]  # texts without words are not alike
-    leaders = _groups(signatures[rest], threshold)
+    leaders = _groups(signatures[rest], threshold, executor)
     near = leaders < np.arange(len(rest))
     kept_by[rest[near]] = rest[leaders[near]]
     is_near[rest[near]] = True
     return kept_by, is_near
 
 
-def _groups(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """The first document of each document's group, int64 [documents]."""
+class Band:
+    """What runs in each process: the values of one band, uint32 [documents, 8] -> neighbours among the documents that agree in all of
+    them, int64 [2, pairs]."""
+
+    def __call__(self, part: np.ndarray) -> np.ndarray:
+        keys = part.view(np.dtype((np.void, part.dtype.itemsize * ROWS))).reshape(-1)
+        order = np.argsort(keys, kind="stable")
+        together = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+        return np.stack((order[together], order[together + 1]))
+
+
+def _groups(signatures: np.ndarray, threshold: float, executor: str) -> np.ndarray:
+    """The first document of each document's group, int64 [documents]. On this machine one band is sorted at a time, for its memory."""
     leader = list(range(len(signatures)))
 
     def find(document: int) -> int:
@@ -147,16 +160,14 @@ def _groups(signatures: np.ndarray, threshold: float) -> np.ndarray:
             document = leader[document]
         return document
 
-    for band in range(BANDS):
-        part = np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS])
-        keys = part.view(np.dtype((np.void, part.dtype.itemsize * ROWS))).reshape(-1)
-        order = np.argsort(keys, kind="stable")
-        together = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        first, second = order[together], order[together + 1]  # neighbours suffice: likeness within a band's group is nearly transitive
-        alike = (signatures[first] == signatures[second]).mean(axis=1) >= threshold
-        for one, other in zip(first[alike].tolist(), second[alike].tolist(), strict=True):
-            a, b = find(one), find(other)
-            leader[max(a, b)] = min(a, b)
+    bands = (np.ascontiguousarray(signatures[:, first : first + ROWS]) for first in range(0, BANDS * ROWS, ROWS))
+    place = executor if len(signatures) >= _MANY else "local"
+    with start(place, "smedjan_common.text.dedup:Band", (), 1 if place == "local" else None, 0) as pool:
+        for first, second in pool.map(bands):  # neighbours suffice: likeness within a band's group is nearly transitive
+            alike = (signatures[first] == signatures[second]).mean(axis=1) >= threshold
+            for one, other in zip(first[alike].tolist(), second[alike].tolist(), strict=True):
+                a, b = find(one), find(other)
+                leader[max(a, b)] = min(a, b)
     return np.array([find(document) for document in range(len(leader))], np.int64)
 
 

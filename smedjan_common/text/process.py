@@ -1,6 +1,7 @@
 """Cleaning text: normalise, leave out lines and documents by named rules, and keep a log of where every text comes from.
 
-Workers clean blocks in processes; the results come back in order, so the output is the same for any number of them.
+Workers clean blocks in processes; the results come back in order, so the output is the same for any number of them,
+on one machine or several.
 """
 
 import unicodedata
@@ -10,8 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from smedjan_common import workers
 from smedjan_common.errors import DataError, near
+from smedjan_common.executors import start
 from smedjan_common.files.atomic_file import atomic_file
 from smedjan_common.text.blocks import Block, bundles
 from smedjan_common.text.filters import choose, filter_lines, first_broken
@@ -73,6 +74,7 @@ def process(
     reading: Reading | None = None,
     log: str | None = None,
     processes: int | None = None,
+    executor: str = "local",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ProcessReport:
     """Write the documents that hold all rules to `output` (JSONL). `extra`: fields, such as url and licence, for records without them.
@@ -87,13 +89,12 @@ def process(
     reading, report = reading or Reading(), ProcessReport()
     found = find(inputs, field=reading.field)
     total, done = total_size(found), 0
-    count = workers.processes(processes, much(found))
     lines: Counter = Counter()
     with ExitStack() as stack:
         out = stack.enter_context(atomic_file(output))
         log_file = stack.enter_context(atomic_file(log)) if log else None
         arguments = (reading, rules or [], normalise or [], extra or {})
-        pool = stack.enter_context(workers.Workers("smedjan_common.text.process:Clean", arguments, count))
+        pool = stack.enter_context(start(executor, "smedjan_common.text.process:Clean", arguments, processes, much(found)))
         for size, rows, taken, text_bytes in pool.map(bundles(reading.blocks(found))):
             lines.update(taken)
             report.bytes += text_bytes

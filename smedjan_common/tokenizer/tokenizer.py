@@ -53,18 +53,20 @@ class Tokenizer(BaseTokenizer):
         workers: int | None = None,
         field: str = "text",
         errors: str = "strict",
+        executor: str = "local",
     ) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids, specials included, from files (what `prepare` reads: text, JSONL, directories, globs).
 
         `progress(stage, done, total)`: stage "count" in bytes, "merge" in merges. `min_count`: pairs that occur less often are never
-        merged, so a small text may end with fewer ids. `byte_order`: the ids of single bytes, "gpt2" or "raw". Raises DataError.
+        merged, so a small text may end with fewer ids. `byte_order`: the ids of single bytes, "gpt2" or "raw". `executor`: "local" or
+        "ray", where words are counted. Raises DataError.
         """
         from smedjan_common.tokenizer.training import count_files, train
 
         counting = (lambda done, total: progress("count", done, total)) if progress else None
         return cls(
             train(
-                lambda splitter: count_files(files, splitter, workers, field, errors, counting),
+                lambda splitter: count_files(files, splitter, workers, field, errors, counting, executor),
                 vocab_size,
                 pattern,
                 special_tokens,

@@ -6,8 +6,8 @@ Ids: the 256 bytes in `byte_order`, then one per merge, then the special tokens,
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from smedjan_common import workers
 from smedjan_common.errors import DataError, near, notice
+from smedjan_common.executors import start
 from smedjan_common.text.blocks import blocks, bundles
 from smedjan_common.text.sources import find, much, total_size
 from smedjan_common.tokenizer import patterns
@@ -58,12 +58,13 @@ def count_files(
     field: str = "text",
     errors: str = "strict",
     progress: Callable[[int, int], None] | None = None,
+    executor: str = "local",
 ) -> WordCounts:
     """Words of all files, counted in processes; `progress(bytes done, bytes in all)`."""
     found = find(files, field=field)
-    total, count = total_size(found), workers.processes(processes, much(found))
-    done = 0
-    with workers.Workers("smedjan_common.tokenizer.words:WordCounter", (splitter.expression, field, errors), count) as pool:
+    total, done = total_size(found), 0
+    arguments = (splitter.expression, field, errors)
+    with start(executor, "smedjan_common.tokenizer.words:WordCounter", arguments, processes, much(found)) as pool:
         for size in pool.map(bundles(blocks(found, splitter.known, field=field))):
             done += size
             if progress:

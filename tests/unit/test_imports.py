@@ -35,7 +35,8 @@ FLOORS = (
     ("smedjan_common", "hints", "machine", "nearby", "optional", "streams"),  # the package by itself: its version
     ("errors",),
     ("command_line", "files", "workers"),
-    ("remote", "settings"),
+    ("ray_workers",),
+    ("executors", "remote", "settings"),
     ("model", "text"),
     ("training", "tokenizer"),
     ("backend",),
@@ -86,6 +87,8 @@ REASONS = {
     ("smedjan_common.text.compressed", "compression"): "Python 3.14 has it",
     ("smedjan_common.text.compressed", "zstandard"): PACKAGE,
     ("smedjan_common.remote.store", "fsspec"): PACKAGE,
+    ("smedjan_common.executors", "smedjan_common.ray_workers"): "only --executor ray needs it",
+    ("smedjan_common.ray_workers", "ray"): PACKAGE,
     ("smedjan_common.remote.store", "aiohttp"): PACKAGE,
     ("smedjan_common.text.*", "smedjan_common.remote.*"): "only addresses are read from a store",
     ("smedjan_common.data.token_file", "smedjan_common.data.fetched"): "the same",
