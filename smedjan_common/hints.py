@@ -57,6 +57,9 @@ FLAGS = {
     "beta1": "adam-beta1 b1 betas",
     "beta2": "adam-beta2 b2",
     "ema": "ema-decay use-ema ema-beta weight-averaging polyak-averaging ema-rate model-ema averaging",
+    "lora-rank": "lora-r lora-dim adapter-rank use-lora peft",
+    "lora-alpha": "lora-scale lora-scaling",
+    "lora-targets": "target-modules lora-target-modules lora-modules lora-layers",
     "eps": "adam-epsilon adam-eps epsilon",
     "weight-decay": "wd decay",
     "experts": "num-experts n-experts num-local-experts moe-num-experts",
@@ -192,7 +195,7 @@ NAMES = {
 NOTES = {  # names, and the sentence that says more than another name does
     "epochs num-epochs num-train-epochs max-epochs n-epochs": "Training is counted in --steps; without it, it is one pass over the data.",
     "finetune fine-tune": "`smedjan sft` teaches a model conversations, `smedjan train --pretrained CHECKPOINT` goes on with texts.",
-    "lora": "`smedjan train --pretrained CHECKPOINT` starts from the weights of a model.",
+    "lora": "`smedjan sft --pretrained CHECKPOINT --lora-rank 16` trains adapters beside the weights of a model.",
     "adam": "adamw with --weight-decay 0 is Adam.",
     "gqa grouped-query": "It is attention with fewer --kv-heads than --heads.",
     "mqa": "It is attention with --kv-heads 1.",

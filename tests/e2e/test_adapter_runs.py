@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.checkpoint import lazy_weights, read_checkpoint, read_info, read_weights
-from smedjan_common.commands import info, merge, sft, train
+from smedjan_common.commands import dpo, info, merge, sft, train
 from smedjan_common.inference.open import open_model
 from smedjan_common.model.adapters import adapter_table
 from tests.fakes.runs import TEXT, arrays, figures
@@ -73,6 +73,34 @@ def test_the_model_is_the_base_and_what_was_learned(folder):
         assert np.array_equal(np.asarray(lazy_weights(found)[name]), value), "and no other where it is read tensor by tensor"
     changed = {name for name in whole if not np.array_equal(whole[name], base[name])}
     assert changed == {f"{path.removesuffix('.lora_a')}.weight" for path in learned if path.endswith("lora_a")}
+
+
+def test_answers_are_compared_with_the_model_that_adapters_began_as(folder, tmp_path):
+    """The reference of a run of dpo is the whole model of --pretrained, its adapters included: at first both are even, which is ln 2."""
+    rows = [{"prompt": f"cat no. {n}?", "chosen": f"On mat {n}.", "rejected": "Off."} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"{tmp_path / 'pairs.jsonl'} --pretrained {folder / 'whole'} --checkpoint-dir {tmp_path / 'dpo'} --lora-rank 2 --batch-size 1"
+    words += " --seq-len 96 --steps 2 --sample-every 0 --checkpoint-every 0 --val-fraction 0 --dtype float32 --log-every 1"
+    assert run("jax", words, dpo) == 0
+    first = next(row for row in figures(tmp_path / "dpo") if "batch_loss" in row)
+    assert first["batch_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert read_info(tmp_path / "dpo" / "final").adapter
+
+
+def test_a_trainer_gives_and_saves_the_whole_model(folder, tmp_path):
+    import smedjan_jax
+
+    trainer = smedjan_jax.trainer(str(folder / "base"), lr=0.1, lora_rank=2, lora_targets="q_proj")
+    base = read_checkpoint(folder / "base/final").snapshot.params
+    assert all(np.array_equal(value, base[name]) for name, value in trainer.params().items()), "it begins as the base"
+    for _ in range(2):
+        trainer.step(np.arange(34).reshape(2, 17))
+    found = trainer.params()
+    assert {name for name in base if not np.array_equal(found[name], base[name])} == {f"layers.{i}.mixer.q_proj.weight" for i in (0, 1)}
+    trainer.save(tmp_path)
+    assert np.array_equal(
+        read_weights(read_info(tmp_path / "final"), None)["layers.1.mixer.q_proj.weight"], found["layers.1.mixer.q_proj.weight"]
+    )
 
 
 def test_merge_writes_the_whole_model_and_refuses_what_is_one(folder, tmp_path, capsys):

@@ -6,11 +6,13 @@ import pytest
 
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.inference.memory import inference_bytes, state_bytes
+from smedjan_common.model.adapters import adapter_table
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import count_params, parameter_table
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.training.config import DTYPES, GRADIENT_CHECKPOINTING
-from smedjan_common.training.memory import Place, training_bytes
+from smedjan_common.training.memory import Place, checkpoint_bytes, final_bytes, training_bytes
+from smedjan_common.training.memory import state_bytes as kept_bytes
 
 MEDIUM = ModelConfig.preset("medium")
 TRAIN = TrainConfig(steps=1, batch_size=64, seq_len=1024, lr=1e-3, dtype="bfloat16")
@@ -96,3 +98,15 @@ def test_gradient_checkpointing_saves_nothing_where_the_compiler_undoes_it():
     assert training_bytes(MEDIUM, full, place=CPU) < training_bytes(MEDIUM, none, place=CPU) / 3
     old = Place(kind="cpu", version="0.10.2")
     assert training_bytes(MEDIUM, full, place=old) == training_bytes(MEDIUM, none, place=old)
+
+
+def test_adapters_spare_gradients_and_moments_and_make_checkpoints_small():
+    small = dataclasses.replace(TRAIN, batch_size=1, seq_len=1, dtype="float32")
+    train, whole = dataclasses.replace(small, lora_rank=8), count_params(MEDIUM)
+    assert train.adapters
+    adapters = sum(spec.size for spec in adapter_table(MEDIUM, train.adapters).values())
+    assert kept_bytes(MEDIUM, train) == 4 * whole + 12 * adapters
+    assert (checkpoint_bytes(MEDIUM, train), final_bytes(MEDIUM, train)) == (12 * adapters, 4 * adapters)
+    assert checkpoint_bytes(MEDIUM, small) == kept_bytes(MEDIUM, small) == 12 * whole
+    merged = 4 * whole  # for samples
+    assert training_bytes(MEDIUM, train) == kept_bytes(MEDIUM, train) + merged
