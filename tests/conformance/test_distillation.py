@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import os
+import json
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,14 @@ import pytest
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
-from smedjan_common.model.params import initial_params
 from smedjan_common.reference import loss as reference_loss
 from smedjan_common.reference import model as reference
 from smedjan_common.reference.derivative import directional_derivative
-from smedjan_common.training.distillation import Mixed
-from tests.conformance import subjects
-from tests.conformance.cases import DEFAULT_CASES, Case, train_config
+from smedjan_common.training.distillation import METRICS, Mixed
+from tests.conformance import checks, rows, subjects
+from tests.conformance.cases import Case
 from tests.conformance.compare import Difference, demand, relative_l2
+from tests.conformance.distillation_rows import CASE, PATH, steps, teacher
 from tests.conformance.gates import FLOAT32
 
 BATCH, LENGTH, DIM, WIDTH, VOCAB = 3, 7, 24, 40, 50
@@ -122,12 +122,8 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient(backend: str):
 
 @pytest.fixture(scope="module")
 def taught() -> tuple[Case, reference.Teacher]:
-    """A case with documents that are kept apart, and a teacher of another width, one of whose tokens mean nothing."""
-    case = next(iter(DEFAULT_CASES.values()))
-    config = dataclasses.replace(case.model, dim=48, layers=1, heads=3, kv_heads=3, tied_head=False)
-    params = {name: 4 * value if value.ndim > 1 else value for name, value in initial_params(config, 3).items()}
-    train = train_config(mask_documents=True, z_loss=1e-2, distill_temperature=2.0, distill_alpha=0.6)
-    return dataclasses.replace(case, train=train), reference.Teacher(config, params, Mixed(case.model.vocab_size - 3, 2.0, 0.6))
+    """A case with documents that are kept apart, and its teacher."""
+    return CASE, teacher()
 
 
 @pytest.fixture(scope="module")
@@ -182,23 +178,25 @@ def test_validation_is_the_cross_entropy_of_the_student_alone(backend: str, taug
     assert side.read(side.eval_step(state, *case.batches[0], case.documents)) == before
 
 
-def test_a_student_comes_near_its_teacher(backend: str, taught):
-    """Twenty steps of one batch: by the texts and the teacher together KL falls further than by the texts alone."""
-    if backend == "jax" and os.environ.get("SMEDJAN_TEST_FULL") != "1":
-        pytest.skip("JAX compiles each for seconds: SMEDJAN_TEST_FULL=1")
-    case, teacher = taught
-    found = {}
-    for alpha in (0.8, 1e-9):
-        train = dataclasses.replace(case.train, distill_alpha=alpha, z_loss=0.0)
-        side = subjects.make_backend(backend, case.model, train)
-        side.learn_from(teacher.config, teacher.params, teacher.mixed.known)
-        state, rows = side.init(case.params), []
-        for _ in range(20):
-            state, metrics = side.train_step(state, *case.batches[0], 3e-3, case.documents)
-            rows.append(side.read(metrics)["kl"])
-        found[alpha] = rows
-    assert found[0.8][-1] < 0.6 * found[0.8][0]
-    assert found[0.8][-1] < 0.9 * found[1e-9][-1]
+def test_twenty_steps_are_the_same_in_both_backends(both_backends):
+    got, want = (steps(backend) for backend in both_backends)
+    demand(checks.runs(got.run, want.run))
+    for key in METRICS:
+        off = max(abs(one[key] / other[key] - 1) for one, other in zip(got.told, want.told, strict=True))
+        demand([Difference(key, off, FLOAT32.steps_loss)])
+
+
+def test_rows_with_a_teacher_are_those_that_are_stored(backend: str):
+    stored, losses = json.loads(PATH.read_text())[backend], steps(backend).run.losses
+    if stored["made_with"] == rows.made_with(backend):
+        assert losses == stored["loss"]
+    demand([Difference("stored row", max(abs(a / b - 1) for a, b in zip(losses, stored["loss"], strict=True)), FLOAT32.steps_loss)])
+
+
+def test_a_student_comes_nearer_to_its_teacher_than_by_the_texts_alone():
+    pytest.importorskip("mlx.core")  # JAX compiles each for seconds
+    both, alone = (steps("mlx", alpha).told[-1]["kl"] for alpha in (0.6, 1e-9))
+    assert both < 0.97 * alone
 
 
 def test_weights_that_are_not_of_the_teacher_are_refused(backend: str, taught):
