@@ -94,6 +94,28 @@ def saved() -> str | None:
     return table(head, [[*body, f"{row['step_seconds']:.2f} s", meanwhile]])
 
 
+def data_rates() -> str | None:
+    """What a core does of the making of data, and what that is for billions of documents."""
+    report = newest("data_rates")
+    if not report:
+        return None
+    rates, machine = report["rates"], f"{report['machine']}, Python {report['python']}"
+    workers = [[name, f"{rate:,.1f}", f"{_BILLION / rate / 3600e6:,.0f}"] for name, rate in rates["worker"].items()]
+    one = [[name, f"{rate:,.0f}", f"{_BILLION / rate / 3600e6:,.1f}"] for name, rate in rates["one"].items()]
+    hours = 1e9 / rates["documents_grouped"] / 3600
+    return "\n\n".join(
+        [
+            f"Measured: {machine}, {report['documents']:,} documents. Computed: the columns of 10⁹ documents, 3 kB each.",
+            table(["what a worker does", "MB of text a CPU second", "core hours for 10⁹ documents"], workers),
+            table(["what the one process does", "MB of text a CPU second", "hours for 10⁹ documents"], one),
+            f"`dedup` groups {rates['documents_grouped']:,} documents a second in that process, {hours:,.1f} hours for 10⁹.",
+        ]
+    )
+
+
+_BILLION = 3e12  # bytes of 10⁹ documents
+
+
 def meshes() -> str | None:
     """Training on real GPUs against one."""
     rows = [row for row in (newest("scale") or {"rows": []})["rows"] if row.get("table") == "equal"]
@@ -124,4 +146,11 @@ def curves() -> str | None:
     return f"![Loss curves side by side](images/curves.png)\n\n{table(head, body)}"
 
 
-PARTS: dict[str, Callable[[], str | None]] = {"scale": scale, "gathers": gathers, "saved": saved, "meshes": meshes, "curves": curves}
+PARTS: dict[str, Callable[[], str | None]] = {
+    "scale": scale,
+    "gathers": gathers,
+    "saved": saved,
+    "meshes": meshes,
+    "curves": curves,
+    "data-rates": data_rates,
+}
