@@ -3,7 +3,6 @@
 What these keys ask for and a model of smedjan does not compute is refused by name.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -252,8 +251,16 @@ def _read_multipliers(values: Values, where: str) -> dict[str, Any]:
     }
 
 
-_UNBOUNDED = 1e6  # no softplus comes near
+_FAR = 1e6  # no softplus comes near
 _SINCE_5 = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5's names of Granite 4's layers
+
+
+def _unbounded(limit: Any) -> bool:
+    """Whether bounds of time steps bound nothing. transformers writes an infinite one as {"__float__": "Infinity"}."""
+    if not isinstance(limit, list):
+        return limit is None
+    low, high = (float(each["__float__"] if isinstance(each, dict) else each) for each in limit)
+    return low <= 0 and high >= _FAR
 
 
 def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
@@ -272,9 +279,8 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
         found["rope_layers"] = ("off",)
     if "mamba" in kinds:
         _asks_for(values, where, mamba_proj_bias=False)
-        low, high = values.get("time_step_limit") or (0.0, math.inf)
-        if low > 0 or high < _UNBOUNDED:
-            raise inexpressible(where, f"time_step_limit {[low, high]}", "Time steps have no bounds here")
+        if not _unbounded(values.get("time_step_limit")):
+            raise inexpressible(where, f"time_step_limit {values['time_step_limit']!r}", "Time steps have no bounds here")
         names = {"ssm_state": "mamba_d_state", "ssm_head_dim": "mamba_d_head", "ssm_groups": "mamba_n_groups", "ssm_expand": "mamba_expand"}
         found |= {name: integer(values, key, where) for name, key in (names | {"conv_width": "mamba_d_conv"}).items()}
     if not values.get("num_local_experts"):
