@@ -53,7 +53,7 @@ class Smoothed(Preference):
 class Margin(Preference):
     """Options of simpo."""
 
-    gamma: float = option(1.0, "simpo: by how much, times --beta, the better answer is to be ahead.", least=0)
+    gamma: float = option(1.0, "simpo: by how much the reward of the better answer is to be ahead.", least=0)
 
 
 class Side(NamedTuple):
