@@ -63,14 +63,7 @@ class JaxBackend:
         self.model, self.train = model, train
         self.mesh = sharding.default_shape(train) if mesh is None else mesh
         check_mesh(self.mesh, model, train.batch_size, train.grad_accum)
-        if train.kernels == "auto":
-            held.ask(model, compute_dtype(train.dtype), train.seq_len)
-        self._kernels = kernels.summary(train.kernels, model, compute_dtype(train.dtype))
-        attention = "reproducible" if train.deterministic and train.attention == "auto" else train.attention
-        blocks = kernels.blocks_summary(attention, model, compute_dtype(train.dtype), train.seq_len)
-        if train.kernels == "auto":
-            held.ask(model, compute_dtype(train.dtype), train.seq_len)
-        self._kernels = ", ".join(filter(None, (self._kernels, blocks)))
+        self._kernels = self._choose_kernels()
         by_kernel = kernels.for_loss(train.kernels, model.padded_vocab_size, compute_dtype(train.dtype), self.mesh.tensor)
         self._cross_entropy = cross_entropy_by_kernel if by_kernel else cross_entropy
         self._frozen_head = is_frozen(model, train.adapters, head_name(model))
@@ -103,6 +96,15 @@ class JaxBackend:
             each = self._spread_whole.rows(self._token_losses)
             self._each_loss = jax.jit(each, in_shardings=(whole_model, rows), out_shardings=rows)
         self._train_step = self._compiled_step()
+
+    def _choose_kernels(self) -> str:
+        """What computes the layers, in words; "auto" asks the device first which kernels are right there."""
+        model, train, dtype = self.model, self.train, compute_dtype(self.train.dtype)
+        if train.kernels == "auto":
+            held.ask(model, dtype, train.seq_len)
+        attention = "reproducible" if train.deterministic and train.attention == "auto" else train.attention
+        told = kernels.summary(train.kernels, model, dtype), kernels.blocks_summary(attention, model, dtype, train.seq_len)
+        return ", ".join(filter(None, told))
 
     @property
     def shardings(self) -> State:
