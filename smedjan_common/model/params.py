@@ -70,7 +70,7 @@ def draw(config: Shape, seed: int) -> tuple[dict[str, np.ndarray], str]:
 
     def one(spec: ParamSpec) -> tuple[np.ndarray, int]:
         value = initial_value(spec, seed)
-        return value, zlib.crc32(value.astype("<f4", copy=False).data)
+        return value, zlib.crc32(value.astype("<f4", order="C", copy=False).data)  # an orthogonal one may be transposed
 
     table = parameter_table(config)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -111,6 +111,7 @@ EXPERTS = ("--ffn", "experts", "--experts", 4, "--experts-per-token", 2, "--opti
 
 
 @FULL
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("mesh", "model"), [("data=2,fsdp=2", EVERY), ("fsdp=2,tensor=2", EXPERTS), ("data=4", EXPERTS)], ids=str)
 def test_four_hosts_train_what_one_does_and_two_and_one_go_on(text, tmp_path, mesh, model):
     """SIGINT reaches host 3; two hosts with another mesh go on; one process ends it."""

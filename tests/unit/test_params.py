@@ -113,6 +113,13 @@ def test_the_digest_tells_initial_values_apart_by_seed_by_one_bit_and_by_name(mo
     assert draw(config, 3)[1] != digest
 
 
+def test_a_narrow_rwkv_is_drawn_whose_orthogonal_weights_lie_transposed():
+    sizes = {"vocab_size": 300, "dim": 16, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_dim": 32, "rwkv_head_dim": 8}
+    params, digest = draw(ModelConfig(mixer=("rwkv",), context_length=16, **sizes), 3)
+    assert not params["layers.0.mixer.w2.weight"].flags.c_contiguous
+    assert len(digest) == 64
+
+
 def test_a_deeper_model_keeps_the_values_that_depth_does_not_scale():
     shallow, deep = (initial_params(dataclasses.replace(TINY, layers=layers), 3) for layers in (2, 3))
     for name, value in shallow.items():
