@@ -70,7 +70,7 @@ def test_twenty_steps_are_the_same_in_both_backends_and_the_base_is_still(both_b
     begin = start(adapted, learned=False)
     jax, mlx = (subjects.train(name, adapted.model, adapted.train, begin, adapted.batches) for name in ("jax", "mlx"))
     demand(checks.runs(mlx, jax))
-    assert mlx.losses[-1] < mlx.losses[0]
+    assert all(value.any() for value in mlx.snapshot.params.values()), "every B has left zero"
     for name, run in (("jax", jax), ("mlx", mlx)):
         assert run.snapshot.params.keys() == adapter_table(adapted.model, adapted.train.adapters).keys()
         side = subjects.backend(name, adapted.model, adapted.train)
