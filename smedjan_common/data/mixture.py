@@ -55,11 +55,17 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 def check_same_tokenizer(files: Sequence[TokenFile]) -> None:
-    """Raises DataError when the files were made with different tokenizers."""
+    """Raises DataError when the files were made with different tokenizers, or say that their documents begin with different tokens."""
     for file in files[1:]:
         if file.tokenizer_hash != files[0].tokenizer_hash:
             why = f"{str(files[0].path)!r} has tokenizer {files[0].tokenizer_hash[:16]}…, {str(file.path)!r} {file.tokenizer_hash[:16]}…."
             raise DataError("The token files were made with different tokenizers.", why, "Prepare them with one tokenizer.")
+    begins = [(file, file.manifest["bos_id"]) for file in files if "bos_id" in file.manifest]  # older files do not say it
+    for file, token in begins:
+        if token != begins[0][1]:
+            tokens = " and ".join("no token" if number is None else f"token {number}" for number in (begins[0][1], token))
+            why = f"In {str(begins[0][0].path)!r} and {str(file.path)!r} they begin with {tokens}: the files beside the tokenizer differed."
+            raise DataError("The documents of the token files do not begin alike.", why, "Prepare them with one folder of the tokenizer.")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,19 @@ def test_mixed_batches_read_the_windows_of_their_files(tmp_path):
         Mixture((first, write(tmp_path / "c.bin", [range(100)], "other")), (1, 1))
 
 
+def test_files_whose_documents_begin_otherwise_are_not_mixed(tmp_path):
+    for name, begins in (("a", {"bos_id": 1}), ("b", {"bos_id": None}), ("older", {})):
+        with TokenFileWriter(tmp_path / f"{name}.bin", 5000, "hash", begins) as writer:
+            writer.append(np.arange(100), np.array([0]), 100)
+    a, b, older = (TokenFile.open(tmp_path / f"{name}.bin") for name in ("a", "b", "older"))
+    Mixture((a, older), (1, 1))
+    with pytest.raises(DataError, match=r"b\.bin.* they begin with token 1 and no token"):
+        Mixture((a, older, b), (1, 1, 1))
+    with pytest.raises(DataError, match="do not begin alike"):
+        mix([(tmp_path / "a.bin", 1), (tmp_path / "b.bin", 1)], tmp_path / "m.bin", seed=5)
+    assert not (tmp_path / "m.bin").exists()
+
+
 def test_a_mixed_file_has_the_shares_and_no_document_twice(tmp_path):
     draw = np.random.Generator(np.random.PCG64(0))
     first = [[number] * int(draw.integers(1, 40)) for number in range(1, 2000)]
