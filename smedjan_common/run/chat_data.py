@@ -5,9 +5,11 @@ Conversations, and pairs of answers, are tokenised once into CHECKPOINT_DIR/data
 done with them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from smedjan_common.data.order import IGNORED
 from smedjan_common.data.packing import Packed, PackedPairs
 from smedjan_common.data.pairs import prepare_pairs
 from smedjan_common.data.token_file import TokenFile
-from smedjan_common.errors import ConfigError, DataError, TemplateError, flag, unknown
+from smedjan_common.errors import ConfigError, DataError, SmedjanError, TemplateError, flag, unknown
 from smedjan_common.files.hashing import file_hash
 from smedjan_common.files.names import DATA, TOKENIZER, TRAIN_TOKENS, VAL_TOKENS
 from smedjan_common.reporting.console import count, printable, say, size
@@ -194,7 +196,13 @@ def _tokenise(sources: list[Source], place: Path, kind: Kind, speaks: Speaker, c
     place.mkdir(parents=True, exist_ok=True)
     speaks.tokenizer.save(place / TOKENIZER)
     val = place / VAL_TOKENS if share else None
-    dropped = kind.prepare(sources, place / TRAIN_TOKENS, speaks.tokenizer, speaks.template, cut, val, share)
+    try:
+        dropped = kind.prepare(sources, place / TRAIN_TOKENS, speaks.tokenizer, speaks.template, cut, val, share)
+    except SmedjanError:  # a row was refused: nothing of it stays behind
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others' tokens are there
+            place.parent.rmdir()
+        raise
     for line in dropped.lines():
         say(f"note: {printable(line)}" if not line.startswith(" ") else printable(line))
     made = TokenFile.open(place / TRAIN_TOKENS)

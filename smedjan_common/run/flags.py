@@ -73,7 +73,7 @@ class DataFlags:
 class RunFlags:
     """Where the run lives and how it starts."""
 
-    checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE", "DIR")] = field(default=None, metadata=THIS_START)
+    checkpoint_dir: Annotated[MaybeStr, _filled("runs/DATASET-SIZE, or -sft, -dpo", "DIR")] = field(default=None, metadata=THIS_START)
     """The run folder: config.json, metrics.jsonl, step-*/, final/, loss.png."""
     checkpoint_every: Annotated[MaybeInt, _filled("a tenth of the steps, 1000 at most", "INT")] = None
     """Save a checkpoint every this many steps; always at the end and when stopped. 0: only then."""

@@ -183,6 +183,7 @@ def test_what_cannot_be_taught_is_refused(base, tmp_path, words, why, capsys):
     assert sft_here(*(names.get(word, word) for word in words), *SFT) == 2
     assert why in capsys.readouterr().err
     assert tree(run) == before
+    assert not list((tmp_path / "new").rglob("*"))
 
 
 def test_a_grown_tokenizer_extends_the_old_one_alone(base):
