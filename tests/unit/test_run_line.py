@@ -164,17 +164,14 @@ def refused(count=2, index=1, version=None):
     address = f"127.0.0.1:{server.getsockname()[1]}"
     with ThreadPoolExecutor(1) as pool:
         host_0 = pool.submit(serve, server, 2, 30.0)
-        before, line_module._VERSION = line_module._VERSION, version or line_module._VERSION
         try:
             if version is None:
                 join(address, index, count, 5.0)
             else:
                 with socket.create_connection(("127.0.0.1", server.getsockname()[1])) as connection:
                     connection.sendall(line_module._bytes({"hello": [index, count, version]}))
-                    line_module._VERSION = before
                     raise ConfigError(*next(line_module._messages(connection))["refused"])
         finally:
-            line_module._VERSION = before
             join(address, 1, 2, 5.0).close()
             host_0.result().close()
 
