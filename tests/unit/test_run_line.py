@@ -130,6 +130,7 @@ def test_a_lost_host_is_known_at_once_and_the_others_wait_no_longer(three, lost)
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(each, others, lambda host: host.gather("never"))
         time.sleep(0.1)
+        three[lost]._line._closed = True  # who is killed tells nobody what it noticed
         for connection in three[lost]._line._peers.values():  # as the kernel does with what a killed process has open
             connection.shutdown(socket.SHUT_RDWR)
         found = waiting.result(timeout=5)
