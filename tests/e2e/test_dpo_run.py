@@ -193,3 +193,18 @@ def test_the_toy_of_sorted_digits(sorts, backend):
         assert up + down >= 0.95, name
         assert down < 0.25, name
         assert greedy >= 0.95, name
+
+
+@pytest.mark.skipif(not FULL, reason="SMEDJAN_TEST_FULL=1 runs it")
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_adapters_learn_an_order_as_the_whole_model_does(sorts, backend):
+    """From half and half to down alone, in 150 steps: adapters of rank 8 end within 0.05 of what training every value gives."""
+    rng, found = random.Random(2), {}
+    downs = sorts / f"downs-{backend}.jsonl"
+    write(downs, [{"prompt": one, "completion": down} for one, _, down in (digits(rng) for _ in range(8000))])
+    for name, more in {"full": "--lr 3e-4", "lora": "--lr 3e-3 --lora-rank 8"}.items():
+        where = f"{downs} --pretrained {sorts / 'chat'} --checkpoint-dir {sorts / f'{name}-{backend}'}"
+        run(f"smedjan_{backend}.sft", f"{where} --steps 150 --batch-size 8 --checkpoint-every 0 {more} {QUIET}")
+        found[name] = shares(backend, sorts / f"{name}-{backend}")[1]
+    assert found["full"] >= 0.95
+    assert found["lora"] >= found["full"] - 0.05
