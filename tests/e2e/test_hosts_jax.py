@@ -41,7 +41,7 @@ def demand_the_same(got, want):
     gates = {"loss": FLOAT32.steps_loss, "grad_norm": FLOAT32.steps_params, "val_loss": FLOAT32.steps_loss}
     for name, gate in gates.items():
         ours, theirs = ({row["step"]: row[name] for row in rows if row.get(name)} for rows in sides)
-        assert list(ours) == list(theirs)
+        assert list(ours) == list(theirs) or (name == "val_loss" and ours.keys() > theirs.keys())  # each run validates at its end
         found += [Difference(f"{name} {step}", abs(ours[step] / theirs[step] - 1), gate) for step in theirs]
     demand(found)
 
@@ -124,7 +124,7 @@ def test_four_hosts_train_what_one_does_and_two_and_one_go_on(text, tmp_path, me
     last = saved_steps(run)[-1]
     done = begin(2, TRAIN, *arguments(text, run, last + 2, *words, "--mesh", "tensor=2")).ended()
     assert [code for code, _, _ in done] == [0] * 2, done
-    alone(text, run, last + 4, *words)
+    alone(text, run, last + 4, *words, "--checkpoint-format", "neutral")
     alone(text, tmp_path / "alone", last + 4, *words)
     demand_the_same(run, tmp_path / "alone")
     demand_the_same_state(run, tmp_path / "alone")
