@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.gguf_layouts import decay, feed_forward, kept_as, norms, whole
 from convert.names import LAYER_ROWS, OPTIONAL_ROWS
-from convert.ties import Tie, joined, scaled, zeros
+from convert.ties import Tie, by_key_head, gated, joined, reordered, scaled, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 
@@ -29,14 +29,14 @@ def qwen35(config: ModelConfig) -> list[Tie]:
             values = 2 * G * K  # where they begin among what is convolved
             convolved = np.concatenate([np.arange(values), values + rows])
             ties.append(_joined_in_order(ours, ("q", "k", "v"), f"{at}attn_qkv.weight", (G * K, G * K, G * R * K), convolved, D))
-            ties.append(_in_order(f"{ours}z_proj.weight", f"{at}attn_gate.weight", rows, (G * R * K, D)))
-            ties.append(_in_order(f"{ours}b_proj.weight", f"{at}ssm_beta.weight", heads, (G * R, D)))
-            ties.append(_in_order(f"{ours}a_proj.weight", f"{at}ssm_alpha.weight", heads, (G * R, D)))
-            ties.append(_in_order(f"{ours}conv.weight", f"{at}ssm_conv1d.weight", convolved, (len(convolved), config.conv_width)))
-            ties.append(_in_order(f"{ours}dt_bias", f"{at}ssm_dt.bias", heads, (G * R,)))
+            ties.append(reordered(f"{ours}z_proj.weight", f"{at}attn_gate.weight", rows, D))
+            ties.append(reordered(f"{ours}b_proj.weight", f"{at}ssm_beta.weight", heads, D))
+            ties.append(reordered(f"{ours}a_proj.weight", f"{at}ssm_alpha.weight", heads, D))
+            ties.append(reordered(f"{ours}conv.weight", f"{at}ssm_conv1d.weight", convolved, config.conv_width))
+            ties.append(reordered(f"{ours}dt_bias", f"{at}ssm_dt.bias", heads))
             ties.append(decay(f"{ours}A_log", f"{at}ssm_a", G * R, order=heads))
             ties.append(kept_as(config, f"{ours}norm.weight", f"{at}ssm_norm.weight"))
-            ties.append(_in_order(f"{ours}o_proj.weight", f"{at}ssm_out.weight", rows, (D, G * R * K), axis=1))
+            ties.append(reordered(f"{ours}o_proj.weight", f"{at}ssm_out.weight", rows, D, axis=1))
         ties += feed_forward(config, i)
     return whole(config, [ties])
 
@@ -52,7 +52,7 @@ def qwen3next(config: ModelConfig) -> list[Tie]:
         else:
             names = [f"{ours}{name}_proj.weight" for name in ("q", "k", "v")]
             ties.append(joined(names, f"{at}attn_qkv.weight", [G * K, G * K, G * R * K], D))
-            ties.append(_by_key_head(ours, f"{at}ssm_ba.weight", G, R, D))
+            ties.append(by_key_head((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{at}ssm_ba.weight", G, (R, R), D))
             more = {"z_proj.weight": "attn_gate.weight", "conv.weight": "ssm_conv1d.weight", "dt_bias": "ssm_dt.bias"}
             more |= {"norm.weight": "ssm_norm.weight", "o_proj.weight": "ssm_out.weight"}
             ties += [kept_as(config, f"{ours}{name}", f"{at}{theirs}") for name, theirs in more.items()]
@@ -70,46 +70,15 @@ _SAME = ("k_proj", "v_proj", "q_norm", "k_norm")
 def _gated_attention(config: ModelConfig, layer: int) -> list[Tie]:
     ours, at, K, D = f"layers.{layer}.mixer.", f"blk.{layer}.", config.head_dim, config.dim
 
-    def out(arrays):
-        heads = arrays[0].reshape(config.heads, K, D)
-        return [np.concatenate([heads, np.zeros_like(heads)], axis=1).reshape(-1, D)]
-
-    def back(arrays):
-        return [arrays[0].reshape(config.heads, 2 * K, D)[:, :K].reshape(-1, D)]
-
-    same = [
-        row
-        for row in (*LAYER_ROWS, *OPTIONAL_ROWS["qk_norm"])
-        if row.ours.split("mixer.")[-1][:6] in ("k_proj", "v_proj", "q_norm", "k_norm")
-    ]
+    same = [row for row in (*LAYER_ROWS, *OPTIONAL_ROWS["qk_norm"]) if row.ours.split("mixer.")[-1][:6] in _SAME]
     return [
-        Tie((f"{ours}q_proj.weight",), (f"{at}attn_q.weight",), ((2 * config.heads * K, D),), out, back, checked=True),
+        gated(f"{ours}q_proj.weight", f"{at}attn_q.weight", config.heads, K, D),
         *(kept_as(config, row.ours.format(i=layer), row.gguf.format(i=layer)) for row in same),
         scaled(f"{ours}o_proj.weight", f"{at}attn_output.weight", 2, D, config.heads * K),
     ]
-
-
-def _in_order(ours: str, theirs: str, order: np.ndarray, shape: tuple[int, ...], axis: int = 0) -> Tie:
-    """Along an axis theirs[j] is ours[order[j]]."""
-    back = np.argsort(order)
-    return Tie(
-        (ours,), (theirs,), (shape,), lambda a: [np.take(a[0], order, axis)], lambda a: [np.take(a[0], back, axis)], by_rows=axis == 0
-    )
 
 
 def _joined_in_order(ours: str, names: tuple[str, ...], theirs: str, sizes: tuple[int, ...], order: np.ndarray, dim: int) -> Tie:
     together = joined([f"{ours}{name}_proj.weight" for name in names], theirs, sizes, dim)
     back = np.argsort(order)
     return together._replace(out=lambda a: [together.out(a)[0][order]], back=lambda a: together.back([a[0][back]]))
-
-
-def _by_key_head(ours: str, theirs: str, groups: int, shared: int, dim: int) -> Tie:
-    """Rows of b and then of a, for each key head."""
-
-    def out(arrays):
-        return [np.concatenate([array.reshape(groups, shared, dim) for array in arrays], axis=1).reshape(-1, dim)]
-
-    def back(arrays):
-        return [half.reshape(-1, dim) for half in np.split(arrays[0].reshape(groups, 2 * shared, dim), 2, axis=1)]
-
-    return Tie((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), (theirs,), ((2 * groups * shared, dim),), out, back)

@@ -16,7 +16,7 @@ import functools
 import numpy as np
 
 from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, POST_ROWS, Row
-from convert.ties import Tie, by_expert, joined, kept, reordered, same, scaled, shifted, zeros
+from convert.ties import Tie, by_expert, by_key_head, gated, joined, kept, reordered, same, scaled, shifted, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
 from smedjan_common.model.mixers import ssm
@@ -121,8 +121,8 @@ def qwen3_next(config: ModelConfig) -> list[Tie]:
         else:
             ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.linear_attn."
             names = tuple(f"{ours}{name}_proj.weight" for name in ("q", "k", "v", "z"))
-            ties.append(_by_key_head(names, f"{theirs}in_proj_qkvz.weight", G, (K, K, R * K, R * K), config.dim))
-            ties.append(_by_key_head((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight", G, (R, R), config.dim))
+            ties.append(by_key_head(names, f"{theirs}in_proj_qkvz.weight", G, (K, K, R * K, R * K), config.dim))
+            ties.append(by_key_head((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight", G, (R, R), config.dim))
             ties += _delta(config, i)
         ties += _delta_feed_forward(config, i)
     return ties
@@ -248,16 +248,9 @@ def _shifted_norms(config: ModelConfig, layer: int) -> list[Tie]:
 def _gated_attention(config: ModelConfig, layer: int) -> list[Tie]:
     ours, theirs, K, D = f"layers.{layer}.mixer.", f"model.layers.{layer}.self_attn.", config.head_dim, config.dim
 
-    def out(arrays):
-        heads = arrays[0].reshape(config.heads, K, D)
-        return [np.concatenate([heads, np.zeros_like(heads)], axis=1).reshape(-1, D)]
-
-    def back(arrays):
-        return [arrays[0].reshape(config.heads, 2 * K, D)[:, :K].reshape(-1, D)]
-
     return [
         *_shifted_norms(config, layer),
-        Tie((f"{ours}q_proj.weight",), (f"{theirs}q_proj.weight",), ((2 * config.heads * K, D),), out, back, checked=True),
+        gated(f"{ours}q_proj.weight", f"{theirs}q_proj.weight", config.heads, K, D),
         *(_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}{name}_proj.weight") for name in ("k", "v")),
         scaled(f"{ours}o_proj.weight", f"{theirs}o_proj.weight", 2, D, config.heads * K),
         *(shifted(f"{ours}{name}_norm.weight", f"{theirs}{name}_norm.weight", -1, K) for name in ("q", "k")),
@@ -273,17 +266,3 @@ def _delta_feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
     ties = [tie for tie in ties if tie.ours != (down,)]
     ties.append(scaled(down, f"{at}.shared_expert.down_proj.weight", 2, D, config.shared_experts * width(config)))
     return [*ties, zeros(f"{at}.shared_expert_gate.weight", 1, D)]
-
-
-def _by_key_head(ours: tuple[str, ...], theirs: str, groups: int, sizes: tuple[int, ...], dim: int) -> Tie:
-    """Rows of several tensors, of each key head together. sizes: rows of each tensor for one key head."""
-    bounds = np.cumsum(sizes)[:-1]
-
-    def out(arrays):
-        parts = [array.reshape(groups, size, dim) for array, size in zip(arrays, sizes, strict=True)]
-        return [np.concatenate(parts, axis=1).reshape(-1, dim)]
-
-    def back(arrays):
-        return [part.reshape(-1, dim) for part in np.split(arrays[0].reshape(groups, sum(sizes), dim), bounds, axis=1)]
-
-    return Tie(ours, (theirs,), ((groups * sum(sizes), dim),), out, back)

@@ -60,11 +60,12 @@ def by_expert(ours: str, theirs: str, experts: int, *shape: int) -> Tie:
     return Tie((ours,), names, (shape,) * experts, lambda arrays: list(arrays[0]), lambda arrays: [np.stack(arrays)])
 
 
-def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int, by: np.ndarray | None = None) -> Tie:
-    """Rows in another order, theirs[i] is ours[rows[i]], and times `by` there."""
-    back, shape = np.argsort(rows), (len(rows), *width)
+def reordered(ours: str, theirs: str, rows: np.ndarray, *width: int, by: np.ndarray | None = None, axis: int = 0) -> Tie:
+    """Rows in another order, theirs[i] is ours[rows[i]], and times `by` there. axis: where the rows are, without `by`."""
+    back, shape = np.argsort(rows), (*width[:axis], len(rows), *width[axis:])
     if by is None:
-        return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0][rows]], lambda arrays: [arrays[0][back]], by_rows=True)
+        out, home = (lambda arrays: [np.take(arrays[0], rows, axis)]), (lambda arrays: [np.take(arrays[0], back, axis)])
+        return Tie((ours,), (theirs,), (shape,), out, home, by_rows=axis == 0)
     return Tie((ours,), (theirs,), (shape,), lambda arrays: [arrays[0][rows] * by], lambda arrays: [(arrays[0] / by)[back]])
 
 
@@ -83,6 +84,33 @@ def scaled(ours: str, theirs: str, by: float, *shape: int) -> Tie:
 def zeros(theirs: str, *shape: int) -> Tie:
     """A tensor that they need and we do not have."""
     return Tie((), (theirs,), (shape,), lambda _: [np.zeros(shape, np.float32)], lambda _: [], checked=True)
+
+
+def by_key_head(ours: tuple[str, ...], theirs: str, groups: int, sizes: tuple[int, ...], dim: int) -> Tie:
+    """Rows of several tensors, of each key head together. sizes: rows of each tensor for one key head."""
+    bounds = np.cumsum(sizes)[:-1]
+
+    def out(arrays):
+        parts = [array.reshape(groups, size, dim) for array, size in zip(arrays, sizes, strict=True)]
+        return [np.concatenate(parts, axis=1).reshape(-1, dim)]
+
+    def back(arrays):
+        return [part.reshape(-1, dim) for part in np.split(arrays[0].reshape(groups, sum(sizes), dim), bounds, axis=1)]
+
+    return Tie(ours, (theirs,), ((groups * sum(sizes), dim),), out, back)
+
+
+def gated(ours: str, theirs: str, heads: int, size: int, dim: int) -> Tie:
+    """The map to queries, which has there as many rows for a gate of each head after its own: 0, which is a half."""
+
+    def out(arrays):
+        queries = arrays[0].reshape(heads, size, dim)
+        return [np.concatenate([queries, np.zeros_like(queries)], axis=1).reshape(-1, dim)]
+
+    def back(arrays):
+        return [arrays[0].reshape(heads, 2 * size, dim)[:, :size].reshape(-1, dim)]
+
+    return Tie((ours,), (theirs,), ((2 * heads * size, dim),), out, back, checked=True)
 
 
 def written(ties: Sequence[Tie], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
