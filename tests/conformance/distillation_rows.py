@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import json
 import sys
 from typing import NamedTuple
 
@@ -54,12 +53,7 @@ def steps(backend: str, alpha: float = 0.6) -> Steps:
 
 def main() -> int:
     """Write the rows of the backends that are installed, keeping the others'."""
-    PATH.parent.mkdir(exist_ok=True)
-    known = json.loads(PATH.read_text()) if PATH.exists() else {}
-    for backend in sys.argv[1:] or subjects.BACKENDS:
-        known[backend] = {"made_with": rows.made_with(backend), "loss": steps(backend).run.losses}
-    PATH.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return 0
+    return rows.write_losses(PATH, lambda backend: steps(backend).run.losses)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 """
 
 import functools
-import json
 import sys
 from typing import Any, NamedTuple
 
@@ -73,13 +72,7 @@ def steps(backend: str, name: str) -> Steps:
 
 def main() -> int:
     """Write the rows of the backends that are installed, keeping the others'."""
-    PATH.parent.mkdir(exist_ok=True)
-    known = json.loads(PATH.read_text()) if PATH.exists() else {}
-    for backend in sys.argv[1:] or subjects.BACKENDS:
-        losses = {name: steps(backend, name).run.losses for name in PREFERENCES}
-        known[backend] = {"made_with": rows.made_with(backend), "loss": losses}
-    PATH.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return 0
+    return rows.write_losses(PATH, lambda backend: {name: steps(backend, name).run.losses for name in PREFERENCES})
 
 
 if __name__ == "__main__":

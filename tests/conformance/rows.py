@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Callable
 
 import tests.conftest  # settings first, also when this is run as a script
 from smedjan_common.training.schedule import learning_rate
@@ -24,7 +25,7 @@ from tests.conformance.cases import CASES, SEED, Case
 FOLDER = pathlib.Path(__file__).parent / "rows"
 PACKAGES = {"jax": ("jax", "jaxlib", "optax", "numpy"), "mlx": ("mlx", "numpy")}
 
-__all__ = ["FOLDER", "SEED", "learning_rate", "made_with", "path", "run"]
+__all__ = ["FOLDER", "SEED", "learning_rate", "made_with", "path", "run", "write_losses"]
 
 
 @functools.cache
@@ -66,6 +67,16 @@ def _blas() -> str:
     """A preloaded BLAS by its name, or what MLX brings. (What else this process has loaded, torch's say, is not asked.)"""
     preloaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
     return ", ".join(sorted(pathlib.Path(name).name for name in preloaded if "blas" in name)) or "bundled"
+
+
+def write_losses(file: pathlib.Path, losses: Callable[[str], object]) -> int:
+    """Write what `losses` gives for the backends that are installed, or are named on the command line, keeping the others'."""
+    file.parent.mkdir(exist_ok=True)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for backend in sys.argv[1:] or subjects.BACKENDS:
+        known[backend] = {"made_with": made_with(backend), "loss": losses(backend)}
+    file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return 0
 
 
 def main() -> int:
