@@ -21,7 +21,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.training.config import KERNELS
-from smedjan_jax.backend import configure
+from smedjan_jax.startup import configure
 
 KEY = ("mixer", "kernels", "layers", "seq_len", "batch_size")
 MEASURED = ("attention", "linear", "ssm", "rwkv", "gated-deltanet", "block-sparse")

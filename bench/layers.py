@@ -26,9 +26,9 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import initial_params
-from smedjan_jax.backend import configure
 from smedjan_jax.mixers import mixer_class
 from smedjan_jax.modules import Context, Rope
+from smedjan_jax.startup import configure
 
 KEY = ("mixer", "width", "head_dim", "length", "implementation")
 GROUP_SECONDS = 0.05

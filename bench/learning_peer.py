@@ -124,7 +124,8 @@ def curve(task: Row, data: pathlib.Path) -> Row:
 
 
 def _ours(model: ModelConfig, train: TrainConfig, start: dict[str, np.ndarray]) -> Any:
-    from smedjan_jax.backend import JaxBackend, configure
+    from smedjan_jax.backend import JaxBackend
+    from smedjan_jax.startup import configure
 
     configure()
     backend = JaxBackend(model, train)

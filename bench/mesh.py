@@ -29,7 +29,8 @@ from bench.rows import Row, scrubbed, versions
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.training.mesh import parse_mesh
-from smedjan_jax.backend import JaxBackend, configure
+from smedjan_jax.backend import JaxBackend
+from smedjan_jax.startup import configure
 
 XXL: Row = {"size": "xxl", "vocab_size": 32768, "seq_len": 2048, "rows": 16, "dtype": "bfloat16", "mixer": "attention"}
 LARGE: Row = {**XXL, "size": "large"}

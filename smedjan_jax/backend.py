@@ -6,21 +6,17 @@ on each device's rows of the batch (smedjan_jax.sharding).
 
 import functools
 import importlib.metadata
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from smedjan_common.backend import LESS_TO_SCORE, Device, Metrics, Scores, Snapshot, State
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.errors import ConfigError
 from smedjan_common.inference.pieces import logits_in_pieces, scores_in_pieces
-from smedjan_common.machine import peak_memory, processor
+from smedjan_common.machine import peak_memory
 from smedjan_common.model.adapters import adapter_table, is_frozen, trained_table, with_adapters
 from smedjan_common.model.flops import peak_flops
 from smedjan_common.model.mixers.mla import rope_dim
@@ -36,18 +32,13 @@ from smedjan_jax.distillation import distilled_cross_entropy
 from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
 from smedjan_jax.mixers.attention import refuse_fused
-from smedjan_jax.model import Model
-from smedjan_jax.modules import Linear
-from smedjan_jax.precision import exact_float32
+from smedjan_jax.model import Model, linear_weights
 from smedjan_jax.quantized import weight_of
 from smedjan_jax.scores import logits, scores
+from smedjan_jax.startup import configure
 from smedjan_jax.teacher import Teacher, placed
 
 Batch = tuple[Any, Any, Any, Any]  # inputs, targets, documents (or None), [B, T] each, and reference (or None), [B, M]
-
-# measured on an H100, sizes small to xxl: with cuBLAS a training step is 8-11 % faster than with XLA's Triton matmuls
-XLA_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class JaxBackend:
@@ -257,7 +248,7 @@ class JaxBackend:
         self, model: ModelConfig, again: bool, table: sharding.Table | None = None, trained: frozenset[str] | None = None
     ) -> sharding.Spread:
         table = table or parameter_table(model)
-        return sharding.Spread(table, self._devices, _linear_weights(model), compute_dtype(self.train.dtype), again, trained)
+        return sharding.Spread(table, self._devices, linear_weights(model), compute_dtype(self.train.dtype), again, trained)
 
     def _compiled_step(self) -> Any:
         """A step of (state, batch, lr), of what the hosts say where there are several, and of what `_taught` gives."""
@@ -378,13 +369,6 @@ class JaxBackend:
         return jnp.sum(targets >= 0) if units is None else units(jnp, targets, documents, reference)
 
 
-def _linear_weights(model: ModelConfig) -> set[str]:
-    """Weights of linear maps, which are used in the compute dtype only."""
-    shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(model).items()}
-    modules = nnx.iter_modules(Model(model, shapes))  # type: ignore[arg-type]
-    return {".".join(map(str, (*path, "weight"))) for path, module in modules if isinstance(module, Linear)}
-
-
 def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> JaxBackend:
     """The backend of a run. Raises ConfigError where --attention fused or --dtype float8 cannot run, as the first step would find."""
     if PRECISIONS[train.dtype].float8:
@@ -405,40 +389,3 @@ def default_dtype() -> str:
     """bfloat16 on a GPU, float32 on a CPU."""
     configure()
     return "bfloat16" if jax.default_backend() == "gpu" else "float32"
-
-
-def configure(deterministic: bool = False) -> None:
-    """Settings that must stand before JAX starts its device: XLA flags, memory share, compilation cache, float32 products. Idempotent.
-
-    What the user's environment says already is left alone. `deterministic` fixes the algorithms of a GPU and the order of their sums.
-    Raises ConfigError where the device that JAX_PLATFORMS asks for is not there.
-    """
-    exact_float32()
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing_flags(given, deterministic)]).strip()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "smedjan" / "jax"
-        # what is compiled for a CPU holds its instructions: a home that machines share has a folder for each kind of them
-        folder = cache if _platform() == "gpu" else cache / f"cpu-{processor()}"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def missing_flags(given: str, deterministic: bool = False) -> list[str]:
-    """Our XLA flags that `given`, the value of XLA_FLAGS, does not set already, whatever it sets them to."""
-    names = {word.partition("=")[0] for word in given.split()}
-    wanted = (*XLA_FLAGS, DETERMINISTIC) if deterministic else XLA_FLAGS
-    return [flag for flag in wanted if flag.partition("=")[0] not in names]
-
-
-def _platform() -> str:
-    """Where JAX computes: "cpu", "gpu"."""
-    try:
-        return jax.default_backend()
-    except (AssertionError, RuntimeError) as error:  # an assertion where CUDA is asked for and the plugin is not installed
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise ConfigError(
-            f"JAX cannot start on {asked!r}, which JAX_PLATFORMS asks for." if asked else "JAX cannot start on any device here.",
-            str(error).splitlines()[0].rstrip(".") + "." if str(error) else "It finds no such device, or no support for it is installed.",
-            "Install smedjan[cuda12] or smedjan[cuda13] for an NVIDIA GPU, or set JAX_PLATFORMS=cpu.",
-        ) from error

@@ -19,6 +19,7 @@ from flax import nnx
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
+from smedjan_common.model.params import parameter_table
 from smedjan_common.training.precision import PRECISIONS, compute_dtype, multiplied_in_float8
 from smedjan_jax.ffn import ffn_class
 from smedjan_jax.kernels import chosen
@@ -129,6 +130,13 @@ class Model(nnx.Module):
         summed = {spec.name for spec in MIXERS[self.config.mixer_of(layer)].state(self.config, 1, 1) if spec.axis is None}
         rows = {name: active.reshape(-1, *[1] * (after[name].ndim - 1)) for name in summed}
         return {**after, **{name: jnp.where(rows[name], after[name], before[name]) for name in summed}}
+
+
+def linear_weights(config: ModelConfig) -> set[str]:
+    """Names of the weights of linear maps, which are used in the compute dtype only."""
+    shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in parameter_table(config).items()}
+    modules = nnx.iter_modules(Model(config, shapes))  # type: ignore[arg-type]
+    return {".".join(map(str, (*path, "weight"))) for path, module in modules if isinstance(module, Linear)}
 
 
 def _block(config: ModelConfig, params: Params, layer: int, attention: str, kernels: str, dtype: str) -> Block:

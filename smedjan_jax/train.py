@@ -7,7 +7,8 @@ from smedjan_common.commands import backends, train
 
 def load(deterministic: bool = False):
     """Import the framework: what makes the backend, and the dtype that auto means on this machine."""
-    from smedjan_jax.backend import configure, default_dtype, training_backend
+    from smedjan_jax.backend import default_dtype, training_backend
+    from smedjan_jax.startup import configure
 
     configure(deterministic)
     return training_backend, default_dtype()

@@ -18,6 +18,7 @@ PACKAGES = {"jax": ROOT / "smedjan_jax", "mlx": ROOT / "smedjan_mlx"}
 ONE_SIDED_FILES = {
     "sharding.py": "JAX shards over devices by a mesh",
     "spread.py": "sums over the hosts of a run; in JAX they are those of its mesh",
+    "startup.py": "XLA reads its flags once, before the device starts",
     "held.py": "asks a GPU whether JAX's kernels are their plain forms there",
     "products.py": "products of split matrices, and float8, which MLX does not multiply with float32 sums",
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
@@ -32,10 +33,6 @@ ONE_SIDED_FILES = {
     "checkpoint.py": "JAX's own checkpoint is Orbax; MLX's own is the neutral one",
 }
 ONE_SIDED_NAMES = {
-    ("jax", "backend.py", "configure"): "XLA reads its flags once, before the device starts",
-    ("jax", "backend.py", "XLA_FLAGS"): "what configure() sets",
-    ("jax", "backend.py", "missing_flags"): "those of them that the environment does not set",
-    ("jax", "backend.py", "DETERMINISTIC"): "what configure() sets for the same bits on a GPU",
     ("jax", "backend.py", "training_backend"): "--attention fused needs cuDNN; MLX's own kernel is on every device",
     ("jax", "mixers/attention.py", "refuse_fused"): "the same",
     ("jax", "backend.py", "Backend.shardings"): "where arrays lie on a mesh; MLX takes one device",
@@ -58,6 +55,7 @@ ONE_SIDED_NAMES = {
             "LONGEST_MASKED",
         )
     },
+    ("jax", "model.py", "linear_weights"): "they are cast before a mesh gathers them",
     ("jax", "teacher.py", "placed"): "its weights lie on a mesh",
     ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",
     ("jax", "mixers/block_sparse.py", "FORMS"): "among them a kernel and cuDNN, which JAX has",

@@ -11,7 +11,7 @@ pytest.importorskip("jax", reason="jax is not installed here")
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from smedjan_jax.backend import configure
+from smedjan_jax.startup import configure
 configure()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []

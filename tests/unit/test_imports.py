@@ -116,6 +116,7 @@ REASONS = {
     ("smedjan_jax.serve", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.eval", "smedjan_jax.backend"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.backend"): "a framework, likewise",
+    ("smedjan_jax.train", "smedjan_jax.startup"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.hosts"): HELP,
     ("smedjan_jax.hosts", "jax*"): "a framework, likewise",
     ("smedjan_mlx.train", "smedjan_mlx.hosts"): HELP,

@@ -74,7 +74,7 @@ def test_products_of_bfloat16_are_float32_sums_in_jax_and_rounded_ones_in_mlx_as
 
 
 def test_a_flag_of_xla_is_taken_for_ours_only_if_it_has_the_whole_name():
-    flags = pytest.importorskip("smedjan_jax.backend").missing_flags
+    flags = pytest.importorskip("smedjan_jax.startup").missing_flags
     assert flags("") == ["--xla_gpu_enable_triton_gemm=false"]
     assert flags("--xla_gpu_enable_triton_gemm_int4=true --xla_x=1") == ["--xla_gpu_enable_triton_gemm=false"]
     assert flags("--xla_gpu_enable_triton_gemm=true") == []
