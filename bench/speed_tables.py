@@ -1,5 +1,7 @@
 """The tables of bench.kernels and of the PyTorch peer, for bench/render.py: each step beside that of attention in the same run."""
 
+from collections.abc import Callable
+
 from bench.rows import Row
 from bench.tables import newest, reports, table
 
@@ -56,3 +58,6 @@ def peers() -> str | None:
 
 def _about(report: Row) -> str:
     return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}, {report['date']}"
+
+
+PARTS: dict[str, Callable[[], str | None]] = {"kernels": kernels, "kernel-lengths": lengths, "peers": peers}

@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 from tyro.conf import arg
 
 from smedjan_common.command_line import parse
+from smedjan_common.commands.info_lines import lines
 from smedjan_common.errors import CheckpointError, DataError, TemplateError, run_command
 from smedjan_common.files.names import CONFIG, FINAL, MANIFEST, METRICS, TOKENIZER
 from smedjan_common.nearby import beside
@@ -53,13 +53,7 @@ def _info(flags: InfoFlags) -> int:
 
         print(table(facts["runs"]))
     else:
-        width, unread = max(map(len, facts)) + 2, _unread(facts)
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        for name, value in facts.items():
-            if name in ("model", "training") and value:
-                value = {key: item for key, item in value.items() if key not in unread}
-            if value is not None:
-                print(f"{name.replace('_', ' '):<{width}}{folded(_shown(name, value), width, columns)}")
+        print("\n".join(lines(facts, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0)))
     if facts.get("verified") is False:
         broken = facts["broken"]
         what = f"{len(broken)} of the checkpoints in {path} {'is' if len(broken) == 1 else 'are'} broken."
@@ -377,48 +371,3 @@ def _model(model: Any, train: Any = None) -> Facts:
         "decode_state_dtype": dtype,
         "model": model.to_dict(),
     }
-
-
-def _unread(facts: Facts) -> set[str]:
-    """The options that nothing in a model or its training reads: of no interest to a person."""
-    from smedjan_common.model.config import ModelConfig
-    from smedjan_common.run.options import unread_of_model, unread_of_training
-    from smedjan_common.training.config import TrainConfig
-
-    if not facts.get("model"):
-        return set()
-    model = ModelConfig.from_dict(facts["model"])
-    training = unread_of_training(TrainConfig.from_dict(facts["training"]), model) if facts.get("training") else set()
-    return unread_of_model(model) | training
-
-
-def _shown(name: str, value: Any) -> str:
-    from smedjan_common.reporting.console import count, size
-
-    if name in ("bytes", "text_bytes", "decode_state_bytes"):
-        return size(value)
-    if name == "train_flops_per_token":
-        return count(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_figure(item)}" for key, item in value.items() if item is not None)
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return _figure(value)
-
-
-def folded(text: str, indent: int, columns: int) -> str:
-    """A text on lines that fit into a terminal, those after the first indented; columns 0: on one line, as programs read it."""
-    room = columns - indent
-    if room < 20 or len(text) <= room:
-        return text
-    pairs = ", ".join(pair.replace(" ", "\0") for pair in text.split(", "))  # a name stays beside its value
-    lines = textwrap.wrap(pairs, room, break_long_words=False, break_on_hyphens=False)
-    return f"\n{' ' * indent}".join(lines).replace("\0", " ")
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return "/".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10000 else f"{value:.5g}" if isinstance(value, float) else str(value)
