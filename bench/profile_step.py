@@ -1,6 +1,9 @@
 """Where a JAX training step's time goes on a GPU: kernel times from the profiler's trace, summed by kernel name.
 
-python bench/profile_step.py --size medium --batch-size 64 --seq-len 1024
+    python -m bench.profile_step --size medium --batch-size 64 --seq-len 1024
+    python -m bench.profile_step --mixers ssm rwkv --layers 4 --output profile.json
+
+Several mixers are compiled side by side and traced one after the other.
 """
 
 import argparse
@@ -8,48 +11,64 @@ import collections
 import glob
 import gzip
 import json
+import os
+import pathlib
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
-import numpy as np
 
+from bench.jax_step import JaxStep
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.model.params import initial_params
-from smedjan_jax.backend import JaxBackend
+from smedjan_common.model.mixers import MIXERS
+from smedjan_common.training.config import KERNELS
+from smedjan_jax.backend import configure
 
 STEPS = 3
 
 
 def main() -> None:
     """Print milliseconds a step per kernel, largest first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="medium")
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=40)
-    args = parser.parse_args()
-    model = ModelConfig.preset(args.size, vocab_size=args.vocab_size, context_length=args.seq_len)
-    train = TrainConfig(steps=100, batch_size=args.batch_size, seq_len=args.seq_len, lr=3e-4, dtype="bfloat16")
-    backend = JaxBackend(model, train)
-    state = backend.init(initial_params(model, 0))
-    batch = np.random.default_rng(0).integers(0, model.vocab_size, (args.batch_size, args.seq_len + 1)).astype(np.int32)
+    args = _arguments()
+    configure()
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        steps = [pool.submit(_step, mixer, args) for mixer in args.mixers]
+    found = {}
+    for mixer in args.mixers:
+        found[mixer] = _traced(steps.pop(0).result())  # popped, so that its arrays go before the next one's come
+        print(f"\n{mixer}: sum of kernels {sum(row['milliseconds'] for row in found[mixer]):.2f} ms a step")
+        for row in found[mixer][: args.rows]:
+            print(f"{row['milliseconds']:8.3f} ms  {row['calls']:4d} x  {row['kernel'][:110]}")
+    if args.output:
+        args.output.write_text(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "kernels": found}, indent=1))
+
+
+def _step(mixer: str, args: argparse.Namespace) -> JaxStep:
+    sizes = {"vocab_size": args.vocab_size, "context_length": args.seq_len} | ({"layers": args.layers} if args.layers else {})
+    model = ModelConfig.preset(args.size, mixer=(mixer,), **sizes)
+    options = {"batch_size": args.batch_size, "seq_len": args.seq_len, "dtype": "bfloat16", "kernels": args.kernels}
+    return JaxStep(model, TrainConfig(steps=100, lr=3e-4, **options))
+
+
+def _traced(step: JaxStep) -> list[dict[str, Any]]:
+    """Kernels of a step, largest first: name, milliseconds and calls a step."""
+    step.start()
     for _ in range(3):
-        state, metrics = backend.train_step(state, batch[:, :-1], batch[:, 1:], 3e-4)
-    backend.read(metrics)
+        step()
+    step.wait()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for _ in range(STEPS):
-                state, metrics = backend.train_step(state, batch[:, :-1], batch[:, 1:], 3e-4)
-            backend.read(metrics)
+                step()
+            step.wait()
         (path,) = glob.glob(f"{folder}/**/perfetto_trace.json.gz", recursive=True)
         with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-    _print_kernels(events, args.rows)
+            return _kernels(json.load(file)["traceEvents"])
 
 
-def _print_kernels(events: list[dict], rows: int) -> None:
+def _kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     streams = {
         (e["pid"], e.get("tid"))
         for e in events
@@ -61,9 +80,21 @@ def _print_kernels(events: list[dict], rows: int) -> None:
             name = re.sub(r"[._]\d+$", "", event["name"])
             times[name] += event["dur"] / 1e3 / STEPS
             counts[name] += 1
-    print(f"sum of kernels: {sum(times.values()):.2f} ms a step")
-    for name, milliseconds in times.most_common(rows):
-        print(f"{milliseconds:8.3f} ms  {counts[name] // STEPS:4d} x  {name[:110]}")
+    return [{"kernel": name, "milliseconds": round(each, 4), "calls": counts[name] // STEPS} for name, each in times.most_common()]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="medium")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=["attention"])
+    parser.add_argument("--kernels", choices=KERNELS, default="auto")
+    parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=40, help="kernels printed")
+    parser.add_argument("--output", type=pathlib.Path, help="all of them, as JSON")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

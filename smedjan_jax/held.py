@@ -27,6 +27,7 @@ from smedjan_jax.model import Model
 
 LENGTH, ROWS = 200, 2  # no multiple of a chunk; several documents in each row
 SLACK = 2.0, 2e-3  # how much farther from float32 a kernel may be than the plain form of its dtype: times, and plus
+DRAWS = 4  # of tokens and weights, taken together: a sum of a few values over all positions cancels in one of them by chance
 
 
 def ask(model: ModelConfig, dtype: str, length: int) -> None:
@@ -64,7 +65,7 @@ def _reason(mixer: str, model: ModelConfig, dtype: str) -> str:
 def _compare(mixer: str, model: ModelConfig, dtype: str) -> str:
     """The same by computing both."""
     try:
-        exact, plain, kernel = (_layer(mixer, model, *form) for form in (("float32", "plain"), (dtype, "plain"), (dtype, "kernel")))
+        exact, plain, kernel = (_layers(mixer, model, *form) for form in (("float32", "plain"), (dtype, "plain"), (dtype, "kernel")))
     except Exception as error:  # whatever the compiler or the device says
         return f"they fail ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
     times, plus = SLACK
@@ -74,26 +75,34 @@ def _compare(mixer: str, model: ModelConfig, dtype: str) -> str:
     return ""
 
 
-def _layer(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
-    """What the layer gives, and the gradient of every parameter, on the host."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.vocab_size, (ROWS, LENGTH)).astype(np.int32)
-    documents = np.cumsum(rng.random((ROWS, LENGTH)) < 0.02, axis=1).astype(np.int32)
-    weight = rng.standard_normal((ROWS, LENGTH, model.dim)).astype(np.float32)
+def _layers(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
+    """What the layer gives, and the gradient of every parameter, of every draw [DRAWS, ...], on the host."""
     forms: dict[str, Any]
     if mixer == "block-sparse":
-        documents, forms = None, {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
+        forms = {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
     else:
         forms = {"kernels": "plain" if form == "plain" else "pallas"}
 
-    def given(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden = Model(model, params, dtype, **forms).hidden(jnp.asarray(tokens), None if documents is None else jnp.asarray(documents))
+    def given(params: dict[str, jax.Array], tokens: Any, documents: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
+        hidden = Model(model, params, dtype, **forms).hidden(tokens, documents)
         return jnp.sum(hidden.astype(jnp.float32) * weight), hidden
 
-    params = {name: jnp.asarray(value) for name, value in initial_params(model, 0).items()}
-    gradients, hidden = jax.jit(jax.grad(given, has_aux=True))(params)
-    found = {"the output": hidden, **{f"the gradient of {name}": value for name, value in gradients.items()}}
-    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+    gradients = jax.jit(jax.grad(given, has_aux=True))
+    draws = []
+    for seed in range(DRAWS):
+        rng = np.random.default_rng(seed)
+        # a tensor that begins as zeros would leave the gradients of all before it zero, and compare nothing
+        params = {name: _not_zero(rng, value) for name, value in initial_params(model, seed).items()}
+        tokens = rng.integers(0, model.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+        documents = None if mixer == "block-sparse" else np.cumsum(rng.random((ROWS, LENGTH)) < 0.02, axis=1).astype(np.int32)
+        weight = rng.standard_normal((ROWS, LENGTH, model.dim)).astype(np.float32)
+        found, hidden = gradients(params, tokens, documents, weight)
+        draws.append({"the output": hidden, **{f"the gradient of {name}": value for name, value in found.items()}})
+    return {name: np.stack([np.asarray(draw[name], np.float32) for draw in draws]) for name in draws[0]}
+
+
+def _not_zero(rng: np.random.Generator, value: np.ndarray) -> jax.Array:
+    return jnp.asarray(value if value.any() else 0.1 * rng.standard_normal(value.shape).astype(np.float32))
 
 
 def _distance(found: np.ndarray, right: np.ndarray) -> float:

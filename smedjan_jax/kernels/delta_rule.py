@@ -234,8 +234,10 @@ def _piece_kernel(q, k, v, total, beta, x, states, do, dv, after, documents, edg
     dq[...] = dquery.astype(dq.dtype)
     outwards = end * dot(u, dS, turn_b=True)
     flow[0] = d.whole * jnp.sum(S.astype(FLOAT32) * dS) + jnp.sum(key * outwards)
-    change[...] = row_sums(query, dquery) - row_sums(value, dvalue.astype(FLOAT32))
     dbeta[...] = jnp.where(rate > 0, row_sums(dvalue, u.astype(FLOAT32)) / jnp.where(rate > 0, rate * rate, 1.0), 0.0)
     pairs = (-dot(dvalue, u, turn_b=True) * jnp.where(b.below, d.between, 0.0)).astype(dtype)
-    dkey = outwards + dot(slope, query, turn_a=True) - dot((start * dvalue).astype(dtype), S, turn_b=True)
-    dk[...] = (dkey + dot(pairs, key) + dot(pairs, key, turn_a=True)).astype(dk.dtype)
+    written = outwards + dot(slope, query, turn_a=True) + dot(pairs, key, turn_a=True)
+    read = dot(pairs, key) - dot((start * dvalue).astype(dtype), S, turn_b=True)
+    dk[...] = (written + read).astype(dk.dtype)
+    # what position i reads grows with its decay, what others read of it falls; by the same rounded tiles, so that both cancel
+    change[...] = row_sums(query, dquery) + row_sums(key, read - written)

@@ -154,7 +154,8 @@ def gated_delta_rule(arrays: Arrays, state: jax.Array, documents: jax.Array | No
     u, w = matmul(x, beta * v, dtype), matmul(x, beta * start * k, dtype)
     scores = matmul(q, k_transposed, dtype) * between
     inner, query = matmul(scores, u, dtype), start * q - matmul(scores, w, dtype)
-    key = k * jnp.exp(total[..., -1:, :] - total) * writes
+    # masked before exp: an earlier document's sum may lie so far under the last one's that exp of the difference is infinite
+    key = k * jnp.exp(jnp.where(writes > 0, total[..., -1:, :] - total, -jnp.inf))
     change, add = -matmul(w.swapaxes(-1, -2), key, dtype), matmul(u.swapaxes(-1, -2), key, dtype)
     states, last = scan_states(state, jnp.exp(total[..., -1:, :]) * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last

@@ -116,7 +116,8 @@ def gated_delta_rule(arrays: Arrays, state: mx.array, documents: mx.array | None
     u, w = matmul(x, beta * v, dtype), matmul(x, beta * start * k, dtype)
     scores = matmul(q, k_transposed, dtype) * between
     inner, query = matmul(scores, u, dtype), start * q - matmul(scores, w, dtype)
-    key = k * mx.exp(total[..., -1:, :] - total) * writes
+    # masked before exp: an earlier document's sum may lie so far under the last one's that exp of the difference is infinite
+    key = k * mx.exp(mx.where(writes > 0, total[..., -1:, :] - total, -mx.inf))
     change, add = -matmul(w.swapaxes(-1, -2), key, dtype), matmul(u.swapaxes(-1, -2), key, dtype)
     states, last = scan_states(state, mx.exp(total[..., -1:, :]) * keeps, change, add, dtype)
     return join(inner + matmul(query, states.swapaxes(-1, -2), dtype), T), last

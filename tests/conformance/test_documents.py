@@ -43,6 +43,24 @@ def test_documents_go_with_their_rows_through_accumulation_and_checkpointing(bac
     assert abs(parts / whole - 1) <= apart.gates.same_arithmetic
 
 
+WITH_DECAY = "linear-swiglu-mha", "ssm-swiglu-mha", "gated-deltanet-swiglu-mha"
+STRONGEST = {"A_log": 3.6, "dt_bias": 4.0, "decay_bias": -200.0}  # e^-150 and less from one position to the next
+
+
+@pytest.mark.parametrize("apart", cases({name: CASES[name] for name in WITH_DECAY}))
+def test_the_strongest_decay_of_an_earlier_document_leaves_the_next_one_finite(backend: str, apart: Case):
+    """What one document forgot may lie under what the next one did by more than e can be raised to."""
+    strong = {
+        name: next((np.full_like(value, how) for end, how in STRONGEST.items() if name.endswith(end)), value)
+        for name, value in apart.params.items()
+    }
+    assert any((strong[name] != apart.params[name]).any() for name in strong)
+    sides = (subjects.logits(side, apart.model, strong, apart.tokens, documents=apart.documents) for side in (backend, "reference"))
+    demand([checks.Difference("logits", checks.largest(*sides), apart.tolerance.forward)])
+    gradients = subjects.loss_and_gradients(backend, apart.model, apart.train, strong, apart.batches[0], apart.documents)[1]
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
 def test_evaluation_keeps_documents_apart_too(backend: str):
     case = next(iter(DEFAULT_CASES.values()))
     side = subjects.backend(backend, case.model, case.train)
