@@ -140,7 +140,8 @@ def curves() -> str | None:
         return None
     body = []
     for pair in report["pairs"]:
-        shares = [f"{100 * pair['largest']:.2f} %", f"{100 * pair['last']:+.2f} %", f"{100 * pair['gate']:.1f} %"]
+        goal = f"{100 * pair['gate']:.1f} %" if pair["gate"] else "-"
+        shares = [f"{100 * pair['largest']:.2f} %", f"{100 * pair['last']:+.2f} %", goal]
         body.append([pair["pair"], str(pair["steps"]), f"{pair['loss']:.3f}", *shares])
     head = ["pair", "steps", "loss at the end", f"largest difference, means of {report['window']} steps", "of the last tenth", "goal"]
     return f"![Loss curves side by side](images/curves.png)\n\n{table(head, body)}"

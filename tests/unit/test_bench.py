@@ -278,6 +278,19 @@ def test_a_curve_has_the_loss_of_every_step_from_the_initial_values_of_a_run(dat
     assert row["losses"][0] == pytest.approx(np.log(320), rel=0.05)
 
 
+def test_the_noise_of_a_curve_is_what_initial_values_moved_by_a_rounding_come_to():
+    from bench import learning_peer
+
+    params = {"w": np.linspace(-2, 2, 100, dtype=np.float32), "norm": np.ones(4, np.float32)}
+    same, one, other = (learning_peer.moved(params, draw) for draw in (0, 1, 2))
+    assert all((same[name] == params[name]).all() for name in params)
+    assert all(0 < np.abs(one[name] - params[name]).max() <= 2 / 256 for name in params)
+    assert (one["w"] != other["w"]).any()
+    a, b = learning_peer.PAIRS["noise medium"]
+    assert a == learning_peer.PAIRS["float8 medium"][0]
+    assert {key for key in a if a[key] != b[key]} == {"moved"}
+
+
 def test_the_torch_peer_gives_the_loss_of_our_model(data):
     """Both in bfloat16: the peer's attention, rope, norms and joined matrices are the definition's, up to rounding."""
     torch = pytest.importorskip("torch", reason="torch is not installed here")
