@@ -133,21 +133,23 @@ def _clean(axes: Any, grid: str) -> None:
 
 
 def curves(report: Row, output: pathlib.Path) -> None:
-    """Loss curves of each pair, one over the other, and how far they are apart."""
-    pairs = [pair for pair in report["pairs"] if "curves" in pair]
+    """Loss curves of each pair, one over the other, and how far they are apart, beside what the noise of the same curve comes to."""
+    noise = [pair for pair in report["pairs"] if pair["pair"].startswith("noise")]
+    pairs = list({pair["pair"]: pair for pair in reversed(report["pairs"]) if pair not in noise}.values())[::-1]  # the first of each name
     figure = _figure(3.2 * len(pairs), 4.4)
     panels = figure.subplots(2, len(pairs), squeeze=False, height_ratios=(2, 1))
     for (above, below), pair in zip(panels.T, pairs, strict=True):
         steps = [(number + 0.5) * pair["window"] for number in range(len(pair["curves"][0]))]
         for number, (name, losses) in enumerate(zip(pair["names"], pair["curves"], strict=True)):
             above.plot(steps, losses, color=COLORS[number], linestyle="-" if number == 0 else "--", linewidth=1.6, label=name)
-        above.set_title(pair["pair"], loc="left", fontsize=9)
+        above.set_title(f"{pair['pair']}, {pair['steps']} steps", loc="left", fontsize=9)
         above.legend(frameon=False, fontsize=7)
-        apart = [100 * (other / one - 1) for one, other in zip(*pair["curves"], strict=True)]
-        below.plot(steps, apart, color=COLORS[2], linewidth=1.2)
+        for beside in (each for each in noise if each["curves"][0] in pair["curves"]):
+            below.plot(steps, _apart(beside), color="gray", linewidth=1.2, label="noise")
+        below.plot(steps, _apart(pair), color=COLORS[2], linewidth=1.2, label="apart")
         for side in (-1, 1):
             below.axhline(side * 100 * pair["gate"], color="black", linestyle="--", linewidth=0.8)
-        below.set_ylim(-200 * pair["gate"], 200 * pair["gate"])
+        below.legend(frameon=False, fontsize=7)
         below.set_xlabel("step", fontsize=8)
         for axes in (above, below):
             axes.tick_params(labelsize=7)
@@ -155,3 +157,8 @@ def curves(report: Row, output: pathlib.Path) -> None:
     panels[0][0].set_ylabel("loss", fontsize=8)
     panels[1][0].set_ylabel("apart, %", fontsize=8)
     figure.savefig(output)
+
+
+def _apart(pair: Row) -> list[float]:
+    """How far the second curve is from the first, percent."""
+    return [100 * (other / one - 1) for one, other in zip(*pair["curves"], strict=True)]
