@@ -13,14 +13,22 @@ def quantized() -> str | None:
 
 def _quantized(report: Row) -> str:
     of = {(row["model"], row["form"], row["backend"]): row for row in report["rows"]}
+    backends = [name for name in ("jax", "mlx") if any(name == backend for _, _, backend in of)]
     body = []
     for model, form in dict.fromkeys((row["model"], row["form"]) for row in report["rows"]):
-        jax, mlx = (of[model, form, backend] for backend in ("jax", "mlx"))
-        losses = [f"{row['loss']:.4f}" if "loss" in row else "" for row in (jax, mlx)]
-        cells = [f"{model}, {jax['parameters'] / 1e6:.1f}M", form if form == "float32" else f"{form} bits", f"{jax['bytes'] / 1e6:.1f}"]
-        body.append([*cells, *losses])
-    head = ["model", "weights", "MB", "loss, JAX", "loss, MLX"]
-    return f"{report['device']}, float32 (`{report['command']}`):\n\n{table(head, body)}"
+        rows = [of[model, form, name] for name in backends]
+        losses = [f"{row['loss']:.4f}" if "loss" in row else "" for row in rows]
+        # on a CPU that others use too, two runs do not agree
+        times = [f"{row['token_ms']:.2f}" for row in rows] if report["device"] != "cpu" else []
+        cells = [
+            f"{model}, {rows[0]['parameters'] / 1e6:.1f}M",
+            form if form == "float32" else f"{form} bits",
+            f"{rows[0]['bytes'] / 1e6:.1f}",
+        ]
+        body.append([*cells, *losses, *times])
+    head = ["model", "weights", "MB", *(f"loss, {name.upper()}" for name in backends)]
+    head += [f"ms a token, {name.upper()}" for name in backends] if report["device"] != "cpu" else []
+    return f"{report['device']}, computed in {report['rows'][0].get('dtype', 'float32')} (`{report['command']}`):\n\n{table(head, body)}"
 
 
 def sampling() -> str | None:
@@ -57,6 +65,36 @@ def _speculation(report: Row) -> str:
     return f"{report['device']}, float32, 4 tokens ahead (`{report['command']}`):\n\n{table(head, body)}"
 
 
+def trained_pair() -> str | None:
+    """What a trained draft gains on each device."""
+    return "\n\n".join(_trained_pair(report) for report in reports("trained_pair").values()) or None
+
+
+def _trained_pair(report: Row) -> str:
+    body = [
+        [
+            str(row["rows"]),
+            "greedy" if row["temperature"] == 0 else f"temperature {row['temperature']:g}",
+            str(row["ahead"]),
+            f"{row['right']:.0%}",
+            f"{row['tokens_per_second_alone']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / row['tokens_per_second_alone']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["texts at once", "choice", "tokens ahead", "guesses right", "tokens/s alone", "with draft", "times as fast"]
+    first, form, loss = report["rows"][0], report["form"], report["validation"]
+    sizes = (
+        f"{form[name]['size']}, {first[count] / 1e6:.0f}M, loss {loss[name]:.2f}"
+        for name, count in (("target", "parameters"), ("draft", "draft_parameters"))
+    )
+    trained = f"{form['training']['steps']} steps of {form['training']['batch_size']} x {form['training']['seq_len']} tokens"
+    intro = f"Model {' and draft '.join(sizes)}, both trained for {trained} of Python's standard library"
+    where = f"{report['device']}, {first['dtype']}, {first['backend'].upper()} {report['versions'][first['backend']]}"
+    return f"{intro} ({where}; `{report['command']}`):\n\n{table(head, body)}"
+
+
 def decode() -> str | None:
     """Tokens per second of decoding, ours and transformers', and how they were measured."""
     report = newest("decode")
@@ -86,5 +124,6 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "quantized": quantized,
     "sampling": sampling,
     "speculation": speculation,
+    "trained-pair": trained_pair,
     "decode": decode,
 }

