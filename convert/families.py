@@ -16,7 +16,9 @@
 | phi3 | Phi-3, Phi-4 | a part of each head that turns, a sliding window in all layers; q, k and v in one tensor, gate and up in one |
 | granite | Granite 3 | multipliers of embeddings, residuals, scores and logits |
 | granitemoehybrid | Granite 4 | the same; Mamba-2, attention, turned or not, or both; SwiGLU, or experts with shared ones |
-| deepseek_v3 | DeepSeek V3 | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
+| olmoe | OLMoE | experts with the softmax router in all layers, RMSNorm over all heads of q and of k together |
+| deepseek_v3 | DeepSeek V3, Moonlight | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
+| deepseek_v2 | DeepSeek V2, V2-Lite | the same with the softmax router, whose weights stay as they are |
 | qwen3_5 | Qwen 3.5 | Gated DeltaNet and attention with head norms |
 | qwen3_next | Qwen3-Next | the same with experts and shared ones |
 
@@ -34,6 +36,8 @@ from smedjan_common.errors import ConfigError
 HEADS = {"head_size"}
 EXPERTS = {"experts", "experts_per_token", "expert_dim"}
 SHARED = {*EXPERTS, "shared_experts"}
+GROUPED = {*SHARED, "router", "expert_groups", "expert_groups_per_token", "routed_scaling_factor", "norm_topk_prob"}
+LATENT = {*HEADS, "mla_kv_rank", "mla_q_rank", "mla_rope_dim", "mla_plain_factor", "rope_attention_factor"}
 MULTIPLIERS = {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"}
 WINDOWS = {"window", "window_layers"}
 QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
@@ -103,10 +107,24 @@ def _granite(config: ModelConfig) -> bool:
     )
 
 
-def _deepseek(config: ModelConfig) -> bool:
-    """Scaled RoPE was not compared."""
+def _olmoe(config: ModelConfig) -> bool:
+    normed = config.qk_norm and config.qk_norm_over == "all" and config.qkv_bias == config.o_bias
+    return set(config.mixer) == {"attention"} and set(config.ffn) == {"experts"} and config.router == "softmax" and normed
+
+
+def _latent(config: ModelConfig) -> bool:
+    """Other scalings of RoPE have no form there."""
+    return set(config.mixer) == {"mla"} and config.rope_scaling in ("none", "yarn")
+
+
+def _deepseek_v3(config: ModelConfig) -> bool:
     routed = config.router == "bias" and _dense_first(config)
-    return set(config.mixer) == {"mla"} and config.rope_scaling == "none" and (set(config.ffn) == {"swiglu"} or routed)
+    return _latent(config) and (set(config.ffn) == {"swiglu"} or routed)
+
+
+def _deepseek_v2(config: ModelConfig) -> bool:
+    """Programs disagree whether it adds weights of a token's experts up to 1, where it is asked to."""
+    return _latent(config) and config.router == "softmax" and not config.norm_topk_prob and _dense_first(config)
 
 
 def _delta(config: ModelConfig) -> bool:
@@ -197,14 +215,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"num_key_value_heads": 4, "max_position_embeddings": 32768},
-        {*HEADS, *EXPERTS, "qk_norm"},
+        {*HEADS, *EXPERTS, "qk_norm", "norm_topk_prob"},
         _qwen3_moe,
         layouts.qwen3_moe,
     ),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
-        {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5},
-        {*HEADS, *SHARED, "qk_norm", "qkv_bias", "rope_dim", "router"},
+        {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1},
+        {*HEADS, *GROUPED, "qk_norm", "qkv_bias", "rope_dim"},
         lambda config: _glm4_moe(config) and not config.o_bias,
         layouts.glm4_moe,
     ),
@@ -217,10 +235,24 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        {"max_position_embeddings": 4096},
-        {*SHARED, "router", "mla_kv_rank", "mla_q_rank", "mla_rope_dim"},
-        _deepseek,
+        {"max_position_embeddings": 4096, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
+        {*GROUPED, *LATENT},
+        _deepseek_v3,
         layouts.deepseek_v3,
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        {"max_position_embeddings": 2048, "topk_method": "greedy"},
+        {*GROUPED, *LATENT},
+        _deepseek_v2,
+        layouts.deepseek_v3,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        {*EXPERTS, "norm_topk_prob", "qk_norm", "qk_norm_over", "qkv_bias", "o_bias"},
+        _olmoe,
+        layouts.qwen3_moe,
     ),
     "qwen3_5": Family(
         "Qwen3_5ForCausalLM", {"max_position_embeddings": 32768}, {"qk_norm", "rope_dim", "conv_width"}, _qwen3_5, layouts.qwen3_5

@@ -8,13 +8,15 @@
 | smollm3 | smollm3 | windows; other layers that do not turn than every fourth |
 | olmo2 | olmo2, olmo3 | biases; other layers that see all than every fourth |
 | glm4moe | glm4_moe | |
+| olmoe | olmoe | weights of experts that add up to 1; biases; shared keys and values |
 | arwkv7 | none: rwkv with SwiGLU | |
-| deepseek2 | deepseek_v3 | queries that are not compressed |
+| deepseek2 | deepseek_v3, deepseek_v2 | queries that are not compressed; groups with the softmax router; two factors of YaRN |
 | qwen35, qwen3next | qwen3_5, qwen3_next | layers with attention other than every so many |
 | granite, granitemoe, granitehybrid | granite, granitemoehybrid | |
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,13 +28,15 @@ from convert.hf_values import shortest
 from convert.ties import Tie
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
-from smedjan_common.model.ffns.experts import width
+from smedjan_common.model.ffns.experts import limited, width
 from smedjan_common.model.mixers import ssm
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.params import parameter_table
+from smedjan_common.model.rope import attention_factor, plain_factor
 
 Stored = Mapping[str, Any]
 _SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of expert_gating_func
+_SCALED = ("glm4moe", "deepseek2")  # architectures that read how weights of experts are scaled, and whether they add up to 1
 _FOURTH = ("on", "on", "on", "off")
 
 
@@ -70,6 +74,12 @@ def _lacks(form: Form, config: ModelConfig) -> str:
     return "RoPE scaled as llama3" if config.rope_scaling == "llama3" and not form.factors else form.lacks(config)
 
 
+def _olmoe_lacks(config: ModelConfig) -> str:
+    if config.kv_heads != config.heads:
+        return "fewer key/value heads than heads"
+    return "biases" if config.qkv_bias else "weights of experts that add up to 1" if config.norm_topk_prob else ""
+
+
 def _smollm3_lacks(config: ModelConfig) -> str:
     turning = tuple(config.at(layer).rope_layers[0] for layer in range(config.layers))
     if turning != tuple(_FOURTH[layer % 4] for layer in range(config.layers)):
@@ -85,6 +95,8 @@ def _olmo2_lacks(config: ModelConfig) -> str:
 
 
 def _qwen3moe_lacks(config: ModelConfig) -> str:
+    if not config.norm_topk_prob:
+        return "weights of experts that do not add up to 1"
     return "dense layers between" if "swiglu" in config.ffn else ""
 
 
@@ -120,16 +132,21 @@ _NO_SHARED = "smedjan.no_shared_experts"
 
 
 def grouped(config: ModelConfig) -> dict[str, Any]:
-    """The router that GLM and DeepSeek V3 share."""
+    """The router that GLM and DeepSeek share."""
     if "experts" not in config.ffn:
         return {}
     return {
         **_routed(config),
         "expert_shared_count": max(1, config.shared_experts),
         "leading_dense_block_count": dense_prefix(config),
-        "expert_weights_scale": 1.0,
-        "expert_weights_norm": True,
-        "expert_gating_func": _SIGMOID,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_gating_func": _SIGMOID if config.router == "bias" else _SOFTMAX,
+        **(
+            {"expert_group_count": config.expert_groups, "expert_group_used_count": config.expert_groups_per_token}
+            if limited(config)
+            else {}
+        ),
         **({} if config.shared_experts else {_NO_SHARED: True}),
     }
 
@@ -174,10 +191,19 @@ def _deepseek2(config: ModelConfig) -> dict[str, Any]:
         "attention.kv_lora_rank": kv_rank(config),
         **({"attention.q_lora_rank": config.mla_q_rank} if config.mla_q_rank else {}),
         "rope.dimension_count": rope_dim(config),
+        **({"rope.scaling.yarn_log_multiplier": (plain_factor(config) - 1) / math.log(config.rope_factor)} if _yarn(config) else {}),
     }
 
 
+def _yarn(config: ModelConfig) -> bool:
+    return config.rope_scaling == "yarn"
+
+
 def _deepseek2_lacks(config: ModelConfig) -> str:
+    if "experts" in config.ffn and limited(config) and config.router == "softmax":
+        return "groups of experts with the softmax router"
+    if plain_factor(config) != attention_factor(config):
+        return "factor of its own for what does not turn"
     return "" if config.mla_q_rank else "queries that are not compressed, but for models of 26 or 27 layers,"
 
 
@@ -223,9 +249,9 @@ def _read_experts(fields: Fields, stored: Stored, router: str = "softmax") -> di
     if not (experts := fields.number("expert_count", 0)):
         return {}
     gates = fields.number("expert_gating_func", _SIGMOID if router == "bias" else _SOFTMAX)
-    if gates != (_SIGMOID if router == "bias" else _SOFTMAX) or not fields.flag("expert_weights_norm", True):
+    if gates != (_SIGMOID if router == "bias" else _SOFTMAX):
         raise fields.inexpressible("a router of another kind")
-    if fields.number("expert_weights_scale", 1.0, whole=False) not in (0, 1):
+    if fields.architecture not in _SCALED and fields.number("expert_weights_scale", 1.0, whole=False) not in (0, 1):
         raise fields.inexpressible("scaled weights of experts")
     layers, inputs = fields.number("block_count"), [name.split(".")[1] for name in stored if name.endswith("ffn_gate_inp.weight")]
     ffn = tuple("experts" if str(layer) in inputs else "swiglu" for layer in range(min(layers, len(stored))))
@@ -236,6 +262,13 @@ def _read_experts(fields: Fields, stored: Stored, router: str = "softmax") -> di
     if not hidden or shared % hidden:
         raise fields.inexpressible(f"shared experts of width {shared}")
     routed = {"experts": experts, "experts_per_token": fields.number("expert_used_count"), "expert_dim": hidden, "router": router}
+    if fields.architecture in _SCALED:
+        routed |= {
+            "routed_scaling_factor": fields.real("expert_weights_scale", 0.0) or 1.0,
+            "norm_topk_prob": fields.flag("expert_weights_norm", False),
+            "expert_groups": max(1, fields.number("expert_group_count", 1)),
+            "expert_groups_per_token": max(1, fields.number("expert_group_used_count", 1)),
+        }
     return routed | {"ffn": shortest(ffn), "shared_experts": int(shared) // hidden}
 
 
@@ -302,12 +335,18 @@ def _read_granitehybrid(fields: Fields, stored: Stored) -> dict[str, Any]:
 
 def _read_deepseek2(fields: Fields, stored: Stored) -> dict[str, Any]:
     heads, dim, turned = fields.number("attention.head_count"), fields.number("embedding_length"), fields.number("rope.dimension_count")
-    sizes = fields.number("attention.key_length_mla", 0), fields.number("attention.value_length_mla", 0)
-    if sizes != (dim // heads + turned, dim // heads):
-        raise fields.inexpressible(f"heads of {sizes[0]} and {sizes[1]} features beside {turned} that turn")
-    found = {"mixer": ("mla",), "kv_heads": heads, "head_size": 0, "rope_dim": 0, "mla_rope_dim": turned}
+    whole, size = fields.number("attention.key_length_mla", 0), fields.number("attention.value_length_mla", 0)
+    if not size or whole != size + turned:
+        raise fields.inexpressible(f"heads of {whole} and {size} features beside {turned} that turn")
+    own = 0 if size * heads == dim else size
+    found: dict[str, Any] = {"mixer": ("mla",), "kv_heads": heads, "head_size": own, "rope_dim": 0, "mla_rope_dim": turned}
+    if fields.text("rope.scaling.type") == "yarn":
+        log = math.log(max(fields.number("rope.scaling.factor", whole=False), 1.0))
+        factor = float(f"{fields.real('rope.scaling.yarn_log_multiplier', 0.0) * log + 1:.7g}")
+        found |= {"rope_attention_factor": 0.0 if math.isclose(factor, 0.1 * log + 1, rel_tol=1e-6) else factor}
+    router = "bias" if fields.number("expert_gating_func", _SOFTMAX) == _SIGMOID else "softmax"
     ranks = {"mla_kv_rank": fields.number("attention.kv_lora_rank"), "mla_q_rank": fields.number("attention.q_lora_rank", 0)}
-    return found | ranks | (_read_experts(fields, stored, "bias") if fields.number("expert_count", 0) else {})
+    return found | ranks | (_read_experts(fields, stored, router) if fields.number("expert_count", 0) else {})
 
 
 def _read_delta(fields: Fields, stored: Stored) -> dict[str, Any]:
@@ -344,7 +383,14 @@ FORMS: dict[str, Form] = {
         grouped,
         functools.partial(_read_experts, router="bias"),
     ),
-    "deepseek2": Form(("deepseek_v3",), gguf_layouts.deepseek2, _deepseek2_lacks, _deepseek2, _read_deepseek2),
+    "olmoe": Form(
+        ("olmoe",),
+        gguf_layouts.transformer,
+        _olmoe_lacks,
+        _routed_alone,
+        lambda fields, stored: {"qk_norm_over": "all", **_read_experts(fields, stored), "norm_topk_prob": False},
+    ),
+    "deepseek2": Form(("deepseek_v3", "deepseek_v2"), gguf_layouts.deepseek2, _deepseek2_lacks, _deepseek2, _read_deepseek2),
     "qwen35": Form(("qwen3_5",), gguf_delta.qwen35, _delta_lacks, _delta, _read_delta),
     "qwen3next": Form(("qwen3_next",), gguf_delta.qwen3next, _delta_lacks, _delta, _read_delta),
     "arwkv7": Form((), gguf_layouts.arwkv7, lambda config: "", _arwkv7, _read_arwkv7),

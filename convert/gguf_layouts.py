@@ -195,7 +195,7 @@ def feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
         ties.append(kept_as(config, f"{ours}{name}_proj.weight", f"{at}ffn_{name}_exps.weight"))
         if config.shared_experts:
             ties.append(kept_as(config, f"{ours}shared.{name}_proj.weight", f"{at}ffn_{name}_shexp.weight"))
-        elif config.router == "bias":  # llama.cpp does not do without one
+        elif config.router == "bias" or "mla" in config.mixer:  # llama.cpp does not do without one
             shape = (width(config), config.dim)
             ties.append(zeros(f"{at}ffn_{name}_shexp.weight", *(shape if name != "down" else shape[::-1])))
     return ties

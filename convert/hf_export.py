@@ -54,6 +54,8 @@ def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
     notes = [] if model.tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
+    if values["model_type"] == "deepseek_v2" and config.rope_scaling == "none":
+        notes.append("mlx-lm reads this architecture with YaRN alone. transformers reads it as it is.")
     if config.window and values["model_type"] not in ("smollm3", "olmo3"):
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     return notes
@@ -128,8 +130,9 @@ def check_described(directory: Path, model: Portable, again: Portable) -> None:
 
 
 def _turn_alike(ours: ModelConfig, theirs: ModelConfig) -> bool:
-    same = turned_dim(ours) == turned_dim(theirs) and rope.attention_factor(ours) == rope.attention_factor(theirs)
-    return same and np.allclose(*(rope.frequencies(each, turned_dim(each)) for each in (ours, theirs)), rtol=1e-12, atol=0)
+    factors = [(rope.attention_factor(each), rope.plain_factor(each)) for each in (ours, theirs)]
+    same = turned_dim(ours) == turned_dim(theirs) and np.allclose(*factors, rtol=1e-9, atol=0)
+    return bool(same) and np.allclose(*(rope.frequencies(each, turned_dim(each)) for each in (ours, theirs)), rtol=1e-12, atol=0)
 
 
 def _patterns(config: ModelConfig) -> list[tuple[int, tuple[str, ...], bool]]:

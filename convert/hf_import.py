@@ -17,7 +17,6 @@ import numpy as np
 
 from convert import hf_config, hf_tokenizer, layouts, ties
 from convert.families import FAMILIES
-from convert.hf_values import number
 from convert.json_file import read_json
 from convert.names import HEAD_ROW, MODEL_ROWS
 from convert.portable import Lazy, Portable, cast
@@ -68,7 +67,7 @@ def read(path: Path) -> Portable:
     dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
     if config.layers > len(stored):  # before a table of that many layers is made
         raise CheckpointError(f"{where} promises {config.layers} layers.", f"There are only {len(stored)} tensors.", "Download it again.")
-    layout = FAMILIES[values["model_type"]].layout(config)
+    layout = layout_of(values, config)
     stored, left_out = _without_extras(stored, layout, path)
     _check_shapes(stored, config, layout, path)
     tokenizer, more = hf_tokenizer.read(path, config.vocab_size)
@@ -78,12 +77,18 @@ def read(path: Path) -> Portable:
     if name := ties.lost(layout, stored):
         what = f"{path} has a tensor {name} with values that are zero in every model from here. The model cannot be expressed here."
         raise ConfigError(what, "Attention and shared experts have no gates of their own.", "Choose another model.")
-    tensors, more_notes = _experts_scaled(ties.read(layout, stored, config), values, config)
-    notes += more_notes
+    tensors = ties.read(layout, stored, config)
     if values.get("auto_map"):
         notes.append(f"It names code of its own (auto_map), which was not read: it is taken for a plain {values['model_type']}.")
     source = {"format": "hf", "model_type": values["model_type"], "dtypes": dtypes}
     return Portable(config, tensors, tokenizer, 0, source, (*notes, *left_out, *more))
+
+
+def layout_of(values: Mapping[str, Any], config: ModelConfig) -> list[ties.Tie]:
+    """Of its family, or of one with rows in another order, which a key of config.json says."""
+    if values["model_type"] == "deepseek_v3" and values.get("rope_interleave") is False:
+        return layouts.deepseek_v3(config, halves=True)
+    return FAMILIES[values["model_type"]].layout(config)
 
 
 def open_weights(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Lazy]:
@@ -208,16 +213,6 @@ def _check_shapes(stored: Mapping[str, Lazy], config: ModelConfig, layout: list[
 def _is_table(name: str) -> bool:
     """Whether its rows are the vocabulary's, which need not be padded."""
     return name == HEAD or name.endswith(EMBED.removeprefix(layouts.PREFIX))
-
-
-def _experts_scaled(tensors: dict[str, Lazy], values: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Lazy], list[str]]:
-    """The model with its factor on the sum of routed experts, which no model here has, multiplied into their down projections."""
-    by = number(values, "routed_scaling_factor", CONFIG, 1.0)
-    if by == 1 or "experts" not in config.ffn:
-        return tensors, []
-    routed = [f"layers.{layer}.ffn.down_proj.weight" for layer in range(config.layers) if config.ffn_of(layer) == "experts"]
-    larger = {name: tensors[name].then(lambda array: array * np.float32(by)) for name in routed}
-    return tensors | larger, [f"Its factor {by:g} on experts (routed_scaling_factor) was multiplied into their down_proj."]
 
 
 def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

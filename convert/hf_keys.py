@@ -10,7 +10,7 @@ from convert.families import dense_prefix
 from convert.hf_rope import turned_dim
 from convert.hf_values import inexpressible, integer, number, shortest
 from smedjan_common.config import ModelConfig
-from smedjan_common.model.ffns.experts import width
+from smedjan_common.model.ffns.experts import limited, width
 from smedjan_common.model.mixers import ssm
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 
@@ -30,7 +30,11 @@ def _mixtral(config: ModelConfig) -> dict[str, Any]:
 
 
 def _routed(config: ModelConfig) -> dict[str, Any]:
-    return {"num_experts_per_tok": config.experts_per_token, "moe_intermediate_size": width(config), "norm_topk_prob": True}
+    return {
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": width(config),
+        "norm_topk_prob": config.norm_topk_prob,
+    }
 
 
 def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
@@ -42,15 +46,15 @@ _NO_SHARED = "smedjan_no_shared_experts"
 
 
 def _grouped(config: ModelConfig) -> dict[str, Any]:
-    """The router that DeepSeek V3 and GLM share, with one group and no scaling."""
+    """The router that DeepSeek V3 and GLM share."""
     return {
         **_routed(config),
         "n_routed_experts": config.experts,
         "n_shared_experts": max(1, config.shared_experts),  # programs fail without one: it is written with weights of zero
         **({} if config.shared_experts else {_NO_SHARED: True}),
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
+        "n_group": config.expert_groups,
+        "topk_group": config.expert_groups_per_token,
+        "routed_scaling_factor": config.routed_scaling_factor,
         "first_k_dense_replace": dense_prefix(config),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -80,6 +84,16 @@ def _deepseek_v3(config: ModelConfig) -> dict[str, Any]:
         "head_dim": rope_dim(config),  # what turns, for this architecture
         "rope_interleave": True,
     }
+
+
+def _deepseek_v2(config: ModelConfig) -> dict[str, Any]:
+    method = "group_limited_greedy" if limited(config) else "greedy"
+    return {**_deepseek_v3(config), "scoring_func": "softmax", "topk_method": method}
+
+
+def _olmoe(config: ModelConfig) -> dict[str, Any]:
+    routed = {name: value for name, value in _routed(config).items() if name != "moe_intermediate_size"}
+    return {**routed, "num_experts": config.experts, "intermediate_size": width(config), "clip_qkv": None}
 
 
 _NO_EXPERTS = {  # a dense model of this architecture still has to say something valid
@@ -174,6 +188,8 @@ WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "glm4_moe": _glm4_moe,
     "granitemoehybrid": _granitemoehybrid,
     "deepseek_v3": _deepseek_v3,
+    "deepseek_v2": _deepseek_v2,
+    "olmoe": _olmoe,
     "qwen3_5": _delta,
     "qwen3_next": _qwen3_next,
 }
@@ -204,23 +220,33 @@ def _read_mixtral(values: Values, where: str) -> dict[str, Any]:
 
 def _read_qwen3_moe(values: Values, where: str) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in values else "num_local_experts"
-    _asks_for(values, where, norm_topk_prob=True, decoder_sparse_step=1)
-    if "norm_topk_prob" not in values:
-        raise inexpressible(where, "norm_topk_prob false, the default", "The weights of a token's experts add up to 1 here")
+    _asks_for(values, where, decoder_sparse_step=1)
     dense, layers = set(values.get("mlp_only_layers") or ()), integer(values, "num_hidden_layers", where)
     ffn = tuple("swiglu" if layer in dense else "experts" for layer in range(layers))
-    return {"qk_norm": True, "ffn": shortest(ffn), **_experts_of(values, where, count, "moe_intermediate_size")}
+    routed = {**_experts_of(values, where, count, "moe_intermediate_size"), "norm_topk_prob": values.get("norm_topk_prob") is True}
+    return {"qk_norm": True, "ffn": shortest(ffn), **routed}
 
 
-def _read_grouped(values: Values, where: str) -> dict[str, Any]:
+def _read_olmoe(values: Values, where: str) -> dict[str, Any]:
+    if values.get("clip_qkv") is not None:
+        why = "Queries, keys and values are not clipped here"
+        raise inexpressible(where, f"clip_qkv {values['clip_qkv']!r}", why)
+    routed = {**_experts_of(values, where, "num_experts", "intermediate_size"), "norm_topk_prob": values.get("norm_topk_prob") is True}
+    return {"qk_norm": True, "qk_norm_over": "all", "ffn": ("experts",), **routed}
+
+
+def _read_grouped(values: Values, where: str, router: str = "bias") -> dict[str, Any]:
     layers = integer(values, "num_hidden_layers", where)
     dense = values.get("first_k_dense_replace", 0)
     if type(dense) is not int or not 0 <= dense <= layers:
         raise inexpressible(where, f"first_k_dense_replace {dense!r}", "It counts layers")
     if dense == layers:
         return {}
-    _asks_for(values, where, n_group=1, topk_group=1, moe_layer_freq=1, norm_topk_prob=True, scoring_func="sigmoid")
-    found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", "bias")
+    _asks_for(values, where, moe_layer_freq=1, scoring_func="sigmoid" if router == "bias" else "softmax")
+    found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", router)
+    found |= {"expert_groups": integer(values, "n_group", where, 1), "expert_groups_per_token": integer(values, "topk_group", where, 1)}
+    found |= {"routed_scaling_factor": number(values, "routed_scaling_factor", where, 1.0)}
+    found |= {"norm_topk_prob": values.get("norm_topk_prob", True) is not False}
     ffn = ("swiglu",) * dense + ("experts",) * (layers - dense)
     shared = 0 if values.get(_NO_SHARED) is True else values.get("n_shared_experts") or 0
     return found | {"ffn": shortest(ffn), "shared_experts": shared}
@@ -230,12 +256,31 @@ def _read_glm4_moe(values: Values, where: str) -> dict[str, Any]:
     return {**_read_grouped(values, where), "qk_norm": values.get("use_qk_norm") is True, "o_bias": False}
 
 
-def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
+def _read_latent(values: Values, where: str) -> dict[str, Any]:
     dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
-    _asks_for(values, where, qk_nope_head_dim=dim // heads, v_head_dim=dim // heads, rope_interleave=True)
+    size = integer(values, "qk_nope_head_dim", where)
+    if (other := values.get("v_head_dim", size)) != size:
+        raise inexpressible(
+            where, f"v_head_dim {other!r} beside qk_nope_head_dim {size}", "Values are as wide as what does not turn of keys"
+        )
     ranks = {"mla_kv_rank": integer(values, "kv_lora_rank", where), "mla_rope_dim": integer(values, "qk_rope_head_dim", where)}
     q_rank = 0 if values.get("q_lora_rank") is None else integer(values, "q_lora_rank", where)
-    return {**_read_grouped(values, where), "mixer": ("mla",), "head_size": 0, "mla_q_rank": q_rank, **ranks}
+    own = {"head_size": 0 if size * heads == dim else size, "kv_heads": heads, "qkv_bias": False, "o_bias": False}
+    return {"mixer": ("mla",), **own, "mla_q_rank": q_rank, **ranks}
+
+
+def _read_deepseek_v3(values: Values, where: str) -> dict[str, Any]:
+    return {**_read_latent(values, where), **_read_grouped(values, where)}
+
+
+def _read_deepseek_v2(values: Values, where: str) -> dict[str, Any]:
+    """transformers leaves the weights of a token's experts as they are, whatever norm_topk_prob says."""
+    method = values.get("topk_method")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise inexpressible(where, f"topk_method {method!r}", "Experts are chosen greedy or group_limited_greedy there")
+    _asks_for(values, where, norm_topk_prob=False)
+    routed = _read_grouped({**values, **({"n_group": 1, "topk_group": 1} if method == "greedy" else {})}, where, "softmax")
+    return {**_read_latent(values, where), **routed, **({"norm_topk_prob": False} if routed else {})}
 
 
 def _read_multipliers(values: Values, where: str) -> dict[str, Any]:
@@ -335,6 +380,8 @@ READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "glm4_moe": _read_glm4_moe,
     "granitemoehybrid": _read_granitemoehybrid,
     "deepseek_v3": _read_deepseek_v3,
+    "deepseek_v2": _read_deepseek_v2,
+    "olmoe": _read_olmoe,
     "qwen3_5": _read_delta,
     "qwen3_next": _read_qwen3_next,
 }

@@ -6,6 +6,8 @@ Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`
     linear, llama3   by their names
     yarn   rope_type yarn with factor, original_max_position_embeddings, beta_fast 32, beta_slow 1. The attention factor is left to
            the formula that all readers share, 0.1 ln s + 1; llama.cpp before 2026 would apply one that is written down twice.
+           Latent attention has mscale and mscale_all_dim as well: all scores are multiplied by the square of 0.1 mscale_all_dim ln s + 1,
+           and cosines and sines by 0.1 mscale ln s + 1 over that.
 """
 
 import math
@@ -27,6 +29,7 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
             "original_max_position_embeddings": rope.original_length(config),
             "beta_fast": rope.BETA_FAST,
             "beta_slow": rope.BETA_SLOW,
+            **(_factors_of_latents(config) if "mla" in config.mixer else {}),
         }
     if config.rope_scaling == "linear":
         return config.rope_base, {"rope_type": "linear", "factor": config.rope_factor}
@@ -48,10 +51,10 @@ def turned_dim(config: ModelConfig) -> int:
     return config.rope_dim or config.head_dim
 
 
-def rope_from_hf(values: dict[str, Any], where: str, context: int, head_dim: int) -> dict[str, Any]:
-    """The rope fields of a ModelConfig from either generation's keys."""
+def rope_from_hf(values: dict[str, Any], where: str, context: int, head_dim: int, latent: bool = False) -> dict[str, Any]:
+    """The rope fields of a ModelConfig from either generation's keys. latent: of latent attention, which reads YaRN's mscale."""
     scaling = _object(values.get("rope_scaling") or values.get("rope_parameters") or {}, where)
-    return {**_stretching(values, scaling, where, context), **_part(values, scaling, where, head_dim)}
+    return {**_stretching(values, scaling, where, context, latent), **_part(values, scaling, where, head_dim)}
 
 
 def rope_by_layer(values: dict[str, Any], where: str, context: int, layer_types: list[str], narrow_base: float) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def _part(values: dict[str, Any], scaling: dict[str, Any], where: str, head_dim:
     return {"rope_dim": turned}
 
 
-def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> dict[str, Any]:
+def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int, latent: bool = False) -> dict[str, Any]:
     base = number({**values, **scaling}, "rope_theta", where, 10000.0)
     if not base > 1:
         raise CheckpointError(f"{where} has rope_theta {base:g}.", "It must be over 1.", "Restore the file.")
@@ -109,8 +112,8 @@ def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, con
     if kind == "llama3":
         low, high = number(scaling, "low_freq_factor", where), number(scaling, "high_freq_factor", where)
         return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
-    _refuse_other_yarn(scaling, found["rope_factor"], where)
-    return found
+    _refuse_other_yarn(scaling, found["rope_factor"], where, latent)
+    return found | (_yarn_of_latents(scaling, found["rope_factor"], where) if latent else {})
 
 
 def _original_length(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> int:
@@ -123,11 +126,36 @@ def _original_length(values: dict[str, Any], scaling: dict[str, Any], where: str
     return lengths.pop() if lengths else context
 
 
-def _refuse_other_yarn(scaling: dict[str, Any], factor: float, where: str) -> None:
-    expected = {"beta_fast": rope.BETA_FAST, "beta_slow": rope.BETA_SLOW, "attention_factor": 0.1 * math.log(max(factor, 1.0)) + 1}
+def _refuse_other_yarn(scaling: dict[str, Any], factor: float, where: str, latent: bool) -> None:
+    expected = {"beta_fast": rope.BETA_FAST, "beta_slow": rope.BETA_SLOW}
+    expected |= {} if latent else {"attention_factor": _mscale(factor)}
     for name, plain in expected.items():
         if not math.isclose(number(scaling, name, where, plain) or plain, plain, rel_tol=1e-6):
             raise inexpressible(where, f"YaRN with {name} {scaling[name]:g}", f"YaRN here has {plain:g}")
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if (mscale and all_dim) or scaling.get("truncate") is False:
+    if (mscale and all_dim and not latent) or scaling.get("truncate") is False:
         raise inexpressible(where, "YaRN with mscale_all_dim or without truncation", "YaRN here has neither")
+
+
+def _mscale(factor: float, by: float = 1.0) -> float:
+    return 0.1 * by * math.log(max(factor, 1.0)) + 1
+
+
+def _yarn_of_latents(scaling: dict[str, Any], factor: float, where: str) -> dict[str, Any]:
+    """What multiplies cosines and sines there is over what multiplies all scores, which are multiplied by the square of the latter."""
+    mscale, all_dim = (number(scaling, name, where, 0.0) for name in ("mscale", "mscale_all_dim"))
+    plain = _mscale(factor, all_dim) if all_dim else 1.0
+    own = number(scaling, "attention_factor", where, 0.0)
+    turned = own * plain if own else _mscale(factor, mscale) if mscale and all_dim else _mscale(factor) * plain
+    return {
+        "rope_attention_factor": 0.0 if turned == _mscale(factor) else turned,
+        "mla_plain_factor": 0.0 if plain == turned else plain,
+    }
+
+
+def _factors_of_latents(config: ModelConfig) -> dict[str, Any]:
+    """The keys that are read so."""
+    turned, plain, log = rope.attention_factor(config), rope.plain_factor(config), 0.1 * math.log(config.rope_factor)
+    if plain == 1 and turned != _mscale(config.rope_factor):
+        return {"attention_factor": turned}
+    return {"mscale": round((turned - 1) / log, 12), "mscale_all_dim": round((plain - 1) / log, 12)}

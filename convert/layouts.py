@@ -6,7 +6,7 @@ mixtral           experts as block_sparse_moe.experts.E.w1, w3, w2
 qwen3_moe         experts as mlp.experts.E.gate_proj, …; dense layers between
 glm4_moe          the same with the bias router and shared experts, after a prefix of dense layers
 granitemoehybrid  Mamba-2 and attention; gate and up in one tensor
-deepseek_v3       latent attention; features that turn by position are neighbours there
+deepseek_v3       latent attention; features that turn by position are neighbours there, as a rule
 qwen3_next        Gated DeltaNet and attention; norms are added to one, attention has an output gate (0, so a half: o_proj is doubled)
 qwen3_5           the same, its input projections apart
 """
@@ -71,11 +71,14 @@ def glm4_moe(config: ModelConfig) -> list[Tie]:
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
 
 
-def deepseek_v3(config: ModelConfig) -> list[Tie]:
-    """Latents before their norms are larger here where the norms' eps is: c x / sqrt(mean (c x)^2 + c^2 eps) is the same for any c."""
+def deepseek_v3(config: ModelConfig, halves: bool = False) -> list[Tie]:
+    """halves: features that turn together are half a head apart, as here (rope_interleave false).
+
+    Latents before their norms are larger here where the norms' eps is: c x / sqrt(mean (c x)^2 + c^2 eps) is the same for any c."""
     H, N, P, R = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
-    queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + _neighbours(P)]) for head in range(H)])
-    latents, ties = np.concatenate([np.arange(R), R + _neighbours(P)]), _ends(config)
+    turned = np.arange(P) if halves else _neighbours(P)
+    queries = np.concatenate([head * (N + P) + np.concatenate([np.arange(N), N + turned]) for head in range(H)])
+    latents, ties = np.concatenate([np.arange(R), R + turned]), _ends(config)
     larger = (config.norm_eps / _LATENT_EPS) ** 0.5
     normed = np.concatenate([np.full((R, 1), larger, np.float32), np.ones((P, 1), np.float32)])
     for i in range(config.layers):
@@ -90,7 +93,8 @@ def deepseek_v3(config: ModelConfig) -> list[Tie]:
         ties.append(_as_is(config, f"{ours}kv_a_norm.weight", f"{theirs}kv_a_layernorm.weight"))
         ties += [_as_is(config, f"{ours}{name}.weight", f"{theirs}{name}.weight") for name in ("kv_b_proj", "o_proj")]
         ties += _norms(config, i)
-        ties += _experts(config, i, f"model.layers.{i}.mlp") if config.ffn_of(i) == "experts" else _swiglu(config, i)
+        at = f"model.layers.{i}.mlp"
+        ties += _experts(config, i, at, filled=True) if config.ffn_of(i) == "experts" else _swiglu(config, i)
     return [*ties, *_written_head(config)]
 
 
@@ -187,7 +191,9 @@ def _experts(
     router: str = "gate.weight",
     names: dict[str, str] | None = None,
     shared: str = "shared_experts",
+    filled: bool = False,
 ) -> list[Tie]:
+    """filled: they need shared ones, which are written with weights of zero where there are none."""
     ours, E, F, D = f"layers.{layer}.ffn.", config.experts, width(config), config.dim
     ties = [_as_is(config, f"{ours}router.weight", f"{at}.{router}")]
     if config.router == "bias":
@@ -197,7 +203,7 @@ def _experts(
         ties.append(by_expert(f"{ours}{name}.weight", f"{at}.experts.{{e}}.{theirs}.weight", E, *shape))
         if config.shared_experts:
             ties.append(_as_is(config, f"{ours}shared.{name}.weight", f"{at}.{shared}.{name}.weight"))
-        elif config.router == "bias":
+        elif filled or config.router == "bias":
             ties.append(zeros(f"{at}.{shared}.{name}.weight", *shape))
     return ties
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
+from smedjan_common.model.ffns.experts import Options, block_rows, limited, load_names, padded_rows
 from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
@@ -58,7 +58,7 @@ class Experts(nnx.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
         self.shared = SwiGLU(config, params, f"{name}.shared") if config.shared_experts else None
-        self.experts, self.chosen = config.experts, config.experts_per_token
+        self.config, self.experts = config, config.experts
         self.name = name
         self.implementation = preferred_implementation() if implementation == "auto" else implementation
 
@@ -90,7 +90,7 @@ class Experts(nnx.Module):
         return y, self._account(carried, logits.reshape(-1, self.experts), load_E)
 
     def _route(self, logits: jax.Array) -> tuple[Layout, jax.Array, jax.Array]:
-        chosen_NK, weights_NK = choose(logits.reshape(-1, self.experts), self.router.bias, self.chosen)
+        chosen_NK, weights_NK = choose(self.config, logits.reshape(-1, self.experts), self.router.bias)
         load_E = jnp.sum(chosen_NK[..., None] == jnp.arange(self.experts), axis=(0, 1))
         return arrange(chosen_NK, load_E, self._block(chosen_NK.size)), weights_NK, load_E.astype(jnp.float32)
 
@@ -112,14 +112,34 @@ class Experts(nnx.Module):
         return carried
 
 
-def choose(logits_NE: jax.Array, bias_E: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
+def choose(config: Options, logits_NE: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
     choice_NE = jax.lax.stop_gradient(logits_NE if bias_E is None else jax.nn.sigmoid(logits_NE) + bias_E)
     scores_NE = logits_NE if bias_E is None else jax.nn.log_sigmoid(logits_NE)  # their softmax is a sigmoid over the sum
-    chosen_NK = jax.lax.top_k(choice_NE, count)[1]
+    chosen_NK = jax.lax.top_k(_within_groups(config, choice_NE), config.experts_per_token)[1]
     hit_NKE = chosen_NK[..., None] == jnp.arange(logits_NE.shape[1])
     picked_NK = jnp.sum(jnp.where(hit_NKE, scores_NE[:, None], 0.0), axis=-1)  # a compare, whose gradient is no scatter
-    return chosen_NK, jax.nn.softmax(picked_NK, axis=-1)
+    return chosen_NK, _weights(config, picked_NK, logits_NE if bias_E is None else None)
+
+
+def _within_groups(config: Options, choice_NE: jax.Array) -> jax.Array:
+    """The scores of the choice in the groups that each token takes; the others' are -inf."""
+    if not limited(config):
+        return choice_NE
+    choice_NGE = choice_NE.reshape(len(choice_NE), config.expert_groups, -1)
+    best_NG = choice_NGE.max(axis=-1) if config.router == "softmax" else jax.lax.top_k(choice_NGE, 2)[0].sum(axis=-1)
+    taken = jax.lax.top_k(best_NG, config.expert_groups_per_token)[1][..., None] == jnp.arange(config.expert_groups)
+    return jnp.where(taken.any(axis=1)[..., None], choice_NGE, -jnp.inf).reshape(choice_NE.shape)
+
+
+def _weights(config: Options, picked_NK: jax.Array, logits_NE: jax.Array | None) -> jax.Array:
+    """Weights of the chosen experts, of their scores. logits_NE: where softmax is among all experts, not those chosen."""
+    if config.norm_topk_prob:
+        weights_NK = jax.nn.softmax(picked_NK, axis=-1)
+    else:
+        weights_NK = jnp.exp(picked_NK if logits_NE is None else picked_NK - jax.nn.logsumexp(logits_NE, axis=-1, keepdims=True))
+    factor = config.routed_scaling_factor
+    return weights_NK if factor == 1 else weights_NK * factor
 
 
 def balance_loss(logits_NE: jax.Array, load_E: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig, TrainConfig
-from smedjan_common.model.ffns.experts import block_rows, load_names, padded_rows
+from smedjan_common.model.ffns.experts import Options, block_rows, limited, load_names, padded_rows
 from smedjan_mlx import spread
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
         self.shared = SwiGLU(config, params, f"{name}.shared") if config.shared_experts else None
-        self.experts, self.chosen = config.experts, config.experts_per_token
+        self.config, self.experts = config, config.experts
         self.name = name
         self.implementation = preferred_implementation() if implementation == "auto" else implementation
 
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         return y, self._account(carried, logits.reshape(-1, self.experts), load_E)
 
     def _route(self, logits: mx.array) -> tuple[Layout, mx.array, mx.array]:
-        chosen_NK, weights_NK = choose(logits.reshape(-1, self.experts), self.router.bias, self.chosen)
+        chosen_NK, weights_NK = choose(self.config, logits.reshape(-1, self.experts), self.router.bias)
         load_E = mx.sum(chosen_NK[..., None] == mx.arange(self.experts), axis=(0, 1))
         return arrange(chosen_NK, load_E, self._block(chosen_NK.size)), weights_NK, load_E.astype(mx.float32)
 
@@ -112,14 +112,35 @@ class Experts(nn.Module):
         return carried
 
 
-def choose(logits_NE: mx.array, bias_E: mx.array | None, count: int) -> tuple[mx.array, mx.array]:
-    """The `count` experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
+def choose(config: Options, logits_NE: mx.array, bias_E: mx.array | None) -> tuple[mx.array, mx.array]:
+    """The experts of each token, best first, the lowest index of equal ones, and their weights, [N, K] both."""
     choice_NE = mx.stop_gradient(logits_NE if bias_E is None else mx.sigmoid(logits_NE) + bias_E)
     scores_NE = logits_NE if bias_E is None else nn.log_sigmoid(logits_NE)  # their softmax is a sigmoid over the sum
-    chosen_NK = mx.stop_gradient(mx.argsort(-choice_NE, axis=-1)[:, :count]).astype(mx.int32)  # MLX's sort is stable
+    order_NE = mx.argsort(-_within_groups(config, choice_NE), axis=-1)  # MLX's sort is stable
+    chosen_NK = mx.stop_gradient(order_NE[:, : config.experts_per_token]).astype(mx.int32)
     hit_NKE = chosen_NK[..., None] == mx.arange(logits_NE.shape[1])
     picked_NK = mx.sum(mx.where(hit_NKE, scores_NE[:, None], 0.0), axis=-1)  # a compare, whose gradient is no scatter
-    return chosen_NK, mx.softmax(picked_NK, axis=-1)
+    return chosen_NK, _weights(config, picked_NK, logits_NE if bias_E is None else None)
+
+
+def _within_groups(config: Options, choice_NE: mx.array) -> mx.array:
+    """The scores of the choice in the groups that each token takes; the others' are -inf."""
+    if not limited(config):
+        return choice_NE
+    choice_NGE = choice_NE.reshape(len(choice_NE), config.expert_groups, -1)
+    best_NG = choice_NGE.max(axis=-1) if config.router == "softmax" else mx.sort(choice_NGE, axis=-1)[..., -2:].sum(axis=-1)
+    taken = mx.argsort(-best_NG, axis=-1)[:, : config.expert_groups_per_token, None] == mx.arange(config.expert_groups)
+    return mx.where(taken.any(axis=1)[..., None], choice_NGE, -mx.inf).reshape(choice_NE.shape)
+
+
+def _weights(config: Options, picked_NK: mx.array, logits_NE: mx.array | None) -> mx.array:
+    """Weights of the chosen experts, of their scores. logits_NE: where softmax is among all experts, not those chosen."""
+    if config.norm_topk_prob:
+        weights_NK = mx.softmax(picked_NK, axis=-1)
+    else:
+        weights_NK = mx.exp(picked_NK if logits_NE is None else picked_NK - mx.logsumexp(logits_NE, axis=-1, keepdims=True))
+    factor = config.routed_scaling_factor
+    return weights_NK if factor == 1 else weights_NK * factor
 
 
 def balance_loss(logits_NE: mx.array, load_E: mx.array) -> mx.array:

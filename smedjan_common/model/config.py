@@ -95,6 +95,9 @@ class ModelConfig(
                 raise ConfigError(
                     f"{flag(name)} would do nothing.", f"--rope-scaling is {self.rope_scaling}.", "Take --rope-scaling llama3."
                 )
+        if self.rope_attention_factor and self.rope_scaling != "yarn":
+            what = f"--rope-attention-factor {self.rope_attention_factor:g} would do nothing."
+            raise ConfigError(what, f"--rope-scaling is {self.rope_scaling}.", "Leave it out, or take --rope-scaling yarn.")
         if "off" in self.rope_global_layers and (self.rope_scaling == "none" or "on" not in self.rope_global_layers):
             raise ConfigError(
                 f"--rope-global-layers {','.join(self.rope_global_layers)} would do nothing.",
@@ -139,7 +142,7 @@ class ModelConfig(
         if self.head_size and (odd := [name for name in self.mixer if name in MIXERS and not MIXERS[name].head_size]):
             raise ConfigError(
                 f"--head-size {self.head_size} does not go with {odd[0]}.",
-                "Only attention and block-sparse have heads of a size of their own.",
+                "Only attention, block-sparse and mla have heads of a size of their own.",
                 "Leave --head-size out: heads share --dim evenly.",
             )
         if self.rope_scaling == "llama3" and (low := self.rope_low_freq_factor) >= (high := self.rope_high_freq_factor):

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from smedjan_common.errors import ConfigError, flag
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
-from smedjan_common.model.mixers import MIXERS
 
 PATTERNS = ("mixer", "ffn", "rope_layers", "window_layers", "rope_global_layers")  # what says something of every layer by itself
+COPIED = ("attention", "block-sparse")  # mixers whose heads can be copied
 DENSE, ROUTED = "swiglu", "experts"
 OF_EXPERTS = ("experts_per_token", "shared_experts", "router")
 
@@ -102,7 +102,7 @@ def _sizes(old: ModelConfig, wanted: Wanted) -> dict[str, Any]:
             raise ConfigError(what, "A smaller model cannot compute the same.", "Give a larger number, or leave it out.")
     if heads == old.heads:
         return sizes
-    if fixed := [name for name in dict.fromkeys(old.mixer) if not MIXERS[name].head_size]:
+    if fixed := [name for name in dict.fromkeys(old.mixer) if name not in COPIED]:
         why = f"{fixed[0]} cuts the width into its heads, so each would become another, smaller one."
         fix = "Grow --layers, --ffn-mult or --experts; attention and block-sparse take more heads."
         raise ConfigError(f"The heads of {', '.join(fixed)} cannot grow in number.", why, fix)

@@ -2,7 +2,7 @@
 
     theta_i = base^(-2i/K), i < K/2                     plain
     base' = base * s^(K/(K-2))                          NTK-aware
-    theta' = theta (1 - ramp) + (theta / s) ramp        YaRN; cos and sin times m = 0.1 ln s + 1
+    theta' = theta (1 - ramp) + (theta / s) ramp        YaRN; cos and sin times m = 0.1 ln s + 1, or rope_attention_factor
     theta' = theta / s                                  linear (position interpolation; Chen et al., 2023)
     theta' = theta (1 - r) + (theta / s) r              llama3: r = 1 where a period is over L / low, 0 where it is under L / high, and
                                                         between (high - L / period) / (high - low) (Llama 3.1, 2024)
@@ -19,6 +19,7 @@ import numpy as np
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.mla import Options as MlaOptions
 from smedjan_common.model.shape import Shape
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
@@ -56,7 +57,14 @@ def periods(config: Shape, dim: int | None = None) -> np.ndarray:
 
 def attention_factor(config: Shape) -> float:
     """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
-    return 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
+    if config.rope_scaling != "yarn":
+        return 1.0
+    return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1.0
+
+
+def plain_factor(config: MlaOptions) -> float:
+    """The same of features that `mla` does not turn: its square multiplies their scores."""
+    return config.mla_plain_factor or attention_factor(config)
 
 
 def tables(config: Shape, length: int, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -41,6 +41,14 @@ class Shape:
     rope_high_freq_factor: float = option(
         4.0, "llama3 scaling: periods under the original context divided by this stay.", over=0, most=1e6, shape_free=True
     )
+    rope_attention_factor: float = option(
+        0.0,
+        "What yarn multiplies cosines and sines by; in mla the whole score by its square.",
+        least=0,
+        most=1e6,
+        filled="0.1 ln(factor) + 1",
+        shape_free=True,
+    )
     rope_global_layers: tuple[str, ...] = option(
         ("on",),
         "whether a layer turns as --rope-base and --rope-scaling say, a pattern over the depth; the others turn unstretched (OLMo 3).",
@@ -48,7 +56,7 @@ class Shape:
         shape_free=True,
     )
     tied_head: bool = option(True, "The output head is the embedding; otherwise a matrix of its own.")
-    head_size: int = option(0, "Features of a head of attention and block-sparse.", least=0, filled="--dim over --heads")
+    head_size: int = option(0, "Features of a head of attention, block-sparse and mla.", least=0, filled="--dim over --heads")
     norms: Literal["pre", "post", "sandwich"] = option(
         "pre", "Where norms stand: before a mixer or feed-forward, after it (OLMo 2), or both."
     )
@@ -88,4 +96,4 @@ class Shape:
 
 
 ROPE_SCALINGS = options(Shape)["rope_scaling"].choices
-STRETCHING = ("rope_scaling", "rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor")
+STRETCHING = ("rope_scaling", "rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor", "rope_attention_factor")

@@ -3,7 +3,10 @@
     l = x Wr^T                                             scores of a token, [E]
     softmax:  chosen = the k largest l,             weights = softmax of the chosen l      (Mixtral, 2024)
     bias:     chosen = the k largest sigmoid(l) + b, weights = chosen sigmoid(l) over their sum     (DeepSeek-V3, 2024)
-    y = sum over the chosen of weight * expert(x) + shared(x)
+    y = f sum over the chosen of weight * expert(x) + shared(x)                             f: routed_scaling_factor
+
+norm_topk_prob off: weights are the chosen of softmax(l), or of sigmoid(l), as they are (DeepSeek-V2, 2024; OLMoE, 2024). With groups of
+experts a token's come from its best ones only: those with the largest l, or with the largest sum of their two largest sigmoid(l) + b.
 
 Equal scores: the lowest index. b only chooses; it has no gradient, `next_bias` moves it after the step. The softmax router is
 kept even by two losses (Switch Transformer, 2021; ST-MoE, 2022), over all tokens N of a batch:
@@ -37,15 +40,36 @@ def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
 
 def route(config: ModelConfig, logits: np.ndarray, bias_E: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """The experts chosen for each token, best first, and their weights, [..., k] both."""
-    chosen = np.argsort(-choice_scores(logits, bias_E), axis=-1, kind="stable")[..., : config.experts_per_token]
-    picked = np.take_along_axis(logits, chosen, axis=-1)
-    weights = np.exp(picked - picked.max(axis=-1, keepdims=True)) if bias_E is None else sigmoid(picked)
-    return chosen, weights / weights.sum(axis=-1, keepdims=True)
+    scores = within_groups(config, choice_scores(logits, bias_E))
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[..., : config.experts_per_token]
+    picked, largest = np.take_along_axis(logits, chosen, axis=-1), logits.max(axis=-1, keepdims=True)
+    weights = np.exp(picked - largest) if bias_E is None else sigmoid(picked)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    elif bias_E is None:
+        weights = weights / np.exp(logits - largest).sum(axis=-1, keepdims=True)
+    return chosen, config.routed_scaling_factor * weights
 
 
 def choice_scores(logits: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
     """What the choice goes by: the largest are taken."""
     return logits if bias_E is None else sigmoid(logits) + bias_E
+
+
+def group_scores(config: ModelConfig, scores: np.ndarray) -> np.ndarray:
+    """What the choice of groups goes by, [..., groups], of the scores of the choice of experts."""
+    ranked = np.sort(scores.reshape(*scores.shape[:-1], config.expert_groups, -1), axis=-1)
+    return ranked[..., -1] if config.router == "softmax" else ranked[..., -2:].sum(axis=-1)
+
+
+def within_groups(config: ModelConfig, scores: np.ndarray) -> np.ndarray:
+    """The scores of experts in the groups that a token takes; the others' are -inf."""
+    if config.expert_groups_per_token == config.expert_groups:
+        return scores
+    order = np.argsort(-group_scores(config, scores), axis=-1, kind="stable")
+    taken = np.zeros(order.shape, bool)
+    np.put_along_axis(taken, order[..., : config.expert_groups_per_token], True, axis=-1)
+    return np.where(np.repeat(taken, config.experts // config.expert_groups, axis=-1), scores, -np.inf)
 
 
 def load(config: ModelConfig, chosen: np.ndarray) -> np.ndarray:

@@ -2,10 +2,11 @@
 
     q = x Wq^T,  or  rms_norm(x Wqa^T) Wqb^T;        [c; r] = x Wkva^T,  c = rms_norm(c);        [k_n; v] = c Wkvb^T per head
     q = [q_n; q_r] per head;  q_r and r (one for all heads) turned by their positions
-    p_ts = softmax over s <= t of  (q_n . k_n + q_r . r) m^2 / sqrt(N + P);   y_t = (sum_s p_ts v_s) Wo^T
+    p_ts = softmax over s <= t of  (n^2 q_n . k_n + m^2 q_r . r) / sqrt(N + P);   y_t = (sum_s p_ts v_s) Wo^T
 
-m is YaRN's attention factor, 1 without it; it multiplies the whole score, as in DeepSeek's models. `forward` expands the latent c
-into keys and values; `step` keeps c and r only and absorbs Wkvb into the query and the output: q_n . k_n = (Wk^T q_n) . c.
+m is YaRN's attention factor, 1 without it, and n is the same unless mla_plain_factor says otherwise: it multiplies the whole score, as in
+DeepSeek's models. `forward` expands the latent c into keys and values; `step` keeps c and r only and absorbs Wkvb into the query and the
+output: q_n . k_n = (Wk^T q_n) . c.
 
 Shapes: B batch, T and S length, D width, H heads, N features of a head without and P with position, V = N value features, R latent.
 """
@@ -14,8 +15,9 @@ import numpy as np
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
+from smedjan_common.model.rope import plain_factor
 from smedjan_common.reference.norm import rms_norm
-from smedjan_common.reference.rope import attention_factor, rotate
+from smedjan_common.reference.rope import rotate
 
 Params = dict[str, np.ndarray]
 State = dict[str, np.ndarray]
@@ -30,7 +32,7 @@ def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: d
     score = np.einsum("bthn,bshn->bhts", plain_q, key_BxSxHxN) + np.einsum("bthp,bsp->bhts", turned_q, turned_k)
     visible_TxS = np.tril(np.ones((x_BxTxD.shape[1],) * 2, bool))
     mixed_BxTxHxV = np.einsum("bhts,bshv->bthv", _weights(config, score, visible_TxS), value_BxSxHxV)
-    return mixed_BxTxHxV.reshape(x_BxTxD.shape) @ params["o_proj.weight"].T
+    return mixed_BxTxHxV.reshape(*x_BxTxD.shape[:2], -1) @ params["o_proj.weight"].T
 
 
 def initial_state(config: ModelConfig, batch: int) -> State:
@@ -48,7 +50,7 @@ def step(config: ModelConfig, params: Params, x_BxD: np.ndarray, state: State, c
     score = np.einsum("bthr,bsr->bhts", absorbed_BxTxHxR, state["latent"]) + np.einsum("bthp,bsp->bhts", turned_q, state["key"])
     mixed_BxTxHxR = np.einsum("bhts,bsr->bthr", _weights(config, score, np.ones((1, seen + 1), bool)), state["latent"])
     mixed_BxTxHxV = np.einsum("bthr,hvr->bthv", mixed_BxTxHxR, value_weight)
-    return mixed_BxTxHxV.reshape(x_BxD.shape) @ params["o_proj.weight"].T, state
+    return mixed_BxTxHxV.reshape(len(x_BxD), -1) @ params["o_proj.weight"].T, state
 
 
 def _project(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
@@ -62,7 +64,7 @@ def _project(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, start: in
     latent, key = np.split(x_BxTxD @ params["kv_a_proj.weight"].T, [-rope_dim(config)], axis=-1)
     latent = rms_norm(latent, params["kv_a_norm.weight"], config.norm_eps)
     # `rotate` multiplies both sides by m
-    return plain_q * attention_factor(config) ** 2, rotate(turned_q, config, start), latent, rotate(key[:, :, None], config, start)[:, :, 0]
+    return plain_q * plain_factor(config) ** 2, rotate(turned_q, config, start), latent, rotate(key[:, :, None], config, start)[:, :, 0]
 
 
 def _up_weights(config: ModelConfig, params: Params) -> tuple[np.ndarray, ...]:

@@ -10,6 +10,7 @@ from smedjan_common.model.config import ModelConfig, ffn_width, parse_pattern
 from smedjan_common.model.options import options
 from smedjan_common.model.presets import PRESETS
 from smedjan_common.model.rope import original_length
+from smedjan_common.model.shape import STRETCHING
 from smedjan_common.run.asked import Asked
 from smedjan_common.run.described import described_model, feed_forward, option_values
 from smedjan_common.run.flags import TrainFlags
@@ -68,11 +69,8 @@ def pretrained_model(base: ModelConfig, path: Path, asked: Asked) -> ModelConfig
     """
     model = dataclasses.replace(same_model(base, asked), context_length=asked.value("seq_len"))
     if model.rope_scaling == "none" and asked.is_given("rope_scaling"):
-        plain = {
-            name: value
-            for name, value in (("rope_factor", 1.0), ("rope_original_len", 0), ("rope_global_layers", ("on",)))
-            if not asked.is_given(name)
-        }
+        left = (*(name for name in STRETCHING if name != "rope_scaling"), "rope_global_layers")
+        plain = {name: options(ModelConfig)[name].default for name in left if not asked.is_given(name)}
         model = dataclasses.replace(model, **plain)
     if model.rope_scaling != "none" and not asked.is_given("rope_original_len"):
         trained = base.context_length if base.rope_scaling == "none" else original_length(base)

@@ -2,7 +2,7 @@
 
     q = x Wq^T,  or  norm(x Wqa^T) Wqb^T;   [c; r] = x Wkva^T,  c = norm(c);   [k; v] = c Wkvb^T per head
     q = [q_n; q_r] per head;  q_r and r (one for all heads) turned by their positions
-    o = softmax((q_n k^T + q_r r^T) m^2 / sqrt(N + P) + causal) v,   m: YaRN's attention factor
+    o = softmax((n^2 q_n k^T + m^2 q_r r^T) / sqrt(N + P) + causal) v,   m: YaRN's attention factor, and so is n as a rule
 
 Training expands the latent c into keys and values. Decoding keeps c and r only, R + P values a token for all heads, and absorbs Wkvb into
 the query and the output: q_n . k = (Wk^T q_n) . c.
@@ -17,7 +17,7 @@ from flax import nnx
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
-from smedjan_common.model.rope import attention_factor, turning
+from smedjan_common.model.rope import plain_factor, turning
 from smedjan_jax.mixers.attention import causal_attention
 from smedjan_jax.mixers.cache import extend
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
@@ -40,7 +40,7 @@ class LatentAttention(nnx.Module):
         self.heads, self.head_dim, self.rope_dim, self.rank = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
         self.low_rank_query = bool(config.mla_q_rank)
         self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
-        self.factor, self.turning = attention_factor(config), turning(config, rope_dim(config))
+        self.factor, self.turning = plain_factor(config), turning(config, rope_dim(config))
         self.implementation = implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -87,7 +87,7 @@ class LatentAttention(nnx.Module):
         return query.reshape(B, T, self.heads, -1), self.kv_a_norm(latent), key[:, :, None]
 
     def _turn(self, query: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        """The parts of the queries without position, times m^2, and with it, times m, as the turned keys are."""
+        """The parts of the queries without position, times n^2, and with it, times m, as the turned keys are."""
         plain, turned = jnp.split(query, [self.head_dim], axis=-1)
         return plain if self.factor == 1.0 else plain * self.factor**2, context.rope(turned, self.turning)
 

@@ -48,7 +48,15 @@ VARIANTS: dict[str, dict[str, Values]] = {
         "denominator": {"linear_feature_map": "elu1", "linear_normalizer": "denominator"},
     },
     "ssm": {"two-groups": {"ssm_groups": 2}, "one-tap": {"ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 1}},
-    "mla": {"q-rank": {"mla_q_rank": 12}, "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6}},
+    "mla": {
+        "q-rank": {"mla_q_rank": 12},
+        "odd-sizes": {"mla_kv_rank": 10, "mla_rope_dim": 6},
+        # heads of a size of their own; what turns and what does not are scaled by factors of their own
+        "heads-of-12-factors": {
+            **{"head_size": 12, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 1024},
+            **{"rope_attention_factor": 1.1, "mla_plain_factor": 1.05},
+        },
+    },
     "block-sparse": {"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},
     "rwkv": {"wide-heads": {"rwkv_head_dim": 16}},
     "gated-deltanet": {"one-tap": {"conv_width": 1}},
@@ -56,5 +64,10 @@ VARIANTS: dict[str, dict[str, Values]] = {
         "bias": {"router": "bias"},
         "shared": {"shared_experts": 1},
         "bias-shared-of-3": {"router": "bias", "shared_experts": 2, "experts_per_token": 3},
+        "groups": {
+            **{"experts": 6, "experts_per_token": 3, "expert_groups": 3, "expert_groups_per_token": 2},
+            **{"norm_topk_prob": False, "routed_scaling_factor": 1.5},
+        },
+        "bias-groups": {"router": "bias", "expert_groups": 2, "routed_scaling_factor": 2.5, "shared_experts": 1},
     },
 }

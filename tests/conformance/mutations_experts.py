@@ -13,6 +13,7 @@ from tests.conformance.compare import demand
 from tests.conformance.mutate import OFF, Patch, demand_decoding, demand_forward, demand_gradient, model_constant_off, on, swap, tensor_off
 
 SOFTMAX, BIAS, SHARED = (CASES[f"attention-experts-mha{form}"] for form in ("", "-bias", "-bias-shared-of-3"))
+GROUPS, BIAS_GROUPS = (CASES[f"attention-experts-mha-{form}"] for form in ("groups", "bias-groups"))
 TENSORS = [name for name in parameter_table(SHARED.model) if ".0.ffn." in name and not name.endswith("router.bias")]
 
 
@@ -27,6 +28,14 @@ def not_renormalised(right: Callable) -> Callable:
         chosen, _ = right(config, logits, bias)
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         return chosen, np.take_along_axis(probabilities, chosen, axis=-1)
+
+    return route
+
+
+def renormalised(right: Callable) -> Callable:
+    def route(config, logits, bias):
+        chosen, weights = right(config, logits, bias)
+        return chosen, config.routed_scaling_factor * _normalised(weights)
 
     return route
 
@@ -49,6 +58,11 @@ def softmax_of_the_sigmoids_logits(right: Callable) -> Callable:
 
 def bias_ignored(right: Callable) -> Callable:
     return lambda logits, bias: right(logits, None if bias is None else 0 * bias)
+
+
+def best_of_two(right: Callable) -> Callable:
+    """Groups are ranked by one expert, as with the softmax router."""
+    return lambda config, scores: scores.reshape(*scores.shape[:-1], config.expert_groups, -1).max(axis=-1)
 
 
 def weights_of_the_wrong_place(right: Callable) -> Callable:
@@ -105,6 +119,10 @@ MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     "bias in the weights": (on(demand_forward, BIAS), swap(experts, "route", bias_in_the_weights)),
     "bias without effect": (on(demand_forward, BIAS), swap(experts, "choice_scores", bias_ignored)),
     "softmax where sigmoids belong": (on(demand_forward, BIAS), swap(experts, "route", softmax_of_the_sigmoids_logits)),
+    "groups without effect": (on(demand_forward, GROUPS), swap(experts, "within_groups", lambda right: lambda config, scores: scores)),
+    "groups by their best one": (on(demand_forward, BIAS_GROUPS), swap(experts, "group_scores", best_of_two)),
+    "weights renormalised": (on(demand_forward, GROUPS), swap(experts, "route", renormalised)),
+    "sum of experts off": (on(demand_forward, GROUPS), model_constant_off("routed_scaling_factor", OFF)),
     "shared experts left out": (on(demand_forward, SHARED), model_constant_off("shared_experts", 0)),
     "decoding with the bias without effect": (on(demand_decoding, BIAS), swap(experts, "choice_scores", bias_ignored)),
     "gradient without the balance loss": (on(demand_gradient, SOFTMAX), swap(experts, "balance_loss", scaled(0.0))),

@@ -7,9 +7,9 @@ import numpy as np
 from smedjan_common.model.params import parameter_table
 from smedjan_common.reference import mla
 from tests.conformance.cases import CASES
-from tests.conformance.mutate import OFF, demand_decoding, demand_forward, demand_gradient, on, swap, tensor_off
+from tests.conformance.mutate import OFF, demand_decoding, demand_forward, demand_gradient, model_constant_off, on, swap, tensor_off
 
-CASE, YARN, RANK = (CASES[f"mla-swiglu-mha{part}"] for part in ("", "-yarn", "-q-rank"))
+CASE, YARN, RANK, FACTORS = (CASES[f"mla-swiglu-mha{part}"] for part in ("", "-yarn", "-q-rank", "-heads-of-12-factors"))
 TENSORS = [name for name in parameter_table(RANK.model) if ".0.mixer." in name]
 
 
@@ -45,7 +45,8 @@ MUTATIONS = {
         on(demand_forward, CASE),
         swap(mla, "_weights", lambda right: lambda config, score, seen: right(config, score * 1.5**0.5, seen)),
     ),
-    "yarn scales the rotary part only": (on(demand_forward, YARN), swap(mla, "attention_factor", lambda right: lambda config: 1.0)),
+    "yarn scales the rotary part only": (on(demand_forward, YARN), swap(mla, "plain_factor", lambda right: lambda config: 1.0)),
+    "one factor for all": (on(demand_forward, FACTORS), model_constant_off("mla_plain_factor", 0)),
     "causal mask": (on(demand_forward, CASE), swap(mla, "_weights", sees_one_token_ahead)),
     "gradient with latents off": (on(demand_gradient, CASE), swap(mla, "_project", part_off(2))),
     "decoding with latents off": (on(demand_decoding, CASE), swap(mla, "_project", part_off(2))),

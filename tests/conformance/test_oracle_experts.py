@@ -1,4 +1,5 @@
-"""The outside: our experts are transformers' Mixtral (softmax router) and DeepSeek-V3 (bias router, shared experts), weights alike.
+"""The outside: our experts are transformers' Mixtral, DeepSeek-V2 and OLMoE (softmax router) and DeepSeek-V3 (bias router), weights alike:
+with groups of experts or without, with shared ones or without, weights of a token's experts added up to 1 or not.
 
 Outputs, and gradients of the input and of every weight, of the feed-forward by itself; Mixtral's balance loss is ours times k.
 """
@@ -22,6 +23,8 @@ mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", re
 deepseek = pytest.importorskip(
     "transformers.models.deepseek_v3.modeling_deepseek_v3", reason="transformers is not installed (extra: oracle)"
 )
+deepseek_2 = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2", reason="transformers 5 has it (extra: oracle)")
+olmoe = pytest.importorskip("transformers.models.olmoe.modeling_olmoe", reason="transformers is not installed (extra: oracle)")
 
 pytestmark = [pytest.mark.oracle, pytest.mark.xdist_group("oracle")]
 
@@ -31,6 +34,20 @@ FORMS: dict[str, dict[str, Any]] = {
     "mixtral, 3 of 8": {"experts": 8, "experts_per_token": 3},
     "deepseek, 2 of 4 and 1": {"experts": 4, "experts_per_token": 2, "shared_experts": 1, "router": "bias"},
     "deepseek, 3 of 8 and 2": {"experts": 8, "experts_per_token": 3, "shared_experts": 2, "router": "bias"},
+    "deepseek, 3 of 12 in 2 of 4 groups": {
+        **{"experts": 12, "experts_per_token": 3, "shared_experts": 1, "router": "bias"},
+        **{"expert_groups": 4, "expert_groups_per_token": 2, "routed_scaling_factor": 2.5},
+    },
+    "deepseek, weights as they are": {
+        **{"experts": 4, "experts_per_token": 1, "shared_experts": 1, "router": "bias"},
+        **{"norm_topk_prob": False, "routed_scaling_factor": 0.7},
+    },
+    "deepseek 2, 2 of 8": {"experts": 8, "experts_per_token": 2, "shared_experts": 2, "norm_topk_prob": False},
+    "deepseek 2, 3 of 12 in 2 of 4 groups": {
+        **{"experts": 12, "experts_per_token": 3, "shared_experts": 1, "norm_topk_prob": False},
+        **{"expert_groups": 4, "expert_groups_per_token": 2, "routed_scaling_factor": 16.0},
+    },
+    "olmoe, 3 of 8": {"experts": 8, "experts_per_token": 3, "norm_topk_prob": False},
 }
 
 
@@ -56,14 +73,20 @@ def tokens_of(config: ModelConfig) -> np.ndarray:
     """Inputs whose choices are far from ties: those nearer than 1e-3 are left out, so that rounding decides nothing."""
     x = np.random.default_rng(3).standard_normal((400, DIM)).astype(np.float32)
     params = tensors_of(config)
-    scores = np.sort(reference.choice_scores(x.astype(np.float64) @ params["router.weight"].T, params.get("router.bias")), axis=-1)
-    clear = scores[:, -config.experts_per_token] - scores[:, -config.experts_per_token - 1] > 1e-3
+    scores = reference.choice_scores(x.astype(np.float64) @ params["router.weight"].T, params.get("router.bias"))
+    clear = _clear(reference.within_groups(config, scores), config.experts_per_token)
+    clear &= _clear(reference.group_scores(config, scores), config.expert_groups_per_token)
     return x[clear][: TOKENS[0] * TOKENS[1]].reshape(*TOKENS, DIM)
+
+
+def _clear(scores: np.ndarray, taken: int) -> np.ndarray:
+    ranked = np.sort(scores, axis=-1)[:, ::-1]
+    return ranked[:, taken - 1] - ranked[:, taken] > 1e-3 if taken < ranked.shape[1] else np.ones(len(ranked), bool)
 
 
 def oracle(config: ModelConfig) -> Any:
     """transformers' module in float64, with our tensors."""
-    from transformers import DeepseekV3Config, MixtralConfig
+    from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, OlmoeConfig
 
     params = {name: torch.tensor(value, dtype=torch.float64) for name, value in tensors_of(config).items()}
     shared = {"hidden_size": DIM, "num_experts_per_tok": config.experts_per_token, "hidden_act": "silu"}
@@ -72,14 +95,20 @@ def oracle(config: ModelConfig) -> Any:
         "experts.gate_up_proj": torch.cat([params["gate_proj.weight"], params["up_proj.weight"]], dim=1),
         "experts.down_proj": params["down_proj.weight"],
     }
-    if config.router == "softmax":
+    counts = {"n_routed_experts": config.experts, "n_shared_experts": config.shared_experts}
+    counts |= {"n_group": config.expert_groups, "topk_group": config.expert_groups_per_token}
+    scaling = {"norm_topk_prob": config.norm_topk_prob, "routed_scaling_factor": config.routed_scaling_factor}
+    if config.router == "softmax" and config.shared_experts:
+        method = "group_limited_greedy" if config.expert_groups > 1 else "greedy"
+        block = deepseek_2.DeepseekV2Moe(DeepseekV2Config(**counts, **scaling, **shared, topk_method=method, moe_intermediate_size=WIDTH))
+    elif config.router == "softmax" and not config.norm_topk_prob:
+        block = olmoe.OlmoeSparseMoeBlock(OlmoeConfig(num_experts=config.experts, norm_topk_prob=False, intermediate_size=WIDTH, **shared))
+    elif config.router == "softmax":
         block = mixtral.MixtralSparseMoeBlock(MixtralConfig(num_local_experts=config.experts, intermediate_size=WIDTH, **shared))
     else:
-        counts = {"n_routed_experts": config.experts, "n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1}
-        scaling = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "moe_intermediate_size": WIDTH}
-        block = deepseek.DeepseekV3MoE(DeepseekV3Config(**counts, **scaling, **shared))
+        block = deepseek.DeepseekV3MoE(DeepseekV3Config(**counts, **scaling, **shared, moe_intermediate_size=WIDTH))
         weights["gate.e_score_correction_bias"] = params["router.bias"]
-        weights |= {f"shared_experts.{n.removeprefix('shared.')}": value for n, value in params.items() if n.startswith("shared.")}
+    weights |= {f"shared_experts.{n.removeprefix('shared.')}": value for n, value in params.items() if n.startswith("shared.")}
     block.double().load_state_dict(weights)
     return block
 

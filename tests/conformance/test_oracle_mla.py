@@ -5,6 +5,7 @@ features in halves (as here) and interleaved (as in DeepSeek's files, whose rows
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ deepseek = pytest.importorskip(
 pytestmark = [pytest.mark.oracle, pytest.mark.xdist_group("oracle")]
 
 YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 256, "context_length": 1024}
+
+
+def mscale(by: float) -> float:
+    """What DeepSeek's files call so, as a factor of cosines and sines, or of scores."""
+    return 0.1 * by * math.log(4.0) + 1
+
+
 FORMS: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch, length
     "one projection": ({}, 2, 17),
     "q rank": ({"mla_q_rank": 12}, 2, 17),
@@ -32,6 +40,8 @@ FORMS: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch, length
     "two heads, wide rope": ({"heads": 2, "mla_rope_dim": 16}, 2, 33),
     "yarn": ({"mla_rope_dim": 8, **YARN}, 2, 17),
     "yarn and q rank": ({"mla_rope_dim": 8, "mla_q_rank": 12, **YARN}, 1, 40),
+    "heads of 12, one factor": ({"head_size": 12, "mla_q_rank": 12, **YARN, "rope_attention_factor": mscale(0.707)}, 1, 40),
+    "two factors": ({**YARN, "rope_attention_factor": mscale(0.7), "mla_plain_factor": mscale(1.5)}, 1, 40),
 }
 NAMES = {"kv_a_proj.": "kv_a_proj_with_mqa.", "q_a_norm.": "q_a_layernorm.", "kv_a_norm.": "kv_a_layernorm."}
 
@@ -59,7 +69,8 @@ def oracle(model: ModelConfig, params: subjects.Params, interleave: bool = False
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
     if model.rope_scaling == "yarn":  # mscale = mscale_all_dim: the whole score is scaled, as in DeepSeek's own files
         rope |= {"rope_type": "yarn", "factor": model.rope_factor, "original_max_position_embeddings": model.rope_original_len}
-        rope |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+        factors = {"mscale": model.rope_attention_factor, "mscale_all_dim": model.mla_plain_factor or model.rope_attention_factor}
+        rope |= {name: (factor - 1) / (0.1 * math.log(4.0)) if factor else 1.0 for name, factor in factors.items()}
     config = deepseek.DeepseekV3Config(
         hidden_size=model.dim,
         num_attention_heads=model.heads,

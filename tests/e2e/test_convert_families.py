@@ -16,6 +16,7 @@ import pytest
 
 from convert.cli import main
 from convert.families import FAMILIES
+from convert.hf_import import layout_of
 from convert.layouts import NESTED, PREFIX
 from convert.ties import Tie
 from smedjan_common.checkpoint import read_checkpoint
@@ -53,6 +54,8 @@ LATENT = {
     **{"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
     **{"head_dim": 4, "rms_norm_eps": 1e-5, "routed_scaling_factor": 2.446},
 }
+WIDE = {"qk_nope_head_dim": 12, "v_head_dim": 12}  # heads that do not share the width out
+GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 DELTA = {
     **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
     **{"linear_conv_kernel_dim": 3, "initializer_range": 0.1, "layer_types": ["linear_attention", "full_attention"]},
@@ -86,7 +89,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**ROUTED, "routed_scaling_factor": 2.5, "head_dim": 8, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
     ),
     "Moonlight": ("deepseek_v3", {**ROUTED, **LATENT, "q_lora_rank": None, "tie_word_embeddings": False}),
-    "DeepSeek V3 of one group": ("deepseek_v3", {**ROUTED, **LATENT}),
+    "DeepSeek V3 of one group": ("deepseek_v3", {**ROUTED, **LATENT, "rope_interleave": False}),
+    "DeepSeek V3": (
+        "deepseek_v3",
+        {**ROUTED, **LATENT, **WIDE, **GROUPS, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "DeepSeek V2": (
+        "deepseek_v2",
+        {
+            **{**ROUTED, **LATENT, **WIDE, **GROUPS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+            **{"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.4}},
+        },
+    ),
+    "DeepSeek V2-Lite": (
+        "deepseek_v2",
+        {
+            **{**ROUTED, **LATENT, "q_lora_rank": None, "routed_scaling_factor": 1.0, "tie_word_embeddings": False},
+            **{"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+        },
+    ),
+    "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
     "Qwen 3.5 without gates": ("qwen3_5", DELTA),
     "Qwen3-Next without gates": (
         "qwen3_next",
@@ -223,12 +245,11 @@ def gradients(model: Any, family: str, config: Any, inputs: np.ndarray, targets:
     if family == "qwen3_5":
         theirs = {name.replace(PREFIX, NESTED, 1): gradient for name, gradient in theirs.items()}
     model.float()
-    table, found, factor = parameter_table(config), {}, getattr(model.config, "routed_scaling_factor", None) or 1.0
-    for tie in FAMILIES[family].layout(config):
+    table, found = parameter_table(config), {}
+    for tie in layout_of(model.config.to_dict() | {"model_type": family}, config):
         if tie.ours and all(name in theirs for name in tie.theirs):
             for name, value in zip(tie.ours, transposed(tie, [theirs[name] for name in tie.theirs]), strict=True):
-                routed = len(table[name].shape) == 3 and name.endswith("down_proj.weight")  # which have the factor in them
-                found[name] = found.get(name, 0.0) + value.reshape(table[name].shape) / (factor if routed else 1)
+                found[name] = found.get(name, 0.0) + value.reshape(table[name].shape)
     return found
 
 

@@ -4,6 +4,7 @@ And back: directories that transformers itself saved become neutral checkpoints 
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias"}  # after a 
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_divisor": 8.0}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
+GROUPS = {"experts": 6, "experts_per_token": 3, "expert_groups": 3, "expert_groups_per_token": 2, "routed_scaling_factor": 1.5}
 MLA = {"mixer": ("mla",), "kv_heads": 4, "norm_eps": 1e-6}  # so a round trip is exact
 MODELS |= {
     "mixtral": EXPERTS | {"tied_head": False},
@@ -80,6 +82,10 @@ MODELS |= {
     "granitemoehybrid, experts": SSM | EXPERTS | {"shared_experts": 2, "tied_head": False},
     "granitemoehybrid, attention": EXPERTS | {"shared_experts": 1},
     "deepseek_v3": MLA,
+    "olmoe": EXPERTS | {"qk_norm": True, "qk_norm_over": "all", "norm_topk_prob": False, "tied_head": False},
+    "qwen3_moe, weights as they are": EXPERTS | {"qk_norm": True, "norm_topk_prob": False},
+    "deepseek_v3, groups": MLA | ROUTED | GROUPS | YARN | {"head_size": 12, "mla_q_rank": 12, "shared_experts": 1},
+    "deepseek_v2": MLA | EXPERTS | GROUPS | YARN | {"norm_topk_prob": False, "rope_attention_factor": 0.1 * 0.75 * math.log(4.0) + 1},
     "deepseek_v3, experts": MLA | ROUTED | {"mla_q_rank": 12, "shared_experts": 1},
     "qwen3_5": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "conv_width": 3},
     "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
@@ -222,10 +228,8 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
 @pytest.mark.parametrize(
     ("kind", "values", "words"),
     [
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("glm4_moe", {"routed_scaling_factor": "x"}, "routed_scaling_factor 'x'"),
-        ("glm4_moe", {"n_group": 2}, "n_group 2"),
         ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "partial_rotary_factor 0.4"),
         ("glm4_moe", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
         ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}, "time_step_limit [0.001, 0.1]"),
@@ -234,7 +238,10 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
         ("granitemoehybrid", {"attention_multiplier": -1.0}, "attention_multiplier -1"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention", "conv"]}, "layer_types"),
         ("deepseek_v3", {"v_head_dim": 16}, "v_head_dim 16"),
-        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        ("deepseek_v2", {"topk_group": 4}, "--expert-groups-per-token 4"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ("qwen3_next", {"linear_key_head_dim": 4}, "linear_key_head_dim 4"),
     ],
 )

@@ -42,6 +42,7 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": -1}, "--rope-original-len is -1", "default"),
     ({"rope_low_freq_factor": 2.0}, "--rope-low-freq-factor would do nothing", "llama3"),
     ({"rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_freq_factor": 4.0}, "--rope-low-freq-factor 4 is not under", "1 and 4"),
+    ({"rope_attention_factor": 1.1}, "--rope-attention-factor 1.1 would do nothing", "yarn"),
     ({"head_size": 15}, "15 features, an odd number", "--head-size even"),
     ({"head_size": -2}, "--head-size is -2", "default"),
     *[
@@ -50,7 +51,7 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
             f"does not go with {mixer}",
             "--head-size out",
         )
-        for mixer in ("mla", "linear", "ssm", "rwkv", "gated-deltanet")
+        for mixer in ("linear", "ssm", "rwkv", "gated-deltanet")
     ],
     ({"qk_norm_over": "all"}, "--qk-norm-over all would do nothing", "--qk-norm"),
     ({"norms": "middle"}, "--norms 'middle' is unknown", "pre"),

@@ -16,6 +16,7 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
 
 EXPERTS = {"ffn": ("experts",), "experts": 4, "experts_per_token": 2, "expert_dim": 24}
 ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias", "qk_norm": True}  # after a dense layer
+GROUPS = {"experts": 12, "experts_per_token": 3, "expert_groups": 4, "expert_groups_per_token": 2, "routed_scaling_factor": 2.5}
 MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_divisor": 8.0}
 POST = {"norms": "post", "qk_norm": True, "qk_norm_over": "all"}
 FOURTH = ("on", "on", "on", "off")
@@ -31,10 +32,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": POST | YARN,
     "olmo2, windows": POST | YARN | {"layers": 4, "window": 16, "window_layers": FOURTH, "rope_global_layers": ("off", "off", "off", "on")},
     "glm4moe": ROUTED | {"shared_experts": 1, "rope_dim": 4, "qkv_bias": True},
-    "glm4moe, none shared": ROUTED | {"ffn": ("experts",), "tied_head": False},
+    "glm4moe, none shared": ROUTED | GROUPS | {"ffn": ("experts",), "tied_head": False},
     "arwkv7": {"mixer": ("rwkv",), "rwkv_head_dim": 8, "kv_heads": 4, "init_std": 0.1},
     "deepseek2": MLA | {"mla_q_rank": 12},
     "deepseek2, experts": MLA | EXPERTS | {"ffn": ("swiglu", "experts"), "router": "bias", "shared_experts": 1, "mla_q_rank": 12},
+    "deepseek2, groups": MLA
+    | EXPERTS
+    | YARN
+    | GROUPS
+    | {"ffn": ("swiglu", "experts"), "router": "bias", "mla_q_rank": 12, "head_size": 12, "rope_attention_factor": 1.0625},
+    "deepseek2, softmax": MLA
+    | EXPERTS
+    | YARN
+    | {"norm_topk_prob": False, "routed_scaling_factor": 16.0, "mla_q_rank": 12, "tied_head": True},
+    "olmoe": EXPERTS | POST | {"norms": "pre", "kv_heads": 4, "norm_topk_prob": False, "tied_head": False},
     "qwen35": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "rope_dim": 4, "conv_width": 3},
     "qwen3next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
     "granite": MULTIPLIED | {"qkv_bias": True, "o_bias": True},
@@ -89,6 +100,14 @@ def test_a_file_comes_back_as_the_model_that_was_written(tmp_path: Path, kind: s
         (POST | {"window": 16, "window_layers": ("on", "off")}, "every fourth has none"),
         (POST | {"qkv_bias": True, "o_bias": True}, "no biases in olmo2"),
         (EXPERTS | {"qk_norm": True, "ffn": ("swiglu", "experts")}, "no dense layers between in qwen3moe"),
+        (EXPERTS | POST | {"norms": "pre", "norm_topk_prob": False}, "no fewer key/value heads than heads in olmoe"),
+        (EXPERTS | POST | {"norms": "pre", "kv_heads": 4}, "no weights of experts that add up to 1 in olmoe"),
+        (EXPERTS | {"qk_norm": True, "norm_topk_prob": False}, "do not add up to 1 in qwen3moe"),
+        (MLA | YARN | {"mla_q_rank": 8, "mla_plain_factor": 1.5}, "no factor of its own for what does not turn"),
+        (
+            MLA | EXPERTS | {"mla_q_rank": 8, "norm_topk_prob": False, "expert_groups": 2},
+            "no groups of experts with the softmax router in deepseek2",
+        ),
         (MLA, "no queries that are not compressed"),
         (DELTA | EXPERTS | {"mixer": ("attention", "gated-deltanet"), "shared_experts": 1}, "other than every so many"),
         ({"mixer": ("linear",), "kv_heads": 4}, "has no GGUF form"),

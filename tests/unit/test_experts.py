@@ -86,6 +86,12 @@ def test_only_layers_that_route_have_a_load():
         ({"shared_experts": -1}, "--shared-experts is -1"),
         ({"expert_dim": -8}, "--expert-dim is -8"),
         ({"router": "softmx"}, "softmax"),
+        ({"expert_groups": 3}, "--experts 4 does not divide into --expert-groups 3"),
+        ({"expert_groups": 2, "expert_groups_per_token": 3}, "--expert-groups-per-token 3 of --expert-groups 2"),
+        ({"expert_groups": 4}, "--expert-groups-per-token 1 has only 1 experts"),
+        ({"experts": 8, "expert_groups": 8, "expert_groups_per_token": 2, "router": "bias"}, "has one expert in each"),
+        ({"norm_topk_prob": False, "experts_per_token": 0}, "--experts-per-token is 0"),
+        ({"routed_scaling_factor": 0.0}, "--routed-scaling-factor is 0"),
     ],
 )
 def test_what_cannot_route_is_refused_with_the_fix(changes: dict, what: str):
@@ -123,9 +129,9 @@ def test_blocks_waste_little():
 def test_equal_scores_go_to_the_lowest_index(backend: str, bias: list[float] | None):
     logits = np.array([[1, 1, 1, 1], [0, 2, 2, 2], [3, 0, 3, 0], [-1, 0, 0, -1]], np.float32)
     array, choose = subjects.framework(backend).array, subjects.module(backend, "experts").choose
-    values = None if bias is None else np.array(bias, np.float32)
-    chosen, weights = choose(array(logits), None if values is None else array(values), 2)
-    expected, expected_weights = reference.route(model(), logits.astype(np.float64), values)
+    values, router = (None, "softmax") if bias is None else (np.array(bias, np.float32), "bias")
+    chosen, weights = choose(model(router=router), array(logits), None if values is None else array(values))
+    expected, expected_weights = reference.route(model(router=router), logits.astype(np.float64), values)
     assert np.array_equal(np.asarray(chosen), expected)
     assert np.abs(np.asarray(weights) - expected_weights).max() < 1e-6
 
@@ -133,9 +139,9 @@ def test_equal_scores_go_to_the_lowest_index(backend: str, bias: list[float] | N
 def test_scores_that_vanish_have_weights_and_gradients(backend: str):
     """Sigmoids of -200 are zero in float32, and so is their sum."""
     array, choose = subjects.framework(backend).array, subjects.module(backend, "experts").choose
-    logits, bias = array(np.full((3, 4), -200, np.float32)), array(np.zeros(4, np.float32))
-    assert np.allclose(np.asarray(choose(logits, bias, 2)[1]), 0.5)
-    grad = subjects.framework(backend).grad(lambda values: choose(values, bias, 2)[1].sum())(logits)
+    logits, bias, config = array(np.full((3, 4), -200, np.float32)), array(np.zeros(4, np.float32)), model(router="bias")
+    assert np.allclose(np.asarray(choose(config, logits, bias)[1]), 0.5)
+    grad = subjects.framework(backend).grad(lambda values: choose(config, values, bias)[1].sum())(logits)
     assert np.isfinite(np.asarray(grad)).all()
 
 

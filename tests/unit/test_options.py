@@ -127,6 +127,10 @@ def test_what_changes_a_tensor_is_not_shape_free_and_what_does_not_is():
 NOT_IN_THE_TABLE = {  # what the weights were trained for, though no tensor shows it
     "linear_feature_map",
     "experts_per_token",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "expert_groups",
+    "expert_groups_per_token",
 }
 
 

@@ -7,7 +7,7 @@ expert and multiply the rows of an expert in blocks; how long a block is, and ho
 from dataclasses import dataclass
 from typing import Literal
 
-from smedjan_common.errors import ConfigError
+from smedjan_common.errors import ConfigError, nearest_divisor
 from smedjan_common.model.activations import Activations, Course, Measured
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, residual_std, weight
@@ -29,11 +29,22 @@ class Options(Shape):
         "softmax",
         "softmax: balanced by a loss (--balance-loss). bias: sigmoid scores, balanced without a loss by a bias on the choice.",
     )
+    norm_topk_prob: bool = option(
+        True, "The weights of a token's experts add up to 1; otherwise they are the router's among all experts (DeepSeek-V2, OLMoE)."
+    )
+    routed_scaling_factor: float = option(1.0, "What the sum of a token's routed experts is multiplied by.", over=0, most=1e6)
+    expert_groups: int = option(1, "Groups that experts stand in, one after another (DeepSeek-V3: 8).", least=1)
+    expert_groups_per_token: int = option(1, "Groups that a token's experts may come from, the best ones.", least=1)
 
 
 def width(config: Options) -> int:
     """Hidden features of one expert."""
     return config.expert_dim or config.ffn_dim
+
+
+def limited(config: Options) -> bool:
+    """Whether a token's experts come from some of the groups only."""
+    return config.expert_groups_per_token < config.expert_groups
 
 
 def load_names(config: Options) -> list[str]:
@@ -90,12 +101,30 @@ def _validate(config: Options) -> None:
             "A token goes to each expert at most once.",
             "Take --experts-per-token 2, say.",
         )
-    if config.experts_per_token < 2:
+    _validate_groups(config)
+    if config.experts_per_token < 2 and (config.norm_topk_prob or config.experts_per_token < 1):
         raise ConfigError(
             f"--experts-per-token is {config.experts_per_token}.",
             "The weights of a token's experts add up to 1: of one alone the weight is always 1, and the router would learn nothing.",
             "Take --experts-per-token 2, say.",
         )
+
+
+def _validate_groups(config: Options) -> None:
+    groups, taken = config.expert_groups, config.expert_groups_per_token
+    if config.experts % groups:
+        what = f"--experts {config.experts} does not divide into --expert-groups {groups}."
+        raise ConfigError(what, "Groups are equally large.", f"Take --expert-groups {nearest_divisor(config.experts, groups)}.")
+    if taken > groups:
+        what = f"--expert-groups-per-token {taken} of --expert-groups {groups} is impossible."
+        raise ConfigError(what, "A group is taken once.", f"Take --expert-groups-per-token {groups}, or more groups.")
+    size = config.experts // groups
+    if config.experts_per_token > taken * size:
+        what = f"--experts-per-token is {config.experts_per_token}; --expert-groups-per-token {taken} has only {taken * size} experts."
+        raise ConfigError(what, "A token's experts come from its groups.", "Take more groups for a token, or fewer experts.")
+    if limited(config) and config.router == "bias" and size < 2:
+        why = "The bias router ranks groups by their two best experts."
+        raise ConfigError(f"--expert-groups {groups} has one expert in each.", why, "Take fewer groups.")
 
 
 @dataclass(frozen=True)

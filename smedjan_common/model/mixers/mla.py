@@ -18,6 +18,14 @@ class Options(Shape):
     mla_kv_rank: int = option(0, "rank of the joint compression of keys and values.", least=0, filled="4 heads' width")
     mla_q_rank: int = option(0, "rank of the compression of queries.", least=0, filled="queries are not compressed")
     mla_rope_dim: int = option(0, "features of a head that are turned by position.", least=0, filled="half a head")
+    mla_plain_factor: float = option(
+        0.0,
+        "the square of it multiplies the scores of features that are not turned (YaRN's mscale_all_dim).",
+        least=0,
+        most=1e6,
+        filled="the factor of turned ones",
+        shape_free=True,
+    )
 
 
 def kv_rank(config: Options) -> int:
@@ -44,8 +52,8 @@ def _parameters(config: Options, layer: int) -> list[ParamSpec]:
         *queries,
         weight("kv_a_proj", kv_rank(config) + rope_dim(config), config.dim, (None, "embed"), std),
         head_norm("kv_a_norm", kv_rank(config)),
-        weight("kv_b_proj", 2 * config.dim, kv_rank(config), ("heads", None), std),
-        weight("o_proj", config.dim, config.dim, ("embed", "heads"), residual_std(config)),
+        weight("kv_b_proj", 2 * config.inner_dim, kv_rank(config), ("heads", None), std),
+        weight("o_proj", config.dim, config.inner_dim, ("embed", "heads"), residual_std(config)),
     ]
 
 
@@ -80,7 +88,7 @@ MEASURED: Measured = {
 
 def _activations(config: Options, course: Course) -> Activations:
     query = config.head_dim + rope_dim(config)
-    features = 3 * config.heads * query + 4 * config.dim + 2 * (kv_rank(config) + rope_dim(config))
+    features = 3 * config.heads * query + 3 * config.inner_dim + config.dim + 2 * (kv_rank(config) + rope_dim(config))
     return MEASURED[course.platform].times(features).with_(scores(course, config.heads, query))
 
 
@@ -97,4 +105,5 @@ ROW = MixerSpec(
     _validate,
     rope_dims=lambda config: (rope_dim(config),),
     training=Softmax,
+    head_size=True,
 )
