@@ -184,8 +184,9 @@ class OwnFormat(Protocol):
         """The state, bit for bit, on the devices of this run. Raises CheckpointError."""
         ...
 
-    def read_params(self, folder: Path) -> dict[str, Any]:
-        """The parameters alone. Raises CheckpointError."""
+    def read_params(self, folder: Path, on_host: bool = False) -> dict[str, Any]:
+        """The parameters alone, whatever model they are of. on_host: as NumPy; else those that have the shapes of the run may lie on its
+        devices, on several hosts in parts. Raises CheckpointError."""
         ...
 
 
@@ -265,7 +266,8 @@ class Backend(Protocol):
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
     ) -> np.ndarray:
         """The loss of each target, float32 [B, T], 0 where it does not count, by the very forward pass of training, over the padded head:
-        bit for bit what a step of these weights has. `params` as for `decoder`."""
+        bit for bit what a step of these weights has. `params` as for `decoder`. Of several hosts all take part, each has the whole batch
+        and computes its own rows, and all get the whole."""
         ...
 
     def read(self, metrics: Metrics) -> dict[str, Any]:

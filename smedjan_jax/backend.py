@@ -85,7 +85,8 @@ class JaxBackend:
             whole, rows = sharding.everywhere(self._devices), sharding.rows(self._devices)
             self._eval_step = jax.jit(self._evaluate, in_shardings=(places["params"], rows), out_shardings=whole)
             each = self._spread_whole.rows(self._token_losses)
-            self._each_loss = jax.jit(each, in_shardings=(whole_model, rows), out_shardings=rows)
+            found = whole if self._own_rows else rows  # every host asks for all of them
+            self._each_loss = jax.jit(each, in_shardings=(whole_model, rows), out_shardings=found)
         self._train_step = self._compiled_step()
 
     def _choose_kernels(self) -> str:
@@ -172,16 +173,13 @@ class JaxBackend:
         documents: np.ndarray | None = None,
         reference: np.ndarray | None = None,
     ) -> Metrics:
-        batch = inputs, targets, documents, reference
-        if self._own_rows:
-            own = sharding.OwnRows(self._devices, len(inputs))
-            batch = own.spread(jax.tree.map(own.of, batch))
-        return guarded(self._eval_step, _averaged(state), batch)
+        return guarded(self._eval_step, _averaged(state), self._own_part((inputs, targets, documents, reference)))
 
     def token_losses(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
     ) -> np.ndarray:
-        return guarded(lambda: jax.device_get(self._each_loss(params, (inputs, targets, documents, None))))
+        batch = self._own_part((inputs, targets, documents, None))
+        return guarded(lambda: jax.device_get(self._each_loss(params, batch)))
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
         return {name: value.tolist() if value.ndim else float(value) for name, value in guarded(jax.device_get, metrics).items()}
@@ -202,6 +200,10 @@ class JaxBackend:
         return guarded(self._merge, params) if self._merge else params
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        if self._spread:  # what comes from Orbax is in its place already
+            there = {name: np.asarray(value, np.float32) for name, value in params.items() if not isinstance(value, jax.Array)}
+            places = {name: self.shardings["params"][name] for name in there}
+            return guarded(lambda: params | sharding.place(there, places), fix=LESS_TO_SCORE)
         return guarded(lambda: {name: jnp.asarray(value) for name, value in params.items()}, fix=LESS_TO_SCORE)
 
     def score(
@@ -231,6 +233,13 @@ class JaxBackend:
         if self._devices.local_devices[0].platform == "cpu":
             return peak_memory()
         return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in self._devices.local_devices) or None
+
+    def _own_part(self, batch: Any) -> Any:
+        """A batch that every host knows whole, of several hosts as one of which each has its rows."""
+        if not self._own_rows:
+            return batch
+        own = sharding.OwnRows(self._devices, len(batch[0]))
+        return own.spread(jax.tree.map(own.of, batch))
 
     def _state_shapes(self) -> State:
         """Every array of the optimizer lies where its parameter lies."""

@@ -52,12 +52,19 @@ class Orbax:
         """The state, each array where it belongs, whatever mesh it was saved on. Raises CheckpointError."""
         return _load(folder, self._shapes)
 
-    def read_params(self, folder: Path) -> dict[str, jax.Array]:
-        """The parameters alone. Raises CheckpointError."""
+    def read_params(self, folder: Path, on_host: bool = False) -> dict[str, Any]:
+        """The parameters alone, whatever model they are of. Raises CheckpointError.
+
+        Those of the run's own shapes lie where they belong; others (a teacher's, the base of adapters, a smaller vocabulary) and all of
+        them with on_host are NumPy.
+        """
         from orbax.checkpoint import v1 as ocp
 
-        wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, _structure(folder)) | {"params": self._shapes["params"]}
-        return _load(folder, wanted)["params"]
+        stored, own = _structure(folder), self._shapes["params"]
+        there = stored["params"]
+        same = there.keys() == own.keys() and all(tuple(there[name].shape) == own[name].shape for name in own)
+        params = own if same and not on_host else {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in there.items()}
+        return _load(folder, jax.tree.map(lambda leaf: ocp.PLACEHOLDER, stored) | {"params": params})["params"]
 
 
 class Arrays:

@@ -3,12 +3,12 @@
 import sys
 
 from smedjan_common.commands import backends, dpo
-from smedjan_jax.train import load
+from smedjan_jax.train import connect, load
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return backends.program("jax", argv, lambda: dpo.run("jax", load, argv))
+    return backends.program("jax", argv, lambda: dpo.run("jax", load, argv, connect))
 
 
 if __name__ == "__main__":

@@ -42,13 +42,19 @@ def fit(**flags: Any) -> "LanguageModel":
 
 
 def trainer(
-    model: "ModelConfig | str | os.PathLike", tokenizer: "Tokenizer | None" = None, *, lr: float = 1e-3, seed: int = 0, **options: Any
+    model: "ModelConfig | str | os.PathLike",
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    lr: float = 1e-3,
+    seed: int = 0,
+    teacher: "str | os.PathLike | None" = None,
+    **options: Any,
 ) -> "Trainer":
-    """Train a step at a time. model: a ModelConfig, or the path of a model to start from; options: optimizer, weight_decay, clip_norm,
-    dtype and the other fields of TrainConfig."""
+    """Train a step at a time. model: a ModelConfig, or the path of a model to start from; teacher: a run or a checkpoint to learn from
+    besides; options: optimizer, weight_decay, clip_norm, dtype and the other fields of TrainConfig."""
     from smedjan_common.commands.backends import check_installed
     from smedjan_common.run.trainer import Trainer
     from smedjan_mlx.train import load as framework
 
     check_installed("mlx")
-    return Trainer(framework, model, tokenizer, lr, seed, **options)
+    return Trainer(framework, model, tokenizer, lr, seed, teacher, **options)

@@ -138,8 +138,8 @@ class MlxBackend:
     def token_losses(
         self, params: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None
     ) -> np.ndarray:
-        batch = _on_device(inputs, targets, documents, None)
-        return guarded(lambda: np.array(self._each_loss(self.place(params), batch)))
+        batch = _on_device(*map(spread.own, (inputs, targets, documents, None)))
+        return guarded(lambda: np.array(spread.all_rows(self._each_loss(self.place(params), batch))))
 
     def read(self, metrics: Metrics) -> dict[str, Any]:
         guarded(mx.eval, metrics)

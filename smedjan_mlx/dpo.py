@@ -4,7 +4,7 @@ import sys
 
 from smedjan_common.commands import backends, dpo
 from smedjan_mlx import openblas
-from smedjan_mlx.train import load
+from smedjan_mlx.train import connect, load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         openblas.preload(sys.argv[1:] if argv is None else argv)
-        return dpo.run("mlx", load, argv)
+        return dpo.run("mlx", load, argv, connect)
 
     return backends.program("mlx", argv, run)
 

@@ -33,6 +33,11 @@ def own(rows: Any) -> Any:
     return rows[_group.rank() * each : (_group.rank() + 1) * each]
 
 
+def all_rows(x: mx.array) -> mx.array:
+    """The rows of all hosts, in their order, of an array that has those of this one."""
+    return mx.distributed.all_gather(x, group=_group) if _group else x
+
+
 def total(x: mx.array) -> mx.array:
     """The sum over the hosts, with no gradient."""
     return mx.distributed.all_sum(mx.stop_gradient(x), group=_group) if _group else x

@@ -77,16 +77,16 @@ def _write_in_two(
         raise cannot_write(info.path, error, need) from error
 
 
-def read_weights(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
+def read_weights(info: CheckpointInfo, own: OwnFormat | None, on_host: bool = False) -> dict[str, Any]:
     """The parameters of a checkpoint, neutral or `own`, its hashes compared first; of adapters those of the model that they make with
-    their base. Raises CheckpointError."""
+    their base. on_host: to compute with, as OwnFormat has it. Raises CheckpointError."""
     if info.adapter:
         return merged(info.model, info.adapter.adapters, _with_base(info, own))
     with _whole(info):
         if info.format == FORMAT:
             return load_arrays(info, optimizer=False).snapshot.params
         verify_info(info)
-    return _owned(info, own).read_params(info.path / ARRAYS)
+    return _owned(info, own).read_params(info.path / ARRAYS, on_host)
 
 
 def read_state(info: CheckpointInfo, backend: Backend) -> Any:
@@ -114,7 +114,7 @@ def _with_base(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
 
 def _frozen(info: CheckpointInfo, own: OwnFormat | None) -> dict[str, Any]:
     assert info.adapter
-    return grown_base(info.model, info.adapter.adapters, read_weights(find_base(info), own))
+    return grown_base(info.model, info.adapter.adapters, read_weights(find_base(info), own, on_host=True))
 
 
 @contextlib.contextmanager

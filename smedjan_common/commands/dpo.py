@@ -8,6 +8,6 @@ def main(argv: list[str]) -> int:
     return train.main(argv, "dpo")
 
 
-def run(name: str, load: train.Load, argv: list[str] | None = None) -> int:
+def run(name: str, load: train.Load, argv: list[str] | None = None, connect: train.Connect | None = None) -> int:
     """Parse and train with the backend `name`; returns the exit code."""
-    return train.run(name, load, argv, "dpo")
+    return train.run(name, load, argv, "dpo", connect)

@@ -160,7 +160,7 @@ def _train_into(name: str, load: Load, asked: "Asked", lock: "RunLock", mirror: 
         say(plan(decided, device, expected(decided, device, backend)))
         return 0
     say(heading(decided, device, so_far(decided, device)))
-    config = run_config(decided, say, reference_scores(decided, framework()[0] if hosts.alone else None))
+    config = run_config(decided, say, reference_scores(decided, framework()[0], hosts))
     if config.objective != "lm" and isinstance(config.train_data, TokenFile) and config.train_data.mask is not None:
         rows = shown_rows(config.train_data, config.train.seq_len, config.tokenizer)
         for what, row in zip(("The better of two answers" if rows[1:] else "One conversation", "The worse one"), rows, strict=False):

@@ -6,7 +6,7 @@ CHECKS is the one list. It is gone through before texts are tokenised, as far as
 import os
 from collections.abc import Callable
 
-from smedjan_common.checkpoint import check_readable, find_base
+from smedjan_common.checkpoint import find_base
 from smedjan_common.data.mixture import Mixture
 from smedjan_common.data.order import document_offsets
 from smedjan_common.errors import ConfigError, DataError, flag, unknown
@@ -22,6 +22,7 @@ from smedjan_common.run.recorded import COUNTS
 from smedjan_common.run.reference_scores import check_reference
 from smedjan_common.run.resume import check_fixed, check_same, check_same_adapters
 from smedjan_common.run.start import GoOn, New
+from smedjan_common.run.teacher import check_teacher
 from smedjan_common.tokenizer.training import check_size
 from smedjan_common.training.config import CHECKPOINT_FORMATS
 from smedjan_common.training.mesh import check_mesh, check_mesh_of, parse_mesh
@@ -132,7 +133,7 @@ def _check_adapters(decided: Decided) -> None:
     info, train, given = decided.start, decided.train, decided.asked.given
     if info and info.train:
         check_same_adapters(info, train)
-    if info and info.adapter:
+    if info and info.adapter and not decided.done:
         find_base(info)
     if not train.lora_rank:
         return
@@ -154,22 +155,11 @@ def _check_teacher(decided: Decided) -> None:
         what, why = "--teacher-checkpoint does not work here.", "A teacher speaks of tokens, and this run learns from something else."
         raise ConfigError(what, why, "Leave it out.")
     if teacher is None:
-        if decided.asked.is_given("distill_alpha") and decided.asked.value("distill_alpha"):
+        if decided.asked.is_given("distill_alpha") and decided.asked.value("distill_alpha") and not train.distill_alpha:
             what, why = "--distill-alpha would do nothing.", "It is read with --teacher-checkpoint PATH only."
             raise ConfigError(what, why, "Leave it out, or add --teacher-checkpoint PATH.")
         return
-    if train.distill_alpha == 0:
-        raise ConfigError("--distill-alpha is 0.", "Nothing would be learned from the teacher.", "Take 0.5, or no --teacher-checkpoint.")
-    check_readable(teacher.info, decided.backend)
-    if train.seq_len > (length := teacher.model.context_length):
-        what = f"The teacher {teacher.info.path} has a context of {length} tokens, and sequences have {train.seq_len}."
-        raise ConfigError(what, "What it says past its context is of no use.", f"Take --seq-len {length}, or another teacher.")
-    try:
-        train.check_model(teacher.model)
-        if decided.mesh:
-            check_mesh(decided.mesh, teacher.model, train.batch_size, train.grad_accum)
-    except ConfigError as error:
-        raise ConfigError(f"The teacher: {error.what}", error.why, error.fix) from None
+    check_teacher(teacher, train, decided.backend, decided.mesh)
 
 
 def _check_run(decided: Decided) -> None:

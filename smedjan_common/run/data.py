@@ -244,14 +244,27 @@ def _tokenise(sources: list[str], num_bytes: int, place: Path, tokenizer: Tokeni
     if tokenizer is None:
         say(f"Training a tokenizer of {vocab_size} tokens on {size(num_bytes)} of text.")
         tokenizer = Tokenizer.train(sources, vocab_size=vocab_size)
-    place.mkdir(parents=True, exist_ok=True)
-    prepare(sources, place / TRAIN_TOKENS, tokenizer, val_output=place / VAL_TOKENS if share else None, val_fraction=share)
-    tokenizer.save(place / TOKENIZER)
+    with _folder(place):
+        prepare(sources, place / TRAIN_TOKENS, tokenizer, val_output=place / VAL_TOKENS if share else None, val_fraction=share)
+        tokenizer.save(place / TOKENIZER)
     train = TokenFile.open(place / TRAIN_TOKENS)
     val = TokenFile.open(place / VAL_TOKENS) if share else None
     held_out = f", {count(val.num_tokens)} held out" if val else ""
     say(f"Tokenised {size(num_bytes)} into {count(train.num_tokens)} tokens to train on{held_out}: {place}")
     return RunData(train, val, tokenizer)
+
+
+@contextlib.contextmanager
+def _folder(place: Path) -> Iterator[None]:
+    """A folder for tokens, which is not left behind empty when a text is refused."""
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except SmedjanError:
+        with contextlib.suppress(OSError):  # others' tokens are there, or what a tokenising that goes on begins with
+            place.rmdir()
+            place.parent.rmdir()
+        raise
 
 
 def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: bool, before: Callable[[], None]) -> TokenFile | None:
@@ -265,8 +278,8 @@ def _validation(flags: DataFlags, folder: Path, tokenizer: Tokenizer, dry_run: b
         if dry_run:
             return None
         before()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        prepare(sources, place, tokenizer)
+        with _folder(place.parent):
+            prepare(sources, place, tokenizer)
     return TokenFile.open(place)
 
 

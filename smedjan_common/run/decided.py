@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan_common.backend import Device
-from smedjan_common.checkpoint import CheckpointInfo, read_info
+from smedjan_common.checkpoint import CheckpointInfo, read_info, weights_hash
 from smedjan_common.data.batches import batches
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.names import FINAL, WEIGHTS
@@ -102,8 +102,10 @@ def decide(backend: str, asked: Asked, begin: Begin, folder: Path, data: RunData
     train = train_config(asked, base_of(begin), objective_of(asked, begin), model.dim, _epoch(asked, begin, data))
     if train.lora_rank and isinstance(begin, Pretrained) and data and data.tokenizer:
         train = dataclasses.replace(train, lora_rows_from=data.tokenizer.vocab_size - data.gained, lora_rows=data.gained)
-    teacher = teacher_of(asked, _begun(begin), model, data.tokenizer if data else None)
-    return Decided(backend, asked, begin, folder, mesh, model, train, data, teacher)
+    decided = Decided(backend, asked, begin, folder, mesh, model, train, data)
+    if decided.done and not asked.is_given("teacher_checkpoint"):
+        return decided  # who has taught it may be gone
+    return dataclasses.replace(decided, teacher=teacher_of(asked, _begun(begin), model, data.tokenizer if data else None))
 
 
 def base_of(begin: Begin) -> TrainConfig | None:
@@ -137,7 +139,7 @@ def _vocab_size(asked: Asked, begin: Begin, mesh: MeshShape | None, data: RunDat
     """That of the tokenizer; before it is read that of the teacher, or of the one to be trained, else one that no mesh refuses."""
     if data and data.tokenizer:
         return data.tokenizer.vocab_size
-    if info := teacher_info(asked, _begun(begin)):
+    if isinstance(begin, New) and (info := teacher_info(asked, None)):
         return info.model.vocab_size
     return asked.value("vocab_size") if trains_tokenizer(asked.flags.data) or not mesh else VOCAB_MULTIPLE * mesh.tensor
 
@@ -203,7 +205,8 @@ def settled(decided: Decided, device: Device) -> dict[str, Any]:
         "the dataset's hash": data.train.hash if data.train else None,
         "the hash of what it validates on": data.val.hash if data.val else None,
         "the tokenizer's hash": data.tokenizer.hash if data.tokenizer else None,
-        "the checkpoint that it starts from": [start.path.name, start.step] if start else None,
+        "the checkpoint that it starts from": [start.path.name, start.step, weights_hash(start)] if start else None,
+        "the weights of the teacher": weights_hash(decided.teacher.info) if decided.teacher else None,
         "the report": dataclasses.asdict(decided.asked.flags.report) | {name: decided.every(name) for name in CADENCES},
         "the mesh": device.mesh,
     }

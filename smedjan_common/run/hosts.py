@@ -25,7 +25,8 @@ T = TypeVar("T")
 GRACE_SECONDS = 5.0  # a process whose host is lost ends by itself in that time, or is ended
 WRITE_SECONDS = 600.0  # what is being written then may still become whole
 _SHARED_SECONDS = 15.0  # for a file of host 0 to be seen through a network file system
-_OF_ONE_HOST = {"host_id", "dataset", "val_dataset", "tokenizer", "config", "checkpoint_dir", "pretrained", "resume"}  # paths may differ
+_PATHS = ("dataset", "val_dataset", "tokenizer", "config", "checkpoint_dir", "pretrained", "resume", "teacher_checkpoint", "reference")
+_OF_ONE_HOST = {"host_id", *_PATHS}  # what paths lead to is compared by its hash
 
 
 class Place(NamedTuple):

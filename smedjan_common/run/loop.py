@@ -157,8 +157,9 @@ class _Loop:
             return read_state(info, self.backend), info.step
         if info := self.config.pretrained:
             say(f"Starting from the weights of {info.path}.")
-            weights, tokenizer = read_weights(info, self.backend.own), self.config.tokenizer
-            if gained := self.config.gained:
+            gained, tokenizer = self.config.gained, self.config.tokenizer
+            weights = read_weights(info, self.backend.own, on_host=gained > 0)
+            if gained:
                 say(f"The tokenizer has {gained} tokens more; their rows begin as the mean of the others.")
                 weights = with_new_rows(weights, self.model, tokenizer.vocab_size - gained, tokenizer.vocab_size)
             return self.backend.init(weights), 0

@@ -6,6 +6,8 @@ KEY is a hash of the weights of the reference, the token file and its tokenizer,
 from the forward pass of training itself, rows packed as a step packs them, so that a policy that begins as the reference begins with a
 loss of ln 2. They are data from then on: checkpoints and config.json say which file a run has, and a run that goes on reads it and never
 computes it from weights that have moved. A pass that was stopped goes on at its next batch.
+
+Of several hosts all compute, each its rows of every batch; host 0 keeps what comes out, the others read it, and all have the same hash.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from smedjan_common.reporting.console import count, say
 from smedjan_common.reporting.progress import progress_bar
 from smedjan_common.run.decided import Decided
 from smedjan_common.run.folder import NO_SCORES, REFERENCE, ReferenceScores
+from smedjan_common.run.hosts import ALONE, Hosts
 from smedjan_common.run.recorded import NO_REFERENCE
 from smedjan_common.run.start import GoOn
 from smedjan_common.tokenizer import Tokenizer
@@ -50,18 +53,20 @@ MakeBackend = Callable[[ModelConfig, TrainConfig, MeshShape | None], Backend]
 Record = dict[str, Any]  # {"path", "weights": a hash, "files": {hash of a token file: {"name", "sha256"}}}; path None: no reference
 
 
-def reference_scores(decided: Decided, make_backend: MakeBackend | None) -> ReferenceScores:
-    """Those of a run, read or computed. make_backend: None where a run has several hosts, of which each reads them. Raises CheckpointError
-    where the reference is another than the run has had, or is gone."""
+def reference_scores(decided: Decided, make_backend: MakeBackend, hosts: Hosts = ALONE) -> ReferenceScores:
+    """Those of a run, read or computed. Raises CheckpointError where the reference is another than the run has had, or is gone,
+    ConfigError where hosts have others."""
     if not OBJECTIVES[decided.train.objective].needs_reference:
         return NO_SCORES
     assert decided.data
     assert isinstance(decided.data.train, TokenFile)
     record = _record(decided)
+    hosts.check_same({"the weights of the reference": record["weights"]})
     if record["path"] is None:
         return ReferenceScores(record=record)
     files = [decided.data.train, *([decided.data.val] if decided.data.val else [])]
-    found = [_of_file(decided, record, file, make_backend) for file in files]
+    found = [_of_file(decided, record, file, make_backend, hosts) for file in files]
+    hosts.check_same({"the log-probabilities of the reference": [record["files"][file.hash]["sha256"] for file in files]})
     return ReferenceScores(found[0], found[1] if decided.data.val else None, record)
 
 
@@ -107,19 +112,23 @@ def _hash(info: CheckpointInfo) -> str:
     return hashlib.sha256(f"{weights_hash(info)} {info.adapter.base.sha256}".encode()).hexdigest()
 
 
-def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend | None) -> np.ndarray:
+def _of_file(decided: Decided, record: Record, file: TokenFile, make_backend: MakeBackend, hosts: Hosts) -> np.ndarray:
     """The scores of a token file; where they had to be computed, `record` is told."""
     folder = decided.folder / DATA
-    if known := record["files"].get(file.hash):
-        if (scores := _kept(decided, known, file)) is not None:
-            return scores
-        say(f"note: {folder / known['name']} is gone or was changed; the reference gives its log-probabilities again.")
+    known = record["files"].get(file.hash)
     place = folder / f"reference-{_key(decided, record, file)}.npy"
-    if known or (scores := _read(place, file)) is None:
-        if make_backend is None:
-            what = "The log-probabilities that the reference gives to the answers are not there."
-            raise CheckpointError(what, "They are computed by one host.", "Begin the run there, by smedjan dpo, for a step: --steps 1.")
-        scores = _compute(decided, record, file, place, make_backend)
+    scores = hosts.in_turn(lambda: _kept(decided, known, file) if known else _read(place, file), folder)
+    if not hosts.tell("reference", scores is not None):
+        if known:
+            say(f"note: {folder / known['name']} is gone or was changed; the reference gives its log-probabilities again.")
+        scores = _compute(decided, record, file, place, make_backend, hosts)
+    elif scores is None:
+        what = f"Host {hosts.index} does not find in {folder} what host 0 does: the log-probabilities of the reference."
+        raise CheckpointError(
+            what, "It sees another folder, or an older state of it.", "Give all hosts one --checkpoint-dir that they share."
+        )
+    elif known:
+        return scores
     record["files"][file.hash] = {"name": place.name, "sha256": file_hash(place)}
     return scores
 
@@ -156,14 +165,14 @@ def _read(place: Path, file: TokenFile) -> np.ndarray | None:
     return scores if whole else None
 
 
-def _compute(decided: Decided, record: Record, file: TokenFile, place: Path, make_backend: MakeBackend) -> np.ndarray:
+def _compute(decided: Decided, record: Record, file: TokenFile, place: Path, make_backend: MakeBackend, hosts: Hosts) -> np.ndarray:
     """The scores by the forward pass of training, written to `place`."""
     losses = _losses(decided, record, make_backend)
     cut, train = PackedPairs(file, decided.train.seq_len), decided.train
     size, begun = train.batch_size // train.grad_accum, np.arange(cut.num_windows)
-    with _going_on(place, 2 * cut.num_pairs) as scores, progress_bar("steps") as show:
+    with _going_on(place, 2 * cut.num_pairs, hosts) as scores, _bar(hosts) as show:
         done = np.array([bool(np.isfinite(scores[numbers[numbers >= 0]]).all()) for numbers in cut.numbers(begun)])
-        missing = begun[~done]
+        missing = begun[~_as_on_first(done, hosts)]
         said = f", {done.sum()} of {len(done)} rows done before" if done.any() else ""
         say(f"The reference, {record['path']}, gives log-probabilities to {count(2 * cut.num_pairs)} answers{said}.")
         for first in range(0, len(missing), size):
@@ -174,6 +183,14 @@ def _compute(decided: Decided, record: Record, file: TokenFile, place: Path, mak
             scores[numbers[numbers >= 0]] = sums[numbers >= 0]
             show("reference", min(first + size, len(missing)), len(missing))
         whole = np.array(scores)
+    kept = hosts.in_turn(lambda: _keep(whole, record, place) if hosts.first else _read(place, file), place.parent)
+    if kept is None:
+        raise CheckpointError(f"{place} cannot be read.", "Host 0 has just written it.", "Look at the file system that the hosts share.")
+    return kept
+
+
+def _keep(whole: np.ndarray, record: Record, place: Path) -> np.ndarray:
+    """The scores, whole, written to `place`; what was kept of a pass that is not complete is removed."""
     if not np.isfinite(whole).all():
         what = f"The reference, {record['path']}, gives an answer a log-probability that is no number."
         raise CheckpointError(what, "Its weights are not finite, or its computation overflows.", "Take another, or --dtype float32.")
@@ -183,9 +200,23 @@ def _compute(decided: Decided, record: Record, file: TokenFile, place: Path, mak
     return whole
 
 
+def _bar(hosts: Hosts) -> contextlib.AbstractContextManager[Callable[[str, int, int], None]]:
+    """What shows how far a pass is: nothing on hosts that do not speak."""
+    return progress_bar("steps") if hosts.first else contextlib.nullcontext(lambda stage, done, total: None)
+
+
+def _as_on_first(done: np.ndarray, hosts: Hosts) -> np.ndarray:
+    """The bools of host 0, in few words."""
+    told = bytes.fromhex(hosts.tell("rows of the reference", np.packbits(done).tobytes().hex()))
+    return np.unpackbits(np.frombuffer(told, np.uint8), count=len(done)).astype(bool)
+
+
 @contextlib.contextmanager
-def _going_on(place: Path, documents: int) -> Iterator[np.ndarray]:
-    """float32 [documents] beside `place` that outlives the process; NaN: not known yet."""
+def _going_on(place: Path, documents: int, hosts: Hosts) -> Iterator[np.ndarray]:
+    """float32 [documents] beside `place` that outlives the process; NaN: not known yet. Host 0 alone keeps them."""
+    if not hosts.first:
+        yield np.full(documents, np.nan, np.float32)
+        return
     part = _part(place)
     if not part.is_file() or part.stat().st_size != 4 * documents:
         with atomic_file(part) as file:
@@ -219,7 +250,7 @@ def _losses(decided: Decided, record: Record, make_backend: MakeBackend) -> Call
     if model.rope_scaling != "none":
         model = dataclasses.replace(model, rope_original_len=original_length(info.model))
     backend = make_backend(model, decided.train.of_whole_model(), decided.mesh)
-    params = read_weights(info, backend.own)
+    params = read_weights(info, backend.own, on_host=seen < tokenizer.vocab_size)
     if seen < tokenizer.vocab_size:
         params = with_new_rows(params, model, seen, tokenizer.vocab_size)
     placed = backend.place(params)

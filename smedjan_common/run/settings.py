@@ -18,10 +18,10 @@ from smedjan_common.run.option_flags import shape_options
 from smedjan_common.run.resume import difference
 from smedjan_common.training.adaptation import RATES as ADAPTED
 from smedjan_common.training.config import TrainConfig, default_lr
+from smedjan_common.training.distillation import ALPHA
 from smedjan_common.training.optimizers import OPTIMIZERS
 from smedjan_common.training.preferences import PREFERENCES
 
-_ALPHA = 0.5  # the share of a teacher
 _RATES = {"sft": 0.2, "dpo": 0.005}  # of the learning rate of pre-training, by command
 _SHAPE_FREE = tuple(name for name, option in options(ModelConfig).items() if option.shape_free)
 
@@ -96,7 +96,7 @@ def train_config(asked: Asked, base: TrainConfig | None, objective: str, dim: in
         values["steps"] = max(1, epoch)
     has_teacher = asked.teacher is not None if base is None else base.distill_alpha > 0
     if not has_teacher or values.get("distill_alpha") is None:
-        values["distill_alpha"] = _ALPHA if has_teacher else 0.0
+        values["distill_alpha"] = ALPHA if has_teacher else 0.0
     optimizer = OPTIMIZERS.get(values["optimizer"], OPTIMIZERS["adamw"])  # an unknown one is refused below
     if values["lr"] is None:
         part = ADAPTED[asked.command] if values["lora_rank"] else _RATES.get(asked.command, 1.0)

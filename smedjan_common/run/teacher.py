@@ -5,22 +5,25 @@ there, or from where --teacher-checkpoint says that it is now.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from smedjan_common.backend import OwnFormat
-from smedjan_common.checkpoint import CheckpointInfo, newest, read_weights, weights_hash
+from smedjan_common.checkpoint import CheckpointInfo, check_readable, newest, read_weights, weights_hash
 from smedjan_common.checkpoint.new_rows import with_new_rows
 from smedjan_common.checkpoint.pulled import checkpoint_here
-from smedjan_common.errors import CheckpointError
+from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.files.names import TOKENIZER
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import head_name
 from smedjan_common.run.asked import Asked
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.tokenizer.growing import extends
+from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.mesh import MeshShape, check_mesh
 
 TEACHER = "teacher"  # in a checkpoint's "extra": {"path", "weights": a hash}
 
@@ -41,7 +44,7 @@ class Teacher(NamedTuple):
     def weights(self, own: OwnFormat | None) -> dict[str, Any]:
         """Its parameters, with the rows of `model`: tokens of the run that it does not know are the mean of the others, as in a model that
         is given new tokens (checkpoint/new_rows.py). Raises CheckpointError."""
-        params, rows = dict(read_weights(self.info, own)), self.model.padded_vocab_size
+        params, rows = dict(read_weights(self.info, own, on_host=True)), self.model.padded_vocab_size
         for name in {"embed.weight", head_name(self.model)}:
             params[name] = np.asarray(params[name])[:rows]
         if self.seen < self.model.vocab_size or len(params["embed.weight"]) < rows:
@@ -60,8 +63,32 @@ def teacher_of(asked: Asked, begun: CheckpointInfo | None, model: ModelConfig, t
 
     Raises CheckpointError for one of other tokens, and for another one than the run has had, or none, where it was.
     """
-    if (info := teacher_info(asked, begun)) is None:
-        return None
+    info = teacher_info(asked, begun)
+    return _of(info, model, tokenizer) if info else None
+
+
+def teacher_at(path: str | os.PathLike, model: ModelConfig, tokenizer: Tokenizer | None) -> Teacher:
+    """The newest weights under `path` as the teacher of a model. Raises CheckpointError where there are none, or of other tokens."""
+    return _of(newest(checkpoint_here(path)), model, tokenizer)
+
+
+def check_teacher(teacher: Teacher, train: TrainConfig, backend: str, mesh: MeshShape | None = None) -> None:
+    """Raises ConfigError, CheckpointError for a teacher from which nothing would be learned, or that cannot read what the run reads."""
+    if train.distill_alpha == 0:
+        raise ConfigError("--distill-alpha is 0.", "Nothing would be learned from the teacher.", "Take 0.5, or no --teacher-checkpoint.")
+    check_readable(teacher.info, backend)
+    if train.seq_len > (length := teacher.model.context_length):
+        what = f"The teacher {teacher.info.path} has a context of {length} tokens, and sequences have {train.seq_len}."
+        raise ConfigError(what, "What it says past its context is of no use.", f"Take --seq-len {length}, or another teacher.")
+    try:
+        train.check_model(teacher.model)
+        if mesh:
+            check_mesh(mesh, teacher.model, train.batch_size, train.grad_accum)
+    except ConfigError as error:
+        raise ConfigError(f"The teacher: {error.what}", error.why, error.fix) from None
+
+
+def _of(info: CheckpointInfo, model: ModelConfig, tokenizer: Tokenizer | None) -> Teacher:
     own = own_tokenizer(info)
     if tokenizer:
         _check_tokenizer(info, own, tokenizer)

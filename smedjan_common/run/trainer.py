@@ -4,7 +4,8 @@
     for batch in batches:                      # int [B, T + 1]
         print(trainer.step(batch)["loss"])
 
-The step is the one of `smedjan train`; schedules, data and checkpoints are the caller's. It belongs to the thread that made it.
+The step is the one of `smedjan train`, with `teacher=PATH` of a run that learns from a teacher too; schedules, data and checkpoints are the
+caller's. It belongs to the thread that made it.
 """
 
 import os
@@ -21,19 +22,21 @@ from smedjan_common.inference.keywords import check_keywords
 from smedjan_common.inference.open import Foreign, open_model
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import initial_params
+from smedjan_common.run.teacher import check_teacher, teacher_at
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import TrainConfig
+from smedjan_common.training.distillation import ALPHA
 
 # imports a framework: -> (what makes a backend, the dtype that auto means here)
 Load = Callable[[], tuple[Callable[[ModelConfig, TrainConfig], Backend], str]]
 # fields of TrainConfig that are not options here
-OWN = ("steps", "batch_size", "seq_len", "lr", "objective", "distill_temperature", "distill_alpha")
+OWN = ("steps", "batch_size", "seq_len", "lr", "objective")
 OWN += ("beta", "gamma", "label_smoothing", "nll_weight")  # of pairs
 OWN += ("lora_rows_from", "lora_rows")  # of a tokenizer that has gained tokens
 
 
 class Trainer:
-    """`config`, `tokenizer`, `train`: what is trained and how. `steps_done`: optimizer steps so far."""
+    """`config`, `tokenizer`, `train`: what is trained and how. `teacher`: whom it learns from. `steps_done`: optimizer steps so far."""
 
     def __init__(
         self,
@@ -42,14 +45,16 @@ class Trainer:
         tokenizer: Tokenizer | None,
         lr: float,
         seed: int,
+        teacher: str | os.PathLike | None = None,
         **options: Any,
     ):
-        """model: a configuration, whose weights are drawn with `seed`, or the path of a model to start from. options: of TrainConfig.
+        """model: a configuration, whose weights are drawn with `seed`, or the path of a model to start from. teacher: a run or a checkpoint
+        to learn from besides, of the same tokenizer; distill_alpha (0.5) is its share of the loss. options: of TrainConfig.
 
         Raises TypeError for an unknown option, ConfigError, CheckpointError.
         """
         known = [field for field in TrainConfig.__dataclass_fields__ if field not in OWN]
-        check_keywords("trainer", options, known=["model", "tokenizer", "lr", "seed", *known])
+        check_keywords("trainer", options, known=["model", "tokenizer", "lr", "seed", "teacher", *known])
         info = None
         if not isinstance(model, ModelConfig):
             info, own = open_model(model)
@@ -57,11 +62,16 @@ class Trainer:
         make_backend, auto = load()
         if options.get("dtype") == "auto":
             options["dtype"] = auto
+        self._check_alpha(teacher, options)
         self.train = TrainConfig(steps=1, batch_size=options.get("grad_accum", 1), seq_len=1, lr=lr, **options)
         self.train.validate()
         self.train.check_model(model)
         self.config, self.tokenizer, self.steps_done = model, tokenizer, 0
         self._backend = make_backend(model, self.train)
+        self.teacher = teacher_at(teacher, model, tokenizer) if teacher else None
+        if self.teacher:
+            check_teacher(self.teacher, self.train, self._backend.name)
+            self._backend.learn_from(self.teacher.model, self.teacher.weights(self._backend.own), self.teacher.known)
         self._state = self._backend.init(self._weights(info, seed))
 
     def __repr__(self) -> str:
@@ -70,8 +80,12 @@ class Trainer:
 
     def step(self, inputs: Any, targets: Any = None, lr: float | None = None) -> dict[str, Any]:
         """One optimizer step; waits for it. inputs, targets: int [B, T], a target of -1 does not count; without targets inputs are
-        [B, T + 1] and each token's target is the next one. lr: of this step. Gives loss (nats per token), grad_norm, tokens."""
+        [B, T + 1] and each token's target is the next one. lr: of this step. Gives loss (nats per token), grad_norm, tokens; with a teacher
+        kl and ce, of which the loss is made."""
         batch = self._batch(inputs, targets)
+        if self.teacher and batch[0].shape[1] > (most := self.teacher.model.context_length):
+            why = f"The teacher {self.teacher.info.path} has a context of {most}."
+            raise ConfigError(f"The batch has sequences of {batch[0].shape[1]} tokens.", why, f"Take {most} at the most.")
         self._state, metrics = self._backend.train_step(self._state, *batch, self.train.lr if lr is None else lr)
         self.steps_done += 1
         return self._backend.read(metrics)
@@ -92,6 +106,14 @@ class Trainer:
         device, saved = self._backend.describe(), self.tokenizer and SavedTokenizer.of(self.tokenizer)
         about = About(model=self.config, tokenizer=saved, framework={"name": device.backend, **device.versions})
         return write_final(Path(folder), snapshot, about)
+
+    @staticmethod
+    def _check_alpha(teacher: str | os.PathLike | None, options: dict[str, Any]) -> None:
+        """The share of the teacher, where nothing is said of it. Raises ConfigError for options that nothing would read."""
+        if teacher is not None:
+            options.setdefault("distill_alpha", ALPHA)
+        elif given := [name for name in ("distill_alpha", "distill_temperature") if name in options]:
+            raise ConfigError(f"{given[0]} would do nothing.", "It is read with a teacher only.", "Leave it out, or add teacher=PATH.")
 
     def _weights(self, info: Any, seed: int) -> dict[str, Any]:
         if info is None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from smedjan_common.model.options import option
 
+ALPHA = 0.5  # where there is a teacher, and nothing is said of its share
 METRICS = ("kl", "ce")  # what a step tells beside its loss
 
 

@@ -199,6 +199,23 @@ def test_wrong_flags_are_refused_before_the_text_is_tokenised(text, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--dataset", "--val-dataset"])
+def test_a_text_that_is_refused_while_it_is_tokenised_leaves_no_folder(text, tmp_path, capsys, flag):
+    assert train_here(*arguments(text, tmp_path / "first", 2)) == 0
+    (made,) = (tmp_path / "first" / "data").iterdir()
+    (tmp_path / "bad.txt").write_bytes(b"the cat \xff sat")
+    given = (
+        {"--dataset": tmp_path / "bad.txt"}
+        if flag == "--dataset"
+        else {"--dataset": made / "train.bin", "--val-dataset": tmp_path / "bad.txt"}
+    )
+    words = [str(word) for pair in given.items() for word in pair] + ["--tokenizer", str(made / "tokenizer.json"), "--val-fraction", "0"]
+    capsys.readouterr()
+    assert train_here(*words, "--checkpoint-dir", tmp_path / "run", "--size", "tiny", "--seq-len", "16", "--steps", "2") == 2
+    assert "bad.txt" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_a_second_process_in_the_run_folder_is_refused_and_the_first_loses_nothing(text, tmp_path, capsys):
     words = arguments(text, tmp_path / "run", 40, "--log-every", 2, "--checkpoint-every", 5)
     process = start(MODULE, *words, fake="seconds=0.1")

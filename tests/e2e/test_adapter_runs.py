@@ -136,7 +136,8 @@ def test_both_may_move_together_and_a_missing_or_another_base_is_told(folder, aw
     )
     shutil.rmtree(away / "base")
     assert info.main([str(final)]) == 0
-    capsys.readouterr()
+    assert run("jax", f"--checkpoint-dir {away / 'whole'}") == 0
+    assert "Done already" in capsys.readouterr().out
     assert merge.main([str(final), str(final), "--output", str(away / "out")]) == 2
     assert f"The base of {final} is missing." in capsys.readouterr().err
     shutil.copytree(final, away / "base" / "final")

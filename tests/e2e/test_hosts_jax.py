@@ -7,13 +7,9 @@ import time
 import pytest
 
 import smedjan_jax.train
-from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.model.mixers import MIXERS
-from smedjan_common.reporting.metrics import read_rows
 from smedjan_common.run.hosts import GRACE_SECONDS
-from tests.conformance.compare import Difference, demand, tensors
-from tests.conformance.gates import FLOAT32
-from tests.fakes.hosts import begin
+from tests.fakes.hosts import begin, demand_the_same, demand_the_same_state
 from tests.fakes.runs import arguments, saved_steps, write_text
 
 pytestmark = [
@@ -33,24 +29,6 @@ def text(tmp_path_factory):
 def alone(text, folder, steps, *more):
     """The same run by one process, this one."""
     assert smedjan_jax.train.main([str(word) for word in arguments(text, folder, steps, *STEADY, *more)]) == 0
-
-
-def demand_the_same(got, want):
-    """Losses, norms and validation of every step of two run folders, under the gates of 20-step runs."""
-    found, sides = [], [read_rows(folder) for folder in (got, want)]
-    gates = {"loss": FLOAT32.steps_loss, "grad_norm": FLOAT32.steps_params, "val_loss": FLOAT32.steps_loss}
-    for name, gate in gates.items():
-        ours, theirs = ({row["step"]: row[name] for row in rows if row.get(name)} for rows in sides)
-        assert list(ours) == list(theirs) or (name == "val_loss" and ours.keys() > theirs.keys())  # each run validates at its end
-        found += [Difference(f"{name} {step}", abs(ours[step] / theirs[step] - 1), gate) for step in theirs]
-    demand(found)
-
-
-def demand_the_same_state(got, want):
-    """Parameters and optimizers of the newest checkpoints of two run folders."""
-    ours, theirs = (read_checkpoint(folder).snapshot for folder in (got, want))
-    gate = FLOAT32.steps_params
-    demand(tensors(ours.params, theirs.params, gate) + tensors(ours.optimizer, theirs.optimizer, gate))
 
 
 def test_two_hosts_train_what_one_does_are_stopped_together_and_go_on_as_one(text, tmp_path):

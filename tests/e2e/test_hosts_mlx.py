@@ -11,9 +11,7 @@ import pytest
 
 from smedjan_common.errors import ConfigError
 from smedjan_common.run.hosts import GRACE_SECONDS, Place
-from tests.conformance.compare import Difference, demand, tensors
-from tests.conformance.gates import FLOAT32
-from tests.fakes.hosts import begin, free_port
+from tests.fakes.hosts import begin, demand_the_same, demand_the_same_state, free_port
 from tests.fakes.runs import ROOT, arguments, saved_steps, write_text
 
 mx = pytest.importorskip("mlx.core")
@@ -39,28 +37,6 @@ def alone(text, folder, steps, *more):
     assert train.main([str(word) for word in arguments(text, folder, steps, *STEADY, *more)]) == 0
 
 
-def demand_the_same(got, want):
-    """Figures of every step and the newest states of two run folders, under the gates of 20-step runs."""
-    from smedjan_common.checkpoint import read_checkpoint
-    from smedjan_common.reporting.metrics import read_rows
-
-    gates = {
-        "loss": FLOAT32.steps_loss,
-        "balance_loss": FLOAT32.steps_loss,
-        "val_loss": FLOAT32.steps_loss,
-        "grad_norm": FLOAT32.steps_params,
-    }
-    found, sides = [], [read_rows(folder) for folder in (got, want)]
-    for name, gate in gates.items():
-        ours, theirs = ({row["step"]: row[name] for row in rows if row.get(name)} for rows in sides)
-        assert list(ours) == list(theirs)
-        found += [Difference(f"{name} {step}", abs(ours[step] / theirs[step] - 1), gate) for step in theirs]
-    ours, theirs = (read_checkpoint(folder).snapshot for folder in (got, want))
-    for kind in ("params", "optimizer"):
-        found += tensors(getattr(ours, kind), getattr(theirs, kind), FLOAT32.steps_params)
-    demand(found)
-
-
 def test_two_hosts_of_mlx_launch_train_what_one_does(text, tmp_path):
     """Experts, whose balance is one of all hosts; parts of a step; documents; a moving average."""
     words = [str(word) for word in arguments(text, tmp_path / "run", 6, *STEADY, *EXPERTS)]
@@ -72,6 +48,7 @@ def test_two_hosts_of_mlx_launch_train_what_one_does(text, tmp_path):
     assert done.stdout.count("Done: 6 steps") == 1
     alone(text, tmp_path / "alone", 6, *EXPERTS)
     demand_the_same(tmp_path / "run", tmp_path / "alone")
+    demand_the_same_state(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_signal_on_one_stops_both_and_a_killed_one_ends_the_other(text, tmp_path):
@@ -98,6 +75,7 @@ def test_a_signal_on_one_stops_both_and_a_killed_one_ends_the_other(text, tmp_pa
     alone(text, run, last)
     alone(text, tmp_path / "alone", last)
     demand_the_same(run, tmp_path / "alone")
+    demand_the_same_state(run, tmp_path / "alone")
 
 
 @pytest.mark.parametrize(

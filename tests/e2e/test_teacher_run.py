@@ -4,10 +4,17 @@ stopped."""
 import importlib
 import shutil
 
+import numpy as np
 import pytest
 
 from smedjan_common.commands import train
+from smedjan_common.data.batches import batches
+from smedjan_common.data.token_file import TokenFile
+from smedjan_common.errors import ConfigError
+from smedjan_common.files.names import TRAIN_TOKENS
+from smedjan_common.inference.open import open_model
 from smedjan_common.reporting.metrics import read_rows, train_rows
+from tests.conformance.gates import FLOAT32
 from tests.fakes.runs import arrays, write_text
 
 TEACHER = "--size custom --dim 32 --layers 2 --heads 2 --ffn-mult 1 --vocab-size 300 --steps 60 --lr 1e-2"
@@ -69,3 +76,24 @@ def test_jax_learns_the_same(folder, student):
     other = taught(folder, "jax", "other")
     for name in ("kl", "ce", "grad_norm"):
         assert column(other, name)[:10] == pytest.approx(column(student, name)[:10], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "jax"])
+def test_a_trainer_learns_from_a_teacher_as_the_command_does(folder, student, backend):
+    pytest.importorskip({"jax": "jax", "mlx": "mlx.core"}[backend])
+    trainer_of = importlib.import_module(f"smedjan_{backend}").trainer
+    info, tokenizer = open_model(student)
+    (data,) = (student / "data").glob(f"*/{TRAIN_TOKENS}")
+    batch = batches(TokenFile.open(data), 32, 8, 0).batch(0)
+    trainer = trainer_of(info.model, tokenizer, teacher=folder / "teacher", grad_accum=2)
+    found, row = trainer.step(batch.inputs, batch.targets), train_rows(read_rows(student))[0]
+    for name, told in (("loss", "batch_loss"), ("kl", "kl"), ("ce", "ce"), ("grad_norm", "grad_norm")):
+        assert found[name] == pytest.approx(row[told], rel=FLOAT32.steps_loss if name != "grad_norm" else FLOAT32.steps_params), name
+    assert trainer.evaluate(batch.inputs, batch.targets)["loss"] < row["ce"]
+    if backend == "mlx":
+        with pytest.raises(ConfigError, match="The batch has sequences of 33 tokens"):
+            trainer.step(np.ones((2, 34), int))
+        with pytest.raises(ConfigError, match="--distill-alpha is 0"):
+            trainer_of(info.model, tokenizer, teacher=folder / "teacher", distill_alpha=0.0)
+        with pytest.raises(ConfigError, match="distill_temperature would do nothing"):
+            trainer_of(info.model, tokenizer, distill_temperature=2.0)

@@ -1,4 +1,4 @@
-"""Runs of several hosts for tests: real processes of this machine that meet over loopback."""
+"""Runs of several hosts for tests: real processes of this machine that meet over loopback, and whether they were as one process is."""
 
 import os
 import socket
@@ -6,7 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from smedjan_common.checkpoint import read_checkpoint
+from smedjan_common.reporting.metrics import read_rows
+from tests.conformance.compare import Difference, demand, tensors
+from tests.conformance.gates import FLOAT32
 from tests.fakes.runs import ROOT
 
 PATIENCE = 900.0  # seconds; a machine may be busy with others
@@ -60,3 +65,26 @@ def _slurm(count: int, index: int, port: int) -> dict[str, str]:
     """What Slurm tells a task of a job step with one task on each of its nodes, which are all this machine."""
     values = {"JOB_ID": 4711, "STEP_NODELIST": "localhost", "NTASKS": count, "STEP_NUM_NODES": count, "PROCID": index, "LOCALID": 0}
     return {f"SLURM_{name}": str(value) for name, value in values.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+
+
+LOSSES = ("loss", "balance_loss", "val_loss", "kl", "ce", "logps/chosen", "logps/rejected", "val_logps/chosen")
+MARGINS = ("rewards/margins", "val_rewards/margins")  # differences of logps, which begin at 0
+
+
+def demand_the_same(got: Path, want: Path) -> None:
+    """The figures of every step of two run folders, under the gates of 20-step runs."""
+    found, sides = [], [read_rows(folder) for folder in (got, want)]
+    for name, gate in {**dict.fromkeys((*LOSSES, *MARGINS), FLOAT32.steps_loss), "grad_norm": FLOAT32.steps_params}.items():
+        ours, theirs = ({row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in sides)
+        assert list(ours) == list(theirs) or (name.startswith("val_") and ours.keys() > theirs.keys())  # each run validates at its end
+        for step, value in theirs.items():
+            off = abs(ours[step] - value) / (max(1.0, abs(value)) if name in MARGINS else abs(value) or 1.0)
+            found.append(Difference(f"{name} {step}", off, gate))
+    demand(found)
+
+
+def demand_the_same_state(got: Path, want: Path) -> None:
+    """Parameters and optimizers of the newest checkpoints of two run folders."""
+    ours, theirs = (read_checkpoint(folder).snapshot for folder in (got, want))
+    gate = FLOAT32.steps_params
+    demand(tensors(ours.params, theirs.params, gate) + tensors(ours.optimizer, theirs.optimizer, gate))

@@ -1,5 +1,6 @@
 """Orbax in the JAX backend: every bit, while training goes on, onto another mesh; a failing disk is told at the next step."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -59,6 +60,22 @@ def test_what_is_written_is_the_state_of_that_step_though_training_goes_on(tmp_p
     restored, resumed = steps(backend, restored, 4, 9)
     assert resumed == on, "the run goes on bit for bit"
     demand_equal_bits(backend.save(restored).params, backend.save(state).params)
+
+
+def test_parameters_of_another_model_and_those_to_compute_with_are_numpy(tmp_path):
+    """A teacher's, the base of adapters: their shapes are not those of the run."""
+    backend = subjects.backend("jax", CASE.model, CASE.train)
+    path = save(tmp_path, backend, backend.init(CASE.start), 0)()
+    other = CASES["attention-swiglu-mha"]
+    adapted = dataclasses.replace(CASE.train, lora_rank=2)
+    for own, how in (
+        (subjects.backend("jax", other.model, other.train).own, {}),
+        (subjects.backend("jax", CASE.model, adapted).own, {}),
+        (backend.own, {"on_host": True}),
+    ):
+        found = own.read_params(path / ARRAYS, **how)
+        assert all(type(value) is np.ndarray for value in found.values())
+        demand_equal_bits(found, CASE.start)
 
 
 def test_another_model_or_a_damaged_array_is_a_checkpoint_error(tmp_path):

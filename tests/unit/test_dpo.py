@@ -16,6 +16,7 @@ from smedjan_common.data.token_file import TokenFile
 from smedjan_common.run import reference_scores
 from smedjan_common.run.falling import WINDOW, Falling
 from smedjan_common.run.flags import PairFlags, flag_names
+from smedjan_common.run.hosts import Hosts
 from smedjan_common.run.option_flags import objective_options
 from smedjan_common.tokenizer import Tokenizer
 from smedjan_common.training.config import default_lr
@@ -207,14 +208,30 @@ def test_a_reference_pass_that_was_stopped_goes_on_at_its_next_batch(base, taugh
     assert not part.exists()
 
 
-def test_several_hosts_read_what_one_has_computed(base, taught, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        reference_scores, "reference_scores", lambda decided, _, known=reference_scores.reference_scores: known(decided, None)
-    )
+class Blind(Hosts):
+    """Host 1 of two, which does not see what host 0 has found."""
+
+    def __init__(self):
+        super().__init__()
+        self.index, self.first, self.alone = 1, False, False
+
+    def in_turn(self, work, folder=None):
+        return work()
+
+    def tell(self, what, value=None):
+        return True
+
+    def check_same(self, known):
+        pass
+
+
+def test_a_host_that_does_not_see_what_is_kept_of_the_reference_is_told(base, tmp_path, monkeypatch, capsys):
+    known = reference_scores.reference_scores
+    monkeypatch.setattr(reference_scores, "reference_scores", lambda decided, make, hosts: known(decided, make, Blind()))
     assert dpo_here(*words_of(base, tmp_path / "new")) == 2
-    assert "They are computed by one host" in capsys.readouterr().err
-    shutil.copytree(taught, tmp_path / "better")
-    assert train_here("--checkpoint-dir", tmp_path / "better", "--steps", 7) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Host 1 does not find in" in told
+    assert "Give all hosts one --checkpoint-dir that they share." in told
 
 
 def test_another_reference_and_none(base, taught, tmp_path, capsys):

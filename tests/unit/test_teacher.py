@@ -111,6 +111,19 @@ def test_a_run_goes_on_with_its_teacher_wherever_that_is_now(folder, student, tm
     assert "--teacher-checkpoint PATH" in told
 
 
+def test_a_finished_run_whose_teacher_is_gone_says_that_it_is_done(folder, student, capsys):
+    (folder / "teacher").rename(folder / "away")
+    try:
+        for more in ((), ("--distill-alpha", 0.5)):
+            assert train_here("--checkpoint-dir", student, *more) == 0
+            assert "Done already" in capsys.readouterr().out
+        assert train_here("--checkpoint-dir", student, "--steps", 5) == 2
+        assert "The teacher of this run cannot be read" in capsys.readouterr().err
+        assert train_here("--checkpoint-dir", student, "--teacher-checkpoint", folder / "teacher") == 2
+    finally:
+        (folder / "away").rename(folder / "teacher")
+
+
 def test_another_teacher_than_the_one_that_it_began_with_is_refused(folder, student, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(student, run)
