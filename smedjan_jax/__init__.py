@@ -12,12 +12,18 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: "str | os.PathLike", dtype: str | None = None, *, draft: "str | os.PathLike | None" = None, draft_tokens: int | None = None
+    path: "str | os.PathLike",
+    dtype: str | None = None,
+    *,
+    draft: "str | os.PathLike | None" = None,
+    draft_tokens: int | None = None,
+    ema: bool = False,
 ) -> "LanguageModel":
     """A trained model to use: a run folder, a checkpoint in it, or a Hugging Face directory. docs/python.md has examples.
 
     dtype: "float32" (None too), "bfloat16", or "auto": what is fastest on the device. draft: a smaller model of the same tokenizer, which
-    guesses `draft_tokens` tokens ahead (None: 4); texts stay what they are. Raises SmedjanError, in three sentences, for what is no model,
+    guesses `draft_tokens` tokens ahead (None: 4); texts stay what they are. ema: the average of the weights that a step of a run with
+    --ema keeps. Raises SmedjanError, in three sentences, for what is no model,
     cannot be read by this backend, or does not fit into memory.
     """
     from smedjan_common.commands.backends import check_installed
@@ -25,7 +31,7 @@ def load(
     from smedjan_jax.generate import load as framework
 
     check_installed("jax")
-    return LanguageModel(path, "jax", framework, dtype or "float32", draft, draft_tokens)
+    return LanguageModel(path, "jax", framework, dtype or "float32", draft, draft_tokens, ema)
 
 
 def fit(**flags: Any) -> "LanguageModel":

@@ -11,7 +11,17 @@ docs/checkpoints.md describes the format. No framework but NumPy is imported her
 from smedjan_common.checkpoint.about import About, SavedTokenizer
 from smedjan_common.checkpoint.adapter import ADAPTER, AdapterRecord, BaseWeights
 from smedjan_common.checkpoint.background import Background
-from smedjan_common.checkpoint.base import find_base, lazy_weights, weights_hash, with_bases
+from smedjan_common.checkpoint.base import (
+    AVERAGED,
+    find_base,
+    keeps_averages,
+    lazy_weights,
+    no_averages,
+    read_averages,
+    verify_weights,
+    weights_hash,
+    with_bases,
+)
 from smedjan_common.checkpoint.directory import Found, find_checkpoints, latest_checkpoint, prune_checkpoints
 from smedjan_common.checkpoint.load import KINDS, Checkpoint, step_name, verify_checkpoint
 from smedjan_common.checkpoint.manifest import FORMAT, FORMAT_VERSION, ORBAX, CheckpointInfo
@@ -22,6 +32,7 @@ from smedjan_common.checkpoint.write import write_checkpoint, write_final
 
 __all__ = [
     "ADAPTER",
+    "AVERAGED",
     "FORMAT",
     "FORMAT_VERSION",
     "KINDS",
@@ -39,10 +50,13 @@ __all__ = [
     "check_readable",
     "find_base",
     "find_checkpoints",
+    "keeps_averages",
     "latest_checkpoint",
     "lazy_weights",
     "newest",
+    "no_averages",
     "prune_checkpoints",
+    "read_averages",
     "read_checkpoint",
     "read_info",
     "read_state",
@@ -50,6 +64,7 @@ __all__ = [
     "start_own",
     "step_name",
     "verify_checkpoint",
+    "verify_weights",
     "weights_hash",
     "with_bases",
     "write_checkpoint",

@@ -12,7 +12,7 @@ from smedjan_common.checkpoint.lazy import Lazy
 from smedjan_common.checkpoint.load import faults, foreign, load_info
 from smedjan_common.checkpoint.manifest import FORMAT, MANIFEST, OPTIMIZER, TOKENIZER, WEIGHTS, CheckpointInfo
 from smedjan_common.checkpoint.new_rows import grown_rows, with_new_rows
-from smedjan_common.checkpoint.tensors import stored
+from smedjan_common.checkpoint.tensors import check_tensors, stored
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import standing
 from smedjan_common.files.names import FINAL
@@ -20,6 +20,8 @@ from smedjan_common.model.adapters import LORA_A, LORA_B, Adapters, adapted_maps
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.params import parameter_table
 from smedjan_common.training.optimizers import EMA
+
+AVERAGED = "averaged"  # in final/'s "extra": the decay of the moving average that its weights are
 
 
 def weights_hash(info: CheckpointInfo) -> str:
@@ -91,6 +93,43 @@ def lazy_weights(info: CheckpointInfo, averaged: bool = False) -> dict[str, Lazy
             kept, mark = stored(info.path / OPTIMIZER, info.files[OPTIMIZER], info.slots), f"{EMA}."
             found |= {name.removeprefix(mark): lazy for name, lazy in kept.items() if name.startswith(mark)}
     return _lazily_merged(info.model, info.adapter.adapters, lazy_weights(find_base(info)), found) if info.adapter else found
+
+
+def keeps_averages(info: CheckpointInfo) -> bool:
+    """Whether a step checkpoint keeps averages of its weights (--ema) beside them; False where its weights are the averages, as in final/.
+
+    Raises CheckpointError where there are none, or where only a backend can read them.
+    """
+    if (info.extra or {}).get(AVERAGED):
+        return False
+    if not info.optimizer or not info.train or not info.train.ema:
+        raise no_averages(info.path)
+    if info.format != FORMAT:
+        raise foreign(info)
+    return True
+
+
+def no_averages(path: Path) -> CheckpointError:
+    """The refusal of weights beside which there are no averages."""
+    why = "They are in the step checkpoints of a run that was trained with --ema."
+    fix = "Give such a run or checkpoint, or leave --ema out; final/ of such a run is its average."
+    return CheckpointError(f"{path} keeps no averages of its weights.", why, fix)
+
+
+def verify_weights(info: CheckpointInfo, averaged: bool = False) -> None:
+    """Compare every byte of the weights with their hash, of adapters those of their base too. averaged: and of the averages. Raises
+    CheckpointError."""
+    for each in with_bases(info):
+        with faults(each.path):
+            for name in (WEIGHTS, OPTIMIZER) if averaged and each is info else (WEIGHTS,):
+                check_tensors(each.path / name, each.files[name], each.tensors[name])
+
+
+def read_averages(info: CheckpointInfo) -> dict[str, np.ndarray]:
+    """The parameters of the model, those of which a step checkpoint keeps averages as these; hashes are compared first. Raises
+    CheckpointError."""
+    verify_weights(info, averaged=True)
+    return {name: lazy.read() for name, lazy in lazy_weights(info, averaged=True).items()}
 
 
 def _lazily_merged(model: ModelConfig, adapters: Adapters, base: dict[str, Lazy], small: dict[str, Lazy]) -> dict[str, Lazy]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from smedjan_common import streams
 from smedjan_common.command_line import NAMELESS, parse
@@ -63,6 +63,8 @@ class ChatFlags:
     """A smaller model of the same tokenizer that guesses tokens ahead: answers are the same, and where it guesses well they come faster."""
     draft_tokens: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: 4)")] = None
     """How many tokens the draft guesses at a time, 1 to 16."""
+    ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Take the moving average of the weights that a step of `smedjan train --ema` keeps; final/ of such a run is the average."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -92,7 +94,7 @@ def _chat(name: str, load: "Load", flags: ChatFlags) -> int:
 
     check_backend(name, flags.backend)
     sampling = _sampling(flags)
-    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens)
+    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens, flags.ema)
     template = named_template(flags.template, opened.info.path, opened.tokenizer)
     talk = _talk(flags, opened, template)
     if flags.load is not None:

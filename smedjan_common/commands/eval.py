@@ -62,6 +62,8 @@ class EvalFlags:
     """Write what the model made of each question to a JSONL file."""
     batch_tokens: Annotated[int, arg(help_behavior_hint="(default: by the device)")] = 0
     """Tokens that are computed at once."""
+    ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the moving average of the weights that a step of `smedjan train --ema` keeps; final/ of such a run is the average."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -94,7 +96,7 @@ def _eval(name: str, load: "Load", flags: EvalFlags) -> int:
     from smedjan_common.inference.opened import OpenModel
 
     check_backend(name, flags.backend)
-    opened = OpenModel(flags.checkpoint)
+    opened = OpenModel(flags.checkpoint, ema=flags.ema)
     context, stride = _windows(flags, opened.model.context_length)
     names = flags.dataset or (() if flags.tasks or flags.lm_eval else _validation(opened.info.path))
     texts = find_texts(names, opened.tokenizer, flags.field)
@@ -115,6 +117,7 @@ def _about(opened: "OpenModel", context: int, stride: int) -> dict[str, Any]:
         "model": opened.name,
         "checkpoint": str(opened.info.path),
         "step": getattr(opened.info, "step", None),
+        "averaged": opened.averaged,
         "tokenizer_hash": opened.tokenizer.hash,
         "backend": device.backend,
         "device": device.name,
@@ -193,6 +196,7 @@ def _report(flags: EvalFlags, found: dict[str, Any]) -> None:
         print(whole)
         return
     where = f"{found['backend']}, {found['dtype']}, on {found['device']}"
+    where += ", the average of its weights" if found["averaged"] else ""
     print(f"{found['checkpoint']} ({where}; context {found['context']}, stride {found['stride']})")
     for row in found["texts"]:
         print(text_lines(row))

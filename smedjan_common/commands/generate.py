@@ -78,6 +78,8 @@ class GenerateFlags:
     """A smaller model of the same tokenizer that guesses tokens ahead: the text is the same, and where it guesses well it comes faster."""
     draft_tokens: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: 4)")] = None
     """How many tokens the draft guesses at a time, 1 to 16."""
+    ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Take the moving average of the weights that a step of `smedjan train --ema` keeps; final/ of such a run is the average."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "float32"
     """Precision of the computation."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -120,7 +122,7 @@ def _generate(name: str, load: "Load", flags: GenerateFlags) -> int:
         raise ConfigError(
             f"--num-samples is {flags.num_samples:,}.", why, f"Take {MOST_TEXTS:,} texts at most, and another --seed for more."
         )
-    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens)
+    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens, flags.ema)
     length = opened.model.context_length
     ids = [_prompt_ids(prompt, opened.tokenizer, length) for prompt in prompts]
     opened.use(name, load, flags.dtype)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from smedjan_common import __version__, streams
 from smedjan_common.command_line import NAMELESS, parse
@@ -65,6 +65,8 @@ class ServeFlags:
     """A smaller model of the same tokenizer that guesses tokens ahead: texts are the same, and where it guesses well they come faster."""
     draft_tokens: Annotated[MaybeInt, arg(metavar="INT", help_behavior_hint="(default: 4)")] = None
     """How many tokens the draft guesses at a time, 1 to 16."""
+    ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Take the moving average of the weights that a step of `smedjan train --ema` keeps; final/ of such a run is the average."""
     dtype: Annotated[str, arg(metavar="auto|float32|bfloat16")] = "auto"
     """Precision of the computation. auto: bfloat16 where the device has it, else float32."""
     backend: Annotated[str, arg(metavar="auto|jax|mlx")] = "auto"
@@ -95,7 +97,7 @@ def _serve(name: str, load: "Load", flags: ServeFlags) -> int:
     from smedjan_common.serving.start import Settings, start
 
     check_backend(name, flags.backend)
-    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens)
+    opened = OpenModel(flags.checkpoint, flags.draft, flags.draft_tokens, flags.ema)
     served = _served(opened, flags)
     key = _key(flags)
     loopback = is_loopback(flags.host)

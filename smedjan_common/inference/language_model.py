@@ -47,9 +47,10 @@ class LanguageModel:
         dtype: str = "float32",
         draft: str | os.PathLike | None = None,
         draft_tokens: int | None = None,
+        ema: bool = False,
     ):
         """name, load: of the backend. Raises what OpenModel and its `use` raise."""
-        self._opened = OpenModel(path, draft, draft_tokens)
+        self._opened = OpenModel(path, draft, draft_tokens, ema)
         self._thread = OneThread("smedjan-model")
         self._engine: Engine | None = None
         self._call(self._opened.use, name, load, dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from smedjan_common.backend import Backend, Decoder
-from smedjan_common.checkpoint import CheckpointInfo, check_readable, read_weights
+from smedjan_common.checkpoint import AVERAGED, CheckpointInfo, check_readable, keeps_averages, no_averages, read_averages, read_weights
 from smedjan_common.errors import ConfigError, unknown
 from smedjan_common.inference.engine import Engine
 from smedjan_common.inference.memory import state_bytes
@@ -32,14 +32,16 @@ Load = Callable[[], tuple[Callable[..., Backend], str]]
 
 class OpenModel:
     """`info`, `tokenizer`: what is known before anything is computed. draft: the path of a smaller model that guesses tokens ahead, and
-    draft_tokens how many (None: 4), see smedjan_common.inference.speculation.
+    draft_tokens how many (None: 4), see smedjan_common.inference.speculation. ema: take the averages of the weights that a run with --ema
+    keeps: those beside the weights of a step checkpoint; final/ has them as its weights.
 
     Raises CheckpointError and what `open_model` raises, ConfigError for a draft that cannot be one.
     """
 
-    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None, draft_tokens: int | None = None):
+    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None, draft_tokens: int | None = None, ema: bool = False):
         self.path = str(path)
         self.info, self.tokenizer = open_model(path)
+        self._averages = ema and _averages(self.info)
         self.model = self.info.model
         self.draft, self.ahead = (None, 0) if draft is None else (OpenModel(draft), AHEAD if draft_tokens is None else draft_tokens)
         if draft_tokens is not None:
@@ -50,6 +52,14 @@ class OpenModel:
                 "Its tokens stand for other texts.",
                 "Take a smaller model that was trained with the same tokenizer: smedjan hash shows it.",
             )
+
+    @property
+    def averaged(self) -> float:
+        """The decay of the moving average that its weights are (--ema); 0 where they are those of a step."""
+        if isinstance(self.info, Foreign):
+            return 0.0
+        train = self.info.train
+        return train.ema if train and self._averages else float((self.info.extra or {}).get(AVERAGED) or 0.0)
 
     @property
     def name(self) -> str:
@@ -129,7 +139,9 @@ class OpenModel:
         return Speculator(decoder, self.ahead, own.vocab_size, draft.tokenizer.vocab_size, draft.tokenizer.eot_id, draft._draws)
 
     def _read(self) -> dict[str, Any]:
-        return self.info.read() if isinstance(self.info, Foreign) else read_weights(self.info, self.backend.own)
+        if isinstance(self.info, Foreign):
+            return self.info.read()
+        return read_averages(self.info) if self._averages else read_weights(self.info, self.backend.own)
 
     @functools.cached_property
     def scorer(self) -> Scorer:
@@ -146,6 +158,13 @@ class OpenModel:
                 best = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
                 found.append((float(scores.logprobs[at]), tuple(best)))
         return found
+
+
+def _averages(info: CheckpointInfo | Foreign) -> bool:
+    """Whether the averages of the weights stand beside them. Raises CheckpointError where there are none."""
+    if isinstance(info, Foreign):
+        raise no_averages(info.path)
+    return keeps_averages(info)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -12,15 +12,15 @@ from smedjan_common.checkpoint import (
     CheckpointInfo,
     SavedTokenizer,
     find_checkpoints,
+    keeps_averages,
     lazy_weights,
-    with_bases,
+    no_averages,
+    verify_weights,
     write_checkpoint,
 )
 from smedjan_common.checkpoint.lazy import Lazy
-from smedjan_common.checkpoint.load import faults
-from smedjan_common.checkpoint.tensors import check_tensors
 from smedjan_common.errors import CheckpointError, flag, notice
-from smedjan_common.files.names import MANIFEST, OPTIMIZER, WEIGHTS
+from smedjan_common.files.names import MANIFEST, WEIGHTS
 from smedjan_common.inference.open import Foreign, open_model
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.options import options
@@ -59,10 +59,8 @@ class Source:
 
     def verify(self) -> None:
         """Compare every byte of the weights with their hash, where there is one. Raises CheckpointError."""
-        for info in with_bases(self.info) if self.info else ():
-            with faults(info.path):
-                for name in (WEIGHTS, OPTIMIZER) if self.averaged and info is self.info else (WEIGHTS,):
-                    check_tensors(info.path / name, info.files[name], info.tensors[name])
+        if self.info:
+            verify_weights(self.info, averaged=self.averaged > 0)
 
 
 def open_source(path: str | Path) -> Source:
@@ -84,12 +82,10 @@ def open_averages(path: str | Path) -> Source:
     and as open_source."""
     found = find_checkpoints(path, on_skip=notice) if Path(path).is_dir() and not (Path(path) / MANIFEST).is_file() else []
     source = open_source(found[-1].path if found else path)
-    if not (info := source.info) or not info.optimizer or not info.train or not info.train.ema:
-        what, why = (
-            f"{source.path} keeps no averages of its weights.",
-            "They are in the step checkpoints of a run that was trained with --ema.",
-        )
-        raise CheckpointError(what, why, "Give such a run or checkpoint, or leave --ema out; final/ of such a run is its average.")
+    info = source.info
+    if not info or not keeps_averages(info):
+        raise no_averages(source.path)
+    assert info.train
     return dataclasses.replace(source, weights=lazy_weights(info, averaged=True), averaged=info.train.ema)
 
 

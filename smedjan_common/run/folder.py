@@ -18,6 +18,7 @@ import smedjan_common
 from smedjan_common.backend import Device, OwnFormat, Snapshot, State
 from smedjan_common.checkpoint import (
     ADAPTER,
+    AVERAGED,
     About,
     AdapterRecord,
     BaseWeights,
@@ -53,7 +54,6 @@ from smedjan_common.training.config import TrainConfig
 from smedjan_common.training.objectives import OBJECTIVES
 
 COMMANDS = {name: row.command for name, row in OBJECTIVES.items()}  # what a run learns -> the command that begins one
-AVERAGED = "averaged"  # in final/'s "extra": the decay of the moving average that its weights are
 ORIGIN = "pretrained"  # in a checkpoint's "extra": the weights that the run began with, and what those were made of
 EXTENDS = "extends"  # in a checkpoint's "extra": the hash of the tokenizer that the run's own was made of
 REFERENCE = "reference"  # in config.json and a checkpoint's "extra": what a run compares answers with

@@ -67,8 +67,12 @@ def _slurm(count: int, index: int, port: int) -> dict[str, str]:
     return {f"SLURM_{name}": str(value) for name, value in values.items()} | {"JAX_COORDINATOR_PORT": str(port)}
 
 
-LOSSES = ("loss", "balance_loss", "val_loss", "kl", "ce", "logps/chosen", "logps/rejected", "val_logps/chosen")
-MARGINS = ("rewards/margins", "val_rewards/margins")  # differences of logps, which begin at 0
+LOSSES = ("loss", "balance_loss", "val_loss", "ce", "logps/chosen", "logps/rejected", "val_logps/chosen")
+MARGINS = (
+    "rewards/margins",
+    "val_rewards/margins",
+    "kl",
+)  # differences of log-probabilities, which may be near 0 and are off by their size
 
 
 def demand_the_same(got: Path, want: Path) -> None:

@@ -1,11 +1,16 @@
 """`--ema`: a run keeps an average of its weights, validates it and writes it to final/, and goes on exactly."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from smedjan_common import cli
 from smedjan_common.checkpoint import read_checkpoint, read_info
+from smedjan_common.commands import eval, generate
 from smedjan_common.model.params import initial_params
+from tests.fakes.bigram import load
 from tests.fakes.runs import arguments, arrays, figures, train_here, write_text
 
 EMA = ("--ema", 0.9, "--eval-every", 2, "--checkpoint-every", 3)
@@ -58,6 +63,33 @@ def test_merge_writes_the_average_of_a_step_and_says_where_there_is_none(place, 
     assert read_info(tmp_path / "average").extra["merge"]["models"][0]["averaged"] == 0.9
     assert cli.main(["merge", str(place / "run/final"), "--ema", "--output", str(tmp_path / "no")]) == 2
     assert "keeps no averages of its weights" in capsys.readouterr().err
+
+
+def test_eval_and_generate_take_the_average_of_a_step_where_they_are_asked_to(place, tmp_path, capsys):
+    step, final, text = place / "run/step-00000006", place / "run/final", ["--dataset", str(place / "text.txt"), "--json"]
+
+    def loss(*words) -> tuple[float, float]:
+        assert eval.run("fake", load, [*map(str, words), *text]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["texts"][0]["loss"], found["averaged"]
+
+    assert loss(step, "--ema") == loss(final, "--ema") == loss(final) == loss(place / "run", "--ema")
+    assert (loss(step)[1], loss(step, "--ema")[1]) == (0, 0.9)
+    assert loss(step)[0] != loss(step, "--ema")[0]
+    for words in ([step, "--ema"], [final]):
+        assert generate.run("fake", load, [*map(str, words), "the cat", "--temperature", "0", "--max-tokens", "8"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert train_here(*arguments(place / "text.txt", tmp_path / "none", 2)) == 0
+    assert eval.run("fake", load, [str(tmp_path / "none"), "--ema", *text]) == 2
+    assert "keeps no averages of its weights" in capsys.readouterr().err
+    damaged = tmp_path / "damaged" / step.name
+    shutil.copytree(step, damaged)
+    values = bytearray((damaged / "optimizer.safetensors").read_bytes())
+    values[-1] ^= 1
+    (damaged / "optimizer.safetensors").write_bytes(values)
+    assert eval.run("fake", load, [str(damaged), "--ema", *text]) == 2
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_a_run_neither_drops_nor_begins_an_average(place, tmp_path, capsys):
