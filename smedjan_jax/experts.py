@@ -21,7 +21,7 @@ from smedjan_common.model.ffns.experts import Options, block_rows, limited, load
 from smedjan_jax import sharding
 from smedjan_jax.ffn import SwiGLU, swiglu
 from smedjan_jax.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_jax.modules import Carried, Linear, Params, apart, joined, together
+from smedjan_jax.modules import Carried, Linear, Params, apart, gated, joined, together
 from smedjan_jax.products import whole
 from smedjan_jax.quantized import Quantized
 
@@ -58,6 +58,7 @@ class Experts(nnx.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
         self.shared = SwiGLU(config, params, f"{name}.shared") if config.shared_experts else None
+        self.shared_gate = Linear(params, f"{name}.shared_gate") if config.shared_gate else None
         self.config, self.experts = config, config.experts
         self.name = name
         self.implementation = preferred_implementation() if implementation == "auto" else implementation
@@ -66,7 +67,7 @@ class Experts(nnx.Module):
         return self.mix(self.project(x), carried)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Scores [B, T, E], gate and up of the rows [R, F] and, of shared experts, [B, T, F], of x [B, T, D]."""
+        """Scores [B, T, E], gate and up of the rows [R, F] and, of shared experts, [B, T, F], and their gate [B, T, 1], of x [B, T, D]."""
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK)
@@ -75,18 +76,20 @@ class Experts(nnx.Module):
             gate_RF, up_RF = (self._multiply(rows_RD, linear.weight.astype(rows_RD.dtype), layout) for linear in linears)
         else:
             gate_RF, up_RF = jnp.split(self._multiply(rows_RD, joined(linears), layout), 2, axis=-1)
-        return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
+        gate = (self.shared_gate(x),) if self.shared_gate else ()
+        return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ()), *gate
 
     def mix(self, projected: tuple[jax.Array, ...], carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
-        logits, gate_RF, up_RF, *shared = projected
+        logits, gate_RF, up_RF, *of_shared = projected
         layout, weights_NK, load_E = self._route(logits)
         out_RD = self._multiply(swiglu(gate_RF, up_RF), self._down(gate_RF.dtype), layout)
         out_NKD = _collect(out_RD, layout.pair_R, layout.row_NK).astype(jnp.float32)
         y_ND = jnp.sum(weights_NK[..., None] * out_NKD, axis=1)
         y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)
         if self.shared:
-            y = y + self.shared.mix((shared[0], shared[1]), {})[0]
+            gate, up, *own_gate = of_shared
+            y = y + gated(self.shared.mix((gate, up), {})[0], *own_gate)
         return y, self._account(carried, logits.reshape(-1, self.experts), load_E)
 
     def _route(self, logits: jax.Array) -> tuple[Layout, jax.Array, jax.Array]:

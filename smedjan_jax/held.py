@@ -21,6 +21,7 @@ import numpy as np
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import notice
 from smedjan_common.files.atomic_file import write_atomically
+from smedjan_common.model.mixers import gated_deltanet
 from smedjan_common.model.params import initial_params
 from smedjan_jax import kernels
 from smedjan_jax.model import Model
@@ -48,6 +49,10 @@ def small(mixer: str, model: ModelConfig) -> ModelConfig:
     heads = dim // model.head_dim
     kv_heads = heads if model.kv_heads == model.heads else max(1, heads // 2)
     sizes = {"vocab_size": 64, "dim": dim, "layers": 1, "heads": heads, "kv_heads": kv_heads, "ffn_dim": 64, "head_size": 0}
+    if mixer == "gated-deltanet":
+        own = gated_deltanet.heads(model)
+        sizes |= {"delta_key_heads": 2, "delta_value_heads": 2 * min(2, own.values // own.keys)}
+        sizes |= {"delta_key_size": own.key_dim, "delta_value_size": own.value_dim}
     return dataclasses.replace(model, **sizes, mixer=(mixer,), ffn=("swiglu",), context_length=LENGTH, init_std=0.1, tied_head=True)
 
 

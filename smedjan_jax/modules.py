@@ -108,6 +108,11 @@ def apply_together(linears: list[Linear], x: jax.Array) -> list[jax.Array]:
     return [found[id(linear)] for linear in linears]
 
 
+def gated(x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """sigmoid(gate) * x in the dtype of x, the sigmoid in float32; x where there is no gate."""
+    return x if gate is None else x * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps), in float32, cast back, times the weight (Zhang & Sennrich, 2019)."""
 

@@ -20,7 +20,7 @@ from smedjan_common.model.ffns.experts import Options, block_rows, limited, load
 from smedjan_mlx import spread
 from smedjan_mlx.ffn import SwiGLU, swiglu
 from smedjan_mlx.grouped_matmul import UNBLOCKED, grouped_matmul, preferred_implementation
-from smedjan_mlx.modules import Carried, Linear, Params, apart, joined, together
+from smedjan_mlx.modules import Carried, Linear, Params, apart, gated, joined, together
 from smedjan_mlx.quantized import Quantized
 
 LOSSES = ("balance_loss", "router_z_loss")
@@ -58,6 +58,7 @@ class Experts(nn.Module):
         self.up_proj = Linear(params, f"{name}.up_proj")
         self.down_proj = Linear(params, f"{name}.down_proj")
         self.shared = SwiGLU(config, params, f"{name}.shared") if config.shared_experts else None
+        self.shared_gate = Linear(params, f"{name}.shared_gate") if config.shared_gate else None
         self.config, self.experts = config, config.experts
         self.name = name
         self.implementation = preferred_implementation() if implementation == "auto" else implementation
@@ -66,7 +67,7 @@ class Experts(nn.Module):
         return self.mix(self.project(x), carried)
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
-        """Scores [B, T, E], gate and up of the rows [R, F] and, of shared experts, [B, T, F], of x [B, T, D]."""
+        """Scores [B, T, E], gate and up of the rows [R, F] and, of shared experts, [B, T, F], and their gate [B, T, 1], of x [B, T, D]."""
         logits = self.router(x)
         layout, _, _ = self._route(logits)
         rows_RD = cast(mx.array, _spread(x.reshape(-1, x.shape[-1]), layout.pair_R, layout.row_NK))
@@ -75,18 +76,20 @@ class Experts(nn.Module):
             gate_RF, up_RF = (self._multiply(rows_RD, linear.weight.astype(rows_RD.dtype), layout) for linear in linears)
         else:
             gate_RF, up_RF = mx.split(self._multiply(rows_RD, joined(linears), layout), 2, axis=-1)
-        return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ())
+        gate = (self.shared_gate(x),) if self.shared_gate else ()
+        return logits, gate_RF, up_RF, *(self.shared.project(x) if self.shared else ()), *gate
 
     def mix(self, projected: tuple[mx.array, ...], carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, multiplied, projected back and summed over each token's experts, [B, T, D]."""
-        logits, gate_RF, up_RF, *shared = projected
+        logits, gate_RF, up_RF, *of_shared = projected
         layout, weights_NK, load_E = self._route(logits)
         out_RD = self._multiply(swiglu(gate_RF, up_RF), self._down(gate_RF.dtype), layout)
         out_NKD = cast(mx.array, _collect(out_RD, layout.pair_R, layout.row_NK)).astype(mx.float32)
         y_ND = mx.sum(weights_NK[..., None] * out_NKD, axis=1)
         y = y_ND.astype(gate_RF.dtype).reshape(*logits.shape[:-1], -1)
         if self.shared:
-            y = y + self.shared.mix((shared[0], shared[1]), {})[0]
+            gate, up, *own_gate = of_shared
+            y = y + gated(self.shared.mix((gate, up), {})[0], *own_gate)
         return y, self._account(carried, logits.reshape(-1, self.experts), load_E)
 
     def _route(self, logits: mx.array) -> tuple[Layout, mx.array, mx.array]:

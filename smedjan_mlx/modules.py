@@ -97,6 +97,11 @@ def apply_together(linears: list[Linear], x: mx.array) -> list[mx.array]:
     return [linear._completed(part, low) for linear, part, low in parts]
 
 
+def gated(x: mx.array, gate: mx.array | None = None) -> mx.array:
+    """sigmoid(gate) * x in the dtype of x, the sigmoid in float32; x where there is no gate."""
+    return x if gate is None else x * mx.sigmoid(gate.astype(mx.float32)).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), in float32, cast back, times the weight (Zhang & Sennrich, 2019)."""
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from smedjan_common.checkpoint.lazy import Lazy
 from smedjan_common.model.growth import Growth, spread
+from smedjan_common.model.mixers.gated_deltanet import heads
 from smedjan_common.model.parameter import ParamSpec
 from smedjan_common.model.params import initial_value, parameter_table
 
@@ -78,8 +79,8 @@ class _Making:
             of = growth.heads if label == "heads" else growth.kv_heads
             return _blocks(of, before // getattr(growth.old, label))
         if old.name.endswith("mixer.conv.weight"):  # gated-deltanet: the features of queries, keys and values
-            keys = growth.old.kv_heads * growth.old.head_dim
-            copies = _blocks(growth.kv_heads, growth.old.head_dim)
+            own = heads(growth.old)
+            keys, copies = own.key_features, _blocks(growth.kv_heads, own.key_dim)
             return np.concatenate([copies, keys + copies, np.arange(2 * keys, before)])
         of = growth.heads if old.name.endswith("q_norm.weight") else growth.kv_heads  # --qk-norm-over all
         return _blocks(of, growth.old.head_dim)

@@ -8,7 +8,7 @@ A begins uniform in +-1/sqrt(in), by (seed, name), and B at zero: the adapted mo
 gained have rows of their own, which are trained whole (`embed.new_rows` [K, D]): in a frozen embedding they would never be learned.
 
 Which linear maps have adapters is said by parts of their dotted paths: `q_proj`, `mixer`, `ffn.up_proj`, `layers.0`; `all` is every
-one. Maps of single experts, routers, convolutions, norms and the embedding have none.
+one. Maps of single experts, routers, gates of shared experts, convolutions, norms and the embedding have none.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def linear_maps(config: Shape) -> dict[str, ParamSpec]:
     """The matrices that can have adapters, by the path of their map: `layers.0.mixer.q_proj` -> that of its weight."""
     table = parameter_table(config).values()
     maps = (spec for spec in table if spec.matrix and len(spec.shape) == 2 and spec.name.endswith(".weight"))
-    return {spec.name.removesuffix(".weight"): spec for spec in maps if ".router." not in spec.name}
+    return {spec.name.removesuffix(".weight"): spec for spec in maps if not spec.name.endswith((".router.weight", ".shared_gate.weight"))}
 
 
 def adapted_maps(config: Shape, adapters: Adapters) -> dict[str, ParamSpec]:

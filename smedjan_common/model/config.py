@@ -142,7 +142,7 @@ class ModelConfig(
         if self.head_size and (odd := [name for name in self.mixer if name in MIXERS and not MIXERS[name].head_size]):
             raise ConfigError(
                 f"--head-size {self.head_size} does not go with {odd[0]}.",
-                "Only attention, block-sparse and mla have heads of a size of their own.",
+                "Only attention, block-sparse, mla and gated-deltanet have heads of a size of their own.",
                 "Leave --head-size out: heads share --dim evenly.",
             )
         if self.rope_scaling == "llama3" and (low := self.rope_low_freq_factor) >= (high := self.rope_high_freq_factor):

@@ -102,11 +102,18 @@ def _sizes(old: ModelConfig, wanted: Wanted) -> dict[str, Any]:
             raise ConfigError(what, "A smaller model cannot compute the same.", "Give a larger number, or leave it out.")
     if heads == old.heads:
         return sizes
-    if fixed := [name for name in dict.fromkeys(old.mixer) if name not in COPIED]:
+    if fixed := [name for name in dict.fromkeys(old.mixer) if _cuts_the_width(old, name)]:
         why = f"{fixed[0]} cuts the width into its heads, so each would become another, smaller one."
         fix = "Grow --layers, --ffn-mult or --experts; attention and block-sparse take more heads."
         raise ConfigError(f"The heads of {', '.join(fixed)} cannot grow in number.", why, fix)
     return sizes | {"head_size": old.head_dim}
+
+
+def _cuts_the_width(old: ModelConfig, mixer: str) -> bool:
+    """Whether heads of a mixer are as many as --heads says and cannot become more with it."""
+    if mixer == "gated-deltanet":
+        return not (old.delta_key_heads and old.delta_value_heads)
+    return mixer not in COPIED
 
 
 def _narrower(value: int, now: int) -> str:
@@ -129,6 +136,9 @@ def _heads(old: ModelConfig, new: ModelConfig) -> tuple[tuple[int, ...], tuple[i
         what = f"Block-sparse heads cannot become {new.heads} over {new.kv_heads} key/value heads."
         why = "The heads of a key/value head choose blocks together: with some of them counted more than others the choice would change."
         raise ConfigError(what, why, f"Take heads that are a multiple: {group} for each key/value head, or {2 * group}.")
+    if "gated-deltanet" in old.mixer and new.kv_heads != old.kv_heads and old.delta_value_heads and not old.delta_key_heads:
+        why = "Its value heads are as many as --delta-value-heads says, and would read other key heads."
+        raise ConfigError("--kv-heads cannot grow with --delta-value-heads alone.", why, "Leave --kv-heads out.")
     if "linear" in old.mixer and old.linear_decay == "fixed" and new.kv_heads != old.kv_heads:
         why = "Its decay follows from the place of a key/value head, and would be another one."
         raise ConfigError("--kv-heads cannot grow with --linear-decay fixed.", why, "Leave --kv-heads out.")

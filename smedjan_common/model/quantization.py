@@ -10,8 +10,8 @@ another from the lowest bits on; `X.scales` and `X.biases` float16 [..., out, in
 | 8 | symmetric: scale = max|w| / 127, code = round(w / scale) + 128, bias = -128 scale | llama.cpp's Q8_0 |
 | 4 | from the least to the largest: scale = (max - min) / 15, bias = min | llama.cpp's Q4_1 |
 
-The embedding and the head have 8 bits always. Norms, routers, vectors, convolutions and matrices whose rows are no multiple of 32 stay
-float32.
+The embedding and the head have 8 bits always. Norms, routers, gates of shared experts, vectors, convolutions and matrices whose
+rows are no multiple of 32 stay float32.
 """
 
 from collections.abc import Mapping
@@ -58,5 +58,9 @@ def planned(config: Shape, bits: int) -> dict[str, int]:
 
 
 def _fits(spec: ParamSpec) -> bool:
-    fit = spec.name.endswith(_WEIGHT) and spec.shape[-1] % GROUP == 0 and not spec.name.endswith((".router.weight", ".conv.weight"))
+    fit = (
+        spec.name.endswith(_WEIGHT)
+        and spec.shape[-1] % GROUP == 0
+        and not spec.name.endswith((".router.weight", ".shared_gate.weight", ".conv.weight"))
+    )
     return fit and (spec.matrix or "vocab" in spec.axes)

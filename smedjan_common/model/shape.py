@@ -56,7 +56,9 @@ class Shape:
         shape_free=True,
     )
     tied_head: bool = option(True, "The output head is the embedding; otherwise a matrix of its own.")
-    head_size: int = option(0, "Features of a head of attention, block-sparse and mla.", least=0, filled="--dim over --heads")
+    head_size: int = option(
+        0, "Features of a head of attention, block-sparse, mla and gated-deltanet.", least=0, filled="--dim over --heads"
+    )
     norms: Literal["pre", "post", "sandwich"] = option(
         "pre", "Where norms stand: before a mixer or feed-forward, after it (OLMo 2), or both."
     )

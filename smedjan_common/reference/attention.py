@@ -5,6 +5,7 @@
     (all features of a head, or the first rope_dim), but in layers that rope_layers turns off
     p_ts = softmax over s <= t of  q_t . k_s / sqrt(K) (or times attention_multiplier);
     window W: over t - W < s <= t;   y_t = (sum_s p_ts v_s) Wo^T
+    attention_gate: y_t = (sigmoid(x_t Wg^T) * sum_s p_ts v_s) Wo^T, feature by feature      (Qwen3-Next, 2025)
 
 Query head h reads key/value head h // (H / Hk). Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head size.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers.attention import rope_dims
+from smedjan_common.reference.activations import sigmoid
 from smedjan_common.reference.norm import rms_norm
 from smedjan_common.reference.rope import rotate
 
@@ -23,7 +25,7 @@ def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
     query, key, value = project(config, params, x_BxTxD, start=0)
     at = np.arange(x_BxTxD.shape[1])
-    return _attend(config, params, query, key, value, visible_TxS=_visible(config, at[:, None] - at))
+    return output(params, x_BxTxD, _attend(config, query, key, value, visible_TxS=_visible(config, at[:, None] - at)))
 
 
 def initial_state(config: ModelConfig, batch: int) -> State:
@@ -37,8 +39,8 @@ def step(config: ModelConfig, params: dict[str, np.ndarray], x_BxD: np.ndarray, 
     seen = state["key"].shape[1]
     query, key, value = project(config, params, x_BxD[:, None], start=seen)
     state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
-    y_Bx1xD = _attend(config, params, query, state["key"], state["value"], visible_TxS=_visible(config, seen - np.arange(seen + 1)[None]))
-    return y_Bx1xD[:, 0], state
+    mixed = _attend(config, query, state["key"], state["value"], visible_TxS=_visible(config, seen - np.arange(seen + 1)[None]))
+    return output(params, x_BxD[:, None], mixed)[:, 0], state
 
 
 def _visible(config: ModelConfig, behind: np.ndarray) -> np.ndarray:
@@ -74,9 +76,16 @@ def linear(params: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarra
     return x @ params[f"{name}.weight"].T + params.get(f"{name}.bias", 0.0)
 
 
+def output(params: dict[str, np.ndarray], x_BxTxD: np.ndarray, mixed_BxTxHxK: np.ndarray) -> np.ndarray:
+    """What heads give, gated where the model does so, projected back to [B, T, D]."""
+    mixed_BxTxF = mixed_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)
+    if "gate_proj.weight" in params:
+        mixed_BxTxF = mixed_BxTxF * sigmoid(linear(params, "gate_proj", x_BxTxD))
+    return linear(params, "o_proj", mixed_BxTxF)
+
+
 def _attend(
     config: ModelConfig,
-    params: dict[str, np.ndarray],
     query_BxTxHxK: np.ndarray,
     key_BxSxHkxK: np.ndarray,
     value_BxSxHkxK: np.ndarray,
@@ -88,5 +97,4 @@ def _attend(
     score_BxHxTxS = np.where(visible_TxS, score_BxHxTxS, -np.inf)
     weight_BxHxTxS = np.exp(score_BxHxTxS - score_BxHxTxS.max(axis=-1, keepdims=True))
     weight_BxHxTxS /= weight_BxHxTxS.sum(axis=-1, keepdims=True)
-    mixed_BxTxHxK = np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)
-    return linear(params, "o_proj", mixed_BxTxHxK.reshape(*query_BxTxHxK.shape[:2], config.inner_dim))
+    return np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)

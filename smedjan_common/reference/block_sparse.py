@@ -3,7 +3,7 @@
     q, k, v = x Wq^T, x Wk^T, x Wv^T;  qk_norm: q, k = rms_norm(q), rms_norm(k) over each head;  q, k turned by their positions
     score_tj = (sum over the query heads of a group of q_t) . mean of k_s over block j
     chosen_tj: t's own block, t // block_size, and of the blocks before it the block_topk - 1 of highest score (ties: the lowest number)
-    p_ts = softmax over s <= t in chosen blocks of  q_t . k_s / sqrt(K);   y_t = (sum_s p_ts v_s) Wo^T
+    p_ts = softmax over s <= t in chosen blocks of  q_t . k_s / sqrt(K);   y_t = (sum_s p_ts v_s) Wo^T, or gated, as in attention.py
 
 One choice per key/value head, shared by the query heads that read it. A block is scored by later queries only, when it is full. This is
 the mask form: the choice is a mask on ordinary attention, and with block_topk blocks or fewer in the sequence it is ordinary attention.
@@ -14,7 +14,7 @@ Shapes: B batch, T and S length, D width, H query and Hk key/value heads, K head
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
-from smedjan_common.reference.attention import linear, project
+from smedjan_common.reference.attention import output, project
 
 Params = dict[str, np.ndarray]
 State = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: d
     """The whole sequence at once, [B, T, D] -> [B, T, D]."""
     query, key, value = project(config, params, x_BxTxD, start=0)
     carried.setdefault("block_scores", []).append(scores(config, query, key))  # for tests: how close the choices are
-    return _attend(config, params, query, key, value, start=0)
+    return output(params, x_BxTxD, _attend(config, query, key, value, start=0))
 
 
 def initial_state(config: ModelConfig, batch: int) -> State:
@@ -38,7 +38,7 @@ def step(config: ModelConfig, params: Params, x_BxD: np.ndarray, state: State, c
     seen = state["key"].shape[1]
     query, key, value = project(config, params, x_BxD[:, None], start=seen)
     state = {"key": np.concatenate([state["key"], key], axis=1), "value": np.concatenate([state["value"], value], axis=1)}
-    return _attend(config, params, query, state["key"], state["value"], start=seen)[:, 0], state
+    return output(params, x_BxD[:, None], _attend(config, query, state["key"], state["value"], start=seen))[:, 0], state
 
 
 def choose(config: ModelConfig, query_BxTxHxK: np.ndarray, key_BxSxHkxK: np.ndarray, start: int) -> np.ndarray:
@@ -62,10 +62,8 @@ def scores(config: ModelConfig, query_BxTxHxK: np.ndarray, key_BxSxHkxK: np.ndar
     return np.einsum("btgk,bjgk->bgtj", summed_BxTxHkxK, mean_BxJxHkxK)
 
 
-def _attend(
-    config: ModelConfig, params: Params, query_BxTxHxK: np.ndarray, key_BxSxHkxK: np.ndarray, value_BxSxHkxK: np.ndarray, start: int
-) -> np.ndarray:
-    batch, length = query_BxTxHxK.shape[:2]
+def _attend(config: ModelConfig, query_BxTxHxK: np.ndarray, key_BxSxHkxK: np.ndarray, value_BxSxHkxK: np.ndarray, start: int) -> np.ndarray:
+    length = query_BxTxHxK.shape[1]
     serves, position_S = np.arange(config.heads) // (config.heads // config.kv_heads), np.arange(key_BxSxHkxK.shape[1])
     key_BxSxHxK, value_BxSxHxK = key_BxSxHkxK[:, :, serves], value_BxSxHkxK[:, :, serves]
     chosen_BxHkxTxS = choose(config, query_BxTxHxK, key_BxSxHkxK, start)[..., position_S // config.block_size]
@@ -74,5 +72,4 @@ def _attend(
     score_BxHxTxS = np.where(visible_BxHxTxS, score_BxHxTxS, -np.inf)
     weight_BxHxTxS = np.exp(score_BxHxTxS - score_BxHxTxS.max(axis=-1, keepdims=True))
     weight_BxHxTxS /= weight_BxHxTxS.sum(axis=-1, keepdims=True)
-    mixed_BxTxHxK = np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)
-    return linear(params, "o_proj", mixed_BxTxHxK.reshape(batch, length, config.inner_dim))
+    return np.einsum("bhts,bshk->bthk", weight_BxHxTxS, value_BxSxHxK)

@@ -4,6 +4,7 @@
     softmax:  chosen = the k largest l,             weights = softmax of the chosen l      (Mixtral, 2024)
     bias:     chosen = the k largest sigmoid(l) + b, weights = chosen sigmoid(l) over their sum     (DeepSeek-V3, 2024)
     y = f sum over the chosen of weight * expert(x) + shared(x)                             f: routed_scaling_factor
+    shared_gate: sigmoid(x ws^T) shared(x) in its place                                     (Qwen3-Next, 2025)
 
 norm_topk_prob off: weights are the chosen of softmax(l), or of sigmoid(l), as they are (DeepSeek-V2, 2024; OLMoE, 2024). With groups of
 experts a token's come from its best ones only: those with the largest l, or with the largest sum of their two largest sigmoid(l) + b.
@@ -34,7 +35,8 @@ def forward(config: ModelConfig, params: dict[str, np.ndarray], x_BxTxD: np.ndar
         y += weight_BxT[..., None] * ffn.forward(config, own, x_BxTxD, carried)
     if config.shared_experts:
         shared = {name.removeprefix("shared."): value for name, value in params.items() if name.startswith("shared.")}
-        y += ffn.forward(config, shared, x_BxTxD, carried)
+        gate = sigmoid(x_BxTxD @ params["shared_gate.weight"].T) if config.shared_gate else 1.0
+        y += gate * ffn.forward(config, shared, x_BxTxD, carried)
     return y
 
 

@@ -6,13 +6,14 @@
     S_t = e^{g_t} S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,   o_t = S_t q_t
     y_t = (RMSNorm(o_t) * silu(z_t)) Wo^T                                           the norm per head, one weight [V] for all
 
-Value head h reads key head h // (H / Hk). Shapes: B batch, T length, D width, H value and Hk key heads, K = V head size,
+Value head h reads key head h // (H / Hk). Shapes: B batch, T length, D width, H value and Hk key heads of V and K features,
 W taps, F = 2 Hk K + H V convolved features, S [B, H, V, K].
 """
 
 import numpy as np
 
 from smedjan_common.model.config import ModelConfig
+from smedjan_common.model.mixers.gated_deltanet import heads
 from smedjan_common.reference.activations import sigmoid, silu
 from smedjan_common.reference.norm import rms_norm
 
@@ -37,9 +38,9 @@ def forward(config: ModelConfig, params: Params, x_BxTxD: np.ndarray, carried: d
 
 def initial_state(config: ModelConfig, batch: int) -> State:
     """No token seen yet: the inputs of the convolution before, [B, W - 1, F], and S are zero."""
-    features = (2 * config.kv_heads + config.heads) * config.head_dim
-    S = np.zeros((batch, config.heads, config.head_dim, config.head_dim))
-    return {"window": np.zeros((batch, config.conv_width - 1, features)), "S": S}
+    own = heads(config)
+    S = np.zeros((batch, own.values, own.value_dim, own.key_dim))
+    return {"window": np.zeros((batch, config.conv_width - 1, own.convolved)), "S": S}
 
 
 def step(config: ModelConfig, params: Params, x_BxD: np.ndarray, state: State, carried: dict[str, np.ndarray]) -> tuple[np.ndarray, State]:
@@ -55,13 +56,14 @@ def _convolved_features(params: Params, x: np.ndarray) -> np.ndarray:
 
 
 def _heads(config: ModelConfig, features: np.ndarray) -> tuple[np.ndarray, ...]:
-    """q, k and v [..., H, K] of the convolved features [..., F], normalised and repeated for the value heads."""
-    keys = config.kv_heads * config.head_dim
-    split = np.split(features, [keys, 2 * keys], axis=-1)
-    q, k, v = (part.reshape(*part.shape[:-1], -1, config.head_dim) for part in split)
+    """q, k [..., H, K] and v [..., H, V] of the convolved features [..., F], normalised and repeated for the value heads."""
+    own = heads(config)
+    split = np.split(features, [own.key_features, 2 * own.key_features], axis=-1)
+    sizes = (own.key_dim, own.key_dim, own.value_dim)
+    q, k, v = (part.reshape(*part.shape[:-1], -1, size) for part, size in zip(split, sizes, strict=True))
     q, k = (part / np.sqrt(np.sum(part * part, axis=-1, keepdims=True) + NORM_EPS) for part in (q, k))
-    q, k = (np.repeat(part, config.heads // config.kv_heads, axis=-2) for part in (q, k))
-    return q / np.sqrt(config.head_dim), k, v
+    q, k = (np.repeat(part, own.values // own.keys, axis=-2) for part in (q, k))
+    return q / np.sqrt(own.key_dim), k, v
 
 
 def _gates(params: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +73,7 @@ def _gates(params: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _update(S: np.ndarray, decay: np.ndarray, beta: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One token: S [B, H, V, K], decay and beta [B, H], k and v [B, H, K]."""
+    """One token: S [B, H, V, K], decay and beta [B, H], k [B, H, K], v [B, H, V]."""
     S = S * decay[..., None, None]
     correction_BxHxV = (v - np.einsum("bhvk,bhk->bhv", S, k)) * beta[..., None]
     return S + correction_BxHxV[..., None] * k[:, :, None, :]

@@ -65,7 +65,12 @@ SPEED = {
     "block-sparse": 0.87,
 }
 MEASURED_LENGTH = 1024
-KERNEL_SIZES = {"linear": ("head_dim",), "ssm": ("ssm_state", "ssm_head_dim"), "rwkv": ("rwkv_head_dim",), "gated-deltanet": ("head_dim",)}
+KERNEL_SIZES = {
+    "linear": ("head_dim",),
+    "ssm": ("ssm_state", "ssm_head_dim"),
+    "rwkv": ("rwkv_head_dim",),
+    "gated-deltanet": ("delta_key_dim", "delta_value_dim"),
+}
 EXPERTS_SPEED = 0.65  # of a dense model with as many active parameters: 8 experts at medium on an H100
 FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.30, 4096: 1.50}  # tokens/s over those of bfloat16, by width
 FORWARD_SHARE = {"data": 0.0, "fsdp": 0.25, "tensor": 0.5}  # of what a step sends: its forward pass, in bfloat16

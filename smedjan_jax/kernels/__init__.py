@@ -23,7 +23,7 @@ SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
     "linear": ("head_dim",),
     "ssm": ("ssm_state", "ssm_head_dim"),
     "rwkv": ("rwkv_head_dim",),
-    "gated-deltanet": ("head_dim",),
+    "gated-deltanet": ("delta_key_dim", "delta_value_dim"),
 }
 FASTER = {
     "linear": (64, 128),

@@ -3,7 +3,7 @@
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
 Options: qk_norm, an RMSNorm over each head (or all) of q and k before they are turned (Qwen3, 2025); window W: position t sees
-s with t - W < s <= t (Mistral, 2023).
+s with t - W < s <= t (Mistral, 2023); attention_gate: sigmoid(x Wg^T) o goes into the output projection (Qwen3-Next, 2025).
 
 Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32.
 
@@ -23,19 +23,20 @@ from smedjan_common.model.rope import turning
 from smedjan_jax import sharding
 from smedjan_jax.mixers import cudnn
 from smedjan_jax.mixers.cache import extend
-from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
+from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, gated, together
 
 
 class Attention(nnx.Module):
     """The mixer `attention`: projections, RoPE, causal attention, output projection."""
-
-    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.q_proj = Linear(params, f"{name}.q_proj")
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
         self.o_proj = Linear(params, f"{name}.o_proj")
+        self.together = ("q_proj", "k_proj", "v_proj", *(["gate_proj"] if config.attention_gate else []))
+        if config.attention_gate:
+            self.gate_proj = Linear(params, f"{name}.gate_proj")
         if config.qk_norm:
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
@@ -49,26 +50,27 @@ class Attention(nnx.Module):
         """Training: all positions at once."""
         return self.mix(self.project(x, context), context, carried)
 
-    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, of x [B, T, D]."""
+    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, ...]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], not yet turned, and a gate [B, T, H K] where there is one, of x."""
         B, T, _ = x.shape
-        query, key, value = apply_together(together(self), x)
+        query, key, value, *gate = apply_together(together(self), x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
-        return query.reshape(heads), key.reshape(kv_heads), value.reshape(kv_heads)
+        return query.reshape(heads), key.reshape(kv_heads), value.reshape(kv_heads), *gate
 
-    def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+    def mix(self, projected: tuple[jax.Array, ...], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key = self._turn(*projected[:2], context)
-        return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
+        query, key, value, *gate = projected
+        query, key = self._turn(query, key, context)
+        return self._output(causal_attention(query, key, value, self.implementation, context.documents, self.window), *gate), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the ring [B, G, L, K]."""
-        query, key, value = self.project(x, context)
+        query, key, value, *gate = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         read, seen_BTS, state = extend(state, new, context, axis=2, window=self.window)
         mixed = masked_attention(query, read["key"].swapaxes(1, 2), read["value"].swapaxes(1, 2), seen_BTS)
-        return self._output(mixed), state, carried
+        return self._output(mixed, *gate), state, carried
 
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
@@ -85,9 +87,9 @@ class Attention(nnx.Module):
         B, T, _, _ = x.shape
         return norm(x.reshape(B, T, -1)).reshape(x.shape)
 
-    def _output(self, out_BTHK: jax.Array) -> jax.Array:
+    def _output(self, out_BTHK: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         B, T, _, _ = out_BTHK.shape
-        return self.o_proj(out_BTHK.reshape(B, T, self.heads * self.head_dim))
+        return self.o_proj(gated(out_BTHK.reshape(B, T, self.heads * self.head_dim), gate))
 
 
 def causal_attention(

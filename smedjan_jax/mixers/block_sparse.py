@@ -39,12 +39,13 @@ class BlockSparseAttention(Attention):
         super().__init__(config, params, name, implementation)
         self.block_size, self.block_topk, self.config = config.block_size, config.block_topk, config
 
-    def mix(self, projected: tuple[jax.Array, jax.Array, jax.Array], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
+    def mix(self, projected: tuple[jax.Array, ...], context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key = self._turn(*projected[:2], context)
+        query, key, value, *gate = projected
+        query, key = self._turn(query, key, context)
         form = for_blocks(self.implementation, self.config, str(query.dtype), query.shape[1])
         attend = functools.partial(FORMS[form], block_size=self.block_size, block_topk=self.block_topk)
-        return self._output(sharding.over_heads(attend, (query, key, projected[2]))), carried
+        return self._output(sharding.over_heads(attend, (query, key, value)), *gate), carried
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept.
@@ -53,7 +54,7 @@ class BlockSparseAttention(Attention):
         """
         position, T, S = context.position, x.shape[1], self.block_size
         assert position is not None
-        query, key, value = self.project(x, context)
+        query, key, value, *gate = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         kept = {n: write(state[n], new[n], context, axis=2) for n in new}
@@ -62,7 +63,7 @@ class BlockSparseAttention(Attention):
         mean_BGJK = means(state["mean"], kept["key"], context, at_BT[:, -1], S)
         chosen_BGTE = choose_kept(query, mean_BGJK, at_BT // S, self.block_topk)
         mixed = look(query, kept["key"], kept["value"], chosen_BGTE, at_BT, S)
-        return self._output(mixed), {**kept, "mean": mean_BGJK}, carried
+        return self._output(mixed, *gate), {**kept, "mean": mean_BGJK}, carried
 
 
 def masked_blocks(query: jax.Array, key: jax.Array, value: jax.Array, block_size: int, block_topk: int) -> jax.Array:

@@ -11,7 +11,7 @@ running sum of g in it, L_ij = e^{G_i - G_j}:
 
 g is not bounded, so the exponents are differences, none above 0; what the masks hide is -inf before exp, so that gradients stay finite.
 
-Shapes: B batch, T positions, D width, H value and G key heads, K = V head size, F = 2 G K + H V, C chunk; in a chunk [N, B, H, C, K].
+Shapes: B batch, T positions, D width, H value and G key heads of V and K features, F = 2 G K + H V, C chunk; in a chunk [N, B, H, C, K].
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.model.mixers.gated_deltanet import heads
 from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_jax.mixers.conv import causal_conv
@@ -49,7 +50,7 @@ class GatedDeltaNet(nnx.Module):
         self.conv = Linear(params, f"{name}.conv")
         self.A_log, self.dt_bias = (nnx.data(params[f"{name}.{each}"]) for each in ("A_log", "dt_bias"))
         self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.heads = heads(config)
         self.implementation = implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -70,7 +71,7 @@ class GatedDeltaNet(nnx.Module):
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
         features, z, a, b = projected
         B, T, _ = z.shape
-        state = jnp.zeros((B, self.heads, self.head_dim, self.head_dim), jnp.float32)
+        state = jnp.zeros((B, self.heads.values, self.heads.value_dim, self.heads.key_dim), jnp.float32)
         if around(self.implementation, context.position):
             o, _ = self._kernel((*self._convolved(features, context.documents), *self._gates(a, b)), state, context.documents)
             return self._gated(o, z), carried
@@ -105,10 +106,15 @@ class GatedDeltaNet(nnx.Module):
         """q, k and v as `_heads` gives them, of what is convolved, by a kernel."""
         from smedjan_jax.kernels.conv import Part, conv_silu
 
-        parts = Part(self.kv_heads, self.head_dim**-0.5), Part(self.kv_heads, 1.0), Part(self.heads)
-        q, k, v = conv_silu(features, whole(self.conv.weight), None, documents, parts)
-        shared = self.heads // self.kv_heads
-        return *(jnp.repeat(each, shared, axis=2) if shared > 1 else each for each in (q, k)), v
+        G, H, K, V = self.heads
+        taps, keys, values = whole(self.conv.weight), (Part(G, K**-0.5), Part(G, 1.0)), (Part(H),)
+        if K == V:
+            q, k, v = conv_silu(features, taps, None, documents, keys + values)
+        else:  # the kernel cuts what it is given into heads of one size
+            ends = self.heads.key_features * 2
+            q, k = conv_silu(features[..., :ends], taps[:ends], None, documents, keys)
+            (v,) = conv_silu(features[..., ends:], taps[ends:], None, documents, values)
+        return *(jnp.repeat(each, H // G, axis=2) if H > G else each for each in (q, k)), v
 
     def _gated(self, o: jax.Array, z: jax.Array) -> jax.Array:
         """The same as `_output`, by a kernel."""
@@ -117,13 +123,12 @@ class GatedDeltaNet(nnx.Module):
         return self.o_proj(gated_norm(o, z.reshape(o.shape), self.norm.weight, self.norm.eps).reshape(z.shape))
 
     def _heads(self, convolved: jax.Array) -> Arrays:
-        """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, T, H, K] each."""
-        B, T, _ = convolved.shape
-        G, K = self.kv_heads, self.head_dim
-        active = jax.nn.silu(convolved.astype(jnp.float32)).reshape(B, T, -1, K)
-        qk, v = active[:, :, : 2 * G], active[:, :, 2 * G :]
+        """q and k, of length K^-1/2 and 1, repeated for the value heads, [B, T, H, K], and v [B, T, H, V]."""
+        (B, T, _), (G, H, K, V) = convolved.shape, self.heads
+        active, ends = jax.nn.silu(convolved.astype(jnp.float32)), self.heads.key_features * 2
+        qk, v = active[..., :ends].reshape(B, T, 2 * G, K), active[..., ends:].reshape(B, T, H, V)
         qk = qk * jax.lax.rsqrt(jnp.sum(qk * qk, axis=-1, keepdims=True) + QK_EPS)
-        q, k = (jnp.repeat(each.astype(convolved.dtype), self.heads // G, axis=2) for each in (qk[:, :, :G] * K**-0.5, qk[:, :, G:]))
+        q, k = (jnp.repeat(each.astype(convolved.dtype), H // G, axis=2) for each in (qk[:, :, :G] * K**-0.5, qk[:, :, G:]))
         return q, k, v.astype(convolved.dtype)
 
     def _gates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,7 +3,7 @@
     o = softmax(q k^T / sqrt(K) + causal) v,  query head h reads key/value head h // (H / Hk)
 
 Options: qk_norm, an RMSNorm over each head (or all) of q and k before they are turned (Qwen3, 2025); window W: position t sees
-s with t - W < s <= t (Mistral, 2023).
+s with t - W < s <= t (Mistral, 2023); attention_gate: sigmoid(x Wg^T) o goes into the output projection (Qwen3-Next, 2025).
 
 Implementations: "fused" is mx.fast.scaled_dot_product_attention (Metal and CUDA kernels; on a CPU MLX composes it);
 "plain" is matmul, softmax, matmul, in float32.
@@ -19,13 +19,11 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.attention import rope_dims
 from smedjan_common.model.rope import turning
 from smedjan_mlx.mixers.cache import extend
-from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
+from smedjan_mlx.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, gated, together
 
 
 class Attention(nn.Module):
     """The mixer `attention`: projections, RoPE, causal attention, output projection."""
-
-    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         super().__init__()
@@ -33,6 +31,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
         self.o_proj = Linear(params, f"{name}.o_proj")
+        self.together = ("q_proj", "k_proj", "v_proj", *(["gate_proj"] if config.attention_gate else []))
+        if config.attention_gate:
+            self.gate_proj = Linear(params, f"{name}.gate_proj")
         if config.qk_norm:
             self.q_norm = RMSNorm(params, f"{name}.q_norm", config.norm_eps)
             self.k_norm = RMSNorm(params, f"{name}.k_norm", config.norm_eps)
@@ -46,24 +47,25 @@ class Attention(nn.Module):
         """Training: all positions at once."""
         return self.mix(self.project(x, context), context, carried)
 
-    def project(self, x: mx.array, context: Context) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, of x [B, T, D]."""
+    def project(self, x: mx.array, context: Context) -> tuple[mx.array, ...]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K], not yet turned, and a gate [B, T, H K] where there is one, of x."""
         B, T, _ = x.shape
-        query, key, value = apply_together(together(self), x)
+        query, key, value, *gate = apply_together(together(self), x)
         heads, kv_heads = (B, T, self.heads, self.head_dim), (B, T, self.kv_heads, self.head_dim)
-        return query.reshape(heads).swapaxes(1, 2), key.reshape(kv_heads).swapaxes(1, 2), value.reshape(kv_heads).swapaxes(1, 2)
+        return query.reshape(heads).swapaxes(1, 2), key.reshape(kv_heads).swapaxes(1, 2), value.reshape(kv_heads).swapaxes(1, 2), *gate
 
-    def mix(self, projected: tuple[mx.array, mx.array, mx.array], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+    def mix(self, projected: tuple[mx.array, ...], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key = self._turn(*projected[:2], context)
-        return self._output(causal_attention(query, key, projected[2], self.implementation, context.documents, self.window)), carried
+        query, key, value, *gate = projected
+        query, key = self._turn(query, key, context)
+        return self._output(causal_attention(query, key, value, self.implementation, context.documents, self.window), *gate), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the ring [B, G, L, K]."""
-        query, key, value = self.project(x, context)
+        query, key, value, *gate = self.project(x, context)
         query, key = self._turn(query, key, context)
         read, seen_BTS, state = extend(state, {"key": key, "value": value}, context, axis=2, window=self.window)
-        return self._output(masked_attention(query, read["key"], read["value"], seen_BTS)), state, carried
+        return self._output(masked_attention(query, read["key"], read["value"], seen_BTS), *gate), state, carried
 
     def _turn(self, query: mx.array, key: mx.array, context: Context) -> tuple[mx.array, mx.array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""
@@ -80,9 +82,9 @@ class Attention(nn.Module):
         B, H, T, K = x.shape
         return norm(x.swapaxes(1, 2).reshape(B, T, H * K)).reshape(B, T, H, K).swapaxes(1, 2)
 
-    def _output(self, out_BHTK: mx.array) -> mx.array:
+    def _output(self, out_BHTK: mx.array, gate: mx.array | None = None) -> mx.array:
         B, _, T, _ = out_BHTK.shape
-        return self.o_proj(out_BHTK.swapaxes(1, 2).reshape(B, T, self.heads * self.head_dim))
+        return self.o_proj(gated(out_BHTK.swapaxes(1, 2).reshape(B, T, self.heads * self.head_dim), gate))
 
 
 def causal_attention(

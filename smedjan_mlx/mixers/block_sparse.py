@@ -34,11 +34,12 @@ class BlockSparseAttention(Attention):
         super().__init__(config, params, name, implementation)
         self.block_size, self.block_topk = config.block_size, config.block_topk
 
-    def mix(self, projected: tuple[mx.array, mx.array, mx.array], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
+    def mix(self, projected: tuple[mx.array, ...], context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""
-        query, key = self._turn(*projected[:2], context)
+        query, key, value, *gate = projected
+        query, key = self._turn(query, key, context)
         attend = masked_blocks if self.implementation == "plain" else gathered_blocks
-        return self._output(attend(query, key, projected[2], self.block_size, self.block_topk)), carried
+        return self._output(attend(query, key, value, self.block_size, self.block_topk), *gate), carried
 
     def step(self, x: mx.array, context: Context, state: State, carried: Carried) -> tuple[mx.array, State, Carried]:
         """Decoding: T new tokens after `context.position` earlier ones; keys, values [B, G, L, K] and block means [B, G, J, K] are kept.
@@ -47,7 +48,7 @@ class BlockSparseAttention(Attention):
         """
         position, T, S = context.position, x.shape[1], self.block_size
         assert position is not None
-        query, key, value = self.project(x, context)
+        query, key, value, *gate = self.project(x, context)
         query, key = self._turn(query, key, context)
         new = {"key": key, "value": value}
         kept = {n: write(state[n], new[n], context, axis=2) for n in new}
@@ -56,7 +57,7 @@ class BlockSparseAttention(Attention):
         mean_BGJK = means(state["mean"], kept["key"], context, at_BT[:, -1], S)
         chosen_BGTE = choose_kept(query, mean_BGJK, at_BT // S, self.block_topk)
         mixed = look(query, kept["key"], kept["value"], chosen_BGTE, at_BT, S)
-        return self._output(mixed), {**kept, "mean": mean_BGJK}, carried
+        return self._output(mixed, *gate), {**kept, "mean": mean_BGJK}, carried
 
 
 def masked_blocks(query: mx.array, key: mx.array, value: mx.array, block_size: int, block_topk: int) -> mx.array:

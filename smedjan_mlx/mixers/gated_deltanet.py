@@ -11,7 +11,7 @@ running sum of g in it, L_ij = e^{G_i - G_j}:
 
 g is not bounded, so the exponents are differences, none above 0; what the masks hide is -inf before exp, so that gradients stay finite.
 
-Shapes: B batch, T positions, D width, H value and G key heads, K = V head size, F = 2 G K + H V, C chunk; in a chunk
+Shapes: B batch, T positions, D width, H value and G key heads of V and K features, F = 2 G K + H V, C chunk; in a chunk
 [B, H, N, C, K]. MLX keeps heads before positions, [B, H, T, K]; JAX keeps positions first.
 """
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.model.mixers.gated_deltanet import heads
 from smedjan_mlx.mixers.chunks import borders, cut, join, matmul, running_sum, scan_states
 from smedjan_mlx.mixers.conv import causal_conv
 from smedjan_mlx.mixers.triangular import unit_lower_inverse
@@ -46,7 +47,7 @@ class GatedDeltaNet(nn.Module):
         self.conv = Linear(params, f"{name}.conv")
         self.A_log, self.dt_bias = (params[f"{name}.{each}"] for each in ("A_log", "dt_bias"))
         self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.heads = heads(config)
 
     def __call__(self, x: mx.array, context: Context, carried: Carried) -> tuple[mx.array, Carried]:
         """Training: all positions at once."""
@@ -62,7 +63,7 @@ class GatedDeltaNet(nn.Module):
         features, z, a, b = projected
         convolved, _ = causal_conv(features, self.conv.weight, None, None, context.documents)
         B, T, _ = z.shape
-        state = mx.zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
+        state = mx.zeros((B, self.heads.values, self.heads.value_dim, self.heads.key_dim), mx.float32)
         core = mx.checkpoint(gated_delta_rule)  # its C x C matrices would be the largest part of the memory
         o, _ = core((*self._heads(convolved), *self._gates(a, b)), state, context.documents, min(context.chunk_size, T))
         return self._output(o, z), carried
@@ -79,13 +80,12 @@ class GatedDeltaNet(nn.Module):
         return self._output(o, z), {"window": window, "S": S}, carried
 
     def _heads(self, convolved: mx.array) -> Arrays:
-        """q and k, of length K^-1/2 and 1, repeated for the value heads, and v: [B, H, T, K] each."""
-        B, T, _ = convolved.shape
-        G, K = self.kv_heads, self.head_dim
-        active = nn.silu(convolved.astype(mx.float32)).reshape(B, T, -1, K).swapaxes(1, 2)
-        qk, v = active[:, : 2 * G], active[:, 2 * G :]
+        """q and k, of length K^-1/2 and 1, repeated for the value heads, [B, H, T, K], and v [B, H, T, V]."""
+        (B, T, _), (G, H, K, V) = convolved.shape, self.heads
+        active, ends = nn.silu(convolved.astype(mx.float32)), self.heads.key_features * 2
+        qk, v = (part.reshape(B, T, -1, size).swapaxes(1, 2) for part, size in ((active[..., :ends], K), (active[..., ends:], V)))
         qk = qk * mx.rsqrt(mx.sum(qk * qk, axis=-1, keepdims=True) + QK_EPS)
-        q, k = (mx.repeat(each.astype(convolved.dtype), self.heads // G, axis=1) for each in (qk[:, :G] * K**-0.5, qk[:, G:]))
+        q, k = (mx.repeat(each.astype(convolved.dtype), H // G, axis=1) for each in (qk[:, :G] * K**-0.5, qk[:, G:]))
         return q, k, v.astype(convolved.dtype)
 
     def _gates(self, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Values]] = {
         "multipliers": {"embedding_multiplier": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_divisor": 1.5},
         "post-norms": {"norms": "post", "qk_norm": True, "qk_norm_over": "all", "kv_heads": 2},
         "sandwich": {"norms": "sandwich"},
+        "gate": {"attention_gate": True, "qk_norm": True, "qkv_bias": True, "head_size": 12, "kv_heads": 2},
         # heads of a size of their own, every bias, another head: 12 is no power of two
         "untied-biases-heads-of-12": {"tied_head": False, "qkv_bias": True, "o_bias": True, "head_size": 12, "kv_heads": 2},
     },
@@ -57,12 +58,17 @@ VARIANTS: dict[str, dict[str, Values]] = {
             **{"rope_attention_factor": 1.1, "mla_plain_factor": 1.05},
         },
     },
-    "block-sparse": {"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}},
+    "block-sparse": {"three-blocks": {"block_size": 3, "block_topk": 3, "qk_norm": True}, "gate": {"attention_gate": True}},
     "rwkv": {"wide-heads": {"rwkv_head_dim": 16}},
-    "gated-deltanet": {"one-tap": {"conv_width": 1}},
+    "gated-deltanet": {
+        "one-tap": {"conv_width": 1},
+        # three value heads of each key head, of other sizes than the model's heads and each other's
+        "own-heads": {"delta_key_heads": 2, "delta_value_heads": 6, "delta_key_size": 10, "delta_value_size": 6},
+    },
     "experts": {
         "bias": {"router": "bias"},
         "shared": {"shared_experts": 1},
+        "shared-gate": {"shared_experts": 1, "shared_gate": True},
         "bias-shared-of-3": {"router": "bias", "shared_experts": 2, "experts_per_token": 3},
         "groups": {
             **{"experts": 6, "experts_per_token": 3, "expert_groups": 3, "expert_groups_per_token": 2},

@@ -12,6 +12,7 @@ from tests.conformance.mutate import demand_decoding, demand_forward, demand_gra
 PARTS = CASES["attention-swiglu-mha-parts"]
 PATTERNS = CASES["attention-swiglu-mha-patterns"]
 NORM, WINDOW = CASES["attention-swiglu-mha-qk-norm"], CASES["attention-swiglu-mha-window"]
+GATE = CASES["attention-swiglu-mha-gate"]
 NORMS = [name for name in parameter_table(NORM.model) if name.endswith(("q_norm.weight", "k_norm.weight"))]
 
 
@@ -35,7 +36,31 @@ def after_turning(right: Callable) -> Callable:
     return project
 
 
+def another_gate(change: Callable) -> Callable:
+    """What heads give times change(sigmoid(x Wg^T))."""
+
+    def output(params, x, mixed):
+        gate = change(attention.sigmoid(attention.linear(params, "gate_proj", x)))
+        return attention.linear(params, "o_proj", gate * mixed.reshape(*x.shape[:2], -1))
+
+    return lambda right: output
+
+
 MUTATIONS = {
+    **{
+        f"{name} off": (on(demand_forward, GATE), tensor_off(name))
+        for name in parameter_table(GATE.model)
+        if ".gate_proj." in name and ".mixer." in name
+    },
+    "no gate": (on(demand_forward, GATE), swap(attention, "output", another_gate(lambda gate: 1.0))),
+    "a gate for each head": (
+        on(demand_forward, GATE),
+        swap(
+            attention, "output", another_gate(lambda gate: gate.reshape(*gate.shape[:2], 4, 12)[..., :1].repeat(12, -1).reshape(gate.shape))
+        ),
+    ),
+    "gradient without a gate": (on(demand_gradient, GATE), swap(attention, "output", another_gate(lambda gate: 1.0))),
+    "decoding without a gate": (on(demand_decoding, GATE), swap(attention, "output", another_gate(lambda gate: 1.0))),
     **{f"{name} off": (on(demand_forward, NORM), tensor_off(name)) for name in NORMS},
     "norm after turning": (on(demand_forward, NORM), swap(attention, "project", after_turning)),
     "window one wider": (on(demand_forward, WINDOW), swap(attention, "_visible", wide_by(1))),

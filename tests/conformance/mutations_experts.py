@@ -14,6 +14,7 @@ from tests.conformance.mutate import OFF, Patch, demand_decoding, demand_forward
 
 SOFTMAX, BIAS, SHARED = (CASES[f"attention-experts-mha{form}"] for form in ("", "-bias", "-bias-shared-of-3"))
 GROUPS, BIAS_GROUPS = (CASES[f"attention-experts-mha-{form}"] for form in ("groups", "bias-groups"))
+GATED = CASES["attention-experts-mha-shared-gate"]
 TENSORS = [name for name in parameter_table(SHARED.model) if ".0.ffn." in name and not name.endswith("router.bias")]
 
 
@@ -123,6 +124,9 @@ MUTATIONS: dict[str, tuple[Callable, Patch]] = {
     "groups by their best one": (on(demand_forward, BIAS_GROUPS), swap(experts, "group_scores", best_of_two)),
     "weights renormalised": (on(demand_forward, GROUPS), swap(experts, "route", renormalised)),
     "sum of experts off": (on(demand_forward, GROUPS), model_constant_off("routed_scaling_factor", OFF)),
+    "the gate of shared experts left out": (on(demand_forward, GATED), model_constant_off("shared_gate", 0)),
+    "the gate of shared experts off": (on(demand_forward, GATED), tensor_off("layers.1.ffn.shared_gate.weight")),
+    "gradient with the gate of shared experts off": (on(demand_gradient, GATED), tensor_off("layers.1.ffn.shared_gate.weight")),
     "shared experts left out": (on(demand_forward, SHARED), model_constant_off("shared_experts", 0)),
     "decoding with the bias without effect": (on(demand_decoding, BIAS), swap(experts, "choice_scores", bias_ignored)),
     "gradient without the balance loss": (on(demand_gradient, SOFTMAX), swap(experts, "balance_loss", scaled(0.0))),

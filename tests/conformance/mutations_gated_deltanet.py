@@ -8,6 +8,7 @@ from tests.conformance.cases import CASES
 from tests.conformance.mutate import demand_decoding, demand_forward, demand_gradient, model_constant_off, on, swap, tensor_off
 
 CASE, GROUPED = CASES["gated-deltanet-swiglu-mha"], CASES["gated-deltanet-swiglu-gqa"]
+OWN = CASES["gated-deltanet-swiglu-mha-own-heads"]
 MINE = [name for name in parameter_table(CASE.model) if name.startswith("layers.1.mixer.")]
 
 
@@ -27,9 +28,17 @@ def key_heads_interleaved(right):
     """Value head h reads key head h % Hk instead of h // (H / Hk)."""
 
     def heads(config, features):
-        q, k, v = right(config, features)
-        wrong = np.arange(config.heads).reshape(-1, config.kv_heads).T.ravel()
+        (q, k, v), own = right(config, features), gated_deltanet.heads(config)
+        wrong = np.arange(own.values).reshape(-1, own.keys).T.ravel()
         return q[..., wrong, :], k[..., wrong, :], v
+
+    return heads
+
+
+def scaled_by_values(right):
+    def heads(config, features):
+        q, k, v = right(config, features)
+        return q * (q.shape[-1] / v.shape[-1]) ** 0.5, k, v
 
     return heads
 
@@ -42,6 +51,9 @@ MUTATIONS = {
     "norm of queries and keys": (on(demand_forward, CASE), lambda monkeypatch: monkeypatch.setattr(gated_deltanet, "NORM_EPS", 1e-3)),
     "eps of the norm": (on(demand_forward, CASE), model_constant_off("norm_eps", 1.1)),
     "grouping of the heads": (on(demand_forward, GROUPED), swap(gated_deltanet, "_heads", key_heads_interleaved)),
+    "grouping of heads of their own": (on(demand_forward, OWN), swap(gated_deltanet, "_heads", key_heads_interleaved)),
+    "queries scaled by the size of a value head": (on(demand_forward, OWN), swap(gated_deltanet, "_heads", scaled_by_values)),
+    "decoding with heads interleaved": (on(demand_decoding, OWN), swap(gated_deltanet, "_heads", key_heads_interleaved)),
     "gradient with the decay off": (on(demand_gradient, CASE), update(lambda S, decay, *rest: (S, decay**1.001, *rest))),
     "decoding with the decay off": (on(demand_decoding, CASE), update(lambda S, decay, *rest: (S, decay**1.001, *rest))),
 }

@@ -322,10 +322,10 @@ def inside_kernels(jaxpr: Any, inside: bool = False) -> Iterator[Any]:
                 yield from inside_kernels(inner, inside or eqn.primitive.name == "pallas_call")
 
 
-@pytest.mark.parametrize("mixer", WITH_KERNELS)
-def test_a_model_with_kernels_has_the_loss_and_gradients_of_the_plain_one(mixer: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("mixer", "variant"), [*((mixer, "") for mixer in WITH_KERNELS), ("gated-deltanet", "-own-heads")])
+def test_a_model_with_kernels_has_the_loss_and_gradients_of_the_plain_one(mixer: str, variant: str, monkeypatch: pytest.MonkeyPatch):
     """Through the backend as a run takes them; here nothing stands in the way of the interpreter."""
-    case = CASES[f"{mixer}-swiglu-mha"]
+    case = CASES[f"{mixer}-swiglu-mha{variant}"]
     model = dataclasses.replace(case.model, layers=1)
     params = {name: value for name, value in case.params.items() if name in subjects.tensor_names(model)}
     plain = subjects.loss_and_gradients("jax", model, train_config(kernels="plain"), params, case.batches[0], case.documents)

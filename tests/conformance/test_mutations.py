@@ -44,9 +44,9 @@ TENSORS = list(parameter_table(GQA.model))
 
 
 def sees_one_token_ahead(right: Callable) -> Callable:
-    def attend(config, params, query, key, value, visible_TxS):
+    def attend(config, query, key, value, visible_TxS):
         length = visible_TxS.shape[1]
-        return right(config, params, query, key, value, visible_TxS=np.tril(np.ones((len(visible_TxS), length), bool), 1))
+        return right(config, query, key, value, visible_TxS=np.tril(np.ones((len(visible_TxS), length), bool), 1))
 
     return attend
 
@@ -54,17 +54,11 @@ def sees_one_token_ahead(right: Callable) -> Callable:
 def groups_interleaved(right: Callable) -> Callable:
     """Query head h reads key/value head h % Hk instead of h // (H / Hk)."""
 
-    def attend(config, params, query, key, value, visible_TxS):
+    def attend(config, query, key, value, visible_TxS):
         wrong = np.arange(config.heads).reshape(-1, config.kv_heads).T.ravel()
-        order = np.argsort(wrong)
-        restored = {"o_proj.weight": _permute_heads(params["o_proj.weight"], np.argsort(order), config)}
-        return right(config, {**params, **restored}, query[:, :, np.argsort(order)], key, value, visible_TxS)
+        return right(config, query[:, :, wrong], key, value, visible_TxS)[:, :, np.argsort(wrong)]
 
     return attend
-
-
-def _permute_heads(weight: np.ndarray, order: np.ndarray, config) -> np.ndarray:
-    return weight.reshape(config.dim, config.heads, config.head_dim)[:, order].reshape(config.dim, config.dim)
 
 
 def gate_and_up_swapped(right: Callable) -> Callable:

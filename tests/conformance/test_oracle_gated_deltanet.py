@@ -10,6 +10,7 @@ import pytest
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
+from smedjan_common.model.mixers.gated_deltanet import heads
 from smedjan_common.model.params import initial_params
 from smedjan_common.reference import gated_deltanet as reference
 from smedjan_common.reference import model as reference_model
@@ -35,6 +36,11 @@ CORES = {  # positions, chunk, key and value size, with a state that came before
 LAYERS: dict[str, tuple[int, int, dict[str, Any]]] = {  # positions, chunk, model
     "heads alone": (40, 16, {"dim": 64, "heads": 4}),
     "two value heads a key": (33, 32, {"dim": 64, "heads": 4, "kv_heads": 2}),
+    "heads of its own": (
+        33,
+        32,
+        {"dim": 48, "heads": 3, **{"delta_key_heads": 2, "delta_value_heads": 6}, "delta_key_size": 12, "delta_value_size": 8},
+    ),
     "one key head": (70, 64, {"dim": 96, "heads": 3, "kv_heads": 1, "conv_width": 3}),
 }
 
@@ -90,7 +96,7 @@ def model_of(layer: str) -> ModelConfig:
 
 def tensors_of(config: ModelConfig) -> subjects.Params:
     params = reference_model.under(initial_params(config, 1), f"{NAME}.")
-    params["norm.weight"] = np.random.default_rng(2).uniform(0.5, 1.5, config.head_dim).astype(np.float32)
+    params["norm.weight"] = np.random.default_rng(2).uniform(0.5, 1.5, config.delta_value_dim).astype(np.float32)
     return params
 
 
@@ -98,7 +104,7 @@ def order(config: ModelConfig, names: str, sizes: list[int]) -> np.ndarray:
     """Rows of our matrices `names`, one under the other, in transformers' order: key head by key head, what belongs to each."""
     rows, start = [], 0
     for size in sizes:
-        rows.append(start + np.arange(size).reshape(config.kv_heads, -1))
+        rows.append(start + np.arange(size).reshape(heads(config).keys, -1))
         start += size
     assert len(rows) == len(names)
     return np.concatenate(rows, axis=1).ravel()
@@ -106,18 +112,20 @@ def order(config: ModelConfig, names: str, sizes: list[int]) -> np.ndarray:
 
 def joints(config: ModelConfig) -> dict[str, tuple[str, np.ndarray]]:
     """transformers' joint projections: our matrices in them, and the order of their rows."""
-    keys = config.kv_heads * config.head_dim
+    own = heads(config)
+    keys, values = own.key_features, own.value_features
     return {
-        "in_proj_qkvz": ("qkvz", order(config, "qkvz", [keys, keys, config.dim, config.dim])),
-        "in_proj_ba": ("ba", order(config, "ba", [config.heads, config.heads])),
+        "in_proj_qkvz": ("qkvz", order(config, "qkvz", [keys, keys, values, values])),
+        "in_proj_ba": ("ba", order(config, "ba", [own.values, own.values])),
     }
 
 
 def oracle(config: ModelConfig, params: subjects.Params) -> Any:
     """transformers' layer with our tensors."""
-    heads = {"linear_num_key_heads": config.kv_heads, "linear_num_value_heads": config.heads}
-    sizes = {"linear_key_head_dim": config.head_dim, "linear_value_head_dim": config.head_dim, "linear_conv_kernel_dim": config.conv_width}
-    theirs = qwen.Qwen3NextConfig(hidden_size=config.dim, rms_norm_eps=config.norm_eps, num_hidden_layers=2, **heads, **sizes)
+    own = heads(config)
+    count = {"linear_num_key_heads": own.keys, "linear_num_value_heads": own.values}
+    sizes = {"linear_key_head_dim": own.key_dim, "linear_value_head_dim": own.value_dim, "linear_conv_kernel_dim": config.conv_width}
+    theirs = qwen.Qwen3NextConfig(hidden_size=config.dim, rms_norm_eps=config.norm_eps, num_hidden_layers=2, **count, **sizes)
     layer = qwen.Qwen3NextGatedDeltaNet(theirs, 0)
     weights = {
         f"{joint}.weight": np.concatenate([params[f"{name}_proj.weight"] for name in names])[rows]

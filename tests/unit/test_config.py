@@ -51,8 +51,15 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
             f"does not go with {mixer}",
             "--head-size out",
         )
-        for mixer in ("linear", "ssm", "rwkv", "gated-deltanet")
+        for mixer in ("linear", "ssm", "rwkv")
     ],
+    (
+        {"mixer": ("gated-deltanet",), "delta_value_heads": 5},
+        "5 value heads of gated-deltanet do not divide into 2 groups",
+        "--delta-key-heads 1",
+    ),
+    ({"mixer": ("gated-deltanet",), "delta_key_size": -1}, "--delta-key-size is -1", "default"),
+    ({"ffn": ("experts",), "experts": 4, "shared_gate": True}, "--shared-gate would do nothing", "--shared-experts 1"),
     ({"qk_norm_over": "all"}, "--qk-norm-over all would do nothing", "--qk-norm"),
     ({"norms": "middle"}, "--norms 'middle' is unknown", "pre"),
     ({"rope_layers": ()}, "--rope-layers is empty", "on, off"),

@@ -23,11 +23,18 @@ MIXERS_AND_OPTIONS = [
     *((name, {}) for name in MIXERS),
     *((name, {"kv_heads": 2}) for name in ("attention", "block-sparse", "linear", "gated-deltanet")),
     ("attention", {"window": 8, "qk_norm": True}),
+    ("attention", {"attention_gate": True, "kv_heads": 2}),
+    ("gated-deltanet", {"delta_key_heads": 2, "delta_value_heads": 6, "delta_key_size": 10, "delta_value_size": 6}),
     ("mla", {"mla_kv_rank": 10, "mla_q_rank": 12, "mla_rope_dim": 6}),
     ("linear", {"linear_normalizer": "denominator", "linear_feature_map": "elu1"}),
     ("ssm", {"ssm_groups": 2, "ssm_expand": 1, "ssm_head_dim": 8, "conv_width": 3}),
 ]
-FFNS_AND_OPTIONS = [("swiglu", {}), ("experts", {}), ("experts", {"experts_per_token": 3, "shared_experts": 2, "router": "bias"})]
+FFNS_AND_OPTIONS = [
+    ("swiglu", {}),
+    ("experts", {}),
+    ("experts", {"experts_per_token": 3, "shared_experts": 2, "router": "bias"}),
+    ("experts", {"shared_experts": 1, "shared_gate": True}),
+]
 
 
 class Tally:

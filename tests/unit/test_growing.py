@@ -92,6 +92,13 @@ MODELS = {  # what grows, and how
     "heads of their own size": ({"head_size": 8, "rope_dim": 4}, {"heads": 5}),
     "heads that choose blocks": ({"mixer": ("block-sparse",), "block_size": 4, "block_topk": 2}, {"heads": 4}),
     "states": ({"mixer": ("linear",), "heads": 4, "kv_heads": 1}, {"kv_heads": 2}),
+    "heads of a gate": ({"heads": 4, "kv_heads": 2, "attention_gate": True, "qkv_bias": True}, {"heads": 8}),
+    "heads beside others": (
+        {"mixer": ("gated-deltanet", "attention"), "heads": 2, "delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 10},
+        {"heads": 4, "kv_heads": 4},
+    ),
+    "keys of their own size": ({"mixer": ("gated-deltanet",), "heads": 4, "kv_heads": 2, "delta_key_size": 6}, {"kv_heads": 4}),
+    "experts and a gate": ({**EXPERTS, "shared_experts": 1, "shared_gate": True}, {"layers": 3}),
     "keys that are convolved": ({"mixer": ("gated-deltanet",), "heads": 4, "kv_heads": 2}, {"kv_heads": 4}),
     "experts and depth": (EXPERTS, {"layers": 4, "ffn_dim": 40}),
     "experts of their own width": ({**EXPERTS, "expert_dim": 8, "shared_experts": 2, "router": "bias"}, {"expert_dim": 20}),
@@ -159,6 +166,12 @@ def test_experts_are_one_function_of_different_values():
 
 WRONG = {
     "nothing": ({}, {}, "Nothing is to grow."),
+    "value heads": ({"mixer": ("gated-deltanet",)}, {"heads": 4}, "The heads of gated-deltanet cannot grow in number."),
+    "keys of values": (
+        {"mixer": ("gated-deltanet",), "kv_heads": 1, "delta_value_heads": 4},
+        {"kv_heads": 2},
+        "--delta-value-heads alone",
+    ),
     "the same": ({}, {"layers": 2}, "Nothing would grow."),
     "fewer layers": ({}, {"layers": 1}, "--layers would be 1, and the model has 2."),
     "narrower": ({}, {"ffn_dim": 8}, "The feed-forward would be 8 wide"),

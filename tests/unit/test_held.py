@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.model.mixers import gated_deltanet
 
 held = pytest.importorskip("smedjan_jax.held", reason="jax is not installed")
 kernels = pytest.importorskip("smedjan_jax.kernels")
@@ -84,7 +85,7 @@ def test_the_layer_has_the_heads_and_states_of_the_model_and_both_forms_compute_
         assert small.head_dim == model.head_dim
         small.validate()
     small = held.small("gated-deltanet", dataclasses.replace(MODEL, mixer=("gated-deltanet",)))
-    assert small.heads // small.kv_heads > 1, "grouped as the model is"
+    assert gated_deltanet.heads(small) == (2, 4, MODEL.head_dim, MODEL.head_dim), "grouped as the model is"
 
 
 @pytest.mark.parametrize("mixer", ["gated-deltanet", "rwkv"])

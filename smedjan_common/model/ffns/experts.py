@@ -24,6 +24,7 @@ class Options(Shape):
     experts: int = option(0, "Experts of a feed-forward. 0: one dense feed-forward.", least=0)
     experts_per_token: int = option(2, "Experts that each token is sent to.")
     shared_experts: int = option(0, "Experts that see every token, besides the routed ones.", least=0)
+    shared_gate: bool = option(False, "a sigmoid gate on the shared experts, one number a token (Qwen3-Next).")
     expert_dim: int = option(0, "Width of one expert.", least=0, filled="the feed-forward width")
     router: Literal["softmax", "bias"] = option(
         "softmax",
@@ -72,6 +73,8 @@ def _parameters(config: Options, layer: int) -> list[ParamSpec]:
     specs += [_stacked(spec, experts) for spec in _swiglu(config, hidden)]
     if config.shared_experts:
         specs += [spec._replace(name=f"shared.{spec.name}") for spec in _swiglu(config, config.shared_experts * hidden)]
+    if config.shared_gate:
+        specs.append(weight("shared_gate", 1, dim, (None, "embed"), config.init_std))
     return specs
 
 
@@ -88,8 +91,9 @@ def _stacked(spec: ParamSpec, experts: int) -> ParamSpec:
 
 
 def _active(config: Options) -> int:
-    """The router's weight, k experts and the shared ones; the bias is no operand of a product."""
-    return config.experts * config.dim + 3 * config.dim * width(config) * (config.experts_per_token + config.shared_experts)
+    """The router's weight, k experts, the shared ones and their gate; the bias is no operand of a product."""
+    gate = config.dim if config.shared_gate else 0
+    return config.experts * config.dim + 3 * config.dim * width(config) * (config.experts_per_token + config.shared_experts) + gate
 
 
 def _validate(config: Options) -> None:
@@ -108,6 +112,8 @@ def _validate(config: Options) -> None:
             "The weights of a token's experts add up to 1: of one alone the weight is always 1, and the router would learn nothing.",
             "Take --experts-per-token 2, say.",
         )
+    if config.shared_gate and not config.shared_experts:
+        raise ConfigError("--shared-gate would do nothing.", "There are no --shared-experts.", "Add --shared-experts 1, or leave it out.")
 
 
 def _validate_groups(config: Options) -> None:

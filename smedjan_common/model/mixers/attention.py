@@ -7,7 +7,7 @@ from smedjan_common.model.activations import Activations, Course, Measured, scor
 from smedjan_common.model.mixers.shared import HeadNorm, Softmax, check_kv_heads
 from smedjan_common.model.options import option
 from smedjan_common.model.parameter import ParamSpec, bias, head_norm, residual_std, weight
-from smedjan_common.model.shape import SWITCH, Shape
+from smedjan_common.model.shape import SWITCH
 from smedjan_common.model.spec import MixerSpec, StateSpec
 
 
@@ -26,6 +26,9 @@ def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
     spans = (config.inner_dim, kv) if config.qk_norm_over == "all" else (config.head_dim,) * 2
     norms = [head_norm(f"{name}_norm", span) for name, span in zip("qk", spans, strict=True)] if config.qk_norm else []
     qkv = [bias(f"{n}_proj", *of) for n, of in (("q", (config.inner_dim, "heads")), ("k", (kv, "kv_heads")), ("v", (kv, "kv_heads")))]
+    gate = [weight("gate_proj", config.inner_dim, config.dim, ("heads", "embed"), config.init_std)] if config.attention_gate else []
+    if gate and config.qkv_bias:
+        gate.append(bias("gate_proj", config.inner_dim, "heads"))
     return [
         weight("q_proj", config.inner_dim, config.dim, ("heads", "embed"), config.init_std),
         weight("k_proj", kv, config.dim, ("kv_heads", "embed"), config.init_std),
@@ -33,6 +36,7 @@ def parameters(config: HeadNorm, layer: int) -> list[ParamSpec]:
         weight("o_proj", config.dim, config.inner_dim, ("embed", "heads"), residual_std(config)),
         *(qkv if config.qkv_bias else []),
         *([bias("o_proj", config.dim, "embed")] if config.o_bias else []),
+        *gate,
         *norms,
     ]
 
@@ -91,9 +95,10 @@ MEASURED: Measured = {
 }
 
 
-def projected(config: Shape) -> int:
-    """Values of a token that its projections give: queries, keys, values and the output."""
-    return config.inner_dim + config.dim + 2 * config.kv_heads * config.head_dim
+def projected(config: HeadNorm) -> int:
+    """Values of a token that its projections give: queries, keys, values, the output, and the gate where there is one."""
+    gate = config.inner_dim if config.attention_gate else 0
+    return config.inner_dim + config.dim + 2 * config.kv_heads * config.head_dim + gate
 
 
 def activations(config: HeadNorm, course: Course) -> Activations:

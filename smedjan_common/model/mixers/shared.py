@@ -16,6 +16,7 @@ class HeadNorm(Shape):
     qk_norm_over: Literal["head", "all"] = option("head", "what --qk-norm is over: each head, or all of them together (OLMo 2).")
     qkv_bias: bool = option(False, "biases of the query, key and value projections (Qwen2).")
     o_bias: bool = option(False, "a bias of the output projection.")
+    attention_gate: bool = option(False, "a sigmoid gate on each feature of what heads give, before the output projection (Qwen3-Next).")
     attention_multiplier: float = option(
         0.0, "what scores of attention are multiplied by.", least=0, most=1e6, filled="1 over the root of the head size", shape_free=True
     )
