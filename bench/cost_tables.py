@@ -79,9 +79,21 @@ def converts() -> str | None:
     return "\n\n".join(parts) or None
 
 
+def starts() -> str | None:
+    """What the compilation cache saves."""
+    report = newest("starts")
+    if not report:
+        return None
+    rows = report["rows"]
+    body = [[f"{row['size']}, `{row['mixer']}`", f"{row['first_cpu_seconds']:.1f}", f"{row['second_cpu_seconds']:.1f}"] for row in rows]
+    head = ["two steps of training, seconds of CPU", "first start", "second start"]
+    return f"{report['device']}, JAX {report['versions']['jax']} (`{report['command']}`):\n\n{table(head, body)}"
+
+
 PARTS: dict[str, Callable[[], str | None]] = {
     "memory": memory,
     "mesh": mesh,
+    "starts": starts,
     "stalls": stalls,
     "converts": converts,
 }

@@ -3,7 +3,60 @@
 from collections.abc import Callable
 
 from bench.rows import Row
-from bench.tables import newest, reports, table
+from bench.tables import gib, newest, reports, table
+
+SPECIAL = "deterministic", "mask_documents"  # what a row of bench.train_speed has besides
+
+
+WHO = {"jax": "smedjan, JAX", "mlx": "smedjan, MLX on CUDA", "torch": "transformers + torch.compile, SDPA, fused AdamW"}
+
+
+def speed() -> str | None:
+    """A training step of each size and framework with its defaults, of the file that has the most of them."""
+    rows = _first_of(_train_speed(), ("size", "backend"), gradient_checkpointing="none", grad_accum=1)
+    if not rows:
+        return None
+    body = [
+        [
+            f"{row['size']} ({row['parameters'] / 1e6:,.0f}M, {row['vocab_size']})",
+            f"{row['batch_size']} x {row['seq_len']}",
+            WHO[row["backend"]],
+            f"{row['tokens_per_second']:,}",
+            f"{row['tflops_causal_once']}",
+            gib(row["peak_memory_bytes"]),
+        ]
+        for row in sorted(rows, key=lambda row: (row["parameters"], list(WHO).index(row["backend"])))
+    ]
+    head = ["model (parameters, vocabulary)", "batch x seq", "who", "tokens/s", "TFLOP/s", "memory, GiB"]
+    return f"{rows[0]['device']}, {rows[0]['dtype']} compute:\n\n{table(head, body)}"
+
+
+def saving() -> str | None:
+    """What saves memory at medium, and what it costs, with each backend."""
+    own = [row for row in _train_speed() if row["backend"] in ("jax", "mlx") and row["size"] == "medium"]
+    body = []
+    for row in sorted(_first_of(own, ("backend", "gradient_checkpointing", "grad_accum"), notes=True), key=lambda row: row["backend"]):
+        flags = [f"`--gradient-checkpointing {row['gradient_checkpointing']}`"] if row["gradient_checkpointing"] != "none" else []
+        flags += [f"`--grad-accum {row['grad_accum']}`"] if row["grad_accum"] > 1 else []
+        option = ", ".join(flags) or "none"
+        option += f" ({row['note']})" if "note" in row else ""
+        body.append([row["backend"].upper(), option, f"{row['tokens_per_second']:,}", gib(row["peak_memory_bytes"])])
+    return table(["backend", "option", "tokens/s", "memory, GiB"], body) if body else None
+
+
+def _train_speed() -> list[Row]:
+    """The rows of the longest file of bench.train_speed."""
+    return max(reports("train_speed").values(), key=len, default=[])
+
+
+def _first_of(rows: list[Row], key: tuple[str, ...], notes: bool = False, **fixed: str | int) -> list[Row]:
+    """The first row of each `key`, of those that have nothing special about them; notes: a row with a note where there is no other."""
+    plain = [row for row in rows if not any(row.get(name) for name in SPECIAL) and all(row[name] == value for name, value in fixed.items())]
+    found: dict[tuple, Row] = {}
+    for row in sorted(plain, key=lambda row: "note" in row):
+        if notes or "note" not in row:
+            found.setdefault(tuple(row[name] for name in key), row)
+    return list(found.values())
 
 
 def kernels() -> str | None:
@@ -60,4 +113,10 @@ def _about(report: Row) -> str:
     return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}, {report['date']}"
 
 
-PARTS: dict[str, Callable[[], str | None]] = {"kernels": kernels, "kernel-lengths": lengths, "peers": peers}
+PARTS: dict[str, Callable[[], str | None]] = {
+    "speed": speed,
+    "saving": saving,
+    "kernels": kernels,
+    "kernel-lengths": lengths,
+    "peers": peers,
+}

@@ -13,7 +13,7 @@
 | glm4_moe | GLM 4.5 | experts with the bias router, shared ones too, after a prefix of dense layers |
 | olmo2 | OLMo 2 | norms after mixers and feed-forwards; RMSNorm over all heads of q and of k together |
 | olmo3 | OLMo 3 | the same; a sliding window in some layers, and RoPE that is scaled in the others |
-| phi3 | Phi-3, Phi-4 | a part of each head that turns, a sliding window in all layers; q, k and v in one tensor, gate and up in one |
+| phi3 | Phi-3, Phi-4 | longrope, a part of each head that turns, a sliding window in all layers; q, k and v in one tensor, gate and up |
 | granite | Granite 3 | multipliers of embeddings, residuals, scores and logits |
 | granitemoehybrid | Granite 4 | the same; Mamba-2, attention, turned or not, or both; SwiGLU, or experts with shared ones |
 | olmoe | OLMoE | experts with the softmax router in all layers, RMSNorm over all heads of q and of k together |
@@ -195,8 +195,8 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi3ForCausalLM",
         {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        {"window", "rope_dim"},
-        lambda config: _plain(config) and config.rope_scaling in ("none", "ntk"),
+        {"window", "rope_dim", "rope_attention_factor", "rope_short_factors", "rope_long_factors"},
+        lambda config: _plain(config) and config.rope_scaling in ("none", "ntk", "longrope"),
         layouts.phi3,
     ),
     "granite": Family(

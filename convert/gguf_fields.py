@@ -6,6 +6,8 @@ from typing import Any
 
 from smedjan_common.errors import CheckpointError, ConfigError
 
+LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")  # tensors with what frequencies are divided by
+
 
 class Fields:
     """`number("block_count")` is `llama.block_count` in a llama. Raises ConfigError for an architecture that is not `known`."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from convert import gguf_tokenizer, ties
 from convert.gguf_blocks import BLOCKS, KINDS, to_blocks
+from convert.gguf_fields import LONGROPE
 from convert.gguf_forms import FORMS, form_of
 from convert.hf_rope import rope_to_hf, turned_dim
 from convert.portable import Lazy, Packed, Portable, cast
@@ -63,6 +65,9 @@ def write(model: Portable, target: Path, dtype: str, show: Show) -> list[str]:
     tensors = ties.written(layout, ours)
     if model.config.rope_scaling == "llama3":
         tensors["rope_freqs.weight"] = _periods_over_plain(model.config)
+    if model.config.rope_scaling == "longrope":
+        lists = model.config.rope_short_factors, model.config.rope_long_factors
+        tensors |= {name: _vector(factors) for name, factors in zip(LONGROPE, lists, strict=True)}
     kinds = {name: _kind(name, kind, tensor) for name, tensor in tensors.items()}
     encoded = {name: _encoded(name, tensor, kinds[name], gguf) for name, tensor in tensors.items()}
     for tie in layout:  # what is quantised stays as it is: nothing is rounded again
@@ -107,9 +112,12 @@ def _hyper_parameters(config: ModelConfig, architecture: str, name: str) -> dict
         "attention.value_length": config.head_dim,
         "rope.dimension_count": turned_dim(config),
         "rope.freq_base": float(base),
-        "rope.scaling.type": config.rope_scaling if config.rope_scaling in ("linear", "yarn") else "none",
+        "rope.scaling.type": config.rope_scaling if config.rope_scaling in ("linear", "yarn", "longrope") else "none",
     }
-    if scaling and config.rope_scaling != "llama3":  # its frequencies are a tensor
+    if config.rope_scaling == "longrope":
+        fields["rope.scaling.original_context_length"] = config.rope_original_len
+        fields["rope.scaling.attn_factor"] = rope.attention_factor(config)
+    if scaling and config.rope_scaling not in ("llama3", "longrope"):  # whose frequencies are tensors
         fields["rope.scaling.factor"] = float(scaling["factor"])
     if scaling and config.rope_scaling == "yarn":  # llama.cpp works out the attention factor by our formula
         fields["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
@@ -123,8 +131,12 @@ def _hyper_parameters(config: ModelConfig, architecture: str, name: str) -> dict
 def _periods_over_plain(config: ModelConfig) -> Lazy:
     """How many times longer each period is than unscaled, float32 [K/2]: what llama.cpp divides the frequencies by."""
     plain = dataclasses.replace(config, rope_scaling="none", rope_factor=1.0, rope_original_len=0)
-    factors = (rope.frequencies(plain) / rope.frequencies(config)).astype(np.float32)
-    return Lazy(factors.dtype, factors.shape, lambda: factors)
+    return _vector(rope.frequencies(plain) / rope.frequencies(config))
+
+
+def _vector(values: ArrayLike) -> Lazy:
+    array = np.asarray(values, np.float32)
+    return Lazy(array.dtype, array.shape, lambda: array)
 
 
 def _blocks(packed: list[Packed], tie: ties.Tie, shape: tuple[int, ...]) -> Lazy:

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import gguf_vocabulary, ties
 from convert.gguf_blocks import BLOCKS, from_blocks
-from convert.gguf_fields import Fields
+from convert.gguf_fields import LONGROPE, Fields
 from convert.gguf_file import package
 from convert.gguf_forms import FORMS
 from convert.portable import Lazy, Packed, Portable
@@ -44,7 +44,7 @@ def read(path: Path) -> Portable:
     wanted = {name: shape for tie in layout for name, shape in zip(tie.theirs, tie.shapes, strict=True)}
     if config.tied_head and "output.weight" in wanted:
         stored.setdefault("output.weight", stored["token_embd.weight"])
-    if odd := sorted(stored.keys() - wanted.keys() - {"rope_freqs.weight"}):
+    if odd := sorted(stored.keys() - wanted.keys() - {"rope_freqs.weight", *LONGROPE}):
         raise ConfigError(f"{path} has a tensor {odd[0]!r}.", "The model of its fields has no such tensor.", "Choose another model.")
     if missing := [name for name in wanted if name not in stored]:
         raise CheckpointError(f"{path} lacks the tensor {missing[0]}.", "The model of its fields has it.", "Download it again.")
@@ -122,6 +122,8 @@ def _rope(fields: Fields, stored: Mapping[str, Any], context: int) -> dict[str, 
     if not base:
         raise CheckpointError(f"{fields.where} has rope.freq_base 0.", "Positions would not be told apart.", "Download it again.")
     kind = fields.text("rope.scaling.type") or "none"
+    if all(name in stored for name in LONGROPE):
+        return {"rope_base": base, **_longrope(fields, stored, context)}
     if "rope_freqs.weight" in stored:
         return {"rope_base": base} | _llama3(np.asarray(stored["rope_freqs.weight"].data, np.float64), base)
     if kind == "none":
@@ -137,6 +139,21 @@ def _rope(fields: Fields, stored: Mapping[str, Any], context: int) -> dict[str, 
             if not math.isclose(fields.number(f"rope.scaling.{name}", usual, whole=False), usual, rel_tol=1e-6):
                 raise ConfigError(f"{fields.where} has YaRN with another {name}.", f"YaRN here has {usual:g}.", "Choose another model.")
     return found
+
+
+def _longrope(fields: Fields, stored: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The factor is what the context is over the original one, as llama.cpp's converter takes it."""
+    original, said = fields.number("rope.scaling.original_context_length", context), fields.real("rope.scaling.attn_factor", 1.0)
+    if not 1 < original < context:
+        raise fields.inexpressible(f"an original context of {original} of {context} positions")
+    factor = context / original
+    usual = math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (tuple(float(f"{value:.7g}") for value in stored[name].data) for name in LONGROPE)
+    return {
+        **{"rope_scaling": "longrope", "rope_factor": factor, "rope_original_len": original},
+        **{"rope_attention_factor": 0.0 if math.isclose(said, usual, rel_tol=1e-6) else said},
+        **{"rope_short_factors": short, "rope_long_factors": long},
+    }
 
 
 def _llama3(factors: np.ndarray, base: float) -> dict[str, Any]:

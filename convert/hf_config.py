@@ -114,7 +114,7 @@ def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:
 def _rope(values: dict[str, Any], where: str, kind: str, context: int, head_dim: int) -> dict[str, Any]:
     if kind in _FULL_EVERY:
         return rope_by_layer(values, where, context, values["layer_types"], FAMILIES[kind].defaults["rope_theta"])
-    found = rope_from_hf(values, where, context, head_dim, kind in ("deepseek_v2", "deepseek_v3"))
+    found = rope_from_hf(values, where, context, head_dim, kind)
     if "rope_dim" in found and "rope_dim" not in FAMILIES[kind].options:
         parted = ", ".join(name for name, family in FAMILIES.items() if "rope_dim" in family.options)
         raise inexpressible(where, "a partial rotary embedding", f"Programs do not agree what that means in {kind}; {parted} have it")

@@ -24,6 +24,7 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.files.atomic_directory import atomic_directory
 from smedjan_common.model import rope
+from smedjan_common.model.json_fields import MAX_POSITION
 
 PARTS = (
     *(hf_import.CONFIG, "generation_config.json", hf_import.WEIGHTS, "model-*-of-*.safetensors", hf_import.INDEX),
@@ -56,6 +57,13 @@ def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
     if values["model_type"] == "deepseek_v2" and config.rope_scaling == "none":
         notes.append("mlx-lm reads this architecture with YaRN alone. transformers reads it as it is.")
+    if config.rope_scaling == "longrope":
+        length = config.rope_original_len
+        notes.append(
+            f"Of texts of up to {length} tokens mlx-lm's logits are those of another model: it has the factors of longer ones only."
+        )
+        if config.rope_attention_factor:
+            notes.append("mlx-lm does not read its factor of cosines and sines (attention_factor). transformers reads it.")
     if config.window and values["model_type"] not in ("smollm3", "olmo3"):
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     return notes
@@ -132,7 +140,8 @@ def check_described(directory: Path, model: Portable, again: Portable) -> None:
 def _turn_alike(ours: ModelConfig, theirs: ModelConfig) -> bool:
     factors = [(rope.attention_factor(each), rope.plain_factor(each)) for each in (ours, theirs)]
     same = turned_dim(ours) == turned_dim(theirs) and np.allclose(*factors, rtol=1e-9, atol=0)
-    return bool(same) and np.allclose(*(rope.frequencies(each, turned_dim(each)) for each in (ours, theirs)), rtol=1e-12, atol=0)
+    tables = [[rope.frequencies(rope.settled(each, longest), turned_dim(each)) for longest in (1, MAX_POSITION)] for each in (ours, theirs)]
+    return bool(same) and np.allclose(*tables, rtol=1e-12, atol=0)
 
 
 def _patterns(config: ModelConfig) -> list[tuple[int, tuple[str, ...], bool]]:

@@ -169,6 +169,12 @@ def _windows(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _phi3(config: ModelConfig) -> dict[str, Any]:
+    """transformers takes the original context from here."""
+    found = {"sliding_window": config.window or None, **_part(config)}
+    return found | ({"original_max_position_embeddings": config.rope_original_len} if config.rope_scaling == "longrope" else {})
+
+
 def _smollm3(config: ModelConfig) -> dict[str, Any]:
     turning = [int(config.at(layer).rope_layers == ("on",)) for layer in range(config.layers)]
     return {"use_sliding_window": False, "sliding_window": None, **_windows(config), "no_rope_layers": turning}
@@ -181,7 +187,7 @@ WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "ministral": _windows,
     "smollm3": _smollm3,
     "olmo3": _windows,
-    "phi3": lambda config: {"sliding_window": config.window or None, **_part(config)},
+    "phi3": _phi3,
     "granite": _multipliers,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,

@@ -3,7 +3,7 @@
 Written so that transformers 5 (`rope_parameters`), transformers 4 and mlx-lm (`rope_theta`, `rope_scaling`) read the same model:
     none   rope_type default
     ntk    rope_type default with the base that NTK-aware scaling comes to, base * s^(K/(K-2)): nobody has a static NTK-aware form
-    linear, llama3   by their names
+    linear, llama3, longrope   by their names, longrope of phi3 alone
     yarn   rope_type yarn with factor, original_max_position_embeddings, beta_fast 32, beta_slow 1. The attention factor is left to
            the formula that all readers share, 0.1 ln s + 1; llama.cpp before 2026 would apply one that is written down twice.
            Latent attention has mscale and mscale_all_dim as well: all scores are multiplied by the square of 0.1 mscale_all_dim ln s + 1,
@@ -19,6 +19,8 @@ from smedjan_common.errors import CheckpointError
 from smedjan_common.model import rope
 from smedjan_common.model.json_fields import MAX_POSITION
 
+LATENT = ("deepseek_v2", "deepseek_v3")  # architectures with latent attention
+
 
 def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
     """(base, scaling) of the rotary embedding: the scaling is None where a base says it all."""
@@ -30,6 +32,17 @@ def rope_to_hf(config: ModelConfig) -> tuple[float, dict[str, Any] | None]:
             "beta_fast": rope.BETA_FAST,
             "beta_slow": rope.BETA_SLOW,
             **(_factors_of_latents(config) if "mla" in config.mixer else {}),
+        }
+    if config.rope_scaling == "longrope":
+        said = {"attention_factor": config.rope_attention_factor} if config.rope_attention_factor else {}
+        return config.rope_base, {
+            "type": "longrope",
+            "rope_type": "longrope",
+            "factor": config.rope_factor,
+            "original_max_position_embeddings": rope.original_length(config),
+            "short_factor": list(config.rope_short_factors),
+            "long_factor": list(config.rope_long_factors),
+            **said,
         }
     if config.rope_scaling == "linear":
         return config.rope_base, {"rope_type": "linear", "factor": config.rope_factor}
@@ -51,10 +64,10 @@ def turned_dim(config: ModelConfig) -> int:
     return config.rope_dim or config.head_dim
 
 
-def rope_from_hf(values: dict[str, Any], where: str, context: int, head_dim: int, latent: bool = False) -> dict[str, Any]:
-    """The rope fields of a ModelConfig from either generation's keys. latent: of latent attention, which reads YaRN's mscale."""
+def rope_from_hf(values: dict[str, Any], where: str, context: int, head_dim: int, kind: str) -> dict[str, Any]:
+    """The rope fields of a ModelConfig from either generation's keys. kind: the model_type, some of which read keys that others do not."""
     scaling = _object(values.get("rope_scaling") or values.get("rope_parameters") or {}, where)
-    return {**_stretching(values, scaling, where, context, latent), **_part(values, scaling, where, head_dim)}
+    return {**_stretching(values, scaling, where, context, kind), **_part(values, scaling, where, head_dim)}
 
 
 def rope_by_layer(values: dict[str, Any], where: str, context: int, layer_types: list[str], narrow_base: float) -> dict[str, Any]:
@@ -93,15 +106,17 @@ def _part(values: dict[str, Any], scaling: dict[str, Any], where: str, head_dim:
     return {"rope_dim": turned}
 
 
-def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int, latent: bool = False) -> dict[str, Any]:
+def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int, model: str = "") -> dict[str, Any]:
     base = number({**values, **scaling}, "rope_theta", where, 10000.0)
     if not base > 1:
         raise CheckpointError(f"{where} has rope_theta {base:g}.", "It must be over 1.", "Restore the file.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return {"rope_base": base}
+    if model == "phi3":  # whose earlier names for it are others
+        return {"rope_base": base, **_longrope(values, scaling, where, context)}
     if kind in ("longrope", "su"):
-        why = "Texts past the original context turn every position in another way there, earlier ones too"
+        why = "Of texts past the original context programs keep earlier positions as they were, or do not, but in phi3"
         raise inexpressible(where, f"RoPE of the type {kind!r}", why)
     if kind not in ("linear", "llama3", "yarn"):
         raise inexpressible(where, f"RoPE of the type {kind!r}", "RoPE here is default, linear, llama3 or yarn")
@@ -112,8 +127,31 @@ def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, con
     if kind == "llama3":
         low, high = number(scaling, "low_freq_factor", where), number(scaling, "high_freq_factor", where)
         return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    latent = model in LATENT
     _refuse_other_yarn(scaling, found["rope_factor"], where, latent)
     return found | (_yarn_of_latents(scaling, found["rope_factor"], where) if latent else {})
+
+
+def _longrope(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> dict[str, Any]:
+    """The original context stands beside the scaling; the factor is what the context is over it, unless it is said."""
+    original = _original_length(values, scaling, where, context)
+    if odd := [name for name in ("short_mscale", "long_mscale") if scaling.get(name) is not None]:
+        raise inexpressible(where, f"RoPE with {odd[0]}", "Short and long sequences share one factor of cosines and sines here")
+    return {
+        "rope_scaling": "longrope",
+        "rope_factor": number(scaling, "factor", where, context / original),
+        "rope_original_len": original,
+        "rope_attention_factor": number(scaling, "attention_factor", where, 0.0),
+        "rope_short_factors": _numbers(scaling, "short_factor", where),
+        "rope_long_factors": _numbers(scaling, "long_factor", where),
+    }
+
+
+def _numbers(scaling: dict[str, Any], key: str, where: str) -> tuple[float, ...]:
+    factors = scaling.get(key)
+    if not isinstance(factors, list) or not all(type(factor) in (int, float) for factor in factors):
+        raise CheckpointError(f"{where} has no {key} of numbers.", "longrope has one for each turned pair.", "Restore the file.")
+    return tuple(map(float, factors))
 
 
 def _original_length(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int) -> int:

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.inference.chunks import positions_held
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import parameter_table
+from smedjan_common.model.rope import settled
 from smedjan_common.training.precision import PRECISIONS, compute_dtype, multiplied_in_float8
 from smedjan_jax.ffn import ffn_class
 from smedjan_jax.kernels import chosen
@@ -74,7 +76,7 @@ class Model(nnx.Module):
 
     def outputs(self, tokens: jax.Array, documents: jax.Array | None = None) -> tuple[jax.Array, Carried]:
         """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
-        context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
+        context = Context(Rope(settled(self.config, tokens.shape[1]), tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
         x_BTD, carried = self._embedded(tokens, self.deterministic), {}
         for block in self.layers:
@@ -116,7 +118,8 @@ class Model(nnx.Module):
     def _consume(self, tokens: jax.Array, state: State, active: jax.Array | None, length: int | None) -> tuple[jax.Array, State]:
         """Through all blocks, [B, T, D], and the new state."""
         position, T = state["position"], tokens.shape[1]
-        context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
+        config = settled(self.config, positions_held(self.config, state["layers"]))
+        context = Context(Rope(config, T, position), position, None, self.chunk_size, active, length)
         x_BTD, layers, carried = self._embedded(tokens), [], {}
         for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BTD, after, carried = block.step(x_BTD, context, before, carried)

@@ -17,8 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from smedjan_common.config import ModelConfig
+from smedjan_common.inference.chunks import positions_held
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
+from smedjan_common.model.rope import settled
 from smedjan_mlx.ffn import ffn_class
 from smedjan_mlx.kernels import chosen
 from smedjan_mlx.mixers import mixer_class
@@ -69,7 +71,7 @@ class Model(nn.Module):
 
     def outputs(self, tokens: mx.array, documents: mx.array | None = None) -> tuple[mx.array, Carried]:
         """What the head reads, and what the blocks left beside it (losses and loads of experts)."""
-        context = Context(Rope(self.config, tokens.shape[1]), None, documents, self.chunk_size)
+        context = Context(Rope(settled(self.config, tokens.shape[1]), tokens.shape[1]), None, documents, self.chunk_size)
         apply = CHECKPOINTED[self.gradient_checkpointing]
         x_BTD, carried = self._embedded(tokens, self.deterministic), {}
         for block in self.layers:
@@ -111,7 +113,8 @@ class Model(nn.Module):
     def _consume(self, tokens: mx.array, state: State, active: mx.array | None, length: int | None) -> tuple[mx.array, State]:
         """Through all blocks, [B, T, D], and the new state."""
         position, T = state["position"], tokens.shape[1]
-        context = Context(Rope(self.config, T, position), position, None, self.chunk_size, active, length)
+        config = settled(self.config, positions_held(self.config, state["layers"]))
+        context = Context(Rope(config, T, position), position, None, self.chunk_size, active, length)
         x_BTD, layers, carried = self._embedded(tokens), [], {}
         for layer, (block, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BTD, after, carried = block.step(x_BTD, context, before, carried)

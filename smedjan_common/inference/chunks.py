@@ -1,6 +1,7 @@
 """How tokens are fed in pieces: few shapes are compiled, and no piece overwrites what its own tokens read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.mixers import MIXERS
@@ -13,6 +14,15 @@ def by_position(config: ModelConfig, max_len: int) -> list[StateSpec]:
     """The arrays of one row's decode state that keep something of each position, of all layers."""
     specs = (spec for name in dict.fromkeys(config.mixer) for spec in MIXERS[name].state(config, 1, max_len))
     return [spec for spec in specs if spec.axis is not None]
+
+
+def positions_held(config: ModelConfig, layers: Sequence[Mapping[str, Any]]) -> int:
+    """How many positions a decode state holds, the arrays of its layers by name; 0 where none keeps something of each."""
+    for layer, arrays in enumerate(layers):
+        for spec in MIXERS[config.mixer_of(layer)].state(config, 1, 1):
+            if spec.axis is not None and spec.span == 1:
+                return arrays[spec.name].shape[spec.axis]
+    return 0
 
 
 def can_rewind(config: ModelConfig) -> bool:

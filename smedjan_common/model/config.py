@@ -95,7 +95,7 @@ class ModelConfig(
                 raise ConfigError(
                     f"{flag(name)} would do nothing.", f"--rope-scaling is {self.rope_scaling}.", "Take --rope-scaling llama3."
                 )
-        if self.rope_attention_factor and self.rope_scaling != "yarn":
+        if self.rope_attention_factor and self.rope_scaling not in ("yarn", "longrope"):
             what = f"--rope-attention-factor {self.rope_attention_factor:g} would do nothing."
             raise ConfigError(what, f"--rope-scaling is {self.rope_scaling}.", "Leave it out, or take --rope-scaling yarn.")
         if "off" in self.rope_global_layers and (self.rope_scaling == "none" or "on" not in self.rope_global_layers):
@@ -153,6 +153,8 @@ class ModelConfig(
             )
         if self.rope_scaling not in ROPE_SCALINGS:
             raise unknown("--rope-scaling", self.rope_scaling, ROPE_SCALINGS)
+        if self.rope_scaling == "longrope":
+            self._validate_longrope()
         if self.rope_scaling != "none" and self.rope_factor <= 1:
             raise ConfigError(
                 f"--rope-factor {self.rope_factor:g} does not extend the context.",
@@ -171,6 +173,21 @@ class ModelConfig(
                     raise unknown(what, name, table)
                 check_options(self, table[name].own)
                 table[name].validate(self)
+
+    def _validate_longrope(self) -> None:
+        """Its lists come with the weights: no flag says them."""
+        turned = {dim for name in self.mixer if name in MIXERS and (dims := MIXERS[name].rope_dims) for dim in dims(self)}
+        lists = self.rope_short_factors, self.rope_long_factors
+        if any(2 * len(factors) != dim for factors in lists for dim in turned):
+            what = (
+                f"--rope-scaling longrope has {len(lists[0])} and {len(lists[1])} factors for {max(turned, default=0) // 2} turned pairs."
+            )
+            raise ConfigError(
+                what, "They were found by a search, and come with weights alone.", "Take --rope-scaling yarn, or such weights."
+            )
+        if not all(0 < factor < math.inf for factor in (*lists[0], *lists[1])) or self.rope_original_len < 2:
+            what = "--rope-scaling longrope has factors that are not over 0, or no original context of 2 positions or more."
+            raise ConfigError(what, "They divide frequencies, and the context decides between them.", "Restore the file.")
 
 
 MAX_LAYERS = 1024  # of a new model; beyond, listing its tensors takes minutes (DeepNet, 2022, has 1000 layers)

@@ -6,12 +6,18 @@
     theta' = theta / s                                  linear (position interpolation; Chen et al., 2023)
     theta' = theta (1 - r) + (theta / s) r              llama3: r = 1 where a period is over L / low, 0 where it is under L / high, and
                                                         between (high - L / period) / (high - low) (Llama 3.1, 2024)
+    theta'_i = theta_i / f_i                            longrope: f is one list in sequences of up to L positions, another in longer ones;
+                                                        m = sqrt(1 + ln s / ln L) (Ding et al., 2024; Phi-3)
 
 K: features that turn (a whole head; a part of it in `mla`), s: factor, L: original context. Half-split layout (Llama): feature i
 turns with feature i + K/2.
+How long a sequence of longrope is counts for all of its positions, so it is settled before the first (`settled`): by the length of the row
+in training and scoring, and in decoding by how many positions the state can hold.
+
 Computed once in float64; both backends and the reference start from these numbers.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -38,6 +44,14 @@ def turning(config: Shape, dim: int) -> Turning:
     return Turning(dim, config.rope_base, config.rope_scaling)
 
 
+def settled(config: ModelConfig, longest: int) -> ModelConfig:
+    """The model of sequences of up to `longest` positions: both lists of longrope are the one that holds for these."""
+    if config.rope_scaling != "longrope":
+        return config
+    factors = config.rope_long_factors if longest > original_length(config) else config.rope_short_factors
+    return dataclasses.replace(config, rope_short_factors=factors, rope_long_factors=factors)
+
+
 def turnings(config: ModelConfig) -> dict[Turning, ModelConfig]:
     """Every one of the model, rising, each with the model as one of its layers sees it."""
     layers = [(MIXERS[config.mixer_of(layer)].rope_dims, config.at(layer)) for layer in range(config.layers)]
@@ -56,10 +70,17 @@ def periods(config: Shape, dim: int | None = None) -> np.ndarray:
 
 
 def attention_factor(config: Shape) -> float:
-    """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN."""
-    if config.rope_scaling != "yarn":
+    """m: multiplies cos and sin, so attention scores grow by m^2; 1 but for YaRN and longrope."""
+    if config.rope_scaling not in ("yarn", "longrope"):
         return 1.0
-    return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1.0
+    return config.rope_attention_factor or usual_attention_factor(config)
+
+
+def usual_attention_factor(config: Shape) -> float:
+    """The same where the model does not say another one."""
+    if config.rope_scaling == "longrope":
+        return math.sqrt(1.0 + math.log(config.rope_factor) / math.log(original_length(config)))
+    return 0.1 * math.log(config.rope_factor) + 1.0
 
 
 def plain_factor(config: MlaOptions) -> float:
@@ -119,4 +140,8 @@ def _llama3(config: Shape, dim: int) -> np.ndarray:
     return theta * (1 - ramp) + theta / config.rope_factor * ramp
 
 
-_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn, "linear": _linear, "llama3": _llama3}
+def _longrope(config: Shape, dim: int) -> np.ndarray:
+    return _plain(config, dim) / np.array(config.rope_short_factors)
+
+
+_SCALINGS = {"none": _plain, "ntk": _ntk, "yarn": _yarn, "linear": _linear, "llama3": _llama3, "longrope": _longrope}

@@ -25,7 +25,7 @@ class Shape:
     norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", over=0, most=1, shape_free=True)
     # with a larger base or factor, periods of NTK-aware scaling overflow float32
     rope_base: float = option(10000.0, "Base of the rotary frequencies.", over=1, most=1e24, shape_free=True)
-    rope_scaling: Literal["none", "ntk", "yarn", "linear", "llama3"] = option(
+    rope_scaling: Literal["none", "ntk", "yarn", "linear", "llama3", "longrope"] = option(
         "none", "Stretch positions to extend the context of --pretrained.", shape_free=True
     )
     rope_factor: float = option(1.0, "How much --rope-scaling stretches.", most=1e6, shape_free=True)
@@ -43,12 +43,14 @@ class Shape:
     )
     rope_attention_factor: float = option(
         0.0,
-        "What yarn multiplies cosines and sines by; in mla the whole score by its square.",
+        "What yarn and longrope multiply cosines and sines by; in mla the whole score by its square.",
         least=0,
         most=1e6,
-        filled="0.1 ln(factor) + 1",
+        filled="0.1 ln(factor) + 1; longrope: the root of 1 + ln(factor) / ln(original context)",
         shape_free=True,
     )
+    rope_short_factors: tuple[float, ...] = ()  # longrope: what the period of each turned pair is multiplied by
+    rope_long_factors: tuple[float, ...] = ()  # the same in sequences longer than the original context
     rope_global_layers: tuple[str, ...] = option(
         ("on",),
         "whether a layer turns as --rope-base and --rope-scaling say, a pattern over the depth; the others turn unstretched (OLMo 3).",

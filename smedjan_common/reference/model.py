@@ -20,6 +20,7 @@ from smedjan_common.model.config import ModelConfig
 from smedjan_common.model.ffns import FFNS
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.params import head_name
+from smedjan_common.model.rope import settled
 from smedjan_common.reference import experts
 from smedjan_common.reference.loss import IGNORED, mean_cross_entropy, mean_kl, mean_z_loss, token_losses
 from smedjan_common.reference.norm import rms_norm
@@ -47,12 +48,13 @@ def hidden(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, document
     """What the output head reads, [B, T, D], float64. With `documents_BxT` every document of a row is a sequence by itself."""
     if documents_BxT is None:
         return outputs(config, params, tokens_BxT)[0]
-    rows = zip(tokens_BxT, documents_BxT, strict=True)
+    config, rows = settled(config, tokens_BxT.shape[1]), zip(tokens_BxT, documents_BxT, strict=True)
     return np.stack([np.concatenate([outputs(config, params, piece)[0][0] for piece in _pieces(*row)]) for row in rows])
 
 
 def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tuple[np.ndarray, dict]:
     """What the output head reads, and what the layers left beside it."""
+    config = settled(config, tokens_BxT.shape[1])
     params = {name: as_float64(value) for name, value in params.items()}
     x, carried = config.embedding_multiplier * params["embed.weight"][tokens_BxT], {}
     for layer in range(config.layers):
@@ -68,6 +70,7 @@ def outputs(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> tupl
 
 def router_logits(config: ModelConfig, params: Params, tokens_BxT: np.ndarray, documents_BxT: np.ndarray | None = None) -> list[np.ndarray]:
     """The scores [N, E] of all tokens, of each layer that routes."""
+    config = settled(config, tokens_BxT.shape[1])
     rows = [] if documents_BxT is None else zip(tokens_BxT, documents_BxT, strict=True)
     pieces = [tokens_BxT] if documents_BxT is None else [piece for row in rows for piece in _pieces(*row)]
     scores = [outputs(config, params, piece)[1].get("router_logits", []) for piece in pieces]
@@ -87,6 +90,7 @@ def _pieces(tokens_T: np.ndarray, documents_T: np.ndarray) -> list[np.ndarray]:
 
 def recurrent_forward(config: ModelConfig, params: Params, tokens_BxT: np.ndarray) -> np.ndarray:
     """The same logits, one token at a time through the mixers' recurrent form."""
+    config = settled(config, tokens_BxT.shape[1])
     params = {name: as_float64(value) for name, value in params.items()}
     states = [mixer_module(config, layer).initial_state(config, len(tokens_BxT)) for layer in range(config.layers)]
     logits = []

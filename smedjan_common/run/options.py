@@ -31,7 +31,7 @@ def check_options(model: ModelConfig, given: frozenset[str]) -> None:
         why = f"The model has {', '.join(dict.fromkeys(model.mixer))}; no layer uses RoPE."
         raise ConfigError("--rope-base would do nothing.", why, "Leave it out, or add --mixer attention.")
     for name in sorted(given & unread_of_model(model)):
-        if not getattr(model, name):
+        if not getattr(model, name) and options(ModelConfig)[name].default is not True:
             continue
         owners = [row.name for row in _ROWS if name in row.own]
         raise ConfigError(

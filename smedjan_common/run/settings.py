@@ -75,7 +75,10 @@ def pretrained_model(base: ModelConfig, path: Path, asked: Asked) -> ModelConfig
     if model.rope_scaling != "none" and not asked.is_given("rope_original_len"):
         trained = base.context_length if base.rope_scaling == "none" else original_length(base)
         model = dataclasses.replace(model, rope_original_len=trained)
-    if wrong := difference(base, dataclasses.replace(model, **{name: getattr(base, name) for name in _SHAPE_FREE})):
+    if model.rope_scaling != "longrope":
+        model = dataclasses.replace(model, rope_short_factors=(), rope_long_factors=())
+    lists = ("rope_short_factors", "rope_long_factors")  # which no flag says
+    if wrong := difference(base, dataclasses.replace(model, **{name: getattr(base, name) for name in (*_SHAPE_FREE, *lists)})):
         raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")
     model.validate()
     return model

@@ -3,10 +3,11 @@
     u_t = bias + sum_j weight[:, j] x_{t - W + 1 + j};   s = silu(u);   y = s, or scale s / sqrt(|s|^2 + eps) over a head
 
 The features come as they are projected and leave as the arrays that the core reads, one for each part, so nothing is cut or joined
-outside. Backward u is made again from x: one kernel makes d u, which the next one convolves with the taps turned round. The gradients of
-taps and bias are added up tile by tile, then over tiles.
+outside. A program takes a few heads of some neighbouring positions and walks along these, row by row, with the last rows in registers: so
+x is read once and no row is shifted. Backward it walks from the end and makes u again from x; with the gradients of the next W - 1 rows
+of u in registers those of x are done as soon as those of u are, and the ones of taps and bias are added up on the way, then over programs.
 
-Shapes: B batch, T positions, H heads of F features (any equal parts of the channels), W taps; R positions of a tile.
+Shapes: B batch, T positions, H heads of F features (any equal parts of the channels), W taps; N heads and R positions of a program.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, padded, partial, power_of_two
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, load, padded, partial, power_of_two, sigmoid
 
 EPS = 1e-6
 
@@ -29,12 +30,12 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a problem is run: positions of a tile."""
+    """How a problem is run. Positions and features of a program; positions that are loaded at once; features that a thread holds."""
 
     rows: int = 64
-    forward: Launch = Launch(4, 1)
-    slope: Launch = Launch(4, 1)
-    backward: Launch = Launch(4, 1)
+    features: int = 128
+    step: int = 4
+    values: int = 4
 
 
 def conv_silu(
@@ -54,17 +55,39 @@ def conv_silu(
     wide, size = power_of_two(F), plan.rows * -(-T // plan.rows)
     x = padded(padded(x.reshape(B, T, H, F), -1, wide), 1, size)
     taps = padded(weight.astype(FLOAT32).T.reshape(W, H, F), -1, wide)
-    start = jnp.zeros((H, F), FLOAT32) if bias is None else bias.astype(FLOAT32).reshape(H, F)
+    start = None if bias is None else padded(bias.astype(FLOAT32).reshape(H, F), -1, wide)
     docs = None if documents is None else jnp.pad(documents.astype(jnp.int32), ((0, 0), (0, size - T)), mode="edge")
-    return tuple(y[:, :T, :, :F] for y in _conv(x, taps, padded(start, -1, wide), docs, parts, plan))
+    return tuple(y[:, :T, :, :F] for y in _conv(x, taps, start, docs, parts, plan))
+
+
+class _Grid(NamedTuple):
+    """Programs (heads, positions, batch) of a part: neighbours read the same rows."""
+
+    programs: tuple[int, int, int]
+    heads: int  # of a program
+    first: int  # how many programs' heads stand before the part's
+    launch: Launch
+
+
+def _grids(x: jax.Array, parts: tuple[Part, ...], plan: Plan) -> list[_Grid]:
+    (B, T, _, F), found, before = x.shape, [], 0
+    for part in parts:
+        N = 1
+        while plan.features >= 2 * N * F and part.heads % (2 * N) == 0 and before % (2 * N) == 0:
+            N *= 2
+        launch = Launch(max(1, N * F // (32 * plan.values)), 1)
+        found.append(_Grid((part.heads // N, T // plan.rows, B), N, before // N, launch))
+        before += part.heads
+    return found
 
 
 def _outputs(x, taps, bias, docs, parts, plan):
-    B, T, H, F = x.shape
-    outputs = [((B, T, part.heads, F), x.dtype, _of_part(parts, i, plan.rows, F)) for i, part in enumerate(parts)]
-    kernel = partial(_forward_kernel, parts=parts, R=plan.rows, masked=docs is not None)
-    inputs, specs = _inputs(x, taps, bias, docs)
-    return tuple(call(kernel, plan.forward, (B, H, T // plan.rows), inputs, specs, outputs))
+    (B, T, _, F), outputs = x.shape, []
+    for part, grid in zip(parts, _grids(x, parts, plan), strict=True):
+        kernel = partial(_forward_kernel, scale=part.scale, plan=plan, biased=bias is not None, masked=docs is not None)
+        shapes = [((B, T, part.heads, F), x.dtype, _heads(T, grid.heads, F))]
+        outputs += call(kernel, grid.launch, grid.programs, *_inputs(x, taps, bias, docs, grid), shapes)
+    return tuple(outputs)
 
 
 def _forward(x, taps, bias, docs, parts, plan):
@@ -73,112 +96,141 @@ def _forward(x, taps, bias, docs, parts, plan):
 
 def _backward(parts, plan, saved, cotangents):
     x, taps, bias, docs = saved
-    (B, T, H, F), W, R = x.shape, taps.shape[0], plan.rows
-    inputs, specs = _inputs(x, taps, bias, docs)
-    own = [_of_part(parts, i, R, F) for i in range(len(parts))]
-    tile = pl.BlockSpec((None, R, None, F), lambda b, h, i: (b, i, h, 0))
-    outputs = [
-        (x.shape, x.dtype, tile),
-        ((B, T // R, W + 1, H, F), FLOAT32, pl.BlockSpec((None, None, W + 1, None, F), lambda b, h, i: (b, i, 0, h, 0))),
-    ]
-    kernel = partial(_slope_kernel, parts=parts, R=R, masked=docs is not None)
-    du, sums = call(kernel, plan.slope, (B, H, T // R), [*inputs, *cotangents], [*specs, *own], outputs)
-    inputs, specs = _inputs(du, taps, bias, docs)
-    kernel = partial(_backward_kernel, R=R, masked=docs is not None)
-    dx = call(kernel, plan.backward, (B, H, T // R), inputs, specs, [(x.shape, x.dtype, tile)])[0]
-    sums = jnp.sum(sums, axis=(0, 1))
-    return dx, sums[:W], sums[W], None
+    (B, T, _, F), biased = x.shape, bias is not None
+    rows, dx, sums = len(taps) + biased, None, []
+    for part, dy, grid in zip(parts, cotangents, _grids(x, parts, plan), strict=True):
+        inputs, specs = _inputs(x, taps, bias, docs, grid)
+        inputs, specs = [*inputs, dy], [*specs, _heads(T, grid.heads, F)]
+        of_rows = pl.BlockSpec((None, None, rows, grid.heads, F), lambda h, i, b: (b, i, 0, h, 0))
+        outputs = [(x.shape, x.dtype, specs[0]), ((B, grid.programs[1], rows, part.heads, F), FLOAT32, of_rows)]
+        aliases = {}
+        if dx is not None:  # each part's programs fill their heads of one array
+            inputs, specs, aliases = [*inputs, dx], [*specs, specs[0]], {len(inputs): 0}
+        kernel = partial(_backward_kernel, scale=part.scale, plan=plan, biased=biased, masked=docs is not None)
+        dx, own = call(kernel, grid.launch, grid.programs, inputs, specs, outputs, aliases)
+        sums.append(jnp.sum(own, axis=(0, 1)))
+    total = jnp.concatenate(sums, axis=1)
+    return dx, total[: len(taps)], total[-1] if biased else None, None
 
 
 _conv: Any = jax.custom_vjp(_outputs, nondiff_argnums=(4, 5))
 _conv.defvjp(_forward, _backward)
 
 
-def _inputs(x, taps, bias, docs):
-    _, T, _, F = x.shape
-    numbers = jnp.zeros((1, 1), jnp.int32) if docs is None else docs
-    of_row = pl.BlockSpec((1, 1), lambda b, h, i: (0, 0)) if docs is None else pl.BlockSpec((None, T), lambda b, h, i: (b, 0))
+def _heads(T: int, N: int, F: int, first: int = 0) -> pl.BlockSpec:
+    """[B, T, heads, F]: N heads' whole sequences."""
+    return pl.BlockSpec((None, T, N, F), lambda h, i, b: (b, 0, first + h, 0))
+
+
+def _inputs(x, taps, bias, docs, grid):
+    """x, taps, bias and documents, the last two perhaps dummies, and their specs."""
+    (_, T, _, F), N, first = x.shape, grid.heads, grid.first
+    one = pl.BlockSpec((1, 1), lambda h, i, b: (0, 0))
     specs = [
-        pl.BlockSpec((None, T, None, F), lambda b, h, i: (b, 0, h, 0)),
-        pl.BlockSpec((taps.shape[0], None, F), lambda b, h, i: (0, h, 0)),
-        pl.BlockSpec((None, F), lambda b, h, i: (h, 0)),
-        of_row,
+        _heads(T, N, F, first),
+        pl.BlockSpec((len(taps), N, F), lambda h, i, b: (0, first + h, 0)),
+        one if bias is None else pl.BlockSpec((N, F), lambda h, i, b: (first + h, 0)),
+        one if docs is None else pl.BlockSpec((None, T), lambda h, i, b: (b, 0)),
     ]
-    return [x, taps, bias, numbers], specs
+    bias = jnp.zeros((1, 1), FLOAT32) if bias is None else bias
+    return [x, taps, bias, jnp.zeros((1, 1), jnp.int32) if docs is None else docs], specs
 
 
-def _bounds(parts: tuple[Part, ...]) -> list[tuple[int, int]]:
-    """The heads of each part, from and to."""
-    ends = [sum(part.heads for part in parts[: i + 1]) for i in range(len(parts))]
-    return [(end - part.heads, end) for end, part in zip(ends, parts, strict=True)]
+class _Rows(NamedTuple):
+    """What a program reads of its heads: rows of x float32 [N, F], of a document; taps [N, F] each, the last the position's own."""
+
+    x: Any
+    taps: list[jax.Array]
+    start: jax.Array | None  # the bias
+    documents: Any
+    masked: bool
+
+    def at(self, row: Any) -> jax.Array:
+        """Zeros where there is no such row."""
+        return load(self.x, row, (row >= 0) & (row < self.x.shape[0])).astype(FLOAT32)
+
+    def document(self, row: Any) -> jax.Array:
+        return self.documents[jnp.clip(row, 0, self.x.shape[0] - 1)] if self.masked else row
+
+    def same(self, x: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+        """x where two documents are one, else zeros."""
+        return jnp.where(one == other, x, 0.0) if self.masked else x
+
+    def inputs(self, near: list[jax.Array], owners: list[jax.Array]) -> list[jax.Array]:
+        """Of the taps of a row, of the last W rows with their documents, its own at the end."""
+        return [self.same(each, owner, owners[-1]) for each, owner in zip(near, owners, strict=True)]
+
+    def convolved(self, inputs: list[jax.Array]) -> jax.Array:
+        total = inputs[-1] * self.taps[-1] if self.start is None else self.start + inputs[-1] * self.taps[-1]
+        for each, tap in zip(inputs[:-1], self.taps[:-1], strict=True):
+            total = total + each * tap
+        return total
 
 
-def _of_part(parts: tuple[Part, ...], number: int, rows: int, F: int) -> pl.BlockSpec:
-    """A part's array [B, T, heads, F] for programs of any head: those of other parts stand at its border and leave it alone."""
-    first, end = _bounds(parts)[number]
-    return pl.BlockSpec((None, rows, None, F), lambda b, h, i: (b, i, jnp.clip(h - first, 0, end - first - 1), 0))
+def _rows(x, taps, bias, documents, biased, masked) -> _Rows:
+    return _Rows(x, [taps[tap] for tap in range(len(taps))], bias[...] if biased else None, documents, masked)
 
 
-def near(x: Any, documents: Any, at: jax.Array, offset: int, masked: bool) -> jax.Array:
-    """The rows `at` + offset of a sequence [T, F], float32; 0 where there is none, or one of another document."""
-    row = at + offset
-    inside = (row >= 0) if offset < 0 else (row < x.shape[0])
-    near = jnp.clip(row, 0, x.shape[0] - 1)
-    if masked:
-        inside = inside & (documents[near] == documents[at])
-    return jnp.where(inside[:, None], x[near, :].astype(FLOAT32), 0.0)
+def _length(active: jax.Array) -> jax.Array:
+    """One over the length of each head of [N, F]."""
+    return lax.rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS)
 
 
-def _convolved(x, taps, bias, documents, at, masked):
-    """The inputs of the taps, and u, of the rows `at`."""
-    W = taps.shape[0]
-    inputs = [near(x, documents, at, tap - W + 1, masked) if tap < W - 1 else x[at, :].astype(FLOAT32) for tap in range(W)]
-    return inputs, sum((each * taps[tap, :][None, :] for tap, each in enumerate(inputs)), bias[...][None, :])
+def _forward_kernel(x, taps, bias, documents, y, *, scale, plan, biased, masked):
+    it, first, W = _rows(x, taps, bias, documents, biased, masked), pl.program_id(1) * plan.rows, len(taps)
+
+    def body(i, carried):
+        at = first + i * plan.step
+        rows = [at + j for j in range(plan.step)]
+        near, owners = [*carried[0], *[it.at(row) for row in rows]], [*carried[1], *[it.document(row) for row in rows]]
+        for j in range(plan.step):
+            u = it.convolved(it.inputs(near[j : j + W], owners[j : j + W]))
+            active = u * sigmoid(u)
+            y[at + j] = (active * (scale * _length(active)) if scale else active).astype(y.dtype)
+        return near[1 - W :], owners[1 - W :]
+
+    before = [first + j for j in range(1 - W, 0)]
+    lax.fori_loop(0, plan.rows // plan.step, body, ([it.at(row) for row in before], [it.document(row) for row in before]))
 
 
-def _forward_kernel(x, taps, bias, documents, *outputs, parts, R, masked):
-    h, start = pl.program_id(1), pl.program_id(2) * R
-    _, u = _convolved(x, taps, bias, documents, start + lax.iota(jnp.int32, R), masked)
-    active = u * jax.nn.sigmoid(u)
-    for out, part, (first, end) in zip(outputs, parts, _bounds(parts), strict=True):
-
-        @pl.when((h >= first) & (h < end))
-        def _store(out=out, part=part):
-            y = active
-            if part.scale:
-                y = active * (part.scale * lax.rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS))
-            out[...] = y.astype(out.dtype)
+def _slope(u: jax.Array, dy: jax.Array, scale: float) -> jax.Array:
+    """d u of d y."""
+    gate = sigmoid(u)
+    active = u * gate
+    if scale:
+        length = _length(active)
+        dy = scale * length * (dy - active * (length * length * jnp.sum(active * dy, axis=1, keepdims=True)))
+    return dy * (gate + active * (1 - gate))
 
 
-def _slope_kernel(x, taps, bias, documents, *refs, parts, R, masked):
-    """d u, and this tile's sums for the gradients of taps and bias."""
-    *cotangents, du, totals = refs
-    h, W = pl.program_id(1), taps.shape[0]
-    at = pl.program_id(2) * R + lax.iota(jnp.int32, R)
-    _, u = _convolved(x, taps, bias, documents, at, masked)
-    gate = jax.nn.sigmoid(u)
-    slope = gate * (1 + u * (1 - gate))
-    for dy, part, (first, end) in zip(cotangents, parts, _bounds(parts), strict=True):
+def _backward_kernel(x, taps, bias, documents, dy, *refs, scale, plan, biased, masked):
+    dx, totals = refs[-2:]
+    it, end = _rows(x, taps, bias, documents, biased, masked), (pl.program_id(1) + 1) * plan.rows
+    W, U = len(taps), plan.step
 
-        @pl.when((h >= first) & (h < end))
-        def _store(dy=dy, part=part):
-            own = dy[...].astype(FLOAT32)
-            if part.scale:
-                active = u * gate
-                length = lax.rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS)
-                own = part.scale * length * (own - active * (length * length * jnp.sum(active * own, axis=1, keepdims=True)))
-            own = own * slope
-            du[...] = own.astype(du.dtype)
-            for tap in range(W):  # loaded again: they are near, and registers are few
-                row = near(x, documents, at, tap - W + 1, masked) if tap < W - 1 else x[at, :].astype(FLOAT32)
-                totals[tap, :] = jnp.sum(own * row, axis=0)
-            totals[W, :] = jnp.sum(own, axis=0)
+    def slopes(near, owners, rows):
+        """The inputs of the taps and d u, for `rows` that follow W - 1 others."""
+        each = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(len(rows))]
+        own = [load(dy, row, row < x.shape[0]).astype(FLOAT32) for row in rows]
+        return [(inputs, _slope(it.convolved(inputs), out, scale)) for inputs, out in zip(each, own, strict=True)]
 
+    def body(i, carried):
+        later, of_later, after, sums = carried  # x of rows that this step has too, their documents and more, d u of those behind it
+        rows = [end - (i + 1) * U + j for j in range(1 - W, U)]
+        near, owners = [*[it.at(row) for row in rows[:U]], *later], [*[it.document(row) for row in rows[:U]], *of_later]
+        found = slopes(near, owners[: U + W - 1], rows[W - 1 :])
+        du = [*[each for _, each in found], *after]
+        for j, row in enumerate(rows[W - 1 :]):
+            ahead = [it.same(du[j + a], owners[j + W - 1 + a], owners[j + W - 1]) * it.taps[W - 1 - a] for a in range(W)]
+            dx[row] = sum(ahead[1:], ahead[0]).astype(dx.dtype)
+        for inputs, each in found:
+            sums = [total + (each if of is None else each * of) for total, of in zip(sums, [*inputs, None], strict=False)]
+        return near[: W - 1], owners[: 2 * (W - 1)], du[: W - 1], sums
 
-def _backward_kernel(du, taps, bias, documents, dx, *, R, masked):
-    """The output `ahead` positions later has this input at its tap W - 1 - ahead."""
-    at, W = pl.program_id(2) * R + lax.iota(jnp.int32, R), taps.shape[0]
-    total = du[at, :].astype(FLOAT32) * taps[W - 1, :][None, :]
-    for ahead in range(1, W):
-        total = total + near(du, documents, at, ahead, masked) * taps[W - 1 - ahead, :][None, :]
-    dx[...] = total.astype(dx.dtype)
+    rows = [end + j for j in range(1 - W, W - 1)]
+    near, owners = [it.at(row) for row in rows], [it.document(row) for row in rows]
+    after = [each for _, each in slopes(near, owners, rows[W - 1 :])]
+    zeros = [jnp.zeros(it.taps[0].shape, FLOAT32)] * len(totals)
+    *_, sums = lax.fori_loop(0, plan.rows // U, body, (near[: W - 1], owners, after, zeros))
+    for i, total in enumerate(sums):
+        totals[i] = total

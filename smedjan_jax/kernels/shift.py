@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.conv import near
-from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, padded, partial, power_of_two
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, near, padded, partial, power_of_two
 
 
 class Plan(NamedTuple):

@@ -36,6 +36,11 @@ VARIANTS: dict[str, dict[str, Values]] = {
             **{"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 1024, "rope_global_layers": ("off", "on")},
             **{"rope_dim": 8, "head_size": 12, "kv_heads": 2},
         },
+        # 17 tokens, more than the original 8, turn by the second list
+        "longrope": {
+            **{"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_len": 8, "kv_heads": 2},
+            **{"rope_short_factors": (1.0, 1.1, 1.3, 1.7), "rope_long_factors": (1.0, 1.5, 4.0, 9.0)},
+        },
         "multipliers": {"embedding_multiplier": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_divisor": 1.5},
         "post-norms": {"norms": "post", "qk_norm": True, "qk_norm_over": "all", "kv_heads": 2},
         "sandwich": {"norms": "sandwich"},

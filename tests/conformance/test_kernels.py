@@ -43,7 +43,8 @@ def core(name: str, plan: dict[str, int] | None = None) -> Core:
     from smedjan_jax.mixers import decay, gated_deltanet, rwkv
 
     module = {"linear": scalar_decay, "ssm": scalar_decay, "gated-deltanet": delta_rule, "rwkv": channel_decay}[name]
-    chosen = None if plan is None else (scalar_decay.Plan if module is scalar_decay else DeltaPlan)(**plan)
+    form = {scalar_decay: scalar_decay.Plan, delta_rule: delta_rule.Plan}.get(module, DeltaPlan)
+    chosen = None if plan is None else form(**plan)
     if module is scalar_decay:
         return Core(
             lambda arrays, state, documents: scalar_decay.scalar_decay(*arrays, state, documents, chosen),
@@ -124,8 +125,14 @@ def wide(name: str) -> tuple[int, ...]:
 SMALL = {
     "linear-groups-documents-odd": ("linear", {"chunk": 16, "segments": 1}, {"B": 1, "T": 37, "K": 8, "V": 9, "Q": 2}, True),
     "linear-segments": ("linear", {"chunk": 16, "segments": 2}, {"B": 1, "T": 50, "K": 8, "V": 8}, True),
-    "ssm-segments-documents-odd": ("ssm", {"chunk": 16, "segments": 2}, {"B": 1, "T": 37, "K": 8, "V": 9, "R": 3}, True),
+    "ssm-parts-segments": ("ssm", {"chunk": 16, "segments": 2}, {"B": 1, "T": 33, "K": 128, "V": 8, "R": 2}, True),
     "gated-deltanet-halves-parts-odd": ("gated-deltanet", {"chunk": 32, "parts": 2}, {"B": 1, "T": 37, "K": 8, "V": 32}, True),
+    "gated-deltanet-segments": (
+        "gated-deltanet",
+        {"chunk": 16, "parts": 1, "segments": 2, "chunks": 2},
+        {"B": 1, "T": 50, "K": 8, "V": 16},
+        True,
+    ),
     "rwkv-parts-odd": ("rwkv", {"chunk": 16, "parts": 2}, {"B": 1, "T": 37, "K": 32, "V": 32}, True),
 }
 
@@ -136,7 +143,7 @@ def test_a_kernel_is_its_twin_with_every_gradient(key: str):
     compare(name, plan, shape, documents, "float32", FLOAT32.one_op)
 
 
-@pytest.mark.parametrize("shape", [{"K": 8, "V": 8, "R": 3}, {"K": 8, "V": 8}], ids=["shared-key", "own-key"])
+@pytest.mark.parametrize("shape", [{"K": 128, "V": 8, "R": 2}, {"K": 8, "V": 8}], ids=["shared-key", "own-key"])
 def test_steps_and_skips_inside_of_the_kernel_are_those_outside(shape: dict[str, int]):
     """In two segments, with documents; the last two arguments are the steps and the skips."""
     from smedjan_jax.kernels.scalar_decay import scalar_decay
@@ -198,7 +205,7 @@ def around(name: str, rows: int = 0) -> Around:
 
     return {
         "conv": Around(
-            lambda arrays, documents: conv.conv_silu(*arrays, documents, parts, conv.Plan(rows) if rows else None),
+            lambda arrays, documents: conv.conv_silu(*arrays, documents, parts, conv.Plan(rows, 64, 4) if rows else None),
             convolved,
             drawn(lambda B, T, K: (B, T, 6 * K), lambda B, T, K: (6 * K, 4), lambda B, T, K: (6 * K,)),
         ),

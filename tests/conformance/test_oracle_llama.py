@@ -48,6 +48,9 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
         stretched["original_max_position_embeddings"] = model.rope_original_len
         factors = {"low_freq_factor": model.rope_low_freq_factor, "high_freq_factor": model.rope_high_freq_factor}
         return stretched | (factors if model.rope_scaling == "llama3" else {})
+    if model.rope_scaling == "longrope":
+        lists = {"short_factor": list(model.rope_short_factors), "long_factor": list(model.rope_long_factors)}
+        return stretched | lists | {"original_max_position_embeddings": model.rope_original_len}
     stretch = model.rope_factor ** (model.head_dim / (model.head_dim - 2)) if model.rope_scaling == "ntk" else 1.0
     return {"rope_type": "default", "rope_theta": model.rope_base * stretch}
 
@@ -174,6 +177,9 @@ def test_rope_frequencies_equal_transformers(scaling: str, head_dim: int, base: 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stretched = {} if scaling == "none" else {"rope_scaling": scaling, "rope_factor": factor, "rope_original_len": original}
+    if scaling == "longrope":
+        lists = (tuple(np.linspace(1, most, head_dim // 2)) for most in (2.0, 30.0))
+        stretched |= dict(zip(("rope_short_factors", "rope_long_factors"), lists, strict=True))
     model = ModelConfig.build(
         vocab_size=64, dim=4 * head_dim, layers=1, heads=4, rope_base=base, context_length=int(original * factor), **stretched
     )
@@ -186,10 +192,16 @@ def test_rope_frequencies_equal_transformers(scaling: str, head_dim: int, base: 
     else:
         expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(oracle_config(model)).inv_freq
         attention_factor = 1.0
-    ours = rope.frequencies(model)
+    pairs = [(rope.frequencies(rope.settled(model, original)), expected)]
+    if scaling == "longrope":
+        longer, _ = ROPE_INIT_FUNCTIONS[scaling](oracle_config(model), "cpu", seq_len=original + 1)
+        pairs.append((rope.frequencies(rope.settled(model, original + 1)), longer))
     demand(
         [
-            Difference("frequencies", float(np.abs(ours / expected.double().numpy() - 1).max()), FLOAT32.frequencies),
+            *(
+                Difference("frequencies", float(np.abs(ours / theirs.double().numpy() - 1).max()), FLOAT32.frequencies)
+                for ours, theirs in pairs
+            ),
             Difference("attention factor", abs(rope.attention_factor(model) / attention_factor - 1), FLOAT32.frequencies),
         ]
     )

@@ -43,6 +43,14 @@ LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32},
     **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Texts of the tests are longer than the first model's original context, and shorter than the second's."""
+    lists = {"short_factor": [1.0, 1.1, 1.3, 1.7][:pairs], "long_factor": [1.0, 1.5, 4.0, 9.0][:pairs]}
+    return {"rope_type": "longrope", "rope_theta": 1e4, **lists}
+
+
 FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {**FEW, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 MULTIPLIED = {"embedding_multiplier": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 4.0}
@@ -83,6 +91,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Phi-3-mini": ("phi3", {"tie_word_embeddings": False, "sliding_window": 16}),
     "Phi-4-mini, unscaled": ("phi3", {"partial_rotary_factor": 0.75}),
+    "Phi-3-mini of 128k": ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": longrope(4), "tie_word_embeddings": False}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            **{"original_max_position_embeddings": 80, "partial_rotary_factor": 0.75},
+            **{"rope_parameters": {**longrope(3), "attention_factor": 1.19}},
+        },
+    ),
     "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False}),
     "GLM 4.5": (
         "glm4_moe",
@@ -216,6 +232,20 @@ def test_greedy_text_ends_where_the_model_s_own_tokens_end_it(case):
     ticket = engine.submit(Request(prompt, TOKENS, Sampling(temperature=0)))
     assert [piece.finish_reason for _, piece in engine.answer([ticket])][-1] == "stop"
     assert [token for token in ticket.ids[len(prompt) :] if token not in ends] == expected[:-1]
+
+
+@pytest.mark.parametrize("case", ["Phi-3-mini of 128k"], indirect=True)
+def test_a_prompt_past_the_original_context_goes_on_as_in_transformers(case):
+    _, model, _, path = case
+    checkpoint, ends = read_checkpoint(path), model.generation_config.eos_token_id
+    texts = ((ids, generated(model, torch.tensor([ids]))) for ids in ids_of(16).tolist())
+    prompt, whole = next((ids, text) for ids, text in texts if len(text) > 8)
+    assert len(prompt) > model.config.original_max_position_embeddings
+    side = subjects.backend("mlx", checkpoint.model, TrainConfig(steps=1, batch_size=1, seq_len=8, lr=1e-3))
+    engine = Engine(side.decoder(checkpoint.snapshot.params, len(prompt) + TOKENS), Tokenizer.load(path))
+    ticket = engine.submit(Request(prompt, TOKENS, Sampling(temperature=0)))
+    assert [piece.finish_reason for _, piece in engine.answer([ticket])]
+    assert [token for token in ticket.ids[len(prompt) :] if token not in ends] == [token for token in whole if token not in ends]
 
 
 @pytest.mark.parametrize("backend", [*(["jax"] if FULL else []), "mlx"])

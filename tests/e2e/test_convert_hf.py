@@ -59,6 +59,10 @@ MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attent
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
 GROUPS = {"experts": 6, "experts_per_token": 3, "expert_groups": 3, "expert_groups_per_token": 2, "routed_scaling_factor": 1.5}
+LONGROPE = {  # all texts are longer than the original context
+    **{"rope_scaling": "longrope", "rope_factor": 32.0, "rope_original_len": 4},
+    **{"rope_short_factors": (1.0, 1.1, 1.3), "rope_long_factors": (1.0, 1.5, 4.0)},
+}
 MLA = {"mixer": ("mla",), "kv_heads": 4, "norm_eps": 1e-6}  # so a round trip is exact
 MODELS |= {
     "mixtral": EXPERTS | {"tied_head": False},
@@ -72,6 +76,7 @@ MODELS |= {
         **{"rope_global_layers": ("off", "on"), "qkv_bias": True, "o_bias": True},
     },
     "phi3": {"rope_dim": 6, "tied_head": False},
+    "phi3, longrope": LONGROPE | {"rope_dim": 6},
     "phi3, window": {"rope_dim": 4, "window": 16},
     "glm4_moe, parts": ROUTED | {"rope_dim": 4, "qkv_bias": True, "tied_head": False},
     "granite": MULTIPLIERS,

@@ -24,6 +24,9 @@ from smedjan_common.training.schedule import SCHEDULES
 MODEL = {"vocab_size": 100, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 128}
 TRAIN = {"steps": 10, "batch_size": 8, "seq_len": 32, "lr": 1e-3}
 
+LONGROPE = {"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_len": 256}
+LONGROPE |= {"rope_short_factors": (1.0,) * 8, "rope_long_factors": (2.0,) * 8}
+
 # what is changed -> a word of the message's what, a word of its fix
 MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     *[({name: 0}, f"{flag(name)} is 0", "positive") for name in (*MODEL, "context_length")],
@@ -42,6 +45,13 @@ MODEL_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": -1}, "--rope-original-len is -1", "default"),
     ({"rope_low_freq_factor": 2.0}, "--rope-low-freq-factor would do nothing", "llama3"),
     ({"rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_freq_factor": 4.0}, "--rope-low-freq-factor 4 is not under", "1 and 4"),
+    ({"rope_scaling": "longrope", "rope_factor": 4.0}, "--rope-scaling longrope has 0 and 0 factors for 8 turned pairs", "yarn"),
+    (
+        {**LONGROPE, "rope_short_factors": (1.0,) * 7 + (0.0,)},
+        "--rope-scaling longrope has factors that are not over 0",
+        "Restore",
+    ),
+    ({**LONGROPE, "rope_original_len": 0}, "or no original context", "Restore"),
     ({"rope_attention_factor": 1.1}, "--rope-attention-factor 1.1 would do nothing", "yarn"),
     ({"head_size": 15}, "15 features, an odd number", "--head-size even"),
     ({"head_size": -2}, "--head-size is -2", "default"),
@@ -262,7 +272,8 @@ def test_the_menus_of_names_are_what_the_fields_accept():
         assert refused.what == f"--{field.replace('_', '-')} {other!r} is unknown."
         assert refused.fix == f"Choose one of {', '.join(names)}."
     for scaling in ROPE_SCALINGS:
-        ModelConfig(**MODEL, rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 2.0).validate()
+        stretched = LONGROPE if scaling == "longrope" else {"rope_scaling": scaling, "rope_factor": 1.0 if scaling == "none" else 2.0}
+        ModelConfig(**MODEL | stretched).validate()
 
 
 def test_a_layer_has_what_the_patterns_say_of_it_and_a_file_from_before_them_is_read():

@@ -20,6 +20,10 @@ GROUPS = {"experts": 12, "experts_per_token": 3, "expert_groups": 4, "expert_gro
 MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_divisor": 8.0}
 POST = {"norms": "post", "qk_norm": True, "qk_norm_over": "all"}
 FOURTH = ("on", "on", "on", "off")
+LONGROPE = {
+    **{"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_len": 32},
+    **{"rope_short_factors": (1.0, 1.1, 1.3), "rope_long_factors": (1.0, 1.5, 4.0)},
+}
 MLA = {"mixer": ("mla",), "kv_heads": 4, "tied_head": False}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
@@ -29,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3moe": EXPERTS | {"qk_norm": True, "head_size": 12},
     "smollm3": {"layers": 4, "rope_layers": FOURTH, "head_size": 12},
     "phi3": {"rope_dim": 4, "tied_head": False},
+    "phi3, longrope": LONGROPE | {"rope_dim": 6, "rope_attention_factor": 1.19},
+    "phi3, longrope of whole heads": LONGROPE | {"rope_short_factors": (1.0, 1.1, 1.3, 1.7), "rope_long_factors": (1.0, 1.5, 4.0, 9.0)},
     "olmo2": POST | YARN,
     "olmo2, windows": POST | YARN | {"layers": 4, "window": 16, "window_layers": FOURTH, "rope_global_layers": ("off", "off", "off", "on")},
     "glm4moe": ROUTED | {"shared_experts": 1, "rope_dim": 4, "qkv_bias": True},

@@ -54,6 +54,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "rope-original-len": (8, MODEL),
     "rope-low-freq-factor": (2.0, MODEL),
     "rope-high-freq-factor": (8.0, MODEL),
+    "rope-attention-factor": (1.5, MODEL),
     "rope-global-layers": ("off", MODEL),
     "norm-eps": (1e-3, MODEL),
     "no-tied-head": ((), MODEL),
@@ -83,6 +84,7 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "mla-kv-rank": (8, MODEL),
     "mla-q-rank": (8, MODEL),
     "mla-rope-dim": (4, MODEL),
+    "mla-plain-factor": (1.5, MODEL),
     "block-size": (16, MODEL),
     "block-topk": (2, MODEL),
     "rwkv-head-dim": (16, MODEL),
@@ -91,6 +93,10 @@ REFUSED_OR_TOLD = {  # flag: (another value, what the refusal says, or TOLD)
     "shared-experts": (1, MODEL),
     "expert-dim": (64, MODEL),
     "router": ("bias", MODEL),
+    "no-norm-topk-prob": ((), MODEL),
+    "routed-scaling-factor": (2.5, MODEL),
+    "expert-groups": (2, MODEL),
+    "expert-groups-per-token": (2, MODEL),
     "steps": (3, "is less than the 4 steps that the run has done"),
     "batch-size": (8, FIXED),
     "seq-len": (32, FIXED),
@@ -146,7 +152,11 @@ def place(tmp_path_factory):
     return folder
 
 
-SWITCHED_OFF = {"--muon-nesterov": "no-muon-nesterov", "--tied-head": "no-tied-head"}  # on unless they are told
+SWITCHED_OFF = {
+    "--muon-nesterov": "no-muon-nesterov",
+    "--tied-head": "no-tied-head",
+    "--norm-topk-prob": "no-norm-topk-prob",
+}  # on unless they are told
 
 
 def test_the_table_has_every_flag():
