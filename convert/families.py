@@ -194,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         {"window", "rope_dim", "rope_attention_factor", "rope_short_factors", "rope_long_factors"},
         lambda config: _plain(config) and config.rope_scaling in ("none", "ntk", "longrope"),
         layouts.phi3,

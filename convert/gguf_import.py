@@ -144,9 +144,9 @@ def _rope(fields: Fields, stored: Mapping[str, Any], context: int) -> dict[str, 
 def _longrope(fields: Fields, stored: Mapping[str, Any], context: int) -> dict[str, Any]:
     """The factor is what the context is over the original one, as llama.cpp's converter takes it."""
     original, said = fields.number("rope.scaling.original_context_length", context), fields.real("rope.scaling.attn_factor", 1.0)
-    if not 1 < original < context:
-        raise fields.inexpressible(f"an original context of {original} of {context} positions")
-    factor = context / original
+    if original < 2:
+        raise fields.inexpressible(f"an original context of {original} positions")
+    factor = context / original if context > original else 2.0  # which then tells nothing but the usual attention factor
     usual = math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (tuple(float(f"{value:.7g}") for value in stored[name].data) for name in LONGROPE)
     return {

@@ -137,11 +137,14 @@ def _longrope(values: dict[str, Any], scaling: dict[str, Any], where: str, conte
     original = _original_length(values, scaling, where, context)
     if odd := [name for name in ("short_mscale", "long_mscale") if scaling.get(name) is not None]:
         raise inexpressible(where, f"RoPE with {odd[0]}", "Short and long sequences share one factor of cosines and sines here")
+    factor, attention = number(scaling, "factor", where, context / original), number(scaling, "attention_factor", where, 0.0)
+    if factor <= 1:  # it multiplies nothing there, so it is said
+        factor, attention = 2.0, attention or 1.0
     return {
         "rope_scaling": "longrope",
-        "rope_factor": number(scaling, "factor", where, context / original),
+        "rope_factor": factor,
         "rope_original_len": original,
-        "rope_attention_factor": number(scaling, "attention_factor", where, 0.0),
+        "rope_attention_factor": attention,
         "rope_short_factors": _numbers(scaling, "short_factor", where),
         "rope_long_factors": _numbers(scaling, "long_factor", where),
     }

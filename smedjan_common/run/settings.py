@@ -77,6 +77,8 @@ def pretrained_model(base: ModelConfig, path: Path, asked: Asked) -> ModelConfig
         model = dataclasses.replace(model, rope_original_len=trained)
     if model.rope_scaling != "longrope":
         model = dataclasses.replace(model, rope_short_factors=(), rope_long_factors=())
+    if model.rope_scaling != base.rope_scaling and not asked.is_given("rope_attention_factor"):
+        model = dataclasses.replace(model, rope_attention_factor=0.0)  # the old scaling's is not the new one's
     lists = ("rope_short_factors", "rope_long_factors")  # which no flag says
     if wrong := difference(base, dataclasses.replace(model, **{name: getattr(base, name) for name in (*_SHAPE_FREE, *lists)})):
         raise ConfigError(f"The weights of {path} are of another model: {'; '.join(wrong)}.", "", "Leave these flags out.")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -18,10 +19,13 @@ from hypothesis import strategies as st
 
 from convert import hf_import
 from convert.cli import main
+from convert.hf_rope import rope_from_hf
 from convert.portable import Lazy
 from convert.safetensors_file import write_tensors
 from smedjan_common.checkpoint import read_checkpoint
+from smedjan_common.config import ModelConfig
 from smedjan_common.errors import SmedjanError
+from smedjan_common.model.rope import attention_factor
 from smedjan_common.tokenizer import Tokenizer
 from tests.unit.convert_models import YARN, convert, model_config, neutral, tokenizer
 
@@ -78,6 +82,7 @@ def lazy(array: np.ndarray) -> Lazy:
 # models that cannot be expressed
 
 SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 1.5, 4.0, 9.0]}
 INEXPRESSIBLE = {
     "activation": ({"hidden_act": "gelu"}, "the activation 'gelu'"),
     "type": ({"model_type": "gpt2"}, "of the type 'gpt2'"),
@@ -94,7 +99,13 @@ INEXPRESSIBLE = {
     "odd part of a head": ({"model_type": "glm4_moe", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4"),
     "longrope of a phi": (
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
-        "RoPE of the type 'longrope'",
+        "no short_factor of numbers",
+    ),
+    "longrope of another number of pairs": ({"model_type": "phi3", "rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "4 and 1 factors"),
+    "longrope with factors of short texts": ({"model_type": "phi3", "rope_scaling": {**LONGROPE, "short_mscale": 1.1}}, "short_mscale"),
+    "longrope of two lengths": (
+        {"model_type": "phi3", "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32}},
+        "twice, as 32 and 4096",
     ),
     "olmo3 with two bases": (
         {"model_type": "olmo3", "rope_parameters": {"sliding_attention": {"rope_theta": 2e4}}},
@@ -155,6 +166,16 @@ def test_the_length_before_yarn_may_stand_beside_it_and_two_lengths_are_refused(
         assert hf_import.read(hf).config.rope_original_len == 32
     change(hf, "config.json", rope_scaling=scaling | {"original_max_position_embeddings": 64})
     assert "twice, as 32 and 64" in refusal(hf)
+
+
+@pytest.mark.parametrize(("said", "factor"), [({}, 1.0), ({"factor": 4.0}, (1 + math.log(4) / math.log(128)) ** 0.5)])
+def test_a_longrope_that_does_not_stretch_multiplies_nothing(said: dict[str, float], factor: float):
+    """As transformers has it where a context is the original one, and no factor is said."""
+    values = {"original_max_position_embeddings": 128, "rope_scaling": {**LONGROPE, "factor": None} | said}
+    found = rope_from_hf(values, "config.json", 128, 8, "phi3")
+    config = ModelConfig(vocab_size=64, dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=16, context_length=128, **found)
+    config.validate()
+    assert attention_factor(config) == pytest.approx(factor, rel=1e-12)
 
 
 def test_weights_that_are_no_numbers_are_refused_and_own_code_is_told(hf: Path, capsys: pytest.CaptureFixture):

@@ -117,6 +117,19 @@ def test_scaling_is_taken_away_with_its_factor(tmp_path):
         model_of(LONG, tmp_path, "--rope-scaling none --rope-factor 2")
 
 
+LISTS = {"rope_short_factors": (1.0, 1.1, 1.3, 1.7), "rope_long_factors": (1.0, 2.0, 4.0, 9.0)}
+
+
+def test_longrope_comes_with_its_weights_and_goes_with_another_scaling(tmp_path):
+    stretched = {"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_len": 32, "rope_attention_factor": 1.2, **LISTS}
+    base = ModelConfig.build(vocab_size=300, dim=16, layers=1, heads=2, context_length=128, **stretched)
+    kept = model_of(base, tmp_path, "--seq-len 16")
+    assert kept == dataclasses.replace(base, context_length=16)
+    other = model_of(base, tmp_path, "--rope-scaling yarn")
+    assert (other.rope_short_factors, other.rope_long_factors, other.rope_attention_factor) == ((), (), 0.0)
+    assert (other.rope_scaling, other.rope_original_len) == ("yarn", 32)
+
+
 def test_what_changes_no_shape_may_change(tmp_path):
     assert model_of(BASE, tmp_path, "--window 8").window == 8
     sparse = model_of(SPARSE, tmp_path, "--block-size 16 --block-topk 2")
