@@ -27,6 +27,7 @@ from smedjan_jax.kernels.shared_keys import (
     scale_outputs,
     scaled_values,
     shared_back,
+    shared_sweep,
     unscaled,
 )
 from smedjan_jax.kernels.tiles import (
@@ -59,7 +60,8 @@ SHORTEST_SEGMENT = 512
 
 
 def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
-    """What was fastest on an H100, with smaller chunks and fewer loads in flight where shared memory would not hold them.
+    """What was fastest on an H100 (of values that share a key on an H200), with smaller chunks and fewer loads in flight where shared
+    memory would not hold them.
 
     width: bytes of a number.
     """
@@ -75,7 +77,6 @@ def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
     return plan._replace(
         forward=fitting(Launch(4, 3 if R > 1 else 2), forward),
         backward=fitting(plan.backward, step(C)),
-        values=fitting(plan.values, width * C * (2 * K + 2 * V)),
         pieces=fitting(plan.pieces, width * 2 * V * (C + K)),
     )
 
@@ -134,7 +135,8 @@ def _forward(q, k, v, g, scale, state, documents, plan):
     starts = state
     if N > 1:
         starts = _joined(_sum(k, v, total, scale, docs, plan, back=False), state, g, docs, back=False)
-    o, states, ends = _sweep(q, k, v, total, scale, starts, docs, plan)
+    sweep = shared_sweep if v.shape[2] > k.shape[2] else _sweep
+    o, states, ends = sweep(q, k, v, total, scale, starts, docs, plan)
     return (_join(o, N), ends[N - 1 :: N]), (q, k, v, g, total, scale, docs, states)
 
 
@@ -145,7 +147,7 @@ def _backward(plan, saved, cotangents):
     out, ends = _cut(do.astype(v.dtype), N), dlast
     if N > 1:
         ends = _joined(_sum(q, out, total, None, docs, plan, back=True), dlast, g, docs, back=True)
-    gradients = _sweep_back if v.shape[2] == k.shape[2] else shared_back
+    gradients = shared_back if v.shape[2] > k.shape[2] else _sweep_back
     dq, dk, dv, change, flow, dstates, *dscale = gradients(q, k, v, total, scale, states, out, ends, docs, plan)
     dg = decay_gradient(change, flow, docs and docs[0], plan.chunk)
     dscale = Scale(_join(dscale[0], N), jnp.sum(dscale[1], axis=0)) if scale is not None else None
@@ -197,7 +199,7 @@ def _sum(k: jax.Array, v: jax.Array, total: jax.Array, scale: Any, docs: Any, pl
     (B, T, heads, K), V, H, C = k.shape, v.shape[3], total.shape[2], plan.chunk
     docs, masked = documents_or_none(docs)
     n, count = T // C, v.shape[2] // H
-    factors, places, scaled = scale_inputs(scale, T)
+    factors, places, scaled = scale_inputs(scale, walk_vector(T))
     kernel = partial(_sum_kernel, C=C, n=n, masked=masked, back=back, count=count, scaled=scaled)
     specs = [heads_of(T, K, heads, H), heads_of(T, V, H * count, H), walk_vector(T), *places, *whole_specs(masked, T, n)]
     return call(kernel, plan.forward, (B, H), [k, v, total, *factors, *docs], specs, [((B, H, K, V), FLOAT32, of_head(K, V))])[0]
@@ -221,7 +223,7 @@ def _sweep(q: jax.Array, k: jax.Array, v: jax.Array, total: jax.Array, scale: An
     (B, T, heads, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
     docs, masked = documents_or_none(docs)
     n, count = T // C, max(1, heads // H)
-    factors, places, scaled = scale_inputs(scale, T)
+    factors, places, scaled = scale_inputs(scale, walk_vector(T))
     kernel = partial(_sweep_kernel, C=C, n=n, masked=masked, count=count, scaled=scaled)
     rows = [heads_of(T, K, heads, H), heads_of(T, K, k.shape[2], H), walk(T, V), walk_vector(T)]
     outputs = [
@@ -258,7 +260,7 @@ def _sweep_back(q, k, v, total, scale, states, do, dlast, docs: Any, plan: Plan)
     (B, T, heads, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
     docs, masked = documents_or_none(docs)
     n, count = T // C, heads // H
-    factors, places, scaled = scale_inputs(scale, T)
+    factors, places, scaled = scale_inputs(scale, walk_vector(T))
     kernel = partial(_sweep_back_kernel, C=C, n=n, masked=masked, count=count, scaled=scaled)
     rows = [heads_of(T, K, heads, H), walk(T, K), walk(T, V), walk_vector(T)]
     specs = [*rows, *places, of_chunks(n, K, V), heads_of(T, V, heads, H), of_head(K, V), *whole_specs(masked, T, n)]
@@ -269,7 +271,7 @@ def _sweep_back(q, k, v, total, scale, states, do, dlast, docs: Any, plan: Plan)
         ((B, T, H), FLOAT32, walk_vector(T)),
         ((B, H, n, 1), FLOAT32, walk_numbers(n)),
         ((B, H, K, V), FLOAT32, of_head(K, V)),
-        *scale_outputs(scaled, B, T, H),
+        *scale_outputs(scaled, B, H, (B, T, H), walk_vector(T)),
     ]
     return call(kernel, plan.backward, (B, H), [q, k, v, total, *factors, states, do, dlast, *docs], specs, outputs)
 

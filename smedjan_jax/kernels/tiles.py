@@ -133,6 +133,7 @@ class Borders(NamedTuple):
     reads: jax.Array | None  # [C] those of the document of the state that comes in
     writes: jax.Array | None  # [C] of the state that goes out
     keeps: jax.Array | None  # whether both are one document
+    same: jax.Array | None = None  # [C, C] positions of one document
 
 
 def borders(C: int, documents: jax.Array | None, before: jax.Array | None, after: jax.Array | None) -> Borders:
@@ -141,7 +142,13 @@ def borders(C: int, documents: jax.Array | None, before: jax.Array | None, after
     if documents is None:
         return Borders(row >= column, row > column, None, None, None)
     same = documents[:, None] == documents[None, :]
-    return Borders((row >= column) & same, (row > column) & same, documents == before, documents == after, before == after)
+    return Borders((row >= column) & same, (row > column) & same, documents == before, documents == after, before == after, same)
+
+
+def seen_turned(b: Borders, C: int) -> jax.Array:
+    """`seen` of Borders turned over."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    return column >= row if b.same is None else (column >= row) & b.same
 
 
 def only(mask: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -181,9 +188,22 @@ def _sigmoid_jvp(primals, tangents):
 def decays(total: jax.Array, last: jax.Array, b: Borders) -> Decays:
     """Of running sums [C] float32, the last of which is `last`."""
     between = exp(jnp.where(b.seen, total[:, None] - total[None, :], NEVER))
+    return Decays(between, *edge_decays(total, last, b))
+
+
+def bounded_decays(total: jax.Array, turn: bool = False) -> jax.Array:
+    """`between` of Decays (turned over: from the row to the column) but for the pairs that are not seen, which are left to whoever hides
+    them in the other factor; finite and at most 1 everywhere."""
+    total = total * LOG2_E
+    later, earlier = (total[None, :], total[:, None]) if turn else (total[:, None], total[None, :])
+    return jnp.exp2(jnp.minimum(later - earlier, 0.0))
+
+
+def edge_decays(total: jax.Array, last: jax.Array, b: Borders) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`start`, `end` and `whole` of Decays alone."""
     whole = exp(last) if b.keeps is None else jnp.where(b.keeps, exp(last), 0.0)
     end = exp(last - total if b.writes is None else jnp.where(b.writes, last - total, NEVER))
-    return Decays(between, only(b.reads, exp(total)), end, whole)
+    return only(b.reads, exp(total)), end, whole
 
 
 def running_sums(log_decay: jax.Array, documents: jax.Array | None, C: int) -> jax.Array:
