@@ -27,7 +27,7 @@ from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
 from smedjan_jax import adapters, experts, held, kernels, optim, products, sharding
 from smedjan_jax.checkpoint import Orbax
-from smedjan_jax.decoder import JaxDecoder
+from smedjan_jax.decoder import JaxDecoder, decoder_class
 from smedjan_jax.distillation import distilled_cross_entropy
 from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
@@ -227,7 +227,7 @@ class JaxBackend:
         return guarded(logits_in_pieces, inputs.shape, vocab, piece, fix=LESS_TO_SCORE)
 
     def decoder(self, params: dict[str, Any], max_len: int, rows: int = 1) -> JaxDecoder:
-        return JaxDecoder(self.model, params, compute_dtype(self.train.dtype), max_len, rows)
+        return decoder_class(self.train.kernels)(self.model, params, compute_dtype(self.train.dtype), max_len, rows)
 
     def peak_memory(self) -> int | None:
         if self._devices.local_devices[0].platform == "cpu":

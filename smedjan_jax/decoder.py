@@ -19,7 +19,7 @@ from smedjan_common.inference.chunks import by_position, can_rewind, chunk_lengt
 from smedjan_common.inference.drawing import Draw, Drawn, Settings, Way, seen, settings, way
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.spec import StateSpec
-from smedjan_jax import sharding
+from smedjan_jax import held, kernels, sharding
 from smedjan_jax.guard import guarded
 from smedjan_jax.model import Model, State
 from smedjan_jax.modules import Params
@@ -48,12 +48,17 @@ class JaxDecoder:
     """Decodes `rows` sequences. max_len: positions that a row's state holds; beyond them the newest are seen."""
 
     largest_chunk = 512
+    _kernels = "auto"  # as of --kernels
 
     def __init__(self, model: ModelConfig, params: dict[str, Any], dtype: str, max_len: int, rows: int = 1):
         self.model, self.dtype, self.rows, self.max_len = model, dtype, rows, max_len
         self.can_rewind, self.endless = can_rewind(model), not by_position(model, max_len)
         self._weights = guarded(decoding_weights, model, params, dtype, fix=LESS_TO_DECODE)
-        self._compiled = _functions(model, dtype, max_len, everywhere := sharding.everywhere_with(self._weights))
+        everywhere = sharding.everywhere_with(self._weights)
+        by_kernel = kernels.for_decoding(self._kernels, model, dtype, max_len, len(everywhere.device_set))
+        by_kernel = by_kernel and held.decoding(model, dtype, max_len)
+        self._reads_all = by_kernel and set(model.mixer) == {"attention"}
+        self._compiled = _functions(model, dtype, max_len, everywhere, by_kernel)
         self._positions = np.zeros(rows, np.int32)
         fresh = functools.partial(Model(model, views(model, self._weights), dtype).init_state, rows, max_len)
         self._layers = guarded(lambda: jax.device_put(fresh()["layers"], everywhere), fix=LESS_TO_DECODE)
@@ -70,6 +75,7 @@ class JaxDecoder:
         for length in chunk_lengths(self.model, self.max_len, self.position(row), len(tokens), self.largest_chunk):
             chunk, position = tokens[None, start : start + length], self._positions[row : row + 1].copy()
             read = read_length(self.max_len, self.position(row) + (length == 1))
+            read = self.max_len if length == 1 and self._reads_all else read
             logits = self._feed(row, chunk, position, read)
             self._positions[row] += length
             start += length
@@ -98,7 +104,7 @@ class JaxDecoder:
         newest = int(self._positions[active].max(initial=0))
         assert self.endless or newest + count <= self.max_len, "it would overwrite what it is to go back to"
         tokens = np.where(active[:, None], tokens, 0).astype(np.int32)
-        args = tokens, self._positions.copy(), active, self._read(newest)
+        args = tokens, self._positions.copy(), active, self._read(newest, count)
         logits, self._seen = self._run(self._compiled.look, *args)
         self._looked = count
         return np.asarray(logits)
@@ -146,13 +152,27 @@ class JaxDecoder:
         self._layers = self._compiled.load(self._layers, np.int32(row), saved.layers)
         self._positions[row] = saved.position
 
-    def _read(self, position: int) -> int:
-        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand."""
+    def _read(self, position: int, tokens: int = 1) -> int:
+        """How many entries a step of all rows reads. In float32 no row's sums have another order for where the others stand. The kernel of
+        one token reads what is there, whatever it is told, so that nothing else is compiled where a row grows."""
+        if self._reads_all and tokens == 1:
+            return self.max_len
         return self.max_len if self.rows > 1 and self.dtype == "float32" else read_length(self.max_len, position)
 
     def _run(self, function: Callable, *args: Any) -> Any:
         given, self._layers = guarded(function, self._weights, self._layers, *args, fix=LESS_TO_DECODE)
         return given
+
+
+class _PlainDecoder(JaxDecoder):
+    """The same without the kernel of one new token's attention."""
+
+    _kernels = "plain"
+
+
+def decoder_class(kernels: str) -> type[JaxDecoder]:
+    """The decoder of a value of --kernels."""
+    return _PlainDecoder if kernels == "plain" else JaxDecoder
 
 
 class Going(NamedTuple):
@@ -183,14 +203,14 @@ class Functions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding) -> Functions:
+def _functions(model: ModelConfig, dtype: str, max_len: int, everywhere: jax.sharding.Sharding, by_kernel: bool) -> Functions:
     """Decoders of the same model share them, so a run's samples compile once. Of weights that are split, XLA makes what it needs; what
     comes out is `everywhere`."""
     summed = [{spec.name for spec in _specs(model, layer, max_len) if spec.axis is None} for layer in range(model.layers)]
 
     def logits(weights: Params, tokens: jax.Array, layers: Layers, position: jax.Array, active: jax.Array | None, length: int):
         state = {"position": position, "layers": layers}
-        scores, after = Model(model, views(model, weights), dtype).step(tokens, state, active, length)
+        scores, after = Model(model, views(model, weights), dtype, "kernel" if by_kernel else "auto").step(tokens, state, active, length)
         return scores[:, : model.vocab_size], after["layers"]
 
     def feed(weights: Params, one: Layers, tokens: jax.Array, position: jax.Array, length: int):

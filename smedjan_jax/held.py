@@ -1,9 +1,9 @@
-"""Whether the kernels of a mixer are their plain form on this very device: held against it once, before `auto` takes them.
+"""Whether kernels are their plain form on this very device: held against it once, before `auto` takes them.
 
 The conformance suite holds every kernel against its plain form interpreted on a CPU, and on the GPUs that it ran on. A driver, a card or a
 version of the compiler that nobody tried is another matter, so `--kernels auto` asks the device itself: one small layer, forward and every
-gradient, in both forms, beside the plain form in float32. What it answers is kept in the cache for this device, these versions and these
-sources; a form that differs, or fails, is not taken, and a note says so.
+gradient, in both forms, beside the plain form in float32; of decoding, one step and the ring after it. What it answers is kept in the cache
+for this device, these versions and these sources; a form that differs, or fails, is not taken, and a note says so.
 """
 
 import dataclasses
@@ -24,10 +24,12 @@ from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.model.mixers import gated_deltanet
 from smedjan_common.model.params import initial_params
 from smedjan_jax import kernels
+from smedjan_jax.kernels import SHORTEST_RING
 from smedjan_jax.model import Model
 
 LENGTH, ROWS = 200, 2  # no multiple of a chunk; several documents in each row
 SLACK = 2.0, 2e-3  # how much farther from float32 a kernel may be than the plain form of its dtype: times, and plus
+DECODING = "decoding"  # the name of its kernel, beside those of mixers
 DRAWS = 4  # of tokens and weights, taken together: a sum of a few values over all positions cancels in one of them by chance
 
 
@@ -41,6 +43,17 @@ def ask(model: ModelConfig, dtype: str, length: int) -> None:
         if taken and (why := _reason(mixer, small(mixer, model), dtype)):
             kernels.REFUSED.add(mixer)
             notice(f"the kernels of {mixer} are not taken on this device: {why}; --kernels pallas takes them all the same.")
+
+
+def decoding(model: ModelConfig, dtype: str, entries: int) -> bool:
+    """Whether a decoder may take the kernel of one new token's attention. entries: of its rings, whose blocks divide them or do not."""
+    length = LENGTH if entries % SHORTEST_RING else 4 * SHORTEST_RING
+    heads = 256 // model.head_dim
+    sizes = {"dim": 256, "heads": heads, "kv_heads": heads if model.kv_heads == model.heads else heads // 2}
+    layer = ModelConfig.build(vocab_size=64, layers=1, ffn_dim=64, context_length=length, init_std=0.1, **sizes)
+    if why := _reason(DECODING, layer, dtype):
+        notice(f"the kernel of decoding is not taken on this device: {why}.")
+    return not why
 
 
 def small(mixer: str, model: ModelConfig) -> ModelConfig:
@@ -82,6 +95,8 @@ def _compare(mixer: str, model: ModelConfig, dtype: str) -> str:
 
 def _layers(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
     """What the layer gives, and the gradient of every parameter, of every draw [DRAWS, ...], on the host."""
+    if mixer == DECODING:
+        return _steps(model, dtype, form)
     forms: dict[str, Any]
     if mixer == "block-sparse":
         forms = {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
@@ -104,6 +119,20 @@ def _layers(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, 
         found, hidden = gradients(params, tokens, documents, weight)
         draws.append({"the output": hidden, **{f"the gradient of {name}": value for name, value in found.items()}})
     return {name: np.stack([np.asarray(draw[name], np.float32) for draw in draws]) for name in draws[0]}
+
+
+def _steps(model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
+    """The logits of one new token of each of several rows, one of them past what its ring holds, and the rings, on the host."""
+    L = model.context_length
+    positions = np.array([1, L // 2 + 1, L - 1, 2 * L + 5], np.int32)
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(value) for name, value in initial_params(model, 0).items()}
+    step = jax.jit(lambda params, tokens, state: Model(model, params, dtype, form).step(tokens, state))
+    state = Model(model, params, dtype).init_state(len(positions), L)
+    layers = [{name: jnp.asarray(rng.standard_normal(a.shape), a.dtype) for name, a in layer.items()} for layer in state["layers"]]
+    tokens = rng.integers(0, model.vocab_size, (len(positions), 1)).astype(np.int32)
+    logits, after = step(params, tokens, {"position": jnp.asarray(positions), "layers": layers})
+    return {"the output": np.asarray(logits)} | {f"the {name}": np.asarray(a, np.float32) for name, a in after["layers"][0].items()}
 
 
 def _not_zero(rng: np.random.Generator, value: np.ndarray) -> jax.Array:

@@ -34,7 +34,8 @@ State = dict[str, Any]
 class Model(nnx.Module):
     """A decoder-only language model.
 
-    params: float32 arrays by name. dtype: a name of PRECISIONS. attention: auto, fused or plain. kernels: auto, pallas or plain.
+    params: float32 arrays by name. dtype: a name of PRECISIONS. attention: auto, fused, plain or, in decoders, kernel. kernels: auto,
+    pallas or plain.
     gradient_checkpointing: none keeps all activations, dots keeps matmul outputs, full keeps block inputs.
     chunk_size: positions that mixers of linear cost take at once. deterministic: gradients have the same bits every time on a GPU too.
     """

@@ -40,6 +40,9 @@ LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
 # kernel's is not. At 1024 that was twice the kernel's (bench/results/kernels-h200.json: 17.6 ms a step against 8.3), so even at half
 LONGEST_MASKED = 256
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
+DECODED = (64, 128)  # sizes of heads in which the attention of one new token was measured faster
+MOST_SHARING = 16  # query heads that read one key head there: the rows of a tensor core's tile
+SHORTEST_RING = 64  # entries of a block there
 
 
 def chosen(mixer: str, implementation: str, model: ModelConfig, dtype: str) -> str:
@@ -73,6 +76,15 @@ def for_loss(implementation: str, vocabulary: int, dtype: str, parts: int = 1) -
     if implementation == "plain" or parts > 1 or vocabulary > LARGEST_VOCABULARY or _no_device():
         return False
     return (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+
+
+def for_decoding(implementation: str, model: ModelConfig, dtype: str, entries: int, devices: int = 1) -> bool:
+    """Whether a decoder whose rings have so many entries takes the kernel of one new token's attention (kernels/decode_attention.py):
+    where --kernels does not say plain, it can run and was measured faster, on one device. The device is asked too (held.decoding)."""
+    if implementation == "plain" or "attention" not in model.mixer or devices > 1 or entries < SHORTEST_RING or _no_device():
+        return False
+    measured = (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+    return measured and model.head_dim in DECODED and model.heads // model.kv_heads <= MOST_SHARING
 
 
 def for_blocks(implementation: str, model: ModelConfig, dtype: str, length: int) -> str:

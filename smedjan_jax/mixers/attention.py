@@ -5,7 +5,8 @@
 Options: qk_norm, an RMSNorm over each head (or all) of q and k before they are turned (Qwen3, 2025); window W: position t sees
 s with t - W < s <= t (Mistral, 2023); attention_gate: sigmoid(x Wg^T) o goes into the output projection (Qwen3-Next, 2025).
 
-Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32.
+Implementations: "fused" is cuDNN's flash attention (NVIDIA GPU, bf16); "plain" is matmul, softmax, matmul, in float32. "kernel" is for
+decoders: one new token's attention by kernels/decode_attention.py, several tokens' as ever.
 
 Shapes: B batch, T new positions, L cache length, D width, H query heads, G key/value heads, K head size, R = H / G.
 """
@@ -67,10 +68,25 @@ class Attention(nnx.Module):
         """Decoding: T new tokens after `context.position` earlier ones, whose keys and values are in the ring [B, G, L, K]."""
         query, key, value, *gate = self.project(x, context)
         query, key = self._turn(query, key, context)
+        if self.implementation == "kernel" and x.shape[1] == 1:
+            out, state = self._looked_up(query, {"key": key[:, 0], "value": value[:, 0]}, state, context)
+            return self._output(out, *gate), state, carried
         new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
         read, seen_BTS, state = extend(state, new, context, axis=2, window=self.window)
         mixed = masked_attention(query, read["key"].swapaxes(1, 2), read["value"].swapaxes(1, 2), seen_BTS)
         return self._output(mixed, *gate), state, carried
+
+    def _looked_up(self, query: jax.Array, new: State, state: State, context: Context) -> tuple[jax.Array, State]:
+        """One new token's attention by the kernel, [B, 1, H, K], and the ring with its key and value, [B, G, K] each, in it."""
+        from smedjan_jax.kernels.decode_attention import attend
+
+        B, _, H, K = query.shape
+        G, L = state["key"].shape[1:3]
+        assert context.position is not None
+        active = jnp.ones(B, bool) if context.active is None else context.active
+        pairs = ((arrays["key"], arrays["value"]) for arrays in (new, state))
+        out, (key, value) = attend(query.reshape(B, G, H // G, K), *pairs, context.position, active, min(self.window or L, L))
+        return out.reshape(B, 1, H, K), {"key": key, "value": value}
 
     def _turn(self, query: jax.Array, key: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Queries and keys, normalised by head where the model does so, turned by their positions where the layer does so."""

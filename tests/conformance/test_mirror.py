@@ -26,7 +26,7 @@ ONE_SIDED_FILES = {
     **dict.fromkeys(
         (
             *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay")),
-            *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks")),
+            *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks", "segments", "decode_attention")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
     ),
@@ -47,6 +47,10 @@ ONE_SIDED_NAMES = {
             "LARGEST_FLOAT32",
             "LARGEST_VOCABULARY",
             "SHORTEST",
+            "DECODED",
+            "MOST_SHARING",
+            "SHORTEST_RING",
+            "for_decoding",
             "for_loss",
             "around",
             "for_blocks",
@@ -55,6 +59,7 @@ ONE_SIDED_NAMES = {
             "LONGEST_MASKED",
         )
     },
+    ("jax", "decoder.py", "decoder_class"): "of --kernels plain; MLX has no kernels of this project",
     ("jax", "model.py", "linear_weights"): "they are cast before a mesh gathers them",
     ("jax", "teacher.py", "placed"): "its weights lie on a mesh",
     ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",

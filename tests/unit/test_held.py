@@ -97,3 +97,11 @@ def test_nothing_of_the_layer_is_compared_as_zeros(mixer: str):
     for name, value in found.items():
         assert np.isfinite(value).all(), name
         assert all(draw.any() for draw in value) or "embed" in name, name
+
+
+def test_a_step_of_decoding_is_compared_in_both_forms():
+    """On a CPU the kernel is interpreted: it is the plain form, and a ring that it left alone would not be."""
+    grouped = dataclasses.replace(MODEL, mixer=("attention",), kv_heads=2)
+    assert held.decoding(grouped, "bfloat16", 200)
+    [found] = held._read(held._file()).values()
+    assert found == ""
