@@ -3,13 +3,15 @@
     u_t = bias + sum_j weight[:, j] x_{t - W + 1 + j};   s = silu(u);   y = s, or scale s / sqrt(|s|^2 + eps) over a head
 
 The features come as they are projected and leave as the arrays that the core reads, one for each part, so nothing is cut or joined
-outside. A program takes a few heads of some neighbouring positions and walks along these, row by row, with the last rows in registers: so
-x is read once and no row is shifted. Backward it walks from the end and makes u again from x; with the gradients of the next W - 1 rows
-of u in registers those of x are done as soon as those of u are, and the ones of taps and bias are added up on the way, then over programs.
+outside. Neighbouring parts of one scale are made at once: alone, a small one would leave most of the GPU idle. A program takes a few
+heads of some neighbouring positions and walks along these, row by row, with the last rows in registers: so x is read once and no row is
+shifted. Backward it walks from the end and makes u again from x; with the gradients of the next W - 1 rows of u in registers those of x
+are done as soon as those of u are, and the ones of taps and bias are added up on the way, then over programs.
 
 Shapes: B batch, T positions, H heads of F features (any equal parts of the channels), W taps; N heads and R positions of a program.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, load, padded, partial, power_of_two, sigmoid
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, load, padded, partial, power_of_two, sigmoid, store
 
 EPS = 1e-6
 
@@ -60,33 +62,48 @@ def conv_silu(
     return tuple(y[:, :T, :, :F] for y in _conv(x, taps, start, docs, parts, plan))
 
 
-class _Grid(NamedTuple):
-    """Programs (heads, positions, batch) of a part: neighbours read the same rows."""
+class _Group(NamedTuple):
+    """Neighbouring parts of one scale: programs (heads, positions, batch), so that neighbours read the same rows."""
 
+    parts: tuple[Part, ...]
     programs: tuple[int, int, int]
     heads: int  # of a program
-    first: int  # how many programs' heads stand before the part's
+    first: int  # how many programs' heads stand before the group's
     launch: Launch
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """The programs of each part along the heads, from and to."""
+        ends = [sum(part.heads for part in self.parts[: i + 1]) // self.heads for i in range(len(self.parts))]
+        return [(end - part.heads // self.heads, end) for part, end in zip(self.parts, ends, strict=True)]
 
-def _grids(x: jax.Array, parts: tuple[Part, ...], plan: Plan) -> list[_Grid]:
+    def specs(self, T: int, F: int) -> list[pl.BlockSpec]:
+        """Of the parts' own arrays [B, T, heads, F]; to programs of other parts an array shows its border, which they leave alone."""
+
+        def of(first: int, end: int) -> pl.BlockSpec:
+            return pl.BlockSpec((None, T, self.heads, F), lambda h, i, b: (b, 0, jnp.clip(h - first, 0, end - first - 1), 0))
+
+        return [of(*each) for each in self.bounds()] if len(self.parts) > 1 else [_heads(T, self.heads, F)]
+
+
+def _groups(x: jax.Array, parts: tuple[Part, ...], plan: Plan) -> list[_Group]:
     (B, T, _, F), found, before = x.shape, [], 0
-    for part in parts:
-        N = 1
-        while plan.features >= 2 * N * F and part.heads % (2 * N) == 0 and before % (2 * N) == 0:
+    for _, alike in itertools.groupby(parts, lambda part: part.scale):
+        own, N = tuple(alike), 1
+        while plan.features >= 2 * N * F and all(heads % (2 * N) == 0 for heads in (before, *(part.heads for part in own))):
             N *= 2
+        total = sum(part.heads for part in own)
         launch = Launch(max(1, N * F // (32 * plan.values)), 1)
-        found.append(_Grid((part.heads // N, T // plan.rows, B), N, before // N, launch))
-        before += part.heads
+        found.append(_Group(own, (total // N, T // plan.rows, B), N, before // N, launch))
+        before += total
     return found
 
 
 def _outputs(x, taps, bias, docs, parts, plan):
     (B, T, _, F), outputs = x.shape, []
-    for part, grid in zip(parts, _grids(x, parts, plan), strict=True):
-        kernel = partial(_forward_kernel, scale=part.scale, plan=plan, biased=bias is not None, masked=docs is not None)
-        shapes = [((B, T, part.heads, F), x.dtype, _heads(T, grid.heads, F))]
-        outputs += call(kernel, grid.launch, grid.programs, *_inputs(x, taps, bias, docs, grid), shapes)
+    for group in _groups(x, parts, plan):
+        kernel = partial(_forward_kernel, group=group, plan=plan, biased=bias is not None, masked=docs is not None)
+        shapes = [((B, T, part.heads, F), x.dtype, spec) for part, spec in zip(group.parts, group.specs(T, F), strict=True)]
+        outputs += call(kernel, group.launch, group.programs, *_inputs(x, taps, bias, docs, group), shapes)
     return tuple(outputs)
 
 
@@ -97,18 +114,20 @@ def _forward(x, taps, bias, docs, parts, plan):
 def _backward(parts, plan, saved, cotangents):
     x, taps, bias, docs = saved
     (B, T, _, F), biased = x.shape, bias is not None
-    rows, dx, sums = len(taps) + biased, None, []
-    for part, dy, grid in zip(parts, cotangents, _grids(x, parts, plan), strict=True):
-        inputs, specs = _inputs(x, taps, bias, docs, grid)
-        inputs, specs = [*inputs, dy], [*specs, _heads(T, grid.heads, F)]
-        of_rows = pl.BlockSpec((None, None, rows, grid.heads, F), lambda h, i, b: (b, i, 0, h, 0))
-        outputs = [(x.shape, x.dtype, specs[0]), ((B, grid.programs[1], rows, part.heads, F), FLOAT32, of_rows)]
+    rows, dx, sums, cotangents = len(taps) + biased, None, [], list(cotangents)
+    for group in _groups(x, parts, plan):
+        own, cotangents = cotangents[: len(group.parts)], cotangents[len(group.parts) :]
+        inputs, specs = _inputs(x, taps, bias, docs, group)
+        inputs, specs = [*inputs, *own], [*specs, *group.specs(T, F)]
+        of_rows = pl.BlockSpec((None, None, rows, group.heads, F), lambda h, i, b: (b, i, 0, h, 0))
+        heads, tiles, _ = group.programs
+        outputs = [(x.shape, x.dtype, specs[0]), ((B, tiles, rows, heads * group.heads, F), FLOAT32, of_rows)]
         aliases = {}
-        if dx is not None:  # each part's programs fill their heads of one array
+        if dx is not None:  # each group's programs fill their heads of one array
             inputs, specs, aliases = [*inputs, dx], [*specs, specs[0]], {len(inputs): 0}
-        kernel = partial(_backward_kernel, scale=part.scale, plan=plan, biased=biased, masked=docs is not None)
-        dx, own = call(kernel, grid.launch, grid.programs, inputs, specs, outputs, aliases)
-        sums.append(jnp.sum(own, axis=(0, 1)))
+        kernel = partial(_backward_kernel, group=group, plan=plan, biased=biased, masked=docs is not None)
+        dx, total = call(kernel, group.launch, group.programs, inputs, specs, outputs, aliases)
+        sums.append(jnp.sum(total, axis=(0, 1)))
     total = jnp.concatenate(sums, axis=1)
     return dx, total[: len(taps)], total[-1] if biased else None, None
 
@@ -122,9 +141,9 @@ def _heads(T: int, N: int, F: int, first: int = 0) -> pl.BlockSpec:
     return pl.BlockSpec((None, T, N, F), lambda h, i, b: (b, 0, first + h, 0))
 
 
-def _inputs(x, taps, bias, docs, grid):
+def _inputs(x, taps, bias, docs, group):
     """x, taps, bias and documents, the last two perhaps dummies, and their specs."""
-    (_, T, _, F), N, first = x.shape, grid.heads, grid.first
+    (_, T, _, F), N, first = x.shape, group.heads, group.first
     one = pl.BlockSpec((1, 1), lambda h, i, b: (0, 0))
     specs = [
         _heads(T, N, F, first),
@@ -176,7 +195,14 @@ def _length(active: jax.Array) -> jax.Array:
     return lax.rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS)
 
 
-def _forward_kernel(x, taps, bias, documents, y, *, scale, plan, biased, masked):
+def _own(group: _Group) -> list[Any]:
+    """Whether a program is of each part; None where there is one."""
+    h = pl.program_id(0)
+    return [(h >= first) & (h < end) for first, end in group.bounds()] if len(group.parts) > 1 else [None]
+
+
+def _forward_kernel(x, taps, bias, documents, *outputs, group, plan, biased, masked):
+    scale, own = group.parts[0].scale, _own(group)
     it, first, W = _rows(x, taps, bias, documents, biased, masked), pl.program_id(1) * plan.rows, len(taps)
 
     def body(i, carried):
@@ -186,7 +212,9 @@ def _forward_kernel(x, taps, bias, documents, y, *, scale, plan, biased, masked)
         for j in range(plan.step):
             u = it.convolved(it.inputs(near[j : j + W], owners[j : j + W]))
             active = u * sigmoid(u)
-            y[at + j] = (active * (scale * _length(active)) if scale else active).astype(y.dtype)
+            y = (active * (scale * _length(active)) if scale else active).astype(x.dtype)
+            for out, mine in zip(outputs, own, strict=True):
+                store(out, at + j, y, mine)
         return near[1 - W :], owners[1 - W :]
 
     before = [first + j for j in range(1 - W, 0)]
@@ -203,16 +231,23 @@ def _slope(u: jax.Array, dy: jax.Array, scale: float) -> jax.Array:
     return dy * (gate + active * (1 - gate))
 
 
-def _backward_kernel(x, taps, bias, documents, dy, *refs, scale, plan, biased, masked):
+def _backward_kernel(x, taps, bias, documents, *refs, group, plan, biased, masked):
     dx, totals = refs[-2:]
+    scale, outputs = group.parts[0].scale, list(zip(refs, _own(group), strict=False))
     it, end = _rows(x, taps, bias, documents, biased, masked), (pl.program_id(1) + 1) * plan.rows
     W, U = len(taps), plan.step
+
+    def gradient(row):
+        there, (first, *rest) = row < x.shape[0], outputs
+        found = load(first[0], row, there)
+        for dy, mine in rest:
+            found = jnp.where(mine, load(dy, row, there & mine), found)
+        return found.astype(FLOAT32)
 
     def slopes(near, owners, rows):
         """The inputs of the taps and d u, for `rows` that follow W - 1 others."""
         each = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(len(rows))]
-        own = [load(dy, row, row < x.shape[0]).astype(FLOAT32) for row in rows]
-        return [(inputs, _slope(it.convolved(inputs), out, scale)) for inputs, out in zip(each, own, strict=True)]
+        return [(inputs, _slope(it.convolved(inputs), gradient(row), scale)) for inputs, row in zip(each, rows, strict=True)]
 
     def body(i, carried):
         later, of_later, after, sums = carried  # x of rows that this step has too, their documents and more, d u of those behind it

@@ -75,6 +75,14 @@ def load(ref: Any, row: Any, there: jax.Array) -> jax.Array:
     return plgpu.load(ref.at[row], mask=jnp.broadcast_to(there, ref.shape[1:]), other=0.0)
 
 
+def store(ref: Any, row: Any, values: jax.Array, there: jax.Array | None) -> None:
+    """ref[row] = values where it is `there` (a scalar; None: always)."""
+    if there is None:
+        ref[row] = values
+    else:
+        plgpu.store(ref.at[row], values, mask=jnp.broadcast_to(there, values.shape))
+
+
 def near(x: Any, documents: Any, at: jax.Array, offset: int, masked: bool) -> jax.Array:
     """The rows `at` + offset of a sequence [T, F], float32; 0 where there is none, or one of another document."""
     row = at + offset

@@ -184,13 +184,13 @@ def around(name: str, rows: int = 0) -> Around:
     from smedjan_jax.mixers import rwkv
     from smedjan_jax.mixers.conv import causal_conv
 
-    parts = conv.Part(2, 0.5), conv.Part(1, 1.0), conv.Part(3)
+    parts = conv.Part(2, 0.5), conv.Part(1, 1.0), conv.Part(2), conv.Part(1)
 
     def convolved(arrays: Any, documents: Any) -> Any:
         active = jax.nn.silu(causal_conv(*arrays, None, documents)[0])
-        q, k, v = jnp.split(active.reshape(*active.shape[:2], 6, -1), [2, 3], axis=2)
+        q, k, *rest = jnp.split(active.reshape(*active.shape[:2], 6, -1), [2, 3, 5], axis=2)
         q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + conv.EPS) for x in (q, k))
-        return 0.5 * q, k, v
+        return 0.5 * q, k, *rest
 
     def shifted(arrays: Any, documents: Any) -> Any:
         x, mu = arrays
