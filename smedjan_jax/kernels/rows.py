@@ -30,21 +30,28 @@ class Plan(NamedTuple):
 
 
 def rowwise(
-    function: Callable[..., Arrays], arrays: Arrays, parameters: Arrays, dtypes: tuple[Any, ...], plan: Plan | None = None
+    function: Callable[..., Arrays],
+    arrays: Arrays,
+    parameters: Arrays,
+    dtypes: tuple[Any, ...],
+    plan: Plan | None = None,
+    through: int | None = None,
 ) -> Arrays:
     """`function` over each row of `arrays`, a result [..., H, F] for each of `dtypes`.
 
-    arrays [..., H, F]; parameters [H, F] float32. function(arrays [R, F] float32, parameters [F] float32, valid [F] bool) gives float32
-    arrays [R, F]; it may reduce over features, which are filled up with zeros to a power of two, where `valid` is False.
+    arrays [..., H, F], the first one, or [..., H], a number of each row; parameters [H, F] float32. function(arrays [R, F] or [R] float32,
+    parameters [F] float32, valid [F] bool) gives float32 arrays [R, F]; it may reduce over features, which are filled up with zeros to a
+    power of two, where `valid` is False. through: which of the arrays comes back as one more result, for those who need it later: what they
+    give for its gradient is added inside of the kernel.
     """
     *lead, H, F = arrays[0].shape
     wide, N = power_of_two(F), arrays[0].size // (H * F)
     plan = plan or Plan()
     program = max(1, plan.values // wide) * plan.tiles
     size = program * -(-N // program)
-    tiles = tuple(padded(padded(x.reshape(N, H, F), -1, wide), 0, size) for x in arrays)
+    tiles = tuple(padded(padded(x.reshape(N, H, F), -1, wide) if x.ndim > len(lead) + 1 else x.reshape(N, H), 0, size) for x in arrays)
     small = tuple(padded(p.astype(FLOAT32).reshape(H, F), -1, wide) for p in parameters)
-    results = _rows(tiles, small, function, tuple(dtypes), F, plan)
+    results = _rows(tiles, small, function, tuple(dtypes), F, plan, through)
     return tuple(x[:N, :, :F].reshape(*lead, H, F) for x in results)
 
 
@@ -60,32 +67,34 @@ def gated_norm(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, pla
     return rowwise(function, (o, gate), (jnp.broadcast_to(weight, (H, F)),), (gate.dtype,), plan)[0]
 
 
-def _outputs(tiles, parameters, function, dtypes, F, plan):
+def _outputs(tiles, parameters, function, dtypes, F, plan, through):
     (N, H, wide), R = tiles[0].shape, _rows_of(tiles[0], plan)
     program = R * plan.tiles
-    specs = [_block(program, wide)] * len(tiles) + [_whole(wide)] * len(parameters)
+    specs = [_block(program, x) for x in tiles] + [_whole(wide)] * len(parameters)
     kernel = partial(_forward_kernel, function=function, counts=(len(tiles), len(parameters)), F=F, R=R, steps=plan.tiles)
-    outputs = [((N, H, wide), dtype, _block(program, wide)) for dtype in dtypes]
-    return tuple(call(kernel, plan.forward, (N // program, H), [*tiles, *parameters], specs, outputs))
+    outputs = [((N, H, wide), dtype, _block(program, tiles[0])) for dtype in dtypes]
+    results = call(kernel, plan.forward, (1, H, N // program), [*tiles, *parameters], specs, outputs, together=True)
+    return (*results, *([] if through is None else [tiles[through]]))
 
 
-def _forward(tiles, parameters, function, dtypes, F, plan):
-    return _outputs(tiles, parameters, function, dtypes, F, plan), (tiles, parameters)
+def _forward(tiles, parameters, function, dtypes, F, plan, through):
+    return _outputs(tiles, parameters, function, dtypes, F, plan, through), (tiles, parameters)
 
 
-def _backward(function, dtypes, F, plan, saved, cotangents):
+def _backward(function, dtypes, F, plan, through, saved, cotangents):
     tiles, parameters = saved
     (N, H, wide), R = tiles[0].shape, _rows_of(tiles[0], plan)
     program = R * plan.tiles
-    specs = [_block(program, wide)] * len(tiles) + [_whole(wide)] * len(parameters) + [_block(program, wide)] * len(cotangents)
-    kernel = partial(_backward_kernel, function=function, counts=(len(tiles), len(parameters), len(cotangents)), F=F, R=R, steps=plan.tiles)
-    outputs = [(x.shape, x.dtype, _block(program, wide)) for x in tiles]
-    outputs += [((N // program, H, wide), FLOAT32, pl.BlockSpec((None, None, wide), lambda i, h: (i, h, 0)))] * len(parameters)
-    found = call(kernel, plan.backward, (N // program, H), [*tiles, *parameters, *cotangents], specs, outputs)
+    specs = [_block(program, x) for x in tiles] + [_whole(wide)] * len(parameters) + [_block(program, tiles[0])] * len(cotangents)
+    counts = len(tiles), len(parameters), len(cotangents)
+    kernel = partial(_backward_kernel, function=function, counts=counts, F=F, R=R, steps=plan.tiles, through=through)
+    outputs = [(x.shape, x.dtype, _block(program, x)) for x in tiles]
+    outputs += [((N // program, H, wide), FLOAT32, pl.BlockSpec((None, None, wide), lambda _, h, i: (i, h, 0)))] * len(parameters)
+    found = call(kernel, plan.backward, (1, H, N // program), [*tiles, *parameters, *cotangents], specs, outputs, together=True)
     return tuple(found[: len(tiles)]), tuple(jnp.sum(x, axis=0) for x in found[len(tiles) :])
 
 
-_rows: Any = jax.custom_vjp(_outputs, nondiff_argnums=(2, 3, 4, 5))
+_rows: Any = jax.custom_vjp(_outputs, nondiff_argnums=(2, 3, 4, 5, 6))
 _rows.defvjp(_forward, _backward)
 
 
@@ -93,12 +102,14 @@ def _rows_of(tile: jax.Array, plan: Plan) -> int:
     return max(1, plan.values // tile.shape[-1])
 
 
-def _block(rows: int, features: int) -> pl.BlockSpec:
-    return pl.BlockSpec((rows, None, features), lambda i, h: (i, h, 0))
+def _block(rows: int, x: jax.Array) -> pl.BlockSpec:
+    if x.ndim == 2:
+        return pl.BlockSpec((rows, None), lambda _, h, i: (i, h))
+    return pl.BlockSpec((rows, None, x.shape[-1]), lambda _, h, i: (i, h, 0))
 
 
 def _whole(features: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, features), lambda i, h: (h, 0))
+    return pl.BlockSpec((None, features), lambda _, h, i: (h, 0))
 
 
 def _forward_kernel(*refs, function, counts, F, R, steps):
@@ -107,7 +118,7 @@ def _forward_kernel(*refs, function, counts, F, R, steps):
 
     def body(i, _):
         at = pl.ds(i * R, R)
-        results = function([x[at, :].astype(FLOAT32) for x in tiles], fixed, valid)
+        results = function([x[at].astype(FLOAT32) for x in tiles], fixed, valid)
         for out, result in zip(outputs, results, strict=True):
             out[at, :] = result.astype(out.dtype)
         return 0
@@ -115,16 +126,20 @@ def _forward_kernel(*refs, function, counts, F, R, steps):
     lax.fori_loop(0, steps, body, 0)
 
 
-def _backward_kernel(*refs, function, counts, F, R, steps):
+def _backward_kernel(*refs, function, counts, F, R, steps, through):
     tiles, parameters, cotangents, outputs = _split(refs, counts)
     valid, fixed = lax.broadcasted_iota(jnp.int32, (outputs[0].shape[-1],), 0) < F, [p[...] for p in parameters]
 
     def body(i, totals):
         at = pl.ds(i * R, R)
-        _, pull = jax.vjp(lambda xs, ps: function(xs, ps, valid), [x[at, :].astype(FLOAT32) for x in tiles], fixed)
-        dtiles, dparameters = pull(tuple(c[at, :].astype(FLOAT32) for c in cotangents))
+        _, pull = jax.vjp(lambda xs, ps: function(xs, ps, valid), [x[at].astype(FLOAT32) for x in tiles], fixed)
+        slopes = [c[at, :].astype(FLOAT32) for c in cotangents]
+        later = None if through is None else slopes.pop()
+        dtiles, dparameters = pull(tuple(slopes))
+        if through is not None:
+            dtiles[through] = dtiles[through] + later
         for out, gradient in zip(outputs, dtiles, strict=False):
-            out[at, :] = gradient.astype(out.dtype)
+            out[at] = gradient.astype(out.dtype)
         return [total + gradient for total, gradient in zip(totals, dparameters, strict=True)]
 
     totals = lax.fori_loop(0, steps, body, [jnp.zeros(p.shape, FLOAT32) for p in fixed])

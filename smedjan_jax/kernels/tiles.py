@@ -55,11 +55,17 @@ def call(
     specs: Sequence[Any],
     outputs: Sequence[Any],
     aliases: dict[int, int] | None = None,
+    together: bool = False,
 ) -> Any:
     """pallas_call of `kernel` over `grid`; inputs beside their BlockSpecs, outputs as (shape, dtype, BlockSpec).
 
-    aliases: number of an input -> number of the output that is written over it.
+    aliases: number of an input -> number of the output that is written over it. together: of a grid (b, h, i), programs of all h at one
+    place run side by side, and what they read at one time lies together in memory; the kernel finds i with `place`. The first axis is the
+    one whose programs do so otherwise.
     """
+    if together:
+        grid, specs = (grid[1], grid[2], grid[0]), [_turned(spec) for spec in specs]
+        outputs = [(shape, dtype, _turned(spec)) for shape, dtype, spec in outputs]
     how: dict[str, Any] = {"interpret": True, "name": getattr(kernel, "func", kernel).__name__.strip("_")}
     if jax.default_backend() != "cpu":
         how = {"name": how["name"], "compiler_params": plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)}
@@ -68,6 +74,16 @@ def call(
     return pl.pallas_call(kernel, grid=grid, in_specs=list(specs), out_specs=[spec for _, _, spec in outputs], out_shape=shapes, **how)(
         *inputs
     )
+
+
+def _turned(spec: pl.BlockSpec) -> pl.BlockSpec:
+    at: Any = spec.index_map
+    return pl.BlockSpec(spec.block_shape, lambda h, i, b: at(b, h, i))
+
+
+def place() -> Any:
+    """i of a program (b, h, i) of a `call` with `together`."""
+    return pl.program_id(1)
 
 
 def load(ref: Any, row: Any, there: jax.Array) -> jax.Array:
@@ -83,14 +99,16 @@ def store(ref: Any, row: Any, values: jax.Array, there: jax.Array | None) -> Non
         plgpu.store(ref.at[row], values, mask=jnp.broadcast_to(there, values.shape))
 
 
-def near(x: Any, documents: Any, at: jax.Array, offset: int, masked: bool) -> jax.Array:
-    """The rows `at` + offset of a sequence [T, F], float32; 0 where there is none, or one of another document."""
+def near(x: Any, documents: Any, at: jax.Array, offset: int, masked: bool, part: int | None = None) -> jax.Array:
+    """The rows `at` + offset of a sequence [T, F], or of a part of [T, parts, F], float32; 0 where there is none, or one of another
+    document."""
     row = at + offset
     inside = (row >= 0) if offset < 0 else (row < x.shape[0])
     near = jnp.clip(row, 0, x.shape[0] - 1)
     if masked:
         inside = inside & (documents[near] == documents[at])
-    return jnp.where(inside[:, None], x[near, :].astype(FLOAT32), 0.0)
+    rows = x[near, :] if part is None else x[near, part, :]
+    return jnp.where(inside[:, None], rows.astype(FLOAT32), 0.0)
 
 
 def fitting(launch: Launch, step_bytes: int) -> Launch:
@@ -263,6 +281,16 @@ def unit_lower_inverse(m: jax.Array, exact: bool) -> jax.Array:
 def row_sums(a: jax.Array, b: jax.Array) -> jax.Array:
     """<a_i, b_i> of every row, float32 [C]."""
     return jnp.sum(a.astype(FLOAT32) * b, axis=1)
+
+
+def in_rows(parameter: jax.Array, like: jax.Array) -> jax.Array:
+    """A parameter [F] as each row of a tile; its transpose is one sum over rows."""
+    return lax.broadcast_in_dim(parameter, like.shape, (1,))
+
+
+def in_columns(number: jax.Array, like: jax.Array) -> jax.Array:
+    """A number of each row [R] as each column of a tile. (A tile [R, 1] would have a layout that few threads share.)"""
+    return lax.broadcast_in_dim(number, like.shape, (0,))
 
 
 # block shapes: whole sequences for a program that walks through them, a chunk for one that takes a chunk

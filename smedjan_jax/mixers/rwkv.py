@@ -65,8 +65,11 @@ class Rwkv(nnx.Module):
         if around(self.implementation, context.position):
             from smedjan_jax.kernels import shift
 
-            mu = jnp.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
-            return self._linears(shift.token_shift(x, mu, context.documents))
+            if not all(_simple(each) for each in self._narrow()):
+                mu = jnp.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+                return self._linears(shift.token_shift(x, mu, context.documents))
+            pair, *blends = shift.paired(x, jnp.stack([self.x_r, self.x_k, self.x_v]), context.documents)
+            return self._by_pairs(pair, *blends)
         return self._project(x, token_shift(x, None, context.documents))
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
@@ -102,21 +105,35 @@ class Rwkv(nnx.Module):
 
     def _by_kernels(self, projected: Arrays, documents: jax.Array | None, carried: Carried) -> tuple[jax.Array, Carried]:
         """`mix` with what surrounds the core in kernels too: the same equations as `_prepare` and `_output`."""
+        from smedjan_jax.kernels import channel_decay
         from smedjan_jax.kernels.rows import rowwise
 
         r, k, v, decay, rate, gate, *blend = (self._heads(x) for x in projected)
-        dtype, first = v.dtype, self.first
-        others = () if first else (v, carried["v_first"], blend[0])
-        carried = {**carried, "v_first": v} if first else carried
-        vectors = [self.w0, self.a0, self.k_k, self.k_a, *([] if first else [self.v0])]
-        dtypes = (jnp.float32, dtype, dtype, dtype, *(() if first else (dtype,)))
-        w, k, a, b, *mixed = rowwise(_prepared, (k, decay, rate, *others), tuple(self._by_head(x) for x in vectors), dtypes)
-        v = v if first else mixed[0]
-        B, T, H, K = r.shape
-        o, _ = self._kernel((r, w, k, v, a, b), jnp.zeros((B, H, K, K), jnp.float32), documents)
-        vectors = [self.ln_x.weight, self.ln_x.bias, self.r_k]
-        (y,) = rowwise(_gated, (o, r, k, v, gate), tuple(self._by_head(x) for x in vectors), (dtype,))
-        return self.o_proj(y.reshape(B, T, H * K)), carried
+        dtype = v.dtype
+        if self.first:
+            carried = {**carried, "v_first": v}
+        else:
+            v, first = rowwise(_blended, (v, carried["v_first"], blend[0]), (self._by_head(self.v0),), (dtype,), through=1)
+            carried = {**carried, "v_first": first}
+        vectors = tuple(self._by_head(x) for x in (self.w0, self.a0, self.k_k, self.k_a, self.r_k))
+        o, bonus, v = channel_decay.prepared_delta_rule((r, k, decay, rate), vectors, v, documents, _prepared)
+        vectors = self._by_head(self.ln_x.weight), self._by_head(self.ln_x.bias)
+        (y,) = rowwise(_gated, (o, v, gate, bonus), vectors, (dtype,))
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), carried
+
+    def _narrow(self) -> list[Linear]:
+        """The first factors of what makes decay, rate, gate and (after the first layer) blend of v."""
+        return [self.w1, self.a1, self.g1, *([] if self.first else [self.v1])]
+
+    def _by_pairs(self, pair: jax.Array, x_r: jax.Array, x_k: jax.Array, x_v: jax.Array) -> Arrays:
+        """What `_linears` gives; the narrow products of x and what it changes by, [B, T, 2 D], in one matmul (kernels/shift.py)."""
+        weights = [linear.weight for linear in self._narrow()]
+        blends = zip(weights, (self.x_w, self.x_a, self.x_g, self.x_v), strict=False)
+        joined = jnp.concatenate([jnp.concatenate([weight, weight * mu], axis=1) for weight, mu in blends]).astype(pair.dtype)
+        ends = [sum(weight.shape[0] for weight in weights[: i + 1]) for i in range(len(weights) - 1)]
+        decay, rate, gate, *blend = jnp.split(pair @ joined.T, ends, axis=-1)
+        wide = self.w2(jnp.tanh(decay)), self.a2(rate), self.g2(jax.nn.sigmoid(gate)), *(self.v2(each) for each in blend)
+        return self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v), *wide
 
     def _by_head(self, vector: jax.Array) -> jax.Array:
         return vector.reshape(-1, self.head_dim)
@@ -160,30 +177,43 @@ class Rwkv(nnx.Module):
         return self.o_proj((y * gate.astype(jnp.float32)).astype(gate.dtype))
 
 
-def _prepared(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
-    """log w, k, a, b and, of a later layer, v, of rows [R, K] of a head (kernels/rows.py)."""
-    k, decay, rate, *others = tiles
-    w0, a0, k_k, k_a, *v0 = (each[None, :] for each in parameters)
-    log_decay = -DECAY * jax.nn.sigmoid(w0 + decay)
-    rate = jax.nn.sigmoid(a0 + rate)
+def _simple(linear: Linear) -> bool:
+    """Whether it is one whole matrix of plain numbers."""
+    return isinstance(linear.weight, jax.Array) and linear.bias is None and linear.lora_a is None and not linear.float8
+
+
+def _prepared(rows: list[jax.Array], parameters: list[jax.Array]) -> Arrays:
+    """r, log w, k, a, b [R, K] and the bonus [R] of rows of a head (kernels/channel_decay.py)."""
+    from smedjan_jax.kernels.tiles import in_columns, in_rows, sigmoid
+
+    r, k, decay, rate = rows
+    w0, a0, k_k, k_a, r_k = (in_rows(each, r) for each in parameters)
+    log_decay = -DECAY * sigmoid(w0 + decay)
+    rate = sigmoid(a0 + rate)
     kk = k * k_k
-    kk = kk * jax.lax.rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1, keepdims=True), 1e-24))
-    found = log_decay, k * (1 + (rate - 1) * k_a), -kk, kk * rate
-    if not others:
-        return found
-    v, first, blend = others
-    return *found, v + (first - v) * jax.nn.sigmoid(v0[0] + blend)
+    kk = kk * in_columns(jax.lax.rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1), 1e-24)), kk)
+    k = k * (1 + (rate - 1) * k_a)
+    return r, log_decay, k, -kk, kk * rate, jnp.sum(r * k * r_k, axis=1)
+
+
+def _blended(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
+    """v of a later layer, of rows [R, K] of a head (kernels/rows.py)."""
+    from smedjan_jax.kernels.tiles import in_rows, sigmoid
+
+    v, first, blend = tiles
+    return (v + (first - v) * sigmoid(in_rows(parameters[0], v) + blend),)
 
 
 def _gated(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
-    """The core's outputs, normalised, with the bonus, times the gate, of rows [R, K] of a head (kernels/rows.py)."""
-    o, r, k, v, gate = tiles
-    weight, bias, r_k = (each[None, :] for each in parameters)
+    """The core's outputs, normalised, with the bonus [R], times the gate, of rows [R, K] of a head (kernels/rows.py)."""
+    from smedjan_jax.kernels.tiles import in_columns, in_rows
+
+    o, v, gate, bonus = tiles
+    weight, bias = (in_rows(each, o) for each in parameters)
     size = jnp.sum(valid.astype(jnp.float32))
-    centred = jnp.where(valid[None, :], o - jnp.sum(o, axis=1, keepdims=True) / size, 0.0)
-    normed = centred * jax.lax.rsqrt(jnp.sum(centred * centred, axis=1, keepdims=True) / size + GROUP_NORM_EPS)
-    bonus = jnp.sum(r * k * r_k, axis=1, keepdims=True) * v
-    return ((normed * weight + bias + bonus) * gate,)
+    centred = jnp.where(valid[None, :], o - in_columns(jnp.sum(o, axis=1) / size, o), 0.0)
+    normed = centred * in_columns(jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / size + GROUP_NORM_EPS), o)
+    return ((normed * weight + bias + in_columns(bonus, v) * v) * gate,)
 
 
 class GroupNorm(nnx.Module):

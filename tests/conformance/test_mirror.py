@@ -25,7 +25,7 @@ ONE_SIDED_FILES = {
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
     **dict.fromkeys(
         (
-            *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay")),
+            *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay", "channel_tiles", "channel_pieces")),
             *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks", "segments", "decode_attention")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
