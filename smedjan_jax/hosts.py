@@ -70,12 +70,15 @@ def _start(hosts: Hosts, place: Place, devices: list[int] | None) -> None:
     """Start JAX's runtime on all hosts; `devices`: the GPUs of the machine that are this process's, None: all. Raises HostError."""
     import jax
 
+    from smedjan_jax.startup import CPU_HOSTS, add_flags
+
     host = split_address(place.address)[0]
     port = hosts.tell("port", _free_port() if hosts.first else None)
     try:
         jax.config.update("jax_enable_preemption_service", False)  # which would take SIGTERM
         if "cpu" in (jax.config.values["jax_platforms"] or "cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            add_flags(CPU_HOSTS)
         address = f"{host}:{port}" if hosts.first else f"127.0.0.1:{_Relay(host, port).port}"
         jax.distributed.initialize(
             address,

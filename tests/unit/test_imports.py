@@ -119,6 +119,7 @@ REASONS = {
     ("smedjan_jax.train", "smedjan_jax.startup"): "a framework, likewise",
     ("smedjan_jax.train", "smedjan_jax.hosts"): HELP,
     ("smedjan_jax.hosts", "jax*"): "a framework, likewise",
+    ("smedjan_jax.hosts", "smedjan_jax.startup"): "likewise",
     ("smedjan_mlx.train", "smedjan_mlx.hosts"): HELP,
     ("smedjan_mlx.hosts", "mlx*"): "a framework, likewise",
     ("smedjan_mlx.hosts", "smedjan_mlx.spread"): "likewise",

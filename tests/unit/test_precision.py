@@ -74,11 +74,21 @@ def test_products_of_bfloat16_are_float32_sums_in_jax_and_rounded_ones_in_mlx_as
 
 
 def test_a_flag_of_xla_is_taken_for_ours_only_if_it_has_the_whole_name():
-    flags = pytest.importorskip("smedjan_jax.startup").missing_flags
+    startup = pytest.importorskip("smedjan_jax.startup")
+    flags = lambda given, wanted=startup.XLA_FLAGS: startup.missing_flags(given, wanted)  # noqa: E731
     assert flags("") == ["--xla_gpu_enable_triton_gemm=false"]
     assert flags("--xla_gpu_enable_triton_gemm_int4=true --xla_x=1") == ["--xla_gpu_enable_triton_gemm=false"]
     assert flags("--xla_gpu_enable_triton_gemm=true") == []
-    assert flags("--xla_gpu_enable_triton_gemm", deterministic=True) == ["--xla_gpu_deterministic_ops=true"]
+    assert flags("--xla_gpu_enable_triton_gemm", (*startup.XLA_FLAGS, startup.DETERMINISTIC)) == ["--xla_gpu_deterministic_ops=true"]
+
+
+def test_hosts_of_cpus_sum_in_one_order_unless_the_user_says_otherwise(monkeypatch):
+    startup = pytest.importorskip("smedjan_jax.startup")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    startup.add_flags(startup.CPU_HOSTS)
+    assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    startup.add_flags(["--xla_x=2"])
+    assert os.environ["XLA_FLAGS"].startswith("--xla_x=1 --xla_cpu")
 
 
 @pytest.mark.skipif(DEVICE == "gpu", reason="CUDA is there")
