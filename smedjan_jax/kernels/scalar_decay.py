@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from smedjan_jax.kernels.segments import cut, fill_segments, join, segment_documents
 from smedjan_jax.kernels.shared_keys import (
     Plan,
     Scale,
@@ -31,7 +32,6 @@ from smedjan_jax.kernels.shared_keys import (
     unscaled,
 )
 from smedjan_jax.kernels.tiles import (
-    FILLED,
     FLOAT32,
     SHARED_BYTES,
     SMALLEST,
@@ -42,7 +42,6 @@ from smedjan_jax.kernels.tiles import (
     decays,
     dot,
     fitting,
-    numbers,
     of_chunks,
     of_head,
     padded,
@@ -55,8 +54,6 @@ from smedjan_jax.kernels.tiles import (
     walk_vector,
     whole_specs,
 )
-
-SHORTEST_SEGMENT = 512
 
 
 def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
@@ -100,7 +97,7 @@ def scalar_decay(
     assert scale is None or Q == 1, "several queries of scaled values"
     plan = plan or _plan(value.dtype.itemsize, Q, R, power_of_two(K), power_of_two(V))
     H, C, wide_K, wide_V = G * R, plan.chunk, power_of_two(K), power_of_two(V)
-    N = plan.segments or _segments(B * H, T)
+    N = plan.segments or fill_segments(B * H, T)
     size = N * C * -(-T // (N * C))
     query, key, value = (padded(x.astype(value.dtype), -1, w) for x, w in ((query, wide_K), (key, wide_K), (value, wide_V)))
     query, key, value, log_decay = (padded(x, 1, size) for x in (query, key, value, log_decay))
@@ -114,13 +111,6 @@ def scalar_decay(
     return o.reshape(B, size, G, Q, R, wide_V)[:, :T, ..., :V], last.reshape(B, G, R, wide_K, wide_V)[..., :K, :V]
 
 
-def _segments(programs: int, T: int) -> int:
-    N = 1
-    while programs * N < FILLED and T // (2 * N) >= SHORTEST_SEGMENT:
-        N *= 2
-    return N
-
-
 def _outputs(q, k, v, g, scale, state, documents, plan):
     return _forward(q, k, v, g, scale, state, documents, plan)[0]
 
@@ -128,54 +118,34 @@ def _outputs(q, k, v, g, scale, state, documents, plan):
 def _forward(q, k, v, g, scale, state, documents, plan):
     """q [B, T, G Q, K], k [B, T, G, K], v [B, T, H, V], g [B, T, H] float32, state [B, H, K, V]; o [B, T, H Q, V]."""
     N = plan.segments
-    docs = _segment_documents(documents, q.shape[1], plan)
-    q, k, v, g = (_cut(x, N) for x in (q, k, v, g))
-    scale = scale and Scale(_cut(scale.step, N), scale.skip)
+    docs = segment_documents(documents, q.shape[1], N, plan.chunk)
+    q, k, v, g = (cut(x, N) for x in (q, k, v, g))
+    scale = scale and Scale(cut(scale.step, N), scale.skip)
     total = running_sums(g, docs and docs[0], plan.chunk)
     starts = state
     if N > 1:
         starts = _joined(_sum(k, v, total, scale, docs, plan, back=False), state, g, docs, back=False)
     sweep = shared_sweep if v.shape[2] > k.shape[2] else _sweep
     o, states, ends = sweep(q, k, v, total, scale, starts, docs, plan)
-    return (_join(o, N), ends[N - 1 :: N]), (q, k, v, g, total, scale, docs, states)
+    return (join(o, N), ends[N - 1 :: N]), (q, k, v, g, total, scale, docs, states)
 
 
 def _backward(plan, saved, cotangents):
     q, k, v, g, total, scale, docs, states = saved
     do, dlast = cotangents
     N = plan.segments
-    out, ends = _cut(do.astype(v.dtype), N), dlast
+    out, ends = cut(do.astype(v.dtype), N), dlast
     if N > 1:
         ends = _joined(_sum(q, out, total, None, docs, plan, back=True), dlast, g, docs, back=True)
     gradients = shared_back if v.shape[2] > k.shape[2] else _sweep_back
     dq, dk, dv, change, flow, dstates, *dscale = gradients(q, k, v, total, scale, states, out, ends, docs, plan)
     dg = decay_gradient(change, flow, docs and docs[0], plan.chunk)
-    dscale = Scale(_join(dscale[0], N), jnp.sum(dscale[1], axis=0)) if scale is not None else None
-    return *(_join(x, N) for x in (dq, dk, dv, dg)), dscale, dstates[::N], None
+    dscale = Scale(join(dscale[0], N), jnp.sum(dscale[1], axis=0)) if scale is not None else None
+    return *(join(x, N) for x in (dq, dk, dv, dg)), dscale, dstates[::N], None
 
 
 _core: Any = jax.custom_vjp(_outputs, nondiff_argnums=(7,))
 _core.defvjp(_forward, _backward)
-
-
-def _cut(x: jax.Array, N: int) -> jax.Array:
-    """[B, T, ...] -> [B N, T / N, ...]."""
-    return x.reshape(x.shape[0] * N, -1, *x.shape[2:])
-
-
-def _join(x: jax.Array, N: int) -> jax.Array:
-    return x.reshape(x.shape[0] // N, -1, *x.shape[2:])
-
-
-def _segment_documents(documents: jax.Array | None, T: int, plan: Plan) -> tuple[jax.Array, jax.Array] | None:
-    """Documents of the segments' positions [B N, T / N], and of the states around their chunks [B N, n + 1]."""
-    if documents is None:
-        return None
-    documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), (0, T - documents.shape[1])), mode="edge")
-    ends = documents.reshape(len(documents), plan.segments, -1)[:, :, -1]
-    before = jnp.concatenate([documents[:, :1], ends[:, :-1]], axis=1).reshape(-1)
-    cut = _cut(documents, plan.segments)
-    return numbers(cut, before, cut.shape[1], plan.chunk)
 
 
 def _joined(own: jax.Array, state: jax.Array, g: jax.Array, docs: Any, back: bool) -> jax.Array:
