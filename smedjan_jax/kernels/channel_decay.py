@@ -78,8 +78,7 @@ def _plan(width: int, K: int, V: int) -> DeltaPlan:
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
 
-def _given(rows: list[jax.Array], _: list[jax.Array]) -> Arrays:
-    return tuple(rows)
+GIVEN = Prepare(lambda row, _: row, lambda rows, _: tuple(rows))
 
 
 def dplr_delta_rule(
@@ -90,8 +89,8 @@ def dplr_delta_rule(
     arrays: r, log w, k, v, a, b [B, T, H, K]; state [B, H, V, K] float32; documents [B, T].
     """
     r, w, k, v, a, b = arrays
-    raw = (r, w, *(x.astype(r.dtype) for x in (k, a, b)))
-    o, last, _ = _run(raw, (), v.astype(r.dtype), state, documents, _given, 0, plan)
+    raw = (w, r, *(x.astype(r.dtype) for x in (k, a, b)))
+    o, last, _ = _run(raw, (), v.astype(r.dtype), state, documents, GIVEN, 0, plan)
     return o, last
 
 
@@ -100,8 +99,8 @@ def prepared_delta_rule(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same from an empty state, of what `prepare` makes r, log w, k, a, b of: o, a number of each row [B, T, H] float32, v again.
 
-    raw [B, T, H, K] and v [B, T, H, V] in one dtype, parameters [H, K] float32. The number is the sixth that `prepare` gives. v comes back
-    so that what it is needed for later adds to its gradient inside of the kernel.
+    raw [B, T, H, K], the decay's first, and v [B, T, H, V] in one dtype, parameters [H, K] float32. The number is the last that `prepare`
+    gives. v comes back so that what it is needed for later adds to its gradient inside of the kernel.
     """
     B, _, H, K = raw[0].shape
     o, _, (number, v) = _run(raw, parameters, v, jnp.zeros((B, H, v.shape[-1], K), FLOAT32), documents, prepare, 1, plan)
@@ -161,7 +160,8 @@ def _tiles(raw: Arrays, parameters: Arrays, dtype: Any, docs: Any, how: How) -> 
 
 def _tiles_kernel(*refs, prepare, counts, C, masked, exact):
     inputs, parameters, (documents, edges, left, right, x, end, *numbers_of_rows) = split_refs(refs, counts)
-    r, w, k, a, b, *more = prepare([x[...].astype(FLOAT32) for x in inputs], [x[...] for x in parameters])
+    (row, *rows), small = [x[...].astype(FLOAT32) for x in inputs], [x[...] for x in parameters]
+    w, (r, k, a, b, *more) = prepare.decay(row, small[: prepare.few]), prepare.rest(rows, small[prepare.few :])
     borders = borders_at(C, place(), documents, edges, masked, whole=False)
     f, dtype = factors(w), left.dtype
     upper, lower = pl.ds(0, C), pl.ds(C, C)

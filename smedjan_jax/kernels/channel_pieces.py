@@ -27,9 +27,10 @@ from smedjan_jax.kernels.channel_tiles import (
     split_refs,
     summed,
 )
-from smedjan_jax.kernels.tiles import FLOAT32, call, chunk_specs, dot, in_rows, of_chunk, only, partial, piece, piece_vector, place
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, chunk_specs, dot, in_rows, of_chunk, only, partial, piece, piece_vector, place
 
-APART = False  # products and rows in a kernel each: fewer registers, 11 more arrays of [B, T, H, K] to write and read
+APART = False  # products and rows in a kernel each: fewer registers, 10 more arrays of [B, T, H, K] to write or read
+ROWS = Launch(8, 1)  # of the second
 
 
 def pieces(
@@ -51,7 +52,7 @@ def pieces(
         slopes = [(x.shape, x.dtype, of_chunk(2 * C, K)) for x in tiles] + [(raw[0].shape, raw[0].dtype, piece(C, K))]
         found = call(partial(_product_kernel, C=C, masked=masked), launch, grid, chunks, of_chunks, slopes, together=True)
         inputs, specs = [*rows[0], *found, *numbers[0]], [*rows[1], *(spec for *_, spec in slopes), *numbers[1]]
-        found = call(partial(_row_kernel, **settings), launch, grid, inputs, specs, outputs, together=True)
+        found = call(partial(_row_kernel, **settings), ROWS, grid, inputs, specs, outputs, together=True)
     else:
         inputs, specs = [*rows[0], *chunks, *numbers[0]], [*rows[1], *of_chunks, *numbers[1]]
         found = call(partial(_piece_kernel, masked=masked, **settings), launch, grid, inputs, specs, outputs, together=True)
@@ -82,7 +83,8 @@ def _piece_kernel(*refs, prepare, counts, more, C, masked):
     own = probe * dprobe
     change = query * dquery + own - key * dkey - rank * drank
     dw = in_rows(flow + jnp.sum(change, axis=0), change) - lax.cumsum(change, axis=0) + (change - own)
-    _through_rows(inputs, parameters, (dquery, dprobe, dkey, drank, dw), dnumbers, gradients, prepare)
+    f = _through_decay(inputs, parameters, dw, gradients, prepare)
+    _through_rest(inputs, parameters, (dquery, dprobe, dkey, drank), f, dnumbers, gradients, prepare)
 
 
 def _product_kernel(*refs, C, masked):
@@ -90,38 +92,48 @@ def _product_kernel(*refs, C, masked):
     read twice is loaded twice, after a store, so that no register holds it meanwhile."""
     documents, edges, v, u, do, dz, left, right, before, after, dleft, dright, dlog = refs
     pair = pair_of(C, 0, documents, edges, masked, place())
-    S, dS, N = before[...], after[...], right[...]
-    flow = kept(pair.keeps, jnp.sum(S.astype(FLOAT32) * dS, axis=1))
-    values = half_of(v, 0, C) + half_of(u, 0, C, lower=True)
-    out = dot(only(pair.writes, values), dS, turn_b=True)
-    flow = flow + jnp.sum(N.astype(FLOAT32) * out, axis=0)
+    exact = left.dtype == FLOAT32
+    (row, _), (column, _) = (positions(C, (2 * C, 2 * C), axis) for axis in (0, 1))
     slopes = half_of(do, 0, C) + half_of(dz, 0, C, lower=True)
+    values = half_of(v, 0, C) + half_of(u, 0, C, lower=True)
     scores = scores_of(slopes, values, pair.seen)
+    dL = dot(only(pair.reads, slopes), before[...], turn_b=True) + dot(scores, right[...])
+    dleft[...] = dL.astype(dleft.dtype)
+    out = dot(only(pair.writes, values), after[...], turn_b=True)
+    flow = jnp.sum(right[...].astype(FLOAT32) * out, axis=0)
     dN = out + dot(scores, left[...], turn_a=True)
     dright[...] = dN.astype(dright.dtype)
-    added = right[...].astype(FLOAT32) * dN
-    dL = dot(only(pair.reads, slopes), S, turn_b=True) + dot(scores, N)
-    dleft[...] = dL.astype(dleft.dtype)
     reads = left[...].astype(FLOAT32) * dL
-    change = reads - added
-    (row, _), (column, _) = (positions(C, (2 * C, 2 * C), axis) for axis in (0, 1))
-    later = summed(row <= column, change, left.dtype == FLOAT32)
-    put_half(dlog, 0, C, later - reads + in_rows(flow, reads), lower=True)
+    later = summed(row <= column, reads - right[...].astype(FLOAT32) * dN, exact) - reads
+    flow = flow + kept(pair.keeps, jnp.sum(before[...].astype(FLOAT32) * after[...], axis=1))
+    put_half(dlog, 0, C, later + in_rows(flow, later), lower=True)
 
 
 def _row_kernel(*refs, prepare, counts, more, C):
     inputs, parameters, (dleft, dright, dlog, *others) = split_refs(refs, counts)
+    dnumbers, gradients = others[:more], others[more:]
+    f = _through_decay(inputs, parameters, dlog[...].astype(FLOAT32), gradients, prepare)
     slopes = (x[at, :].astype(FLOAT32) for x in (dleft, dright) for at in (pl.ds(0, C), pl.ds(C, C)))
-    _through_rows(inputs, parameters, (*slopes, dlog[...].astype(FLOAT32)), others[:more], others[more:], prepare)
+    _through_rest(inputs, parameters, slopes, f, dnumbers, gradients, prepare)
 
 
-def _through_rows(inputs, parameters, slopes, dnumbers, gradients, prepare):
-    """From d R, A, K, B [C, K] and d log w to gradients of what all is made of."""
-    dquery, dprobe, dkey, drank, dw = slopes
-    _, w, *_ = prepare([x[...].astype(FLOAT32) for x in inputs], [x[...] for x in parameters])
-    f = factors(w)
-    slopes = dquery * f.up, dw, dkey * f.down, dprobe * f.before, drank * f.down
-    _, pull = jax.vjp(prepare, [x[...].astype(FLOAT32) for x in inputs], [x[...] for x in parameters])
-    drows, dparameters = pull((*slopes, *[x[...] for x in dnumbers]))
-    for reference, gradient in zip(gradients, [*drows, *dparameters], strict=True):
+def _through_decay(inputs, parameters, dw, gradients, prepare):
+    """From d log w [C, K] to gradients of what it is made of; e^G."""
+    few = prepare.few
+    w, pull = jax.vjp(prepare.decay, inputs[0][...].astype(FLOAT32), [x[...] for x in parameters[:few]])
+    _put([gradients[0], *gradients[len(inputs) :]], pull(dw))
+    return factors(w)
+
+
+def _through_rest(inputs, parameters, slopes, f, dnumbers, gradients, prepare):
+    """From d R, A, K, B [C, K] to gradients of what they are made of."""
+    dquery, dprobe, dkey, drank = slopes
+    slopes = dquery * f.up, dkey * f.down, dprobe * f.before, drank * f.down
+    few = prepare.few
+    _, pull = jax.vjp(prepare.rest, [x[...].astype(FLOAT32) for x in inputs[1:]], [x[...] for x in parameters[few:]])
+    _put([*gradients[1 : len(inputs)], *gradients[len(inputs) + few :]], pull((*slopes, *[x[...] for x in dnumbers])))
+
+
+def _put(references, gradients):
+    for reference, gradient in zip(references, jax.tree.leaves(gradients), strict=False):
         reference[...] = gradient.astype(reference.dtype)

@@ -14,7 +14,17 @@ from jax.experimental import pallas as pl
 from smedjan_jax.kernels.tiles import DeltaPlan, dot, exp, numbers, plgpu
 
 Arrays = tuple[jax.Array, ...]
-Prepare = Callable[[list[jax.Array], list[jax.Array]], Arrays]  # of rows [C, K], parameters [K], float32: r, log w, k, a, b, more [C]
+
+
+class Prepare(NamedTuple):
+    """Functions of rows [C, K] and parameters [K], float32, of which the first row and the first `few` parameters are the decay's alone.
+
+    Their gradients are taken one after the other, so that fewer tiles live at a time.
+    """
+
+    decay: Callable[[jax.Array, list[jax.Array]], jax.Array]  # log w [C, K]
+    rest: Callable[[list[jax.Array], list[jax.Array]], Arrays]  # r, k, a, b [C, K] and more numbers [C]
+    few: int = 0
 
 
 class How(NamedTuple):

@@ -116,7 +116,8 @@ class Rwkv(nnx.Module):
             v, first = rowwise(_blended, (v, carried["v_first"], blend[0]), (self._by_head(self.v0),), (dtype,), through=1)
             carried = {**carried, "v_first": first}
         vectors = tuple(self._by_head(x) for x in (self.w0, self.a0, self.k_k, self.k_a, self.r_k))
-        o, bonus, v = channel_decay.prepared_delta_rule((r, k, decay, rate), vectors, v, documents, _prepared)
+        prepare = channel_decay.Prepare(_log_decay, _prepared, 1)
+        o, bonus, v = channel_decay.prepared_delta_rule((decay, r, k, rate), vectors, v, documents, prepare)
         vectors = self._by_head(self.ln_x.weight), self._by_head(self.ln_x.bias)
         (y,) = rowwise(_gated, (o, v, gate, bonus), vectors, (dtype,))
         return self.o_proj(y.reshape(*y.shape[:2], -1)), carried
@@ -182,18 +183,24 @@ def _simple(linear: Linear) -> bool:
     return isinstance(linear.weight, jax.Array) and linear.bias is None and linear.lora_a is None and not linear.float8
 
 
+def _log_decay(row: jax.Array, parameters: list[jax.Array]) -> jax.Array:
+    """log w [R, K] of rows of a head (kernels/channel_decay.py)."""
+    from smedjan_jax.kernels.tiles import in_rows, sigmoid
+
+    return -DECAY * sigmoid(in_rows(parameters[0], row) + row)
+
+
 def _prepared(rows: list[jax.Array], parameters: list[jax.Array]) -> Arrays:
-    """r, log w, k, a, b [R, K] and the bonus [R] of rows of a head (kernels/channel_decay.py)."""
+    """r, k, a, b [R, K] and the bonus [R] of rows of a head (kernels/channel_decay.py)."""
     from smedjan_jax.kernels.tiles import in_columns, in_rows, sigmoid
 
-    r, k, decay, rate = rows
-    w0, a0, k_k, k_a, r_k = (in_rows(each, r) for each in parameters)
-    log_decay = -DECAY * sigmoid(w0 + decay)
+    r, k, rate = rows
+    a0, k_k, k_a, r_k = (in_rows(each, r) for each in parameters)
     rate = sigmoid(a0 + rate)
     kk = k * k_k
     kk = kk * in_columns(jax.lax.rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1), 1e-24)), kk)
     k = k * (1 + (rate - 1) * k_a)
-    return r, log_decay, k, -kk, kk * rate, jnp.sum(r * k * r_k, axis=1)
+    return r, k, -kk, kk * rate, jnp.sum(r * k * r_k, axis=1)
 
 
 def _blended(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
