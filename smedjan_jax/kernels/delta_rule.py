@@ -226,7 +226,7 @@ def _summary_kernel(k, v, total, beta, x, documents, edges, out, *, C, n, masked
 
 def _joined(own: jax.Array, whole: jax.Array, state: jax.Array, plan: Plan, back: bool) -> jax.Array:
     """The states before the segments [B N, H, K, V]; with `back` the gradients of those after them, from that of the last, `state`."""
-    (B, H, K, V), N, parts = state.shape, plan.segments, min(plan.parts, state.shape[3] // SMALLEST)
+    (B, H, K, V), N, parts = state.shape, plan.segments, state.shape[3] // SMALLEST  # the smallest: programs are few here
 
     def columns(size: int, parts: int) -> pl.BlockSpec:
         return pl.BlockSpec((N, None, K, size // parts), lambda b, h, p: (b, h, 0, p if parts > 1 else 0))

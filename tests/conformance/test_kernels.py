@@ -38,7 +38,7 @@ SMALL = {
     "gated-deltanet-segments": (
         "gated-deltanet",
         {"chunk": 16, "parts": 1, "segments": 2, "chunks": 2},
-        {"B": 1, "T": 50, "K": 8, "V": 16},
+        {"B": 1, "T": 50, "K": 8, "V": 32},
         True,
     ),
     "rwkv-parts-odd": ("rwkv", {"chunk": 16, "parts": 2}, {"B": 1, "T": 37, "K": 32, "V": 32}, True),
