@@ -32,7 +32,7 @@ from smedjan_jax.distillation import distilled_cross_entropy
 from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
 from smedjan_jax.mixers.attention import refuse_fused
-from smedjan_jax.model import Model, linear_weights
+from smedjan_jax.model import Model, folded, linear_weights
 from smedjan_jax.quantized import weight_of
 from smedjan_jax.scores import logits, scores
 from smedjan_jax.startup import configure
@@ -288,7 +288,7 @@ class JaxBackend:
         """
         inputs, targets, documents, _ = batch
         params = self._whole(params)
-        hidden, carried = self._model(params, self.train.gradient_checkpointing).outputs(inputs, documents)
+        hidden, carried = folded(self._model(params, self.train.gradient_checkpointing), self.train, self.mesh).outputs(inputs, documents)
         objective, told = self._head(hidden, params[head_name(self.model)], batch, counts, *taught)
         share = jnp.sum(targets >= 0) / counts.tokens
         objective = objective / counts.tokens + share * experts.auxiliary_loss(self.train, carried)

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.inference.chunks import positions_held
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
 from smedjan_common.model.params import parameter_table
 from smedjan_common.model.rope import settled
+from smedjan_common.training.mesh import MeshShape
 from smedjan_common.training.precision import PRECISIONS, compute_dtype, multiplied_in_float8
 from smedjan_jax.ffn import ffn_class
-from smedjan_jax.kernels import chosen
+from smedjan_jax.kernels import chosen, for_norms
 from smedjan_jax.mixers import mixer_class
 from smedjan_jax.modules import Block, Carried, Context, Embedding, Linear, Params, RMSNorm, Rope
 
@@ -134,6 +135,15 @@ class Model(nnx.Module):
         summed = {spec.name for spec in MIXERS[self.config.mixer_of(layer)].state(self.config, 1, 1) if spec.axis is None}
         rows = {name: active.reshape(-1, *[1] * (after[name].ndim - 1)) for name in summed}
         return {**after, **{name: jnp.where(rows[name], after[name], before[name]) for name in summed}}
+
+
+def folded(model: Model, train: TrainConfig, mesh: MeshShape) -> Model:
+    """The model of a training step, the norms of its blocks of attention and SwiGLU in their matrices where that is worth it."""
+    if for_norms(model.config, train, mesh.size):
+        for layer, block in enumerate(model.layers):
+            if (model.config.mixer_of(layer), model.config.ffn_of(layer)) == ("attention", "swiglu"):
+                block.fold()
+    return model
 
 
 def linear_weights(config: ModelConfig) -> set[str]:

@@ -201,13 +201,33 @@ class Block(nnx.Module):
         self.ffn: Any = ffn
         self.residual = residual
 
+        self.folded = False
+
+    def fold(self) -> None:
+        """Multiply the weights of both norms into the matrices that read what they give, which then read the kernel's (kernels/norm.py)."""
+        self.folded = True
+        for norm, module in ((self.mixer_norm, self.mixer), (self.ffn_norm, self.ffn)):
+            assert norm is not None, "there is nothing to fold"
+            for linear in together(module):
+                linear.weight = nnx.data(linear.weight * norm.weight)
+
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
-        mixed, carried = self.mixer(normed(self.mixer_norm, x), context, carried)
+        x, read = self._read(self.mixer_norm, x)
+        mixed, carried = self.mixer(read, context, carried)
         # the barriers keep XLA from fusing the residual into both neighbours and computing it twice, which costs memory traffic
         x = jax.lax.optimization_barrier(self.add(x, normed(self.mixer_post_norm, mixed)))
-        fed, carried = self.ffn(normed(self.ffn_norm, x), carried)
+        x, read = self._read(self.ffn_norm, x)
+        fed, carried = self.ffn(read, carried)
         return jax.lax.optimization_barrier(self.add(x, normed(self.ffn_post_norm, fed))), carried
+
+    def _read(self, norm: RMSNorm | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x, to go on with, and what a mixer or feed-forward reads of it."""
+        if not self.folded or norm is None:
+            return x, normed(norm, x)
+        from smedjan_jax.kernels.norm import normalized
+
+        return normalized(x, norm.eps)
 
     def step(self, x: jax.Array, context: Context, state: State, carried: Carried) -> tuple[jax.Array, State, Carried]:
         """The same for T new tokens of each row, which follow its `context.position` earlier ones."""

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from smedjan_common.config import ModelConfig
+from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
+from smedjan_common.training.precision import compute_dtype
 from smedjan_jax import sharding
 
 SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
@@ -39,6 +40,7 @@ LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
 # positions up to which block-sparse goes through cuDNN with its choice as a mask, whose cost beside attention is proportional to them; the
 # kernel's is not. At 1024 that was twice the kernel's (bench/results/kernels-h200.json: 17.6 ms a step against 8.3), so even at half
 LONGEST_MASKED = 256
+NORMED = (512, 1024)  # widths in which the kernels of norms were measured faster
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 DECODED = (64, 128)  # sizes of heads in which the attention of one new token was measured faster
 MOST_SHARING = 16  # query heads that read one key head there: the rows of a tensor core's tile
@@ -85,6 +87,18 @@ def for_decoding(implementation: str, model: ModelConfig, dtype: str, entries: i
         return False
     measured = (dtype, getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
     return measured and model.head_dim in DECODED and model.heads // model.kv_heads <= MOST_SHARING
+
+
+def for_norms(model: ModelConfig, train: TrainConfig, devices: int = 1) -> bool:
+    """Whether blocks of attention and SwiGLU take the kernels of their norms in training (kernels/norm.py): where --kernels does not say
+    plain, they can run and were measured faster. Gradient checkpointing would keep the matrices with the norms in them, adapters read what
+    the norm gives, and meshes gather the matrices later.
+    """
+    if train.kernels == "plain" or train.adapters or train.gradient_checkpointing != "none" or devices > 1 or _no_device():
+        return False
+    if model.block_norms != ("mixer_norm", "ffn_norm") or model.dim not in NORMED:
+        return False
+    return (compute_dtype(train.dtype), getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
 
 
 def for_blocks(implementation: str, model: ModelConfig, dtype: str, length: int) -> str:

@@ -25,7 +25,10 @@ ONE_SIDED_FILES = {
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
     **dict.fromkeys(
         (
-            *(f"kernels/{name}.py" for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay", "channel_tiles", "channel_pieces")),
+            *(
+                f"kernels/{name}.py"
+                for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay", "channel_tiles", "channel_pieces", "norm")
+            ),
             *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks", "segments", "decode_attention")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
@@ -52,6 +55,8 @@ ONE_SIDED_NAMES = {
             "SHORTEST_RING",
             "for_decoding",
             "for_loss",
+            "for_norms",
+            "NORMED",
             "around",
             "for_blocks",
             "blocks_summary",
@@ -60,6 +65,8 @@ ONE_SIDED_NAMES = {
         )
     },
     ("jax", "decoder.py", "decoder_class"): "of --kernels plain; MLX has no kernels of this project",
+    ("jax", "model.py", "folded"): "norms by one of JAX's kernels",
+    ("jax", "modules.py", "Block.fold"): "the same",
     ("jax", "model.py", "linear_weights"): "they are cast before a mesh gathers them",
     ("jax", "teacher.py", "placed"): "its weights lie on a mesh",
     ("jax", "loss.py", "cross_entropy_by_kernel"): "by one of JAX's kernels",

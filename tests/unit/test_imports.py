@@ -74,6 +74,7 @@ REASONS = {
     ("smedjan_common.tokenizer.*", "regex"): "only text outside the array rules, and patterns of others, are split with it",
     ("smedjan_jax.mixers.*", "smedjan_jax.kernels.*"): "Pallas takes 0.3 s to import, and only a run on a GPU has kernels",
     ("smedjan_jax.loss", "smedjan_jax.kernels.*"): "the same",
+    ("smedjan_jax.modules", "smedjan_jax.kernels.norm"): "the same",
     ("smedjan_common.reporting.plot", "matplotlib.*"): "takes a second, at the end of a run",
     ("smedjan_common.reporting.progress", "rich.*"): "takes 60 ms, and only a terminal shows it",
     ("smedjan_common.reporting.live", "rich.*"): "takes 150 ms, and only a terminal shows it",
