@@ -40,6 +40,9 @@ class Plan(NamedTuple):
     values: int = 4
 
 
+PLAIN = Plan(step=8, values=2)  # where no head gets unit length: nothing is summed over features, so more threads load more rows at once
+
+
 def conv_silu(
     x: jax.Array,
     weight: jax.Array,
@@ -52,7 +55,8 @@ def conv_silu(
 
     documents: int32 [B, T]; taps do not reach into an earlier one.
     """
-    (B, T, C), H, W, plan = x.shape, sum(part.heads for part in parts), weight.shape[1], plan or Plan()
+    (B, T, C), H, W = x.shape, sum(part.heads for part in parts), weight.shape[1]
+    plan = plan or (Plan() if any(part.scale for part in parts) else PLAIN)
     F = C // H
     wide, size = power_of_two(F), plan.rows * -(-T // plan.rows)
     x = padded(padded(x.reshape(B, T, H, F), -1, wide), 1, size)
@@ -233,39 +237,45 @@ def _slope(u: jax.Array, dy: jax.Array, scale: float) -> jax.Array:
 
 def _backward_kernel(x, taps, bias, documents, *refs, group, plan, biased, masked):
     dx, totals = refs[-2:]
-    scale, outputs = group.parts[0].scale, list(zip(refs, _own(group), strict=False))
+    scale, own = group.parts[0].scale, list(zip(refs, _own(group), strict=False))
     it, end = _rows(x, taps, bias, documents, biased, masked), (pl.program_id(1) + 1) * plan.rows
     W, U = len(taps), plan.step
 
-    def gradient(row):
-        there, (first, *rest) = row < x.shape[0], outputs
-        found = load(first[0], row, there)
-        for dy, mine in rest:
-            found = jnp.where(mine, load(dy, row, there & mine), found)
-        return found.astype(FLOAT32)
+    def gradients(dy, rows):
+        return [load(dy, row, row < x.shape[0]) for row in rows]
 
-    def slopes(near, owners, rows):
-        """The inputs of the taps and d u, for `rows` that follow W - 1 others."""
-        each = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(len(rows))]
-        return [(inputs, _slope(it.convolved(inputs), gradient(row), scale)) for inputs, row in zip(each, rows, strict=True)]
+    def slope(inputs, out):
+        return _slope(it.convolved(inputs), out.astype(FLOAT32), scale)
 
-    def body(i, carried):
-        later, of_later, after, sums = carried  # x of rows that this step has too, their documents and more, d u of those behind it
-        rows = [end - (i + 1) * U + j for j in range(1 - W, U)]
-        near, owners = [*[it.at(row) for row in rows[:U]], *later], [*[it.document(row) for row in rows[:U]], *of_later]
-        found = slopes(near, owners[: U + W - 1], rows[W - 1 :])
-        du = [*[each for _, each in found], *after]
-        for j, row in enumerate(rows[W - 1 :]):
-            ahead = [it.same(du[j + a], owners[j + W - 1 + a], owners[j + W - 1]) * it.taps[W - 1 - a] for a in range(W)]
-            dx[row] = sum(ahead[1:], ahead[0]).astype(dx.dtype)
-        for inputs, each in found:
-            sums = [total + (each if of is None else each * of) for total, of in zip(sums, [*inputs, None], strict=False)]
-        return near[: W - 1], owners[: 2 * (W - 1)], du[: W - 1], sums
+    def walk(dy):
+        def body(i, carried):
+            later, of_later, after, sums = carried  # x of rows that this step has too, their documents and more, d u of those behind it
+            rows = [end - (i + 1) * U + j for j in range(1 - W, U)]
+            near, owners = [*[it.at(row) for row in rows[:U]], *later], [*[it.document(row) for row in rows[:U]], *of_later]
+            inputs = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(U)]
+            outs = gradients(dy, rows[W - 1 :])
+            # sums over heads are made beside each other; without them a row at a time takes a third fewer registers
+            found = [slope(*each) for each in zip(inputs, outs, strict=True)] if scale else None
+            for j in reversed(range(U)):
+                du = found[j] if found else slope(inputs[j], outs[j])
+                sums = [total + (du if of is None else du * of) for total, of in zip(sums, [*inputs[j], None], strict=False)]
+                after = [du, *after]
+                ahead = [it.same(each, owners[j + W - 1 + a], owners[j + W - 1]) * it.taps[W - 1 - a] for a, each in enumerate(after)]
+                dx[rows[j + W - 1]] = sum(ahead[1:], ahead[0]).astype(dx.dtype)
+                after = after[: W - 1]
+            return near[: W - 1], owners[: 2 * (W - 1)], after, sums
 
-    rows = [end + j for j in range(1 - W, W - 1)]
-    near, owners = [it.at(row) for row in rows], [it.document(row) for row in rows]
-    after = [each for _, each in slopes(near, owners, rows[W - 1 :])]
-    zeros = [jnp.zeros(it.taps[0].shape, FLOAT32)] * len(totals)
-    *_, sums = lax.fori_loop(0, plan.rows // U, body, (near[: W - 1], owners, after, zeros))
-    for i, total in enumerate(sums):
-        totals[i] = total
+        rows = [end + j for j in range(1 - W, W - 1)]
+        near, owners = [it.at(row) for row in rows], [it.document(row) for row in rows]
+        inputs = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(W - 1)]
+        after = [slope(*each) for each in zip(inputs, gradients(dy, rows[W - 1 :]), strict=True)]
+        zeros = [jnp.zeros(it.taps[0].shape, FLOAT32)] * len(totals)
+        *_, sums = lax.fori_loop(0, plan.rows // U, body, (near[: W - 1], owners, after, zeros))
+        for i, total in enumerate(sums):
+            totals[i] = total
+
+    if len(own) == 1:
+        walk(refs[0])
+        return
+    for dy, mine in own:  # a program takes one branch: with a masked load of every part's gradients registers would run out
+        pl.when(mine)(partial(walk, dy))
