@@ -130,14 +130,6 @@ def _dot(a: jax.Array, b: jax.Array, turn_a: bool, turn_b: bool, precision: Any)
     return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=FLOAT32)
 
 
-def sums(mask: jax.Array, x: jax.Array, turn: bool = False) -> jax.Array:
-    """Sums of the rows of x [C, K] float32 that `mask` [C, C] chooses (its columns with `turn`), to about float32."""
-    precision: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    if jax.default_backend() == "cpu":
-        precision = lax.Precision.HIGHEST
-    return _dot(mask.astype(FLOAT32), x, turn, False, precision)
-
-
 def carried(matrix: jax.Array, x: jax.Array, turn: bool = False) -> jax.Array:
     """matrix x (with `turn` matrix^T x) of float32 tiles, to about float32: what a state is after a segment."""
     precision: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -382,11 +374,6 @@ def of_chunks(n: int, rows: int, columns: int, parts: int = 1) -> pl.BlockSpec:
 def walk_numbers(n: int) -> pl.BlockSpec:
     """[B, H, n, 1]: a number for each chunk of a head."""
     return pl.BlockSpec((None, None, n, 1), lambda b, h, *_: (b, h, 0, 0))
-
-
-def piece_number() -> pl.BlockSpec:
-    """[B, H, n, 1]: the number of one chunk."""
-    return pl.BlockSpec((None, None, None, 1), lambda b, h, i: (b, h, i, 0))
 
 
 def of_chunk(rows: int, columns: int) -> pl.BlockSpec:
