@@ -8,19 +8,24 @@ from bench.tables import gib, newest, reports, table
 SPECIAL = "deterministic", "mask_documents"  # what a row of bench.train_speed has besides
 
 
-WHO = {"jax": "smedjan, JAX", "mlx": "smedjan, MLX on CUDA", "torch": "transformers + torch.compile, SDPA, fused AdamW"}
+WHO = {
+    "jax": "smedjan, JAX",
+    "mlx": "smedjan, MLX on CUDA",
+    "torch": "transformers + torch.compile, SDPA, fused AdamW",
+    "torch-strong": "PyTorch written for speed",
+}
 
 
 def speed() -> str | None:
     """A training step of each size and framework with its defaults, of the file that has the most of them."""
-    rows = _first_of(_train_speed(), ("size", "backend"), gradient_checkpointing="none", grad_accum=1)
+    rows = _first_of(_train_speed(), ("size", "backend", "dtype"), gradient_checkpointing="none", grad_accum=1)
     if not rows:
         return None
     body = [
         [
             f"{row['size']} ({row['parameters'] / 1e6:,.0f}M, {row['vocab_size']})",
             f"{row['batch_size']} x {row['seq_len']}",
-            WHO[row["backend"]],
+            WHO[row["backend"]] + (f", {row['dtype']}" if row["dtype"] != rows[0]["dtype"] else ""),
             f"{row['tokens_per_second']:,}",
             f"{row['tflops_causal_once']}",
             gib(row["peak_memory_bytes"]),

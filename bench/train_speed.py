@@ -19,6 +19,7 @@ import numpy as np
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.flops import train_flops_per_token
 from smedjan_common.training.mesh import parse_mesh
+from smedjan_common.training.precision import PRECISIONS
 from smedjan_mlx import openblas
 
 
@@ -189,7 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=PRECISIONS)
     parser.add_argument("--grad-accum", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", default="none", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "plain"))
