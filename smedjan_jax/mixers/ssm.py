@@ -89,6 +89,7 @@ class Mamba2(nnx.Module):
         from smedjan_jax.kernels import scalar_decay
         from smedjan_jax.kernels.conv import Part, conv_silu
         from smedjan_jax.kernels.rows import rowwise
+        from smedjan_jax.kernels.tiles import sigmoid
 
         (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
         E, size = self.inner, math.gcd(self.inner, G * N, 64)
@@ -103,7 +104,7 @@ class Mamba2(nnx.Module):
 
         def function(tiles, parameters, valid):
             (y, z), (weight,) = tiles, parameters
-            gated = y * z * jax.nn.sigmoid(z)
+            gated = y * z * sigmoid(z)
             return (gated * lax.rsqrt(jnp.sum(gated * gated, axis=1, keepdims=True) / F + eps) * weight[None, :],)
 
         out = rowwise(function, (y.reshape(rows), gate.reshape(rows)), (self.norm.weight.reshape(G, F),), (gate.dtype,))[0]
