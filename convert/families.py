@@ -19,8 +19,9 @@
 | olmoe | OLMoE | experts with the softmax router in all layers, RMSNorm over all heads of q and of k together |
 | deepseek_v3 | DeepSeek V3, Moonlight | latent attention; SwiGLU, or experts with the bias router after a prefix of dense layers |
 | deepseek_v2 | DeepSeek V2, V2-Lite | the same with the softmax router, whose weights stay as they are |
-| qwen3_5 | Qwen 3.5 | Gated DeltaNet and attention with head norms |
-| qwen3_next | Qwen3-Next | the same with experts and shared ones |
+| qwen3_5 | Qwen 3.5 | Gated DeltaNet and attention with head norms, each with heads of its own; a gate on attention |
+| qwen3_next | Qwen3-Next | the same in any order, with experts and shared ones behind a gate |
+| qwen3_5_moe | Qwen 3.5 MoE | the same in all layers; it goes out as qwen3_next |
 
 A model goes out as the first row that holds it.
 """
@@ -40,6 +41,8 @@ GROUPED = {*SHARED, "router", "expert_groups", "expert_groups_per_token", "route
 LATENT = {*HEADS, "mla_kv_rank", "mla_q_rank", "mla_rope_dim", "mla_plain_factor", "rope_attention_factor"}
 MULTIPLIERS = {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"}
 WINDOWS = {"window", "window_layers"}
+GATED = {"qk_norm", "rope_dim", "conv_width", "attention_gate", "qkv_bias", "o_bias"}
+DELTA = {*HEADS, *GATED, "delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size"}
 QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
 
@@ -129,7 +132,7 @@ def _deepseek_v2(config: ModelConfig) -> bool:
 
 def _delta(config: ModelConfig) -> bool:
     mixers = {config.mixer_of(layer) for layer in range(config.layers)}
-    return mixers == {"gated-deltanet", "attention"} and config.qk_norm
+    return mixers == {"gated-deltanet", "attention"} and config.qk_norm and config.qkv_bias == config.o_bias
 
 
 def _qwen3_5(config: ModelConfig) -> bool:
@@ -140,7 +143,16 @@ def _qwen3_5(config: ModelConfig) -> bool:
 
 
 def _qwen3_next(config: ModelConfig) -> bool:
-    return _delta(config) and set(config.ffn) == {"experts"} and config.router == "softmax" and config.shared_experts > 0
+    return _delta(config) and "experts" in config.ffn and config.router == "softmax" and config.shared_experts > 0
+
+
+# transformers' Qwen3-Next and Qwen 3.5 where config.json is silent; attention comes in every fourth layer
+_DELTA = {
+    **{"num_key_value_heads": 2, "head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": 0.25},
+    **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+}
+_DELTA_EXPERTS = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
 
 
 FAMILIES: dict[str, Family] = {
@@ -254,15 +266,20 @@ FAMILIES: dict[str, Family] = {
         _olmoe,
         layouts.qwen3_moe,
     ),
-    "qwen3_5": Family(
-        "Qwen3_5ForCausalLM", {"max_position_embeddings": 32768}, {"qk_norm", "rope_dim", "conv_width"}, _qwen3_5, layouts.qwen3_5
-    ),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", {**_DELTA, "num_key_value_heads": 4}, DELTA, _qwen3_5, layouts.qwen3_5),
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
-        {"max_position_embeddings": 32768},
-        {*SHARED, "qk_norm", "rope_dim", "conv_width"},
+        {**_DELTA, **_DELTA_EXPERTS, "num_experts": 512, "num_experts_per_tok": 10},
+        {*DELTA, *SHARED, "shared_gate", "norm_topk_prob"},
         _qwen3_next,
         layouts.qwen3_next,
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5MoeForCausalLM",
+        {**_DELTA, **_DELTA_EXPERTS, "num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},  # which no layer has
+        {*DELTA, *SHARED, "shared_gate"},
+        lambda config: _qwen3_next(config) and set(config.ffn) == {"experts"},
+        layouts.qwen3_5_moe,
     ),
 }
 

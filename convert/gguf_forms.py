@@ -11,7 +11,7 @@
 | olmoe | olmoe | weights of experts that add up to 1; biases; shared keys and values |
 | arwkv7 | none: rwkv with SwiGLU | |
 | deepseek2 | deepseek_v3, deepseek_v2 | queries that are not compressed; groups with the softmax router; two factors of YaRN |
-| qwen35, qwen3next | qwen3_5, qwen3_next | layers with attention other than every so many |
+| qwen35, qwen3next | qwen3_5, qwen3_next | attention elsewhere than in every so many layers; biases; dense layers between; K other than V |
 | granite, granitemoe, granitehybrid | granite, granitemoehybrid | |
 """
 
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from convert import gguf_delta, gguf_layouts
 from convert.families import chosen, dense_prefix, families_of
 from convert.gguf_fields import Fields
-from convert.hf_rope import turned_dim
 from convert.hf_values import shortest
 from convert.ties import Tie
 from smedjan_common.config import ModelConfig
@@ -207,27 +206,6 @@ def _deepseek2_lacks(config: ModelConfig) -> str:
     return "" if config.mla_q_rank else "queries that are not compressed, but for models of 26 or 27 layers,"
 
 
-def _delta_lacks(config: ModelConfig) -> str:
-    attends = [config.mixer_of(layer) == "attention" for layer in range(config.layers)]
-    every = attends.index(True) + 1
-    regular = attends == [(layer + 1) % every == 0 for layer in range(config.layers)]
-    return "" if regular else "layers with attention other than every so many"
-
-
-def _delta(config: ModelConfig) -> dict[str, Any]:
-    half = turned_dim(config) // 2
-    return {
-        **_routed(config),
-        "full_attention_interval": [config.mixer_of(layer) for layer in range(config.layers)].index("attention") + 1,
-        "ssm.conv_kernel": config.conv_width,
-        "ssm.state_size": config.head_dim,
-        "ssm.group_count": config.kv_heads,
-        "ssm.time_step_rank": config.heads,
-        "ssm.inner_size": config.heads * config.head_dim,
-        "rope.dimension_sections": [*((half + 2 - k) // 3 for k in range(3)), 0],  # of time, height and width in turn, the same in a text
-    }
-
-
 def _arwkv7(config: ModelConfig) -> dict[str, Any]:
     ranks = {name: parameter_table(config)[f"layers.0.mixer.{name}1.weight"].shape[0] for name in "wag"}
     later = parameter_table(config).get("layers.1.mixer.v1.weight")
@@ -349,17 +327,6 @@ def _read_deepseek2(fields: Fields, stored: Stored) -> dict[str, Any]:
     return found | ranks | (_read_experts(fields, stored, router) if fields.number("expert_count", 0) else {})
 
 
-def _read_delta(fields: Fields, stored: Stored) -> dict[str, Any]:
-    every, layers = fields.number("full_attention_interval", 4), min(fields.number("block_count"), len(stored))
-    heads, kv_heads = fields.number("attention.head_count"), fields.number("attention.head_count_kv")
-    found = [fields.number(f"ssm.{name}") for name in ("time_step_rank", "group_count", "state_size")]
-    if not every or found != [heads, kv_heads, fields.number("attention.key_length")]:
-        raise fields.inexpressible(f"{found[0]} heads over {found[1]} of {found[2]} features beside others of attention")
-    mixer = tuple("gated-deltanet" if (layer + 1) % every else "attention" for layer in range(layers))
-    routed = _read_experts(fields, stored)
-    return {"mixer": shortest(mixer), "qk_norm": True, "conv_width": fields.number("ssm.conv_kernel"), **routed}
-
-
 def _read_arwkv7(fields: Fields, stored: Stored) -> dict[str, Any]:
     size = fields.number("wkv.head_size")
     heads = fields.number("embedding_length") // max(1, size)
@@ -391,8 +358,16 @@ FORMS: dict[str, Form] = {
         lambda fields, stored: {"qk_norm_over": "all", **_read_experts(fields, stored), "norm_topk_prob": False},
     ),
     "deepseek2": Form(("deepseek_v3", "deepseek_v2"), gguf_layouts.deepseek2, _deepseek2_lacks, _deepseek2, _read_deepseek2),
-    "qwen35": Form(("qwen3_5",), gguf_delta.qwen35, _delta_lacks, _delta, _read_delta),
-    "qwen3next": Form(("qwen3_next",), gguf_delta.qwen3next, _delta_lacks, _delta, _read_delta),
+    "qwen35": Form(
+        ("qwen3_5",), gguf_delta.qwen35, gguf_delta.lacks, gguf_delta.written, lambda fields, stored: gguf_delta.read(fields, stored, {})
+    ),
+    "qwen3next": Form(
+        ("qwen3_next",),
+        gguf_delta.qwen3next,
+        gguf_delta.lacks,
+        lambda config: {**_routed(config), **gguf_delta.written(config)},
+        lambda fields, stored: gguf_delta.read(fields, stored, _read_experts(fields, stored)),
+    ),
     "arwkv7": Form((), gguf_layouts.arwkv7, lambda config: "", _arwkv7, _read_arwkv7),
     "granite": Form(("granite", "granitemoehybrid"), _turned, _granite_lacks, _multipliers, _read_multipliers, True),
     "granitemoe": Form(("granitemoehybrid",), _turned, _granitemoe_lacks, _multipliers, _read_multipliers, True),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import gguf_vocabulary, ties
+from convert.gates import ungated
 from convert.gguf_blocks import BLOCKS, from_blocks
 from convert.gguf_fields import LONGROPE, Fields
 from convert.gguf_file import package
@@ -49,6 +50,8 @@ def read(path: Path) -> Portable:
     if missing := [name for name in wanted if name not in stored]:
         raise CheckpointError(f"{path} lacks the tensor {missing[0]}.", "The model of its fields has it.", "Download it again.")
     theirs = {name: _tensor(name, stored[name], shape, str(path), gguf) for name, shape in wanted.items()}
+    config = ungated(config, FORMS[fields.architecture].layout, theirs)
+    layout = FORMS[fields.architecture].layout(config)
     if name := ties.lost(layout, theirs):
         what = f"{path} has a tensor {name} with values that are zero in every model from here."
         raise ConfigError(what, "The model cannot be expressed here.", "Choose another model.")

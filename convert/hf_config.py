@@ -129,7 +129,7 @@ _LAYER_TYPES = ("sliding_attention", "full_attention")
 def _window(values: dict[str, Any], where: str, kind: str, layers: int, context: int) -> dict[str, Any]:
     """The sliding window, which counts a position itself as --window does, and which layers have it; nothing where it is as long as the
     context, or none is used."""
-    if kind in ("granitemoehybrid", "qwen3_5", "qwen3_next"):
+    if kind in ("granitemoehybrid", "qwen3_5", "qwen3_next", "qwen3_5_moe"):
         return {}  # its layers are of other kinds
     windowed = _windowed(values, where, kind, layers)
     if "on" not in windowed:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf_config, hf_import, hf_tokenizer, ties
+from convert import hf_config, hf_delta, hf_import, hf_tokenizer, ties
 from convert.families import FAMILIES
 from convert.hf_rope import turned_dim
 from convert.json_file import write_json, write_text
@@ -66,6 +66,9 @@ def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
             notes.append("mlx-lm does not read its factor of cosines and sines (attention_factor). transformers reads it.")
     if config.window and values["model_type"] not in ("smollm3", "olmo3"):
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
+    if values["model_type"] == "qwen3_next" and not hf_delta.regular(config):
+        note = "mlx-lm takes others of its layers for those that attend: its logits are those of another model. transformers reads which."
+        notes.append(note)
     return notes
 
 

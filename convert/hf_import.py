@@ -17,6 +17,8 @@ import numpy as np
 
 from convert import hf_config, hf_tokenizer, layouts, ties
 from convert.families import FAMILIES
+from convert.gates import ungated
+from convert.hf_language import language
 from convert.json_file import read_json
 from convert.names import HEAD_ROW, MODEL_ROWS
 from convert.portable import Lazy, Portable, cast
@@ -25,7 +27,6 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError, ConfigError, reason
 from smedjan_common.tokenizer import Tokenizer
 
-_MOST_AHEAD = 16  # GLM and DeepSeek have 1
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBED = HEAD_ROW.hf, MODEL_ROWS[0].hf
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files keep a table that follows from config.json
@@ -55,10 +56,9 @@ def read(path: Path) -> Portable:
     values, where = hf_config.of_language(read_json(path / CONFIG)), str(path / CONFIG)
     try:
         hf_config.from_hf(values, where)  # what it says by itself is refused before a tensor is looked at
-        stored = _nested(open_weights(path)) if values.get("model_type") == "qwen3_5" else open_weights(path)
-        stored, ahead = _without_predictors(stored, values)
+        stored, others = language(open_weights(path), values)
         tied, notes = _tied(values, stored, path)
-        notes += ahead
+        notes += others
         if tied and (table := _table(stored)):  # some architectures have a tied head written out
             stored.setdefault(HEAD, table)
         config = hf_config.from_hf(values, where, tied)
@@ -74,9 +74,11 @@ def read(path: Path) -> Portable:
     config = with_vocabulary(config, tokenizer)
     stored = {name: _finite(name, cast(name, tensor, np.dtype(np.float32)), path) for name, tensor in stored.items()}
     stored |= {name: _padded(stored[name], config) for name in stored if _is_table(name)}
+    config = ungated(config, lambda config: layout_of(values, config), stored)
+    layout = layout_of(values, config)
     if name := ties.lost(layout, stored):
         what = f"{path} has a tensor {name} with values that are zero in every model from here. The model cannot be expressed here."
-        raise ConfigError(what, "Attention and shared experts have no gates of their own.", "Choose another model.")
+        raise ConfigError(what, "It says that it has no shared experts.", "Choose another model.")
     tensors = ties.read(layout, stored, config)
     if values.get("auto_map"):
         notes.append(f"It names code of its own (auto_map), which was not read: it is taken for a plain {values['model_type']}.")
@@ -124,26 +126,6 @@ def _open_shards(path: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Lazy]:
         name = min(missing)
         raise CheckpointError(f"{path / index[name]} lacks the tensor {name!r}.", f"{INDEX} lists it there.", "Download it again.")
     return tensors
-
-
-def _nested(stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """The tensors of a language model that was saved by itself, with the names they have inside the whole one."""
-    if any(name.startswith(layouts.NESTED) for name in stored):
-        return dict(stored)
-    return {name.replace(layouts.PREFIX, layouts.NESTED, 1): tensor for name, tensor in stored.items()}
-
-
-def _without_predictors(stored: dict[str, Lazy], values: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[str]]:
-    """The tensors without those of layers that guess the token after the next one, after the model's own, and a note of that."""
-    layers, more = values.get("num_hidden_layers"), values.get("num_nextn_predict_layers") or 0
-    first = (
-        [f"model.layers.{layers + number}." for number in range(min(more, _MOST_AHEAD))]
-        if type(layers) is int and type(more) is int
-        else []
-    )
-    ahead = tuple(first if more else ["mtp."])
-    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(ahead)}
-    return kept, ["Its layers that guess further tokens at once were left out."] if len(kept) < len(stored) else []
 
 
 def _without_extras(stored: Mapping[str, Lazy], layout: list[ties.Tie], path: Path) -> tuple[dict[str, Lazy], list[str]]:

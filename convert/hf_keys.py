@@ -6,9 +6,10 @@ What these keys ask for and a model of smedjan does not compute is refused by na
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from convert import hf_delta
 from convert.families import dense_prefix
 from convert.hf_rope import turned_dim
-from convert.hf_values import inexpressible, integer, number, shortest
+from convert.hf_values import asks_for, inexpressible, integer, number, shortest
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import limited, width
 from smedjan_common.model.mixers import ssm
@@ -38,8 +39,13 @@ def _routed(config: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-    dense = [layer for layer in range(config.layers) if config.ffn_of(layer) == "swiglu"]
-    return {**_routed(config), "num_experts": config.experts, "mlp_only_layers": dense, "decoder_sparse_step": 1, "sliding_window": None}
+    more = {"mlp_only_layers": _dense(config), "decoder_sparse_step": 1, "sliding_window": None}
+    return {**_routed(config), "num_experts": config.experts, **more}
+
+
+def _dense(config: ModelConfig) -> list[int]:
+    """Layers without experts."""
+    return [layer for layer in range(config.layers) if config.ffn_of(layer) == "swiglu"]
 
 
 _NO_SHARED = "smedjan_no_shared_experts"
@@ -136,23 +142,9 @@ def _granitemoehybrid(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _delta(config: ModelConfig) -> dict[str, Any]:
-    kinds = ["full_attention" if config.mixer_of(layer) == "attention" else "linear_attention" for layer in range(config.layers)]
-    return {
-        "layer_types": kinds,
-        "full_attention_interval": len(config.mixer),
-        "linear_conv_kernel_dim": config.conv_width,
-        "linear_key_head_dim": config.head_dim,
-        "linear_value_head_dim": config.head_dim,
-        "linear_num_key_heads": config.kv_heads,
-        "linear_num_value_heads": config.heads,
-        **_part(config),
-    }
-
-
 def _qwen3_next(config: ModelConfig) -> dict[str, Any]:
-    shared = {"shared_expert_intermediate_size": config.shared_experts * width(config), "mlp_only_layers": [], "decoder_sparse_step": 1}
-    return {**_delta(config), **_routed(config), **shared, "num_experts": config.experts}
+    shared = {"shared_expert_intermediate_size": config.shared_experts * width(config), "decoder_sparse_step": 1}
+    return {**hf_delta.written(config), **_routed(config), **shared, "num_experts": config.experts, "mlp_only_layers": _dense(config)}
 
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
@@ -196,19 +188,12 @@ WRITTEN: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "deepseek_v3": _deepseek_v3,
     "deepseek_v2": _deepseek_v2,
     "olmoe": _olmoe,
-    "qwen3_5": _delta,
+    "qwen3_5": hf_delta.written,
     "qwen3_next": _qwen3_next,
 }
 
 
 # read
-
-
-def _asks_for(values: Values, where: str, **expected: Any) -> None:
-    """Raises ConfigError for a key that is there and says something else."""
-    for key, value in expected.items():
-        if key in values and values[key] != value and values[key] is not None:
-            raise inexpressible(where, f"{key} {values[key]!r}", f"Here it is always {value}")
 
 
 def _experts_of(values: Values, where: str, count: str, hidden: str, router: str = "softmax") -> dict[str, Any]:
@@ -226,11 +211,15 @@ def _read_mixtral(values: Values, where: str) -> dict[str, Any]:
 
 def _read_qwen3_moe(values: Values, where: str) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in values else "num_local_experts"
-    _asks_for(values, where, decoder_sparse_step=1)
-    dense, layers = set(values.get("mlp_only_layers") or ()), integer(values, "num_hidden_layers", where)
-    ffn = tuple("swiglu" if layer in dense else "experts" for layer in range(layers))
+    asks_for(values, where, decoder_sparse_step=1)
     routed = {**_experts_of(values, where, count, "moe_intermediate_size"), "norm_topk_prob": values.get("norm_topk_prob") is True}
-    return {"qk_norm": True, "ffn": shortest(ffn), **routed}
+    return {"qk_norm": True, "ffn": _ffn(values, where), **routed}
+
+
+def _ffn(values: Values, where: str) -> tuple[str, ...]:
+    """Experts but in the layers that are named."""
+    dense, layers = set(values.get("mlp_only_layers") or ()), integer(values, "num_hidden_layers", where)
+    return shortest(tuple("swiglu" if layer in dense else "experts" for layer in range(layers)))
 
 
 def _read_olmoe(values: Values, where: str) -> dict[str, Any]:
@@ -248,7 +237,7 @@ def _read_grouped(values: Values, where: str, router: str = "bias") -> dict[str,
         raise inexpressible(where, f"first_k_dense_replace {dense!r}", "It counts layers")
     if dense == layers:
         return {}
-    _asks_for(values, where, moe_layer_freq=1, scoring_func="sigmoid" if router == "bias" else "softmax")
+    asks_for(values, where, moe_layer_freq=1, scoring_func="sigmoid" if router == "bias" else "softmax")
     found = _experts_of(values, where, "n_routed_experts", "moe_intermediate_size", router)
     found |= {"expert_groups": integer(values, "n_group", where, 1), "expert_groups_per_token": integer(values, "topk_group", where, 1)}
     found |= {"routed_scaling_factor": number(values, "routed_scaling_factor", where, 1.0)}
@@ -284,7 +273,7 @@ def _read_deepseek_v2(values: Values, where: str) -> dict[str, Any]:
     method = values.get("topk_method")
     if method not in ("greedy", "group_limited_greedy"):
         raise inexpressible(where, f"topk_method {method!r}", "Experts are chosen greedy or group_limited_greedy there")
-    _asks_for(values, where, norm_topk_prob=False)
+    asks_for(values, where, norm_topk_prob=False)
     routed = _read_grouped({**values, **({"n_group": 1, "topk_group": 1} if method == "greedy" else {})}, where, "softmax")
     return {**_read_latent(values, where), **routed, **({"norm_topk_prob": False} if routed else {})}
 
@@ -319,7 +308,7 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     if not isinstance(kinds, list) or set(map(str, kinds)) - {"mamba", "attention", *_SINCE_5}:
         raise inexpressible(where, f"layer_types {kinds!r}", "Layers are mamba or attention")
     kinds = [_SINCE_5.get(kind, kind) for kind in kinds]
-    _asks_for(values, where, mamba_conv_bias=True)
+    asks_for(values, where, mamba_conv_bias=True)
     mixer = shortest(tuple("ssm" if kind == "mamba" else "attention" for kind in kinds))
     found: dict[str, Any] = {"mixer": mixer, **_read_multipliers(values, where)}
     if "attention" not in kinds:
@@ -329,7 +318,7 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     elif turned != "rope":
         found["rope_layers"] = ("off",)
     if "mamba" in kinds:
-        _asks_for(values, where, mamba_proj_bias=False)
+        asks_for(values, where, mamba_proj_bias=False)
         if not _unbounded(values.get("time_step_limit")):
             raise inexpressible(where, f"time_step_limit {values['time_step_limit']!r}", "Time steps have no bounds here")
         names = {"ssm_state": "mamba_d_state", "ssm_head_dim": "mamba_d_head", "ssm_groups": "mamba_n_groups", "ssm_expand": "mamba_expand"}
@@ -343,24 +332,20 @@ def _read_granitemoehybrid(values: Values, where: str) -> dict[str, Any]:
     return found | routed | {"ffn": ("experts",), "shared_experts": shared // hidden}
 
 
-def _read_delta(values: Values, where: str) -> dict[str, Any]:
-    kinds = values.get("layer_types")
-    if not isinstance(kinds, list) or set(kinds) - {"linear_attention", "full_attention"}:
-        raise inexpressible(where, f"layer_types {kinds!r}", "Layers are linear_attention or full_attention")
-    head_dim, heads, kv_heads = (integer(values, key, where) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
-    _asks_for(values, where, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim)
-    _asks_for(values, where, linear_num_value_heads=heads, linear_num_key_heads=kv_heads)
-    mixer = shortest(tuple("attention" if kind == "full_attention" else "gated-deltanet" for kind in kinds))
-    return {"mixer": mixer, "qk_norm": True, "conv_width": integer(values, "linear_conv_kernel_dim", where)}
-
-
 def _read_qwen3_next(values: Values, where: str) -> dict[str, Any]:
-    _asks_for(values, where, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    asks_for(values, where, decoder_sparse_step=1)
     found = _experts_of(values, where, "num_experts", "moe_intermediate_size")
     shared = integer(values, "shared_expert_intermediate_size", where)
     if shared % found["expert_dim"]:
         raise inexpressible(where, f"a shared expert of width {shared}", f"It is a multiple of an expert's, {found['expert_dim']}")
-    return {**_read_delta(values, where), **found, "ffn": ("experts",), "shared_experts": shared // found["expert_dim"]}
+    more = {"ffn": _ffn(values, where), "shared_experts": shared // found["expert_dim"], "shared_gate": True}
+    more["norm_topk_prob"] = values.get("norm_topk_prob") is not False
+    return {**hf_delta.read(values, where), **found, **more}
+
+
+def _read_qwen3_5_moe(values: Values, where: str) -> dict[str, Any]:
+    found = _read_qwen3_next({**values, "mlp_only_layers": [], "norm_topk_prob": True}, where)
+    return {**found, "ffn_dim": found["expert_dim"]}  # no layer has another
 
 
 def rope_layers(values: Values, where: str) -> tuple[str, ...]:
@@ -388,6 +373,7 @@ READ: dict[str, Callable[[Values, str], dict[str, Any]]] = {
     "deepseek_v3": _read_deepseek_v3,
     "deepseek_v2": _read_deepseek_v2,
     "olmoe": _read_olmoe,
-    "qwen3_5": _read_delta,
+    "qwen3_5": hf_delta.read,
     "qwen3_next": _read_qwen3_next,
+    "qwen3_5_moe": _read_qwen3_5_moe,
 }

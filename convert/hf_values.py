@@ -28,6 +28,13 @@ def inexpressible(where: str, what: str, why: str, fix: str = "a model that is t
     return ConfigError(f"{where} asks for {what}. {_NOT_HERE}", f"{why}.", f"Only this is missing: choose {fix}.")
 
 
+def asks_for(values: Mapping[str, Any], where: str, **expected: Any) -> None:
+    """Raises ConfigError for a key that is there and says something else."""
+    for key, value in expected.items():
+        if key in values and values[key] != value and values[key] is not None:
+            raise inexpressible(where, f"{key} {values[key]!r}", f"Here it is always {value}")
+
+
 def shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
     """The shortest pattern that repeats to this one."""
     for size in range(1, len(pattern)):

@@ -7,11 +7,13 @@ qwen3_moe         experts as mlp.experts.E.gate_proj, …; dense layers between
 glm4_moe          the same with the bias router and shared experts, after a prefix of dense layers
 granitemoehybrid  Mamba-2 and attention; gate and up in one tensor
 deepseek_v3       latent attention; features that turn by position are neighbours there, as a rule
-qwen3_next        Gated DeltaNet and attention; norms are added to one, attention has an output gate (0, so a half: o_proj is doubled)
+qwen3_next        Gated DeltaNet and attention; norms are added to one; there are gates always (0 is a half: what follows is doubled)
 qwen3_5           the same, its input projections apart
+qwen3_5_moe       the same with experts, gate and up of all of them in one tensor
 """
 
 import functools
+import re
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from convert.names import HEAD_ROW, LAYER_ROWS, MODEL_ROWS, OPTIONAL_ROWS, POST_
 from convert.ties import Tie, by_expert, by_key_head, gated, joined, kept, reordered, same, scaled, shifted, zeros
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.ffns.experts import width
-from smedjan_common.model.mixers import ssm
+from smedjan_common.model.mixers import gated_deltanet, ssm
 from smedjan_common.model.mixers.mla import kv_rank, rope_dim
 from smedjan_common.model.params import parameter_table
 
@@ -117,15 +119,15 @@ def granitemoehybrid(config: ModelConfig) -> list[Tie]:
 
 def qwen3_next(config: ModelConfig) -> list[Tie]:
     """Queries, keys, values and gates of a key head stand together there, and so do b and a."""
-    G, R, K = config.kv_heads, config.heads // config.kv_heads, config.head_dim
-    ties = _delta_ends(config)
+    G, H, K, V = gated_deltanet.heads(config)
+    R, ties = H // G, _delta_ends(config)
     for i in range(config.layers):
         if config.mixer_of(i) == "attention":
             ties += _gated_attention(config, i)
         else:
             ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.linear_attn."
             names = tuple(f"{ours}{name}_proj.weight" for name in ("q", "k", "v", "z"))
-            ties.append(by_key_head(names, f"{theirs}in_proj_qkvz.weight", G, (K, K, R * K, R * K), config.dim))
+            ties.append(by_key_head(names, f"{theirs}in_proj_qkvz.weight", G, (K, K, R * V, R * V), config.dim))
             ties.append(by_key_head((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight", G, (R, R), config.dim))
             ties += _delta(config, i)
         ties += _delta_feed_forward(config, i)
@@ -133,19 +135,31 @@ def qwen3_next(config: ModelConfig) -> list[Tie]:
 
 
 def qwen3_5(config: ModelConfig) -> list[Tie]:
-    keys, values = config.kv_heads * config.head_dim, config.heads * config.head_dim
-    ties = _delta_ends(config)
+    own, ties = gated_deltanet.heads(config), _delta_ends(config)
+    sizes = [own.key_features, own.key_features, own.value_features]
     for i in range(config.layers):
         if config.mixer_of(i) == "attention":
             ties += _gated_attention(config, i)
         else:
             ours, theirs = f"layers.{i}.mixer.", f"model.layers.{i}.linear_attn."
             names = [f"{ours}{name}_proj.weight" for name in ("q", "k", "v")]
-            ties.append(joined(names, f"{theirs}in_proj_qkv.weight", [keys, keys, values], config.dim))
+            ties.append(joined(names, f"{theirs}in_proj_qkv.weight", sizes, config.dim))
             ties += [_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}in_proj_{name}.weight") for name in ("z", "a", "b")]
             ties += _delta(config, i)
         ties += _delta_feed_forward(config, i)
     return [tie._replace(theirs=tuple(name.replace(PREFIX, NESTED, 1) for name in tie.theirs)) for tie in ties]
+
+
+def qwen3_5_moe(config: ModelConfig) -> list[Tie]:
+    """What `qwen3_5` gives, with the experts of a projection in one tensor."""
+    apart = re.compile(r"layers\.\d+\.ffn\.(gate|up|down)_proj\.weight")
+    ties = [tie for tie in qwen3_5(config) if not (tie.ours and apart.fullmatch(tie.ours[0]))]
+    E, F, D = config.experts, width(config), config.dim
+    for i in range(config.layers):
+        ours, at = f"layers.{i}.ffn.", f"{NESTED}layers.{i}.mlp.experts"
+        ties.append(joined([f"{ours}gate_proj.weight", f"{ours}up_proj.weight"], f"{at}.gate_up_proj", [F, F], E, D, axis=1))
+        ties.append(_as_is(config, f"{ours}down_proj.weight", f"{at}.down_proj"))
+    return ties
 
 
 # parts
@@ -237,7 +251,7 @@ def _delta_ends(config: ModelConfig) -> list[Tie]:
 
 def _delta(config: ModelConfig, layer: int) -> list[Tie]:
     ours, theirs = f"layers.{layer}.mixer.", f"model.layers.{layer}.linear_attn."
-    features = (2 * config.kv_heads + config.heads) * config.head_dim
+    features = gated_deltanet.heads(config).convolved
     return [
         *_shifted_norms(config, layer),
         same(f"{ours}conv.weight", f"{theirs}conv1d.weight", (features, 1, config.conv_width)),
@@ -252,15 +266,22 @@ def _shifted_norms(config: ModelConfig, layer: int) -> list[Tie]:
 
 
 def _gated_attention(config: ModelConfig, layer: int) -> list[Tie]:
-    ours, theirs, K, D = f"layers.{layer}.mixer.", f"model.layers.{layer}.self_attn.", config.head_dim, config.dim
-
-    return [
-        *_shifted_norms(config, layer),
-        gated(f"{ours}q_proj.weight", f"{theirs}q_proj.weight", config.heads, K, D),
-        *(_as_is(config, f"{ours}{name}_proj.weight", f"{theirs}{name}_proj.weight") for name in ("k", "v")),
-        scaled(f"{ours}o_proj.weight", f"{theirs}o_proj.weight", 2, D, config.heads * K),
-        *(shifted(f"{ours}{name}_norm.weight", f"{theirs}{name}_norm.weight", -1, K) for name in ("q", "k")),
-    ]
+    """A gate stands with its queries there, head by head."""
+    ours, theirs, H, K, D = f"layers.{layer}.mixer.", f"model.layers.{layer}.self_attn.", config.heads, config.head_dim, config.dim
+    ties = [*_shifted_norms(config, layer), *(shifted(f"{ours}{name}_norm.weight", f"{theirs}{name}_norm.weight", -1, K) for name in "qk")]
+    same = [f"{name}_proj.weight" for name in "kv"]
+    for part, *extents in (("weight", D), *([("bias",)] if config.qkv_bias else [])):
+        query, gate, there = f"{ours}q_proj.{part}", f"{ours}gate_proj.{part}", f"{theirs}q_proj.{part}"
+        if config.attention_gate:
+            ties.append(by_key_head((query, gate), there, H, (K, K), *extents))
+        else:
+            ties.append(gated(query, there, H, K, *extents))
+    same += [f"{name}_proj.bias" for name in "kv" if config.qkv_bias] + ["o_proj.bias"] * config.o_bias
+    if config.attention_gate:
+        same.append("o_proj.weight")
+    else:
+        ties.append(scaled(f"{ours}o_proj.weight", f"{theirs}o_proj.weight", 2, D, H * K))
+    return [*ties, *(_as_is(config, f"{ours}{name}", f"{theirs}{name}") for name in same)]
 
 
 def _delta_feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
@@ -268,6 +289,8 @@ def _delta_feed_forward(config: ModelConfig, layer: int) -> list[Tie]:
         return _swiglu(config, layer)
     at, D = f"model.layers.{layer}.mlp", config.dim
     ties = _experts(config, layer, at, shared="shared_expert")
+    if config.shared_gate:
+        return [*ties, _as_is(config, f"layers.{layer}.ffn.shared_gate.weight", f"{at}.shared_expert_gate.weight")]
     down = f"layers.{layer}.ffn.shared.down_proj.weight"
     ties = [tie for tie in ties if tie.ours != (down,)]
     ties.append(scaled(down, f"{at}.shared_expert.down_proj.weight", 2, D, config.shared_experts * width(config)))

@@ -86,31 +86,31 @@ def zeros(theirs: str, *shape: int) -> Tie:
     return Tie((), (theirs,), (shape,), lambda _: [np.zeros(shape, np.float32)], lambda _: [], checked=True)
 
 
-def by_key_head(ours: tuple[str, ...], theirs: str, groups: int, sizes: tuple[int, ...], dim: int) -> Tie:
-    """Rows of several tensors, of each key head together. sizes: rows of each tensor for one key head."""
+def by_key_head(ours: tuple[str, ...], theirs: str, groups: int, sizes: tuple[int, ...], *width: int) -> Tie:
+    """Rows of several tensors, of each key head together. sizes: rows of each tensor for one key head. width: the extents beside."""
     bounds = np.cumsum(sizes)[:-1]
 
     def out(arrays):
-        parts = [array.reshape(groups, size, dim) for array, size in zip(arrays, sizes, strict=True)]
-        return [np.concatenate(parts, axis=1).reshape(-1, dim)]
+        parts = [array.reshape(groups, size, *width) for array, size in zip(arrays, sizes, strict=True)]
+        return [np.concatenate(parts, axis=1).reshape(-1, *width)]
 
     def back(arrays):
-        return [part.reshape(-1, dim) for part in np.split(arrays[0].reshape(groups, sum(sizes), dim), bounds, axis=1)]
+        return [part.reshape(-1, *width) for part in np.split(arrays[0].reshape(groups, sum(sizes), *width), bounds, axis=1)]
 
-    return Tie(ours, (theirs,), ((groups * sum(sizes), dim),), out, back)
+    return Tie(ours, (theirs,), ((groups * sum(sizes), *width),), out, back)
 
 
-def gated(ours: str, theirs: str, heads: int, size: int, dim: int) -> Tie:
+def gated(ours: str, theirs: str, heads: int, size: int, *width: int) -> Tie:
     """The map to queries, which has there as many rows for a gate of each head after its own: 0, which is a half."""
 
     def out(arrays):
-        queries = arrays[0].reshape(heads, size, dim)
-        return [np.concatenate([queries, np.zeros_like(queries)], axis=1).reshape(-1, dim)]
+        queries = arrays[0].reshape(heads, size, *width)
+        return [np.concatenate([queries, np.zeros_like(queries)], axis=1).reshape(-1, *width)]
 
     def back(arrays):
-        return [arrays[0].reshape(heads, 2 * size, dim)[:, :size].reshape(-1, dim)]
+        return [arrays[0].reshape(heads, 2 * size, *width)[:, :size].reshape(-1, *width)]
 
-    return Tie((ours,), (theirs,), ((2 * heads * size, dim),), out, back, checked=True)
+    return Tie((ours,), (theirs,), ((2 * heads * size, *width),), out, back, checked=True)
 
 
 def written(ties: Sequence[Tie], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:

@@ -17,7 +17,8 @@ import pytest
 from convert.cli import main
 from convert.families import FAMILIES
 from convert.hf_import import layout_of
-from convert.layouts import NESTED, PREFIX
+from convert.hf_language import language
+from convert.portable import Lazy
 from convert.ties import Tie
 from smedjan_common.checkpoint import read_checkpoint
 from smedjan_common.config import TrainConfig
@@ -65,8 +66,12 @@ LATENT = {
 WIDE = {"qk_nope_head_dim": 12, "v_head_dim": 12}  # heads that do not share the width out
 GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 DELTA = {
-    **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+    **{"head_dim": 16, "linear_key_head_dim": 12, "linear_value_head_dim": 8, "linear_num_value_heads": 6, "linear_num_key_heads": 3},
     **{"linear_conv_kernel_dim": 3, "initializer_range": 0.1, "layer_types": ["linear_attention", "full_attention"]},
+}
+EYES = {
+    **{"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4},
+    **{"num_position_embeddings": 16, "spatial_merge_size": 2},
 }
 # a model, its family, and its configuration
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,10 +130,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
-    "Qwen 3.5 without gates": ("qwen3_5", DELTA),
-    "Qwen3-Next without gates": (
+    "Qwen 3.5": ("qwen3_5", {**DELTA, "attention_bias": True}),
+    "Qwen 3.5 that sees": ("qwen3_5", {**DELTA, "tie_word_embeddings": False, "vision_config": EYES}),
+    "Qwen 3.5 MoE": ("qwen3_5_moe", {**DELTA, **FEW, "num_experts": 4, "shared_expert_intermediate_size": 32}),
+    "Qwen3-Next": (
         "qwen3_next",
-        {**DELTA, **FEW, "num_experts": 4, "shared_expert_intermediate_size": 16, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        {**DELTA, **FEW, "num_experts": 4, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3, "mlp_only_layers": [1]},
     ),
 }
 
@@ -146,26 +154,25 @@ def test_every_family_has_a_model():
 
 
 def built(family: str, changes: dict[str, Any], seed: int) -> Any:
-    """A random model of transformers, float32, gates of attention and shared experts zero."""
+    """A random model of transformers, float32."""
     values = {
         **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.3},
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
     }
     torch.manual_seed(seed)
-    name = FAMILIES[family].architecture
+    values, name = values | changes, FAMILIES[family].architecture
+    if eyes := values.pop("vision_config", None):
+        values = {"text_config": values, "vision_config": eyes, "tie_word_embeddings": values["tie_word_embeddings"]}
+        name = name.replace("ForCausalLM", "ForConditionalGeneration")
     kind = getattr(transformers, name)
-    model = kind._from_config(kind.config_class(**(values | changes)), attn_implementation="eager", experts_implementation="eager").eval()
+    model = kind._from_config(kind.config_class(**values), attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             table.weight[tokenizer().vocab_size :] = 0
         for name, value in model.named_parameters():
             if value.ndim == 1:
                 value += torch.linspace(-0.3, 0.3, len(value)) * (1 if "q_" in name or "gate" in name else -1)
-            if "shared_expert_gate" in name:
-                value.zero_()
-            if family.startswith(("qwen3_5", "qwen3_next")) and "self_attn.q_proj" in name:
-                value.view(4, 2, 8, 32)[:, 1] = 0
         for name, value in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 value += torch.linspace(-0.2, 0.2, len(value))
@@ -271,9 +278,8 @@ def gradients(model: Any, family: str, config: Any, inputs: np.ndarray, targets:
     scores = wide(torch.tensor(inputs).long()).logits
     wide.zero_grad()
     torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor(targets).long().flatten()).backward()
-    theirs = saved_gradients(wide)
-    if family == "qwen3_5":
-        theirs = {name.replace(PREFIX, NESTED, 1): gradient for name, gradient in theirs.items()}
+    saved = {name: Lazy(value.dtype, value.shape, lambda value=value: value) for name, value in saved_gradients(wide).items()}
+    theirs = {name: value.read() for name, value in language(saved, {"model_type": family})[0].items()}
     model.float()
     table, found = parameter_table(config), {}
     for tie in layout_of(model.config.to_dict() | {"model_type": family}, config):
@@ -307,6 +313,34 @@ def transposed(tie: Tie, gradients_of_theirs: list[np.ndarray]) -> list[np.ndarr
     factors = [one - nothing for one, nothing in zip(tie.out(ones), tie.out(zeros), strict=True)]
     squared = tie.back([gradient * factor**2 for gradient, factor in zip(gradients_of_theirs, factors, strict=True)])
     return [each - nothing for each, nothing in zip(squared, none, strict=True)]
+
+
+def test_published_forms_are_read_alike(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A language model inside a whole one, all experts of a layer in two tensors, layers that guess further tokens, and eyes."""
+    from safetensors.numpy import load_file, save_file
+
+    built("qwen3_5_moe", CASES["Qwen 3.5 MoE"][1], 0).save_pretrained(tmp_path / "plain")
+    arrays, fused = load_file(tmp_path / "plain/model.safetensors"), {}
+    for name in [name for name in arrays if ".experts." in name]:
+        at, number, part, _ = name.rsplit(".", 3)
+        fused.setdefault(at, {}).setdefault(part, {})[int(number)] = arrays.pop(name)
+    for at, parts in fused.items():
+        gate, up, down = (np.stack([parts[name][e] for e in range(4)]) for name in ("gate_proj", "up_proj", "down_proj"))
+        arrays |= {f"{at}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}.down_proj": down}
+    arrays = {name.replace("model.", "model.language_model.", 1): value for name, value in arrays.items()}
+    arrays |= {name: np.ones(3, np.float32) for name in ("mtp.norm.weight", "model.visual.blocks.0.norm1.weight")}
+    (tmp_path / "whole").mkdir()
+    save_file(arrays, tmp_path / "whole/model.safetensors")
+    values = json.loads((tmp_path / "plain/config.json").read_text())
+    outer = {"model_type": "qwen3_5_moe", "text_config": values | {"mtp_num_hidden_layers": 1, "attn_output_gate": True}}
+    (tmp_path / "whole/config.json").write_text(json.dumps(outer))
+    for each in ("plain", "whole"):
+        convert(tmp_path / each, tmp_path / f"{each}-neutral", "--to", "neutral")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("sees pictures was left out") == said.count("guess further tokens at once were left out") == 1
+    plain, whole = (read_checkpoint(tmp_path / f"{each}-neutral") for each in ("plain", "whole"))
+    assert plain.model == whole.model
+    assert all(np.array_equal(value, whole.snapshot.params[name]) for name, value in plain.snapshot.params.items())
 
 
 def test_the_older_keys_are_read_alike(case, tmp_path: Path):

@@ -58,6 +58,7 @@ ROUTED = {**EXPERTS, "ffn": ("swiglu", "experts"), "router": "bias"}  # after a 
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25, "logits_divisor": 8.0}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
+OWN = {"delta_key_heads": 3, "delta_value_heads": 6, "delta_key_size": 16, "delta_value_size": 20, "head_size": 12}
 GROUPS = {"experts": 6, "experts_per_token": 3, "expert_groups": 3, "expert_groups_per_token": 2, "routed_scaling_factor": 1.5}
 LONGROPE = {  # all texts are longer than the original context
     **{"rope_scaling": "longrope", "rope_factor": 32.0, "rope_original_len": 4},
@@ -94,8 +95,15 @@ MODELS |= {
     "deepseek_v3, experts": MLA | ROUTED | {"mla_q_rank": 12, "shared_experts": 1},
     "qwen3_5": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "conv_width": 3},
     "qwen3_next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
+    "qwen3_5, gates": DELTA | OWN | {"attention_gate": True, "rope_dim": 4, "tied_head": False},
+    "qwen3_next, gates": DELTA | OWN | EXPERTS | {"shared_experts": 2, "attention_gate": True, "shared_gate": True},
+    "qwen3_next, another order": DELTA
+    | EXPERTS
+    | {"mixer": ("attention", "gated-deltanet", "gated-deltanet"), "layers": 3, "ffn": ("experts", "swiglu")}
+    | {"shared_experts": 1, "attention_gate": True, "qkv_bias": True, "o_bias": True, "norm_topk_prob": False, "init_std": 0.2},
 }
 MISREAD = {"mistral", "qwen2, window", "qwen3, window", "ministral", "phi3, window"}  # mlx-lm knows no window there
+MISREAD |= {"qwen3_next, another order"}  # nor which layers attend
 
 
 ARCHITECTURES = [kind for kind in MODELS if kind not in {"mha", "gqa", "ntk", "yarn", "llama3, untied, biases"}]
@@ -247,7 +255,9 @@ def test_what_was_written_reads_back_as_the_same_model(exported, tmp_path: Path,
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
         ("deepseek_v2", {"topk_group": 4}, "--expert-groups-per-token 4"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ("qwen3_next", {"linear_key_head_dim": 4}, "linear_key_head_dim 4"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate False"),
+        ("qwen3_next", {"layer_types": ["linear_attention"]}, "layer_types"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads of gated-deltanet"),
     ],
 )
 def test_what_an_architecture_may_ask_for_and_we_do_not_have_is_refused_by_name(
@@ -279,19 +289,33 @@ def test_layers_that_guess_further_tokens_are_left_out(exported, tmp_path: Path,
     assert all(np.array_equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize(("kind", "part"), [("qwen3_next", "shared_expert_gate"), ("qwen3_next", "self_attn.q_proj")])
-def test_a_gate_that_is_not_zero_is_refused(exported, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, part: str):
+def changed(hf: Path, folder: Path, part: str) -> tuple[Path, str]:
+    """A copy with another number in the first tensor with `part` in its name, and that name."""
     from safetensors.numpy import load_file, save_file
 
-    from convert.cli import main
-
-    path = Path(shutil.copytree(exported[kind][1], tmp_path / "hf"))
+    path = Path(shutil.copytree(hf, folder / "hf"))
     arrays = load_file(path / "model.safetensors")
-    name = next(name for name in arrays if part in name)
+    name = next(name for name in sorted(arrays) if part in name)
     arrays[name][-1, -1] = 0.5
     save_file(arrays, path / "model.safetensors")
+    return path, name
+
+
+def test_shared_experts_that_are_not_zero_where_there_are_none_are_refused(exported, tmp_path: Path, capsys: pytest.CaptureFixture):
+    from convert.cli import main
+
+    path, name = changed(exported["glm4_moe, none shared"][1], tmp_path, "shared_experts")
     assert main([str(path), str(tmp_path / "neutral"), "--to", "neutral"]) == 2
     assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("part", "gate"), [("shared_expert_gate", "shared_gate"), ("self_attn.q_proj", "attention_gate")])
+def test_gates_are_there_where_one_is_not_zero(exported, tmp_path: Path, part: str, gate: str):
+    """The model that went out without gates has halves there: after another program moved one of them they are gates."""
+    path, _ = changed(exported["qwen3_next"][1], tmp_path, part)
+    convert(path, tmp_path / "neutral", "--to", "neutral")
+    model = read_checkpoint(tmp_path / "neutral").model
+    assert {name for name in ("shared_gate", "attention_gate") if getattr(model, name)} == {gate}
 
 
 # in

@@ -145,6 +145,15 @@ def test_a_window_has_no_form_for_llama_cpp(tmp_path: Path, capsys: pytest.Captu
     assert "mlx-lm does not read this window" in capsys.readouterr().out
 
 
+def test_an_order_of_layers_that_mlx_lm_does_not_read_has_a_note(tmp_path: Path, capsys: pytest.CaptureFixture):
+    delta = {"mixer": ("attention", "gated-deltanet"), "qk_norm": True}
+    experts = {"ffn": ("experts",), "experts": 4, "shared_experts": 1}
+    for order, noted in ((delta["mixer"], True), (delta["mixer"][::-1], False)):
+        model = model_config(tokenizer().vocab_size, **(delta | experts | {"mixer": order}))
+        run(neutral(tmp_path / order[0], model), tmp_path / f"{order[0]}-hf", "--to", "hf")
+        assert ("mlx-lm takes others of its layers" in " ".join(capsys.readouterr().out.split())) is noted
+
+
 def test_a_field_that_no_layout_knows_is_refused(monkeypatch: pytest.MonkeyPatch):
     """A new option of ModelConfig must not be lost in silence."""
     from convert import families

@@ -26,6 +26,7 @@ LONGROPE = {
 }
 MLA = {"mixer": ("mla",), "kv_heads": 4, "tied_head": False}
 DELTA = {"mixer": ("gated-deltanet", "attention"), "qk_norm": True}
+OWN = {"delta_key_heads": 3, "delta_value_heads": 6, "delta_key_size": 16, "delta_value_size": 16, "head_size": 12}
 SSM = {"mixer": ("ssm", "attention"), "ssm_head_dim": 16, "ssm_state": 8}
 # architecture, and what comes after it: a model
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,6 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"norm_topk_prob": False, "routed_scaling_factor": 16.0, "mla_q_rank": 12, "tied_head": True},
     "olmoe": EXPERTS | POST | {"norms": "pre", "kv_heads": 4, "norm_topk_prob": False, "tied_head": False},
     "qwen35": DELTA | {"mixer": ("gated-deltanet", "gated-deltanet", "attention"), "layers": 3, "rope_dim": 4, "conv_width": 3},
+    "qwen35, gates": DELTA | OWN | {"attention_gate": True, "rope_dim": 4},
+    "qwen3next, gates": DELTA | OWN | EXPERTS | {"shared_experts": 2, "attention_gate": True, "shared_gate": True, "rope_dim": 4},
     "qwen3next": DELTA | EXPERTS | {"shared_experts": 1, "rope_dim": 4, "tied_head": False},
     "granite": MULTIPLIED | {"qkv_bias": True, "o_bias": True},
     "granite, not turned": {"rope_layers": ("off",), "tied_head": False},
@@ -116,6 +119,9 @@ def test_a_file_comes_back_as_the_model_that_was_written(tmp_path: Path, kind: s
         ),
         (MLA, "no queries that are not compressed"),
         (DELTA | EXPERTS | {"mixer": ("attention", "gated-deltanet"), "shared_experts": 1}, "other than every so many"),
+        (DELTA | {"delta_key_size": 4}, "differ in size"),
+        (DELTA | {"qkv_bias": True, "o_bias": True}, "no biases in qwen35"),
+        (DELTA | EXPERTS | {"ffn": ("swiglu", "experts"), "shared_experts": 1}, "no dense layers between"),
         ({"mixer": ("linear",), "kv_heads": 4}, "has no GGUF form"),
     ],
 )
