@@ -127,7 +127,6 @@ def test_what_cannot_be_converted_is_told_with_a_way_on(tmp_path: Path, capsys: 
         ({"o_bias": True}, "o_bias"),
         ({"qk_norm": True, "qkv_bias": True}, "qk_norm = True"),
         ({"ffn": ("experts", "swiglu"), "experts": 4}, "experts"),
-        ({"mixer": ("mla",), "kv_heads": 4, "rope_scaling": "yarn", "rope_factor": 4.0}, "mla"),  # not compared
         *(({"mixer": ("attention", m)}, m) for m in ("mla", "block-sparse", "linear")),
     ],
 )
