@@ -124,13 +124,3 @@ def split_refs(refs: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
 
 def scores_of(left: jax.Array, right: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(seen, dot(left, right, turn_b=True), 0.0).astype(left.dtype)
-
-
-def summed(mask: jax.Array, x: jax.Array, exact: bool) -> jax.Array:
-    """Sums of the rows of x [R, K] float32 that `mask` [R, R] chooses, of 16 bits of each; of all with `exact`."""
-    if exact:
-        return dot(jnp.where(mask, 1.0, 0.0), x)
-    one, zero = jnp.ones((), jnp.bfloat16), jnp.zeros((), jnp.bfloat16)
-    high = x.astype(jnp.bfloat16)
-    mask, low = jnp.where(mask, one, zero), (x - high.astype(x.dtype)).astype(jnp.bfloat16)
-    return dot(mask, high) + dot(mask, low)

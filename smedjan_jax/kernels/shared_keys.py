@@ -186,14 +186,14 @@ def _values_back_kernel(q, k, v, total, step, skip, do, dlast, documents, edges,
         inside = (jnp.where(seen_turned(b, C), dot(key, query, turn_b=True), 0.0) * bounded_decays(here, turn=True)).astype(dtype)
         through = dot(key, small) * end[:, None]
         dvalue = through + dot(inside, out)
-        owed, leaving = row_sums(own, dvalue), row_sums(own, through)
+        leaving = row_sums(own, through)
         if scaled:
             rate = step[at]
-            dscale[0][at] = owed
+            dscale[0][at] = row_sums(own, dvalue)
             dskip = dskip + jnp.sum(row_sums(own, out.astype(FLOAT32)))
-            owed, leaving, dvalue = owed * rate, leaving * rate, dvalue * rate[:, None] + skip[0] * out
+            leaving, dvalue = leaving * rate, dvalue * rate[:, None] + skip[0] * out
         dv[at, :] = dvalue.astype(dtype)
-        less[at] = owed
+        less[at] = leaving
         leaves[i, 0] = jnp.sum(leaving)
         return whole * dS + dot(query, (out * start[:, None]).astype(dtype), turn_a=True), dskip
 
@@ -220,7 +220,9 @@ def _shared_pieces_kernel(q, k, v, total, step, states, do, after, documents, ed
         slope = dot(out, own, turn_b=True) * between
         owed = (out * start[:, None]).astype(dtype)
         dquery = dot(owed, S, turn_b=True)
-        more[r] = jnp.sum(slope * scores, axis=1) + row_sums(query, dquery)
+        # what a position reads inside of the chunk less what is read of it, of the same numbers: over the chunk they add up to zero
+        within = slope * scores
+        more[r] = jnp.sum(within, axis=1) - jnp.sum(within, axis=0) + row_sums(query, dquery)
         kept[r, 0] = whole * jnp.sum(S.astype(FLOAT32) * dS)
         dkey = dot((own * end[:, None]).astype(dtype), dS, turn_b=True)
         return sums[0] + dquery, sums[1] + dkey, sums[2] + slope

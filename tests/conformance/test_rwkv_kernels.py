@@ -13,14 +13,10 @@ jax = pytest.importorskip("jax", reason="jax is not installed here")
 jnp = jax.numpy
 
 
-@pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
+@pytest.mark.parametrize("joined", [True, False], ids=["narrow products as one", "each by itself"])
 def test_rwkv_in_kernels_is_its_plain_form_with_every_gradient(joined: bool, monkeypatch: pytest.MonkeyPatch):
-    """Two layers, of which the second blends the first one's v; documents, and features that fill no tile.
-
-    joined: narrow products as one, and a chunk's gradients in one kernel.
-    """
+    """Two layers, of which the second blends the first one's v; documents, and features that fill no tile."""
     from smedjan_common.model.params import initial_params
-    from smedjan_jax.kernels import channel_pieces
     from smedjan_jax.mixers import rwkv
     from smedjan_jax.modules import Context, Rope
 
@@ -30,7 +26,6 @@ def test_rwkv_in_kernels_is_its_plain_form_with_every_gradient(joined: bool, mon
     params = {name: jnp.asarray(x + 0.1 * rng.standard_normal(x.shape), jnp.float32) for name, x in initial_params(model, 0).items()}
     x, documents = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32), jnp.asarray(np.cumsum(rng.random((B, T)) < 0.1, axis=1))
     monkeypatch.setattr(rwkv, "_simple", lambda linear: joined)
-    monkeypatch.setattr(channel_pieces, "APART", not joined)
 
     def total(params: Any, x: jax.Array, implementation: str) -> Any:
         carried: Any = {}

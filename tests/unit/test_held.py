@@ -105,3 +105,13 @@ def test_a_step_of_decoding_is_compared_in_both_forms():
     assert held.decoding(grouped, "bfloat16", 200)
     [found] = held._read(held._file()).values()
     assert found == ""
+
+
+@pytest.mark.parametrize("mixer", ["linear", "ssm", "rwkv", "gated-deltanet"])
+def test_the_kernels_as_they_are_pass_in_bfloat16(mixer: str, monkeypatch: pytest.MonkeyPatch):
+    """Interpreted on a CPU. A sum over positions that cancels, as the gradient of a decay, must not be what its parts were rounded by."""
+    monkeypatch.setattr(kernels, "_no_device", lambda: "")
+    monkeypatch.setattr(held, "LENGTH", 70)
+    monkeypatch.setattr(held, "ROWS", 1)
+    model = dataclasses.replace(MODEL, mixer=(mixer,), kv_heads=8, ssm_head_dim=64)
+    assert held._compare(mixer, dataclasses.replace(held.small(mixer, model), context_length=70), "bfloat16") == ""
