@@ -17,23 +17,28 @@ WHO = {
 
 
 def speed() -> str | None:
-    """A training step of each size and framework with its defaults, of the file that has the most of them."""
-    rows = _first_of(_train_speed(), ("size", "backend", "dtype"), gradient_checkpointing="none", grad_accum=1)
+    """A training step of each size and framework with its defaults, a table for each device, the newest first."""
+    found = [_speed(rows) for rows in reversed(reports("train_speed").values())]
+    return "\n\n".join(part for part in found if part) or None
+
+
+def _speed(rows: list[Row]) -> str:
+    rows = _first_of(rows, ("size", "backend", "dtype"), gradient_checkpointing="none", grad_accum=1)
     if not rows:
-        return None
+        return ""
     body = [
         [
             f"{row['size']} ({row['parameters'] / 1e6:,.0f}M, {row['vocab_size']})",
             f"{row['batch_size']} x {row['seq_len']}",
-            WHO[row["backend"]] + (f", {row['dtype']}" if row["dtype"] != rows[0]["dtype"] else ""),
+            WHO[row["backend"]] + (f", {row['dtype']}" if row["dtype"] != "bfloat16" else ""),
             f"{row['tokens_per_second']:,}",
             f"{row['tflops_causal_once']}",
             gib(row["peak_memory_bytes"]),
         ]
-        for row in sorted(rows, key=lambda row: (row["parameters"], list(WHO).index(row["backend"])))
+        for row in sorted(rows, key=lambda row: (row["parameters"], list(WHO).index(row["backend"]), row["dtype"]))
     ]
     head = ["model (parameters, vocabulary)", "batch x seq", "who", "tokens/s", "TFLOP/s", "memory, GiB"]
-    return f"{rows[0]['device']}, {rows[0]['dtype']} compute:\n\n{table(head, body)}"
+    return f"{rows[0]['device']}, bfloat16 compute unless it says otherwise:\n\n{table(head, body)}"
 
 
 def saving() -> str | None:
@@ -101,17 +106,19 @@ def lengths() -> str | None:
 
 
 def peers() -> str | None:
-    """Attention beside the PyTorch model written for speed, at medium in one run of one machine."""
+    """Our steps with attention beside the PyTorch model written for speed, of the same machine and run."""
     body = []
-    for device, ours in reports("kernels").items():
-        others = [row for row in reports("train_speed").get(device, []) if row["backend"] == "torch-strong" and row["size"] == ours["size"]]
-        mine = next((row for row in ours["rows"] if row["mixer"] == "attention"), None)
-        if others and mine:
-            other = others[-1]
-            ratio = mine["tokens_per_second"] / other["tokens_per_second"]
-            speeds = [f"{row['tokens_per_second']:,}" for row in (mine, other)]
-            body.append([f"{ours['device']}, torch {other['versions']['torch']}", *speeds, f"{ratio:.2f}"])
-    return table(["medium, 64 x 1024, tokens/s", "smedjan, JAX", "PyTorch written for speed", "times"], body) if body else None
+    for rows in reports("train_speed").values():
+        plain = _first_of(rows, ("size", "backend", "dtype"), gradient_checkpointing="none", grad_accum=1)
+        others = {(row["size"], row["batch_size"], row["seq_len"]): row for row in plain if row["backend"] == "torch-strong"}
+        for row in plain:
+            other = others.get((row["size"], row["batch_size"], row["seq_len"]))
+            if other and row["backend"] == "jax":
+                ratio = row["tokens_per_second"] / other["tokens_per_second"]
+                name = f"{row['size']}, {row['batch_size']} x {row['seq_len']}, {row['dtype']}"
+                body.append([name, *(f"{each['tokens_per_second']:,}" for each in (row, other)), f"{ratio:.2f}"])
+                about = f"{row['device']}, torch {other['versions']['torch']}, tokens/s"
+    return table([about, "smedjan, JAX", "PyTorch written for speed, bfloat16", "times"], body) if body else None
 
 
 def _about(report: Row) -> str:

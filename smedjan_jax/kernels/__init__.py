@@ -38,9 +38,9 @@ LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
 # positions up to which block-sparse goes through cuDNN with its choice as a mask, whose cost beside attention is proportional to them; the
-# kernel's is not. At 1024 that was twice the kernel's (bench/results/kernels-h200.json: 17.6 ms a step against 8.3), so even at half
+# kernel's is not. At 1024 that was twice the kernel's (bench/results/masked_blocks-h200.json: 17.6 ms a step against 8.3), so even at half
 LONGEST_MASKED = 256
-NORMED = (512, 1024)  # widths in which the kernels of norms were measured faster
+NORMED = {"bfloat16": (512, 1024), "float8": (512, 1024, 2048)}  # widths in which the kernels of norms were measured faster
 SHORTEST = 64  # new tokens of a decoding step that a kernel is worth
 DECODED = (64, 128)  # sizes of heads in which the attention of one new token was measured faster
 MOST_SHARING = 16  # query heads that read one key head there: the rows of a tensor core's tile
@@ -96,7 +96,7 @@ def for_norms(model: ModelConfig, train: TrainConfig, devices: int = 1) -> bool:
     """
     if train.kernels == "plain" or train.adapters or train.gradient_checkpointing != "none" or devices > 1 or _no_device():
         return False
-    if model.block_norms != ("mixer_norm", "ffn_norm") or model.dim not in NORMED:
+    if model.block_norms != ("mixer_norm", "ffn_norm") or model.dim not in NORMED.get(train.dtype, ()):
         return False
     return (compute_dtype(train.dtype), getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
 
