@@ -33,6 +33,7 @@ from convert import layouts
 from convert.ties import Tie
 from smedjan_common.config import ModelConfig
 from smedjan_common.errors import ConfigError
+from smedjan_common.model import rope
 
 HEADS = {"head_size"}
 EXPERTS = {"experts", "experts_per_token", "expert_dim"}
@@ -116,8 +117,11 @@ def _olmoe(config: ModelConfig) -> bool:
 
 
 def _latent(config: ModelConfig) -> bool:
-    """Other scalings of RoPE have no form there."""
-    return set(config.mixer) == {"mla"} and config.rope_scaling in ("none", "yarn")
+    """Other scalings of RoPE have no form there, nor has a factor of what does not turn: without YaRN none, with it none under 1."""
+    if set(config.mixer) != {"mla"} or config.rope_scaling not in ("none", "yarn"):
+        return False
+    plain = rope.plain_factor(config)
+    return plain >= 1 if config.rope_scaling == "yarn" else plain == 1
 
 
 def _deepseek_v3(config: ModelConfig) -> bool:

@@ -10,6 +10,8 @@ from smedjan_common.config import ModelConfig
 from smedjan_common.errors import CheckpointError
 from smedjan_common.model.json_fields import MAX_POSITION
 
+_MOST_LAYERS = 1 << 14  # finding the pattern of more would take minutes, before a tensor shows that there are not so many
+
 
 def to_hf(config: ModelConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
     """config.json of the architecture that has the model. dtype: NumPy's name of the weights'. Raises ConfigError where none does."""
@@ -68,7 +70,10 @@ def from_hf(values: dict[str, Any], where: str, tied: bool = True) -> ModelConfi
     _refuse_what_is_other(values, where)
     dim, heads = integer(values, "hidden_size", where), integer(values, "num_attention_heads", where)
     head_dim = integer(values, "head_dim", where, max(1, dim // heads))
-    layers, context = integer(values, "num_hidden_layers", where), integer(values, "max_position_embeddings", where, limit=MAX_POSITION)
+    layers = integer(values, "num_hidden_layers", where)
+    if layers > _MOST_LAYERS:
+        raise CheckpointError(f"{where} promises {layers} layers.", f"At most {_MOST_LAYERS} are read.", "Restore the file.")
+    context = integer(values, "max_position_embeddings", where, limit=MAX_POSITION)
     if kind in _FULL_EVERY and values.get("layer_types") is None:
         values["layer_types"] = [_LAYER_TYPES[(layer + 1) % _FULL_EVERY[kind] == 0] for layer in range(layers)]
     bias = values.get("attention_bias") is True

@@ -51,7 +51,7 @@ def write(model: Portable, target: Path, dtype: np.dtype, max_shard_bytes: int, 
 
 def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
     """What users of a directory with this config.json should know."""
-    config = model.config
+    config, values = model.config, hf_config.of_language(dict(values))
     notes = [] if model.tokenizer else ["It has no tokenizer: transformers loads the model, but no text."]
     if config.rope_scaling == "ntk":
         notes.append(f"NTK-aware scaling is written as the base it comes to, {values['rope_theta']:.6g}.")
@@ -62,8 +62,8 @@ def notes_of(model: Portable, values: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Of texts of up to {length} tokens mlx-lm's logits are those of another model: it has the factors of longer ones only."
         )
-        if config.rope_attention_factor:
-            notes.append("mlx-lm does not read its factor of cosines and sines (attention_factor). transformers reads it.")
+    if "attention_factor" in (values["rope_scaling"] or {}):
+        notes.append("mlx-lm does not read its factor of cosines and sines (attention_factor). transformers reads it.")
     if config.window and values["model_type"] not in ("smollm3", "olmo3"):
         notes.append("mlx-lm does not read this window: beyond it its logits are those of another model. transformers reads it.")
     if values["model_type"] == "qwen3_next" and not hf_delta.regular(config):

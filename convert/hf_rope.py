@@ -197,6 +197,8 @@ def _yarn_of_latents(scaling: dict[str, Any], factor: float, where: str) -> dict
 def _factors_of_latents(config: ModelConfig) -> dict[str, Any]:
     """The keys that are read so."""
     turned, plain, log = rope.attention_factor(config), rope.plain_factor(config), 0.1 * math.log(config.rope_factor)
-    if plain == 1 and turned != _mscale(config.rope_factor):
-        return {"attention_factor": turned}
-    return {"mscale": round((turned - 1) / log, 12), "mscale_all_dim": round((plain - 1) / log, 12)}
+    mscale, all_dim = (round((factor - 1) / log, 12) for factor in (turned, plain))
+    if (mscale > 0 and all_dim > 0) or (all_dim == 0 and turned == _mscale(config.rope_factor)):
+        return {"mscale": mscale, "mscale_all_dim": all_dim}
+    said = {"attention_factor": turned / plain}  # programs pass over an mscale of 0, or one beside an mscale_all_dim of 0
+    return said | ({"mscale_all_dim": all_dim} if all_dim else {})

@@ -13,14 +13,14 @@ _NOT_HERE = "The model cannot be expressed here."
 def integer(values: Mapping[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_EXTENT) -> int:
     value: Any = default if values.get(key) is None else values[key]
     if type(value) is not int or not 1 <= value <= limit:
-        raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a positive whole number.", "Restore the file.")
+        raise CheckpointError(f"{where} has {key} {_short(value)}.", f"It must be a whole number, 1 to {limit}.", "Restore the file.")
     return value
 
 
 def number(values: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     value: Any = default if values.get(key) is None else values[key]
     if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a number.", "Restore the file.")
+        raise CheckpointError(f"{where} has {key} {_short(value)}.", "It must be a number, 0 or more.", "Restore the file.")
     return float(value)
 
 
@@ -38,7 +38,7 @@ def asks_for(values: Mapping[str, Any], where: str, **expected: Any) -> None:
 def shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
     """The shortest pattern that repeats to this one."""
     for size in range(1, len(pattern)):
-        if all(name == pattern[i % size] for i, name in enumerate(pattern)):
+        if pattern == (pattern[:size] * -(-len(pattern) // size))[: len(pattern)]:
             return pattern[:size]
     return pattern
 
