@@ -103,7 +103,8 @@ def of_language(values: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model, which may be a part of a larger one (text_config), or have been saved by itself."""
     inner, kind = values.get("text_config"), values.get("model_type")
     whole = {**values, **(inner if isinstance(inner, dict) else {})}
-    return whole | ({"model_type": kind.removesuffix("_text")} if isinstance(kind, str) else {})
+    kind = whole.get("model_type") if kind is None else kind
+    return whole | {"model_type": kind.removesuffix("_text") if isinstance(kind, str) else kind}
 
 
 def _refuse_what_is_other(values: dict[str, Any], where: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.families import families_of
-from convert.hf_config import from_hf, to_hf
+from convert.hf_config import from_hf, of_language, to_hf
 from convert.hf_values import shortest
 from smedjan_common.errors import CheckpointError, ConfigError
 from smedjan_common.model import rope
@@ -59,3 +59,13 @@ def test_the_shortest_pattern():
     assert shortest(("a", "b", "a")) == ("a", "b")
     assert shortest(("a", *("b",) * 5)) == ("a", *("b",) * 5)
     assert shortest(("a", *("b",) * 9999)) == ("a", *("b",) * 9999)
+
+
+@pytest.mark.parametrize(("outer", "kind"), [({}, "some"), ({"model_type": None}, "some"), ({"model_type": "whole"}, "whole")])
+def test_a_configuration_is_of_the_outer_type_or_where_that_is_silent_the_inner_one(outer: dict, kind: str):
+    assert of_language(outer | {"text_config": {"model_type": "some_text"}})["model_type"] == kind
+
+
+def test_a_type_that_is_no_name_is_refused():
+    with pytest.raises(CheckpointError, match="a model of the type -1"):
+        from_hf({"model_type": -1, "text_config": {"model_type": "qwen3_5_text"}}, "config.json")
