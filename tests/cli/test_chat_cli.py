@@ -105,7 +105,9 @@ def test_ctrl_c_ends_the_answer_and_keeps_it_and_twice_at_the_prompt_leaves(term
     kept = talk.wait("of 256 tokens")
     assert "Assistant: " in kept
     talk.wait(">>> ")
-    talk.type("half a li", CTRL_C)
+    talk.type("half a li", "")
+    talk.wait("half a li")  # the line is being edited
+    talk.type("", CTRL_C)
     talk.wait("Ctrl-C once more")
     talk.wait(">>> ")
     talk.type("", CTRL_C)

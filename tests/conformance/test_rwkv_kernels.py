@@ -1,5 +1,6 @@
 """RWKV's mixer all in kernels, what surrounds its core with it, and its plain form (the core by itself: test_kernels.py)."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from tests.conformance.gates import FLOAT32
 
 jax = pytest.importorskip("jax", reason="jax is not installed here")
 jnp = jax.numpy
+FULL = os.environ.get("SMEDJAN_TEST_FULL") == "1"
 
 
-@pytest.mark.parametrize("joined", [True, False], ids=["narrow products as one", "each by itself"])
+@pytest.mark.parametrize("joined", [True, *([False] if FULL else [])])  # narrow products as one, or (dear) each by itself
 def test_rwkv_in_kernels_is_its_plain_form_with_every_gradient(joined: bool, monkeypatch: pytest.MonkeyPatch):
     """Two layers, of which the second blends the first one's v; documents, and features that fill no tile."""
     from smedjan_common.model.params import initial_params
