@@ -95,9 +95,14 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _said(values: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the object for rope over those of the file; a null in it says nothing."""
+    return {**values, **{key: value for key, value in scaling.items() if value is not None}}
+
+
 def _part(values: dict[str, Any], scaling: dict[str, Any], where: str, head_dim: int) -> dict[str, Any]:
     """How much of a head turns; nothing where all of it does."""
-    part = number({**values, **scaling}, "partial_rotary_factor", where, 1.0)
+    part = number(_said(values, scaling), "partial_rotary_factor", where, 1.0)
     if part == 1:
         return {}
     turned = int(head_dim * part)
@@ -107,7 +112,7 @@ def _part(values: dict[str, Any], scaling: dict[str, Any], where: str, head_dim:
 
 
 def _stretching(values: dict[str, Any], scaling: dict[str, Any], where: str, context: int, model: str = "") -> dict[str, Any]:
-    base = number({**values, **scaling}, "rope_theta", where, 10000.0)
+    base = number(_said(values, scaling), "rope_theta", where, 10000.0)
     if not base > 1:
         raise CheckpointError(f"{where} has rope_theta {base:g}.", "It must be over 1.", "Restore the file.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))

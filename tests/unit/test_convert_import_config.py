@@ -83,6 +83,13 @@ def test_a_longrope_that_does_not_stretch_multiplies_nothing(said: dict[str, flo
     assert attention_factor(config) == pytest.approx(factor, rel=1e-12)
 
 
+def test_a_null_in_what_is_said_of_rope_hides_no_value_of_the_file():
+    """Half of a head turned would become all of it, without a word."""
+    values = {"partial_rotary_factor": 0.5, "rope_theta": 5e4, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": None}}
+    found = rope_from_hf({**values, "max_position_embeddings": 64}, "config.json", 64, 8, "phi3")
+    assert (found["rope_dim"], found["rope_base"]) == (4, 5e4)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
