@@ -2,6 +2,7 @@
 list of names, the choices: configuration, JSON, flag and checks are made of it."""
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -71,8 +72,13 @@ def option(
 
 def options(cls: type | None) -> dict[str, Option]:
     """The options among the fields of a dataclass, inherited ones too, by name. None has none."""
+    return dict(_options(cls)) if cls else {}
+
+
+@functools.cache
+def _options(cls: type) -> dict[str, Option]:
     found = {}
-    for f in dataclasses.fields(cls) if cls else ():  # type: ignore[arg-type]
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if said := f.metadata.get("option"):
             choices = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Literal else said["choices"]
             found[f.name] = Option(f.name, f.type, f.default, **{**said, "choices": choices})

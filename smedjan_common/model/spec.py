@@ -105,4 +105,5 @@ class FfnSpec(Generic[Options]):
 
 def own_options(cls: type[Shape]) -> dict[str, Option]:
     """The options of a row's class that not every model has."""
-    return {name: found for name, found in options(cls).items() if name not in options(Shape)}
+    every_model = options(Shape)
+    return {name: found for name, found in options(cls).items() if name not in every_model}
