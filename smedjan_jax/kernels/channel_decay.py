@@ -32,7 +32,6 @@ from smedjan_jax.kernels.channel_tiles import (
     factors,
     half_of,
     kept,
-    numbered,
     of_parameter,
     pair_of,
     put_half,
@@ -46,6 +45,7 @@ from smedjan_jax.kernels.tiles import (
     borders_at,
     call,
     chunk_specs,
+    documents_or_none,
     dot,
     fill_parts,
     fitting,
@@ -148,7 +148,7 @@ _core.defvjp(_forward, _backward)
 def _tiles(raw: Arrays, parameters: Arrays, dtype: Any, docs: Any, how: How) -> Any:
     """L, N [B, H, n, 2C, K] and X [B, H, n, C, C] in the compute dtype, e^G at the chunks' ends [B, H, n, K] float32, the rows' numbers."""
     (B, T, H, K), C = raw[0].shape, how.plan.chunk
-    docs, masked = numbered(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     kernel = partial(_tiles_kernel, prepare=how.prepare, counts=(len(raw), len(parameters)), C=C, masked=masked, exact=dtype == FLOAT32)
     outputs = [((B, H, n, 2 * C, K), dtype, of_chunk(2 * C, K))] * 2 + [((B, H, n, C, C), dtype, of_chunk(C, C))]
@@ -182,7 +182,7 @@ def _walks(n: int, K: int, C: int) -> list[pl.BlockSpec]:
 def _sweep(v: jax.Array, left: jax.Array, right: jax.Array, x: jax.Array, end: jax.Array, state: jax.Array, docs: Any, plan: DeltaPlan):
     """Outputs and U [B, T, H, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32."""
     (B, T, H, V), K, C, parts = v.shape, left.shape[-1], plan.chunk, plan.parts
-    docs, masked = numbered(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     specs = [walk(T, V, parts), *_walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n)]
     outputs = [
@@ -217,7 +217,7 @@ def _sweep_back(left, right, x, end, do: jax.Array, through: list[jax.Array], dl
     """d v, with `through` added, and d z [B, T, H, V], d of what is decayed into the state after every chunk [B, H, n, K, V], d of the
     first state float32."""
     (B, T, H, V), K, C, parts = do.shape, left.shape[-1], plan.chunk, plan.parts
-    docs, masked = numbered(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     specs = [*_walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n), *[walk(T, V, parts)] * (1 + len(through))]
     outputs = [

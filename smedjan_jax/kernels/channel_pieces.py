@@ -18,13 +18,25 @@ from smedjan_jax.kernels.channel_tiles import (
     factors,
     half_of,
     kept,
-    numbered,
     of_parameter,
     pair_of,
     scores_of,
     split_refs,
 )
-from smedjan_jax.kernels.tiles import FLOAT32, call, chunk_specs, dot, in_rows, of_chunk, only, partial, piece, piece_vector, place
+from smedjan_jax.kernels.tiles import (
+    FLOAT32,
+    call,
+    chunk_specs,
+    documents_or_none,
+    dot,
+    in_rows,
+    of_chunk,
+    only,
+    partial,
+    piece,
+    piece_vector,
+    place,
+)
 
 
 def pieces(
@@ -32,7 +44,7 @@ def pieces(
 ) -> tuple[Arrays, Arrays]:
     """d of raw [B, T, H, K] and of parameters [H, K]. values: v, u, do, dz [B, T, H, V]; states: those before and d of those after."""
     (B, T, H, K), V, C = raw[0].shape, values[0].shape[-1], how.plan.chunk
-    docs, masked = numbered(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     rows = [*raw, *parameters], [piece(C, K)] * len(raw) + [of_parameter(K)] * len(parameters)
     chunks = [*docs, *values, *tiles, *states]

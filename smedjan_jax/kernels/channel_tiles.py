@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import DeltaPlan, dot, exp, numbers, plgpu
+from smedjan_jax.kernels.tiles import DeltaPlan, dot, exp, plgpu
 
 Arrays = tuple[jax.Array, ...]
 
@@ -33,10 +33,6 @@ class How(NamedTuple):
     prepare: Prepare
     more: int
     plan: DeltaPlan
-
-
-def numbered(docs: Any) -> tuple[Any, bool]:
-    return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
 
 
 class Factors(NamedTuple):

@@ -39,11 +39,11 @@ from smedjan_jax.kernels.tiles import (
     chunk_specs,
     decay_gradient,
     decays,
+    documents_or_none,
     dot,
     exp,
     fill_parts,
     fitting,
-    numbers,
     of_chunk,
     of_chunks,
     of_head,
@@ -154,14 +154,10 @@ _core: Any = jax.custom_vjp(_outputs, nondiff_argnums=(7,))
 _core.defvjp(_forward, _backward)
 
 
-def _documents(docs: Any) -> tuple[Any, bool]:
-    return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
-
-
 def _inverses(k: jax.Array, total: jax.Array, beta: jax.Array, docs: Any, plan: Plan) -> jax.Array:
     """X of every chunk [B, H, n, C, C], in the compute dtype."""
     (B, T, H, K), C = k.shape, plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     kernel = partial(_inverse_kernel, C=C, masked=masked, exact=k.dtype == FLOAT32)
     specs = [piece(C, K), piece_vector(C), piece_vector(C), *chunk_specs(masked, C, n)]
@@ -196,7 +192,7 @@ def _summaries(k, v, total, beta, x, docs, plan: Plan) -> Any:
     By two sweeps with no outputs: A from an empty state, M from the columns of the identity without values.
     """
     (B, T, H, K), V, C = k.shape, v.shape[-1], plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n, found = T // C, []
     for columns, identity in ((V, False), (K, True)):
         parts = min(plan.parts, columns // SMALLEST)
@@ -248,7 +244,7 @@ def _join_kernel(own, whole, state, out, *, N, back):
 def _sweep(q, k, v, total, beta, x, state, docs, plan: Plan) -> Any:
     """Outputs [B, T, H, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32, u [B, T, H, V]."""
     (B, T, H, K), V, C, parts = q.shape, v.shape[-1], plan.chunk, plan.parts
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     specs = [walk(T, K), walk(T, K), walk(T, V, parts), walk_vector(T), walk_vector(T), of_chunks(n, C, C), of_head(K, V, parts)]
     outputs = [
@@ -283,7 +279,7 @@ def _sweep_back(q, k, total, beta, x, do, dlast, docs, plan: Plan, kept: bool = 
     """d v [B, T, H, V], d of the state after every chunk [B, H, n, K, V], d of the first state [B, H, K, V] float32; the last alone
     where nothing else is `kept`."""
     (B, T, H, K), V, C, parts = q.shape, do.shape[-1], plan.chunk, plan.parts
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     specs = [walk(T, K), walk(T, K), walk_vector(T), walk_vector(T), of_chunks(n, C, C), walk(T, V, parts), of_head(K, V, parts)]
     outputs = [
@@ -325,7 +321,7 @@ def _pieces(q, k, u, total, beta, states, do, dv, after, docs, plan: Plan) -> An
     A program takes several chunks, so that what the next one needs is loaded while one is worked on.
     """
     (B, T, H, K), V, C = q.shape, do.shape[-1], plan.chunk
-    docs, masked = _documents(docs)
+    docs, masked = documents_or_none(docs)
     n = T // C
     count, vector = math.gcd(plan.chunks, n), ((B, T, H), FLOAT32, walk_vector(T))
     specs = [walk(T, K), walk(T, K), walk(T, V), walk_vector(T), walk_vector(T), of_chunks(n, K, V), walk(T, V), walk(T, V)]

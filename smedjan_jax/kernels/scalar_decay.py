@@ -22,7 +22,6 @@ from smedjan_jax.kernels.segments import cut, fill_segments, join, segment_docum
 from smedjan_jax.kernels.shared_keys import (
     Plan,
     Scale,
-    documents_or_none,
     heads_of,
     scale_inputs,
     scale_outputs,
@@ -40,6 +39,7 @@ from smedjan_jax.kernels.tiles import (
     call,
     decay_gradient,
     decays,
+    documents_or_none,
     dot,
     fitting,
     of_chunks,

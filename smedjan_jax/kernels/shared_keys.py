@@ -2,8 +2,8 @@
 
 Mamba-2 brings a step for each value, which scales it, and a skip for each head, which adds the value itself to the output; both are done
 inside of the kernels: steps in the columns of the products of queries and keys and in what decays a key to the chunk's end, so that
-no scaled values are made. Backward <value, its gradient> is as much as <key, its gradient>, so that queries and keys are gone through for
-all values of a chunk together.
+no scaled values are made. Backward, what a chunk leaves to later ones is <value, its gradient> as much as <key, its gradient>, so that
+queries and keys are gone through for all values of a chunk together.
 
 Shapes: as in scalar_decay.py; vectors here are [B, H, T], a head's numbers side by side.
 """
@@ -22,9 +22,9 @@ from smedjan_jax.kernels.tiles import (
     bounded_decays,
     call,
     chunk_specs,
+    documents_or_none,
     dot,
     edge_decays,
-    numbers,
     of_chunks,
     of_head,
     partial,
@@ -52,11 +52,6 @@ class Plan(NamedTuple):
     backward: Launch = Launch(4, 2)
     values: Launch = Launch(4, 1)
     pieces: Launch = Launch(8, 3)
-
-
-def documents_or_none(docs: Any) -> tuple[tuple[jax.Array, jax.Array], bool]:
-    """Documents as a kernel takes them, and whether there are any."""
-    return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
 
 
 def scale_inputs(scale: Scale | None, vector: pl.BlockSpec) -> tuple[list[jax.Array], list[pl.BlockSpec], bool]:

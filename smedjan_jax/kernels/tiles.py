@@ -313,6 +313,11 @@ def numbers(documents: jax.Array | None, before: jax.Array | None, T: int, C: in
     return documents, jnp.concatenate([first, documents[:, C - 1 :: C]], axis=1)
 
 
+def documents_or_none(docs: Any) -> tuple[Any, bool]:
+    """Documents as a kernel takes them, and whether there are any. docs: what `numbers` gave, or None."""
+    return (numbers(None, None, 0, 1), False) if docs is None else (docs, True)
+
+
 def whole_specs(masked: bool, T: int, n: int) -> list[pl.BlockSpec]:
     """Of what `numbers` gives, for programs (b, …) that walk."""
     if not masked:
