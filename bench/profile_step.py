@@ -24,6 +24,7 @@ from bench.jax_step import JaxStep
 from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.training.config import KERNELS
+from smedjan_common.training.precision import PRECISIONS
 from smedjan_jax.backend import configure
 
 STEPS = 3
@@ -48,7 +49,7 @@ def main() -> None:
 def _step(mixer: str, args: argparse.Namespace) -> JaxStep:
     sizes = {"vocab_size": args.vocab_size, "context_length": args.seq_len} | ({"layers": args.layers} if args.layers else {})
     model = ModelConfig.preset(args.size, mixer=(mixer,), **sizes)
-    options = {"batch_size": args.batch_size, "seq_len": args.seq_len, "dtype": "bfloat16", "kernels": args.kernels}
+    options = {"batch_size": args.batch_size, "seq_len": args.seq_len, "dtype": args.dtype, "kernels": args.kernels}
     return JaxStep(model, TrainConfig(steps=100, lr=3e-4, **options))
 
 
@@ -88,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="medium")
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=["attention"])
     parser.add_argument("--kernels", choices=KERNELS, default="auto")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16")
     parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=64)
