@@ -32,6 +32,7 @@ from smedjan_common.model.params import initial_params
 from smedjan_mlx import openblas
 
 GROUPS = 3
+TABLES = ("length", "medium")
 KEY = ("table", "backend", "mixer", "seq_len", "batch_size")
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     results = Results(output, KEY, **FORMS[form]._asdict() | {"lengths": list(FORMS[form].lengths)})
     tasks = []
     for mixer in args.mixers or MIXERS:
-        rows = [row for row in shapes(mixer, args.backend, FORMS[form]) if not results.has(row)]
+        rows = [row for row in shapes(mixer, args.backend, FORMS[form]) if row["table"] in args.tables and not results.has(row)]
         if rows:
             tasks.append({"mixer": mixer, "backend": args.backend, "form": form, "rows": rows})
 
@@ -179,6 +180,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("jax", "mlx"), default="jax")
     parser.add_argument("--mixers", nargs="+", metavar="PATTERN", help="default: every row of the table")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--form", choices=FORMS, help="default: by the device")
     parser.add_argument("--limit-seconds", type=float, default=240)
     parser.add_argument("--output", type=pathlib.Path, help="default: bench/results/mixers-DEVICE.json")

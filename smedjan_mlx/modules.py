@@ -111,7 +111,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, None, self.eps) * self.weight.astype(x.dtype)
+        # the weight goes in: its gradient, a sum over all positions, is then the kernel's, 9 % of a step on an H200 (bench/results)
+        return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
 
 
 class Embedding(nn.Module):
