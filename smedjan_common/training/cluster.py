@@ -71,6 +71,7 @@ KERNEL_SIZES = {
     "rwkv": ("rwkv_head_dim",),
     "gated-deltanet": ("delta_key_dim", "delta_value_dim"),
 }
+KERNEL_FEATURES = {32, 64, 128}  # of those sizes
 EXPERTS_SPEED = 0.65  # of a dense model with as many active parameters: 8 experts at medium on an H100
 FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.30, 4096: 1.50}  # tokens/s over those of bfloat16, by width
 FORWARD_SHARE = {"data": 0.0, "fsdp": 0.25, "tensor": 0.5}  # of what a step sends: its forward pass, in bfloat16
@@ -155,7 +156,7 @@ def _by_kernels(model: ModelConfig, train: TrainConfig, hardware: Hardware) -> f
     """The mixers whose kernels a run takes there by itself, as smedjan_jax.kernels chooses."""
     if not hardware.measured or train.dtype != "bfloat16":
         return frozenset()
-    fits = {name for name, sizes in KERNEL_SIZES.items() if {getattr(model, size) for size in sizes} <= {64, 128}}
+    fits = {name for name, sizes in KERNEL_SIZES.items() if {getattr(model, size) for size in sizes} <= KERNEL_FEATURES}
     fits -= set() if train.kernels != "plain" else set(KERNEL_SIZES)
     blocks = {model.block_size, model.head_dim} <= {16, 32, 64, 128} and train.attention != "plain"
     return frozenset(fits | ({"block-sparse"} if blocks else set()))
