@@ -80,14 +80,18 @@ def converts() -> str | None:
 
 
 def starts() -> str | None:
-    """What the compilation cache saves."""
-    report = newest("starts")
-    if not report:
-        return None
-    rows = report["rows"]
-    body = [[f"{row['size']}, `{row['mixer']}`", f"{row['first_cpu_seconds']:.1f}", f"{row['second_cpu_seconds']:.1f}"] for row in rows]
-    head = ["two steps of training, seconds of CPU", "first start", "second start"]
-    return f"{report['device']}, JAX {report['versions']['jax']} (`{report['command']}`):\n\n{table(head, body)}"
+    """What the compilation cache saves, on a GPU and on a CPU."""
+    parts = []
+    for report in reports("starts").values():
+        units = {"cpu_seconds": "seconds of CPU", "seconds": "seconds to the first step", "step_seconds": "of them compiling and the step"}
+        names = [name for name in units if f"first_{name}" in report["rows"][0]]
+        body = [
+            [f"{row['size']}, `{row['mixer']}`", *(f"{row[f'{n}_{name}']:.1f}" for name in names for n in ("first", "second"))]
+            for row in report["rows"]
+        ]
+        head = ["two steps of training", *(f"{units[name]}, {which} start" for name in names for which in ("first", "second"))]
+        parts.append(f"{report['device']}, JAX {report['versions']['jax']} (`{report['command']}`):\n\n{table(head, body)}")
+    return "\n\n".join(parts) or None
 
 
 PARTS: dict[str, Callable[[], str | None]] = {
