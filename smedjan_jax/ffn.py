@@ -22,7 +22,7 @@ def ffn_class(name: str) -> Any:
 class SwiGLU(nnx.Module):
     """The feed-forward `swiglu`."""
 
-    together = ("gate_proj", "up_proj")
+    reads = together = ("gate_proj", "up_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str):
         self.gate_proj = Linear(params, f"{name}.gate_proj")

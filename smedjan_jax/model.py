@@ -138,11 +138,10 @@ class Model(nnx.Module):
 
 
 def folded(model: Model, train: TrainConfig, mesh: MeshShape) -> Model:
-    """The model of a training step, the norms of its blocks of attention and SwiGLU in their matrices where that is worth it."""
+    """The model of a training step, the norms of its blocks in the matrices that read them where that is worth it."""
     if for_norms(model.config, train, mesh.size):
-        for layer, block in enumerate(model.layers):
-            if (model.config.mixer_of(layer), model.config.ffn_of(layer)) == ("attention", "swiglu"):
-                block.fold()
+        for block in model.layers:
+            block.fold()
     return model
 
 

@@ -119,6 +119,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, params: Params, name: str, eps: float):
         self.weight = nnx.data(params[f"{name}.weight"])
         self.eps = eps
+        self.folded = False  # Block.fold
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -201,15 +202,16 @@ class Block(nnx.Module):
         self.ffn: Any = ffn
         self.residual = residual
 
-        self.folded = False
-
     def fold(self) -> None:
-        """Multiply the weights of both norms into the matrices that read what they give, which then read the kernel's (kernels/norm.py)."""
-        self.folded = True
+        """Multiply the norms' weights into the matrices that read what they give, which then read the kernel's (kernels/norm.py).
+
+        A mixer or feed-forward `reads` its input through the linear maps that it names so alone, between which and the input nothing
+        mixes features; one that names none keeps its norm.
+        """
         for norm, module in ((self.mixer_norm, self.mixer), (self.ffn_norm, self.ffn)):
             assert norm is not None, "there is nothing to fold"
-            for linear in together(module):
-                linear.weight = nnx.data(linear.weight * norm.weight)
+            for linear in (getattr(module, name) for name in getattr(module, "reads", ())):
+                linear.weight, norm.folded = nnx.data(linear.weight * norm.weight), True
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """Training: x [B, T, D] -> [B, T, D]."""
@@ -223,7 +225,7 @@ class Block(nnx.Module):
 
     def _read(self, norm: RMSNorm | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x, to go on with, and what a mixer or feed-forward reads of it."""
-        if not self.folded or norm is None:
+        if norm is None or not norm.folded:
             return x, normed(norm, x)
         from smedjan_jax.kernels.norm import normalized
 

@@ -85,8 +85,8 @@ def for_decoding(implementation: str, model: ModelConfig, dtype: str, entries: i
 
 
 def for_norms(model: ModelConfig, train: TrainConfig, devices: int = 1) -> bool:
-    """Whether blocks of attention and SwiGLU take the kernels of their norms in training (kernels/norm.py): where --kernels does not say
-    plain, they can run and were measured faster. Gradient checkpointing would keep the matrices with the norms in them, adapters read what
+    """Whether blocks take the kernels of their norms in training (kernels/norm.py): where --kernels does not say plain, they can run and
+    were measured faster. Gradient checkpointing would keep the matrices with the norms in them, adapters read what
     the norm gives, and meshes gather the matrices later.
     """
     if train.kernels == "plain" or train.adapters or train.gradient_checkpointing != "none" or devices > 1 or _no_device():

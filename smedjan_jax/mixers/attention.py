@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(params, f"{name}.k_proj")
         self.v_proj = Linear(params, f"{name}.v_proj")
         self.o_proj = Linear(params, f"{name}.o_proj")
-        self.together = ("q_proj", "k_proj", "v_proj", *(["gate_proj"] if config.attention_gate else []))
+        self.reads = self.together = ("q_proj", "k_proj", "v_proj", *(["gate_proj"] if config.attention_gate else []))
         if config.attention_gate:
             self.gate_proj = Linear(params, f"{name}.gate_proj")
         if config.qk_norm:

@@ -38,7 +38,7 @@ QK_EPS = 1e-6
 class GatedDeltaNet(nnx.Module):
     """The mixer `gated-deltanet`: projections, convolution, gated delta rule, norm, gate, output projection."""
 
-    together = ("q_proj", "k_proj", "v_proj", "z_proj", "a_proj", "b_proj")
+    reads = together = ("q_proj", "k_proj", "v_proj", "z_proj", "a_proj", "b_proj")
 
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         def linears(*names: str) -> list[Linear]:

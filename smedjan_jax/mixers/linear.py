@@ -37,7 +37,7 @@ class LinearAttention(nnx.Module):
             self.norm = RMSNorm(params, f"{name}.norm", config.norm_eps)
         self.o_proj = Linear(params, f"{name}.o_proj")
         learned = ("decay_proj",) if config.linear_decay == "scalar" else ()
-        self.together = ("q_proj", "k_proj", "v_proj", "gate_proj", *learned)
+        self.reads = self.together = ("q_proj", "k_proj", "v_proj", "gate_proj", *learned)
         self.config, self.implementation = config, implementation
 
     def __call__(self, x: jax.Array, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:

@@ -39,7 +39,7 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(params, f"{name}.o_proj")
         self.heads, self.head_dim, self.rope_dim, self.rank = config.heads, config.head_dim, rope_dim(config), kv_rank(config)
         self.low_rank_query = bool(config.mla_q_rank)
-        self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
+        self.reads = self.together = ("q_a_proj" if config.mla_q_rank else "q_proj", "kv_a_proj")
         self.factor, self.turning = plain_factor(config), turning(config, rope_dim(config))
         self.implementation = implementation
 

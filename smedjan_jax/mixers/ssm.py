@@ -31,6 +31,8 @@ Arrays = tuple[jax.Array, ...]
 class Mamba2(nnx.Module):
     """The mixer `ssm`: input projection, convolution, state space model, gate, norm, output projection."""
 
+    reads = ("in_proj",)
+
     def __init__(self, config: ModelConfig, params: Params, name: str, implementation: str = "auto"):
         self.in_proj = Linear(params, f"{name}.in_proj")
         self.conv = Linear(params, f"{name}.conv")
