@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import DeltaPlan, dot, exp, plgpu
+from smedjan_jax.kernels.compat import plgpu
+from smedjan_jax.kernels.special import exp
+from smedjan_jax.kernels.tiles import DeltaPlan, dot
 
 Arrays = tuple[jax.Array, ...]
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, load, padded, partial, power_of_two, sigmoid, store
+from smedjan_jax.kernels.special import rsqrt, sigmoid
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, load, padded, partial, power_of_two, store
 
 EPS = 1e-6
 
@@ -196,7 +197,7 @@ def _rows(x, taps, bias, documents, biased, masked) -> _Rows:
 
 def _length(active: jax.Array) -> jax.Array:
     """One over the length of each head of [N, F]."""
-    return lax.rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS)
+    return rsqrt(jnp.sum(active * active, axis=1, keepdims=True) + EPS)
 
 
 def _own(group: _Group) -> list[Any]:

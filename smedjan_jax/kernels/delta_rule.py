@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from smedjan_jax.kernels.segments import cut, fill_segments, join, segment_documents
+from smedjan_jax.kernels.special import exp
 from smedjan_jax.kernels.tiles import (
     FILLED,
     FLOAT32,
@@ -41,7 +42,6 @@ from smedjan_jax.kernels.tiles import (
     decays,
     documents_or_none,
     dot,
-    exp,
     fill_parts,
     fitting,
     of_chunk,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, padded, partial, power_of_two, sigmoid
+from smedjan_jax.kernels.special import rsqrt, sigmoid
+from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, padded, partial, power_of_two
 
 Arrays = tuple[jax.Array, ...]
 
@@ -61,7 +62,7 @@ def gated_norm(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, pla
 
     def function(tiles, parameters, valid):
         o, gate = tiles
-        normed = o * lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) / F + eps)
+        normed = o * rsqrt(jnp.sum(o * o, axis=1, keepdims=True) / F + eps)
         return (normed * parameters[0][None, :] * gate * sigmoid(gate),)
 
     return rowwise(function, (o, gate), (jnp.broadcast_to(weight, (H, F)),), (gate.dtype,), plan)[0]

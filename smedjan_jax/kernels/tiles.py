@@ -9,7 +9,6 @@ Shapes: B batch, T positions, H heads, n chunks of C positions, K key and V valu
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,13 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-    from jax.experimental.pallas import triton as plgpu
+from smedjan_jax.kernels.compat import plgpu
+from smedjan_jax.kernels.special import LOG2_E, exp, exp2
 
 FLOAT32 = jnp.float32
 SHARED_BYTES = 200 << 10  # of a multiprocessor, with something left for operands: an H100 has 227 KiB
 SMALLEST = 16  # rows and columns of a tile
-LOG2_E = 1.4426950408889634
 NEVER = -1e4  # a log decay of which nothing is left
 FILLED = 128  # programs that fill a large GPU: an H100 has 132 multiprocessors
 
@@ -185,24 +183,6 @@ class Decays(NamedTuple):
     whole: jax.Array  # over the whole chunk
 
 
-def exp(x: jax.Array) -> jax.Array:
-    """e^x as a GPU has it, by powers of two: jnp.exp takes eight instructions more, which would be a fifth of a sweep."""
-    return jnp.exp2(x * LOG2_E)
-
-
-@jax.custom_jvp
-def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + e^-x) as the square of a reciprocal root, one instruction where a division takes a dozen."""
-    root = lax.rsqrt(1 + exp(-x))
-    return root * root
-
-
-@sigmoid.defjvp
-def _sigmoid_jvp(primals, tangents):
-    y = sigmoid(primals[0])
-    return y, tangents[0] * (y * (1 - y))
-
-
 def decays(total: jax.Array, last: jax.Array, b: Borders) -> Decays:
     """Of running sums [C] float32, the last of which is `last`."""
     between = exp(jnp.where(b.seen, total[:, None] - total[None, :], NEVER))
@@ -214,7 +194,7 @@ def bounded_decays(total: jax.Array, turn: bool = False) -> jax.Array:
     them in the other factor; finite and at most 1 everywhere."""
     total = total * LOG2_E
     later, earlier = (total[None, :], total[:, None]) if turn else (total[:, None], total[None, :])
-    return jnp.exp2(jnp.minimum(later - earlier, 0.0))
+    return exp2(jnp.minimum(later - earlier, 0.0))
 
 
 def edge_decays(total: jax.Array, last: jax.Array, b: Borders) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -187,14 +187,16 @@ def _simple(linear: Linear) -> bool:
 
 def _log_decay(row: jax.Array, parameters: list[jax.Array]) -> jax.Array:
     """log w [R, K] of rows of a head (kernels/channel_decay.py)."""
-    from smedjan_jax.kernels.tiles import in_rows, sigmoid
+    from smedjan_jax.kernels.special import sigmoid
+    from smedjan_jax.kernels.tiles import in_rows
 
     return -DECAY * sigmoid(in_rows(parameters[0], row) + row)
 
 
 def _prepared(rows: list[jax.Array], parameters: list[jax.Array]) -> Arrays:
     """r, k, a, b [R, K] and the bonus [R] of rows of a head (kernels/channel_decay.py)."""
-    from smedjan_jax.kernels.tiles import in_columns, in_rows, sigmoid
+    from smedjan_jax.kernels.special import sigmoid
+    from smedjan_jax.kernels.tiles import in_columns, in_rows
 
     r, k, rate = rows
     a0, k_k, k_a, r_k = (in_rows(each, r) for each in parameters)
@@ -207,7 +209,8 @@ def _prepared(rows: list[jax.Array], parameters: list[jax.Array]) -> Arrays:
 
 def _blended(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
     """v of a later layer, of rows [R, K] of a head (kernels/rows.py)."""
-    from smedjan_jax.kernels.tiles import in_rows, sigmoid
+    from smedjan_jax.kernels.special import sigmoid
+    from smedjan_jax.kernels.tiles import in_rows
 
     v, first, blend = tiles
     return (v + (first - v) * sigmoid(in_rows(parameters[0], v) + blend),)

@@ -91,7 +91,7 @@ class Mamba2(nnx.Module):
         from smedjan_jax.kernels import scalar_decay
         from smedjan_jax.kernels.conv import Part, conv_silu
         from smedjan_jax.kernels.rows import rowwise
-        from smedjan_jax.kernels.tiles import sigmoid
+        from smedjan_jax.kernels.special import sigmoid
 
         (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
         E, size = self.inner, math.gcd(self.inner, G * N, 64)
