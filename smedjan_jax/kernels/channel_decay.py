@@ -7,7 +7,8 @@ r, log w, k, a and b are made of what the projections give in the kernels themse
 are taken there too: none of them is ever written. R stands over A in one tile, L, and K over B in another, N, so that one product L N^T
 gives all four matrices of scores, and one more what both take of a state: tiles are twice as high as a chunk.
 
-Forward: L, N and X of all chunks at once, then a sweep with S in registers, which leaves U and the state before each chunk. Backward: a
+Forward: L and N of all chunks at once, and of them X (one kernel for both held so much that few programs ran at a time), then a sweep with
+S in registers, which leaves U and the state before each chunk. Backward: a
 sweep back with dS that makes dV and dz and leaves dS after each chunk; the rest takes every chunk by itself, all at once. The log decay's
 gradient is the running sum of what each channel reads more than it adds (tiles.decay_gradient), channel by channel.
 
@@ -35,20 +36,23 @@ from smedjan_jax.kernels.channel_tiles import (
     of_parameter,
     pair_of,
     put_half,
+    put_last,
     scores_of,
     split_refs,
 )
+from smedjan_jax.kernels.special import wide
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
+    SMALLEST,
     DeltaPlan,
     Launch,
-    borders_at,
     call,
     chunk_specs,
     documents_or_none,
     dot,
     fill_parts,
     fitting,
+    in_rows,
     numbers,
     of_chunk,
     of_chunks,
@@ -58,8 +62,8 @@ from smedjan_jax.kernels.tiles import (
     partial,
     piece,
     piece_vector,
-    place,
     power_of_two,
+    product,
     unit_lower_inverse,
     walk,
     whole_specs,
@@ -70,10 +74,8 @@ def _plan(width: int, K: int, V: int) -> DeltaPlan:
     """What was fastest on an H200 in bfloat16 with heads of 64, with fewer loads in flight where shared memory would not hold them. Larger
     heads and float32, which nobody timed, have what spills least. width: bytes of a number."""
     plan = DeltaPlan(32) if width == 2 else DeltaPlan(16, forward=Launch(4, 2), backward=Launch(4, 2))
-    if K > 64 or width > 2:
-        plan = plan._replace(inverse=Launch(4, 1))
     if K > 64:
-        plan = plan._replace(pieces=Launch(8, 1))
+        plan = plan._replace(tiles=Launch(8, 1), pieces=Launch(8, 1))
     step = width * plan.chunk * (4 * K + 2 * V + 4 * plan.chunk)
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
@@ -148,30 +150,58 @@ _core.defvjp(_forward, _backward)
 def _tiles(raw: Arrays, parameters: Arrays, dtype: Any, docs: Any, how: How) -> Any:
     """L, N [B, H, n, 2C, K] and X [B, H, n, C, C] in the compute dtype, e^G at the chunks' ends [B, H, n, K] float32, the rows' numbers."""
     (B, T, H, K), C = raw[0].shape, how.plan.chunk
-    docs, masked = documents_or_none(docs)
     n = T // C
-    kernel = partial(_tiles_kernel, prepare=how.prepare, counts=(len(raw), len(parameters)), C=C, masked=masked, exact=dtype == FLOAT32)
-    outputs = [((B, H, n, 2 * C, K), dtype, of_chunk(2 * C, K))] * 2 + [((B, H, n, C, C), dtype, of_chunk(C, C))]
+    kernel = partial(_tiles_kernel, prepare=how.prepare, counts=(len(raw), len(parameters)), C=C)
+    outputs = [((B, H, n, 2 * C, K), dtype, of_chunk(2 * C, K))] * 2
     outputs += [((B, H, n, K), FLOAT32, pl.BlockSpec((None, None, None, K), lambda b, h, i: (b, h, i, 0)))]
     outputs += [((B, T, H), FLOAT32, piece_vector(C))] * how.more
-    specs = [piece(C, K)] * len(raw) + [of_parameter(K)] * len(parameters) + chunk_specs(masked, C, n)
-    return call(kernel, how.plan.inverse, (B, H, n), [*raw, *parameters, *docs], specs, outputs, together=True)
+    specs = [piece(C, K)] * len(raw) + [of_parameter(K)] * len(parameters)
+    left, right, end, *numbers = call(kernel, how.plan.tiles, (B, H, n), [*raw, *parameters], specs, outputs, together=True)
+    docs, masked = documents_or_none(docs)
+    kernel = partial(_inverse_kernel, C=C, masked=masked, exact=dtype == FLOAT32)
+    specs = [of_chunk(2 * C, K)] * 2 + chunk_specs(masked, C, n)
+    (x,) = call(kernel, how.plan.inverse, (B, H, n), [left, right, *docs], specs, [((B, H, n, C, C), dtype, of_chunk(C, C))])
+    return left, right, x, end, *numbers
 
 
-def _tiles_kernel(*refs, prepare, counts, C, masked, exact):
-    inputs, parameters, (documents, edges, left, right, x, end, *numbers_of_rows) = split_refs(refs, counts)
-    (row, *rows), small = [x[...].astype(FLOAT32) for x in inputs], [x[...] for x in parameters]
+def _tiles_kernel(*refs, prepare, counts, C):
+    inputs, parameters, (left, right, end, *numbers) = split_refs(refs, counts)
+    dtype, (row, *rows) = left.dtype, [wide(each[...]) for each in inputs]
+    small = [in_rows(each[...], row) for each in parameters]
     w, (r, k, a, b, *more) = prepare.decay(row, small[: prepare.few]), prepare.rest(rows, small[prepare.few :])
-    borders = borders_at(C, place(), documents, edges, masked, whole=False)
-    f, dtype = factors(w), left.dtype
-    upper, lower = pl.ds(0, C), pl.ds(C, C)
-    left[upper, :], right[upper, :] = (r * f.up).astype(dtype), (k * f.down).astype(dtype)
-    probe, rank = (a * f.before).astype(dtype), (b * f.down).astype(dtype)
-    left[lower, :], right[lower, :], end[...] = probe, rank, f.end
-    for out, number in zip(numbers_of_rows, more, strict=True):
+    f, upper, lower = factors(w), pl.ds(0, C), pl.ds(C, C)
+    left[upper, :], left[lower, :] = (r * f.up).astype(dtype), (a * f.before).astype(dtype)
+    right[upper, :], right[lower, :] = (k * f.down).astype(dtype), (b * f.down).astype(dtype)
+    put_last(end, f.up)
+    for out, number in zip(numbers, more, strict=True):
         out[...] = number
-    m = jnp.where(borders.below, -dot(probe, rank, turn_b=True), 0.0)
-    x[...] = unit_lower_inverse(m, exact).astype(dtype)
+
+
+def _inverse_kernel(left, right, documents, edges, x, *, C, masked, exact):
+    """X by blocks of few rows: those on the diagonal by doubling."""
+    size, found = SMALLEST, {}
+    parts = [pl.ds(start, size) for start in range(0, C, size)]
+    probes, ranks = ([side[pl.ds(C + start, size), :] for start in range(0, C, size)] for side in (left, right))
+
+    def matrix(i, j):
+        """The block of -A B^T below the diagonal of parts i and j <= i."""
+        row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+        seen = row > column if i == j else None
+        if masked:
+            same = documents[parts[i]][:, None] == documents[parts[j]][None, :]
+            seen = same if seen is None else seen & same
+        m = -dot(probes[i], ranks[j], turn_b=True)
+        return m if seen is None else jnp.where(seen, m, 0.0)
+
+    for i in range(len(parts)):
+        found[i, i] = unit_lower_inverse(matrix(i, i), exact)
+        for j in range(i):
+            between = product(matrix(i, j), found[j, j], exact)
+            for m in range(j + 1, i):
+                between = between + product(matrix(i, m), found[m, j], exact)
+            found[i, j] = -product(found[i, i], between, exact)
+        for j in range(len(parts)):
+            x[parts[i], parts[j]] = (found[i, j] if j <= i else jnp.zeros((size, size), FLOAT32)).astype(x.dtype)
 
 
 def _walks(n: int, K: int, C: int) -> list[pl.BlockSpec]:

@@ -12,17 +12,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from smedjan_jax.kernels.compat import plgpu
-from smedjan_jax.kernels.special import exp
+from smedjan_jax.kernels.special import LOG2_E, exp2
 from smedjan_jax.kernels.tiles import DeltaPlan, dot
 
 Arrays = tuple[jax.Array, ...]
 
 
 class Prepare(NamedTuple):
-    """Functions of rows [C, K] and parameters [K], float32, of which the first row and the first `few` parameters are the decay's alone.
-
-    Their gradients are taken one after the other, so that fewer tiles live at a time.
-    """
+    """Functions of rows [C, K] and of parameters, as each row of [C, K] too, float32, of which the first row and the first `few` parameters
+    are the decay's alone."""
 
     decay: Callable[[jax.Array, list[jax.Array]], jax.Array]  # log w [C, K]
     rest: Callable[[list[jax.Array], list[jax.Array]], Arrays]  # r, k, a, b [C, K] and more numbers [C]
@@ -43,14 +41,13 @@ class Factors(NamedTuple):
     up: jax.Array  # [C, K] e^G
     before: jax.Array  # [C, K] e^Gx
     down: jax.Array  # [C, K] e^-G
-    end: jax.Array  # [K] e^G at the chunk's end
 
 
 def factors(log_decay: jax.Array) -> Factors:
     """From the beginning of the chunk, whatever the documents: only quotients of two positions count."""
-    total = lax.cumsum(log_decay, axis=0)
-    end = jnp.sum(log_decay, axis=0)
-    return Factors(exp(total), exp(total - log_decay), exp(-total), exp(end))
+    powers = log_decay * LOG2_E
+    total = lax.cumsum(powers, axis=0)
+    return Factors(exp2(total), exp2(total - powers), exp2(-total))
 
 
 class Pair(NamedTuple):
@@ -102,6 +99,15 @@ def put_half(ref: Any, start: Any, C: int, x: jax.Array, lower: bool = False) ->
     if jax.default_backend() == "cpu":  # the interpreter writes what was there where the mask does not hold: beyond the end here
         at = jnp.where(mask, at[0], ref.shape[0]), at[1]
     plgpu.store(ref.at[at], x.astype(ref.dtype), mask=mask)
+
+
+def put_last(ref: Any, x: jax.Array) -> None:
+    """The last row of x [R, K] into a reference [K]."""
+    row, column = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    mask = row == x.shape[0] - 1
+    if jax.default_backend() == "cpu":  # as in put_half
+        column = jnp.where(mask, column, ref.shape[0])
+    plgpu.store(ref.at[column], x, mask=mask)
 
 
 def corner_of(x: Any, i: Any, C: int) -> jax.Array:

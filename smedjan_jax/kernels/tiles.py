@@ -39,7 +39,8 @@ class DeltaPlan(NamedTuple):
 
     chunk: int
     parts: int = 0
-    inverse: Launch = Launch(2, 1)
+    tiles: Launch = Launch(4, 1)
+    inverse: Launch = Launch(1, 1)
     forward: Launch = Launch(4, 3)
     backward: Launch = Launch(4, 3)
     pieces: Launch = Launch(4, 1)

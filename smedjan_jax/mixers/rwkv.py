@@ -53,8 +53,6 @@ class Rwkv(nnx.Module):
         self.first = f"{name}.v0" not in params
         if not self.first:
             (self.v0,), (self.v1, self.v2) = vectors("v0"), linears("v1", "v2")
-        # the token shift blends each feature by itself, so a factor of it may come after
-        self.reads = ("r_proj", "k_proj", "v_proj", "w1", "a1", "g1", *([] if self.first else ["v1"]))
         self.ln_x = GroupNorm(params, f"{name}.ln_x")
         self.head_dim, self.implementation = config.rwkv_head_dim, implementation
 
@@ -188,21 +186,19 @@ def _simple(linear: Linear) -> bool:
 def _log_decay(row: jax.Array, parameters: list[jax.Array]) -> jax.Array:
     """log w [R, K] of rows of a head (kernels/channel_decay.py)."""
     from smedjan_jax.kernels.special import sigmoid
-    from smedjan_jax.kernels.tiles import in_rows
 
-    return -DECAY * sigmoid(in_rows(parameters[0], row) + row)
+    return -DECAY * sigmoid(parameters[0] + row)
 
 
 def _prepared(rows: list[jax.Array], parameters: list[jax.Array]) -> Arrays:
     """r, k, a, b [R, K] and the bonus [R] of rows of a head (kernels/channel_decay.py)."""
-    from smedjan_jax.kernels.special import sigmoid
-    from smedjan_jax.kernels.tiles import in_columns, in_rows
+    from smedjan_jax.kernels.special import rsqrt, sigmoid
+    from smedjan_jax.kernels.tiles import in_columns
 
-    r, k, rate = rows
-    a0, k_k, k_a, r_k = (in_rows(each, r) for each in parameters)
+    (r, k, rate), (a0, k_k, k_a, r_k) = rows, parameters
     rate = sigmoid(a0 + rate)
     kk = k * k_k
-    kk = kk * in_columns(jax.lax.rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1), 1e-24)), kk)
+    kk = kk * in_columns(rsqrt(jnp.maximum(jnp.sum(kk * kk, axis=1), 1e-24)), kk)
     k = k * (1 + (rate - 1) * k_a)
     return r, k, -kk, kk * rate, jnp.sum(r * k * r_k, axis=1)
 
@@ -218,13 +214,14 @@ def _blended(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Arr
 
 def _gated(tiles: list[jax.Array], parameters: list[jax.Array], valid: jax.Array) -> Arrays:
     """The core's outputs, normalised, with the bonus [R], times the gate, of rows [R, K] of a head (kernels/rows.py)."""
+    from smedjan_jax.kernels.special import rsqrt
     from smedjan_jax.kernels.tiles import in_columns, in_rows
 
     o, v, gate, bonus = tiles
     weight, bias = (in_rows(each, o) for each in parameters)
     size = jnp.sum(valid.astype(jnp.float32))
     centred = jnp.where(valid[None, :], o - in_columns(jnp.sum(o, axis=1) / size, o), 0.0)
-    normed = centred * in_columns(jax.lax.rsqrt(jnp.sum(centred * centred, axis=1) / size + GROUP_NORM_EPS), o)
+    normed = centred * in_columns(rsqrt(jnp.sum(centred * centred, axis=1) / size + GROUP_NORM_EPS), o)
     return ((normed * weight + bias + in_columns(bonus, v) * v) * gate,)
 
 
