@@ -20,13 +20,14 @@ from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, near, padded, parti
 
 
 class Plan(NamedTuple):
-    """How a problem is run: positions and features of a tile, tiles of a program backward."""
+    """How a problem is run: positions and features of a tile, tiles of a program backward. What was fastest on an H200, with 64 x 1024 x
+    512, three blends and a pair: 137 us backward, 99 forward."""
 
-    rows: int = 16
+    rows: int = 8
     features: int = 128
-    tiles: int = 8
+    tiles: int = 16
     forward: Launch = Launch(4, 1)
-    backward: Launch = Launch(4, 1)
+    backward: Launch = Launch(8, 1)
 
 
 def token_shift(x: jax.Array, mu: jax.Array, documents: jax.Array | None, plan: Plan | None = None) -> tuple[jax.Array, ...]:
