@@ -170,6 +170,10 @@ class _Rows(NamedTuple):
     masked: bool
 
     def at(self, row: Any) -> jax.Array:
+        """A row of the program's own."""
+        return self.x[row].astype(FLOAT32)
+
+    def near(self, row: Any) -> jax.Array:
         """Zeros where there is no such row."""
         return load(self.x, row, (row >= 0) & (row < self.x.shape[0])).astype(FLOAT32)
 
@@ -223,7 +227,7 @@ def _forward_kernel(x, taps, bias, documents, *outputs, group, plan, biased, mas
         return near[1 - W :], owners[1 - W :]
 
     before = [first + j for j in range(1 - W, 0)]
-    lax.fori_loop(0, plan.rows // plan.step, body, ([it.at(row) for row in before], [it.document(row) for row in before]))
+    lax.fori_loop(0, plan.rows // plan.step, body, ([it.near(row) for row in before], [it.document(row) for row in before]))
 
 
 def _slope(u: jax.Array, dy: jax.Array, scale: float) -> jax.Array:
@@ -242,9 +246,6 @@ def _backward_kernel(x, taps, bias, documents, *refs, group, plan, biased, maske
     it, end = _rows(x, taps, bias, documents, biased, masked), (pl.program_id(1) + 1) * plan.rows
     W, U = len(taps), plan.step
 
-    def gradients(dy, rows):
-        return [load(dy, row, row < x.shape[0]) for row in rows]
-
     def slope(inputs, out):
         return _slope(it.convolved(inputs), out.astype(FLOAT32), scale)
 
@@ -252,9 +253,9 @@ def _backward_kernel(x, taps, bias, documents, *refs, group, plan, biased, maske
         def body(i, carried):
             later, of_later, after, sums = carried  # x of rows that this step has too, their documents and more, d u of those behind it
             rows = [end - (i + 1) * U + j for j in range(1 - W, U)]
-            near, owners = [*[it.at(row) for row in rows[:U]], *later], [*[it.document(row) for row in rows[:U]], *of_later]
+            near, owners = [*[it.near(row) for row in rows[:U]], *later], [*[it.document(row) for row in rows[:U]], *of_later]
             inputs = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(U)]
-            outs = gradients(dy, rows[W - 1 :])
+            outs = [dy[row] for row in rows[W - 1 :]]
             # sums over heads are made beside each other; without them a row at a time takes a third fewer registers
             found = [slope(*each) for each in zip(inputs, outs, strict=True)] if scale else None
             for j in reversed(range(U)):
@@ -267,9 +268,10 @@ def _backward_kernel(x, taps, bias, documents, *refs, group, plan, biased, maske
             return near[: W - 1], owners[: 2 * (W - 1)], after, sums
 
         rows = [end + j for j in range(1 - W, W - 1)]
-        near, owners = [it.at(row) for row in rows], [it.document(row) for row in rows]
+        near, owners = [it.near(row) for row in rows], [it.document(row) for row in rows]
         inputs = [it.inputs(near[j : j + W], owners[j : j + W]) for j in range(W - 1)]
-        after = [slope(*each) for each in zip(inputs, gradients(dy, rows[W - 1 :]), strict=True)]
+        outs = [load(dy, row, row < x.shape[0]) for row in rows[W - 1 :]]
+        after = [slope(*each) for each in zip(inputs, outs, strict=True)]
         zeros = [jnp.zeros(it.taps[0].shape, FLOAT32)] * len(totals)
         *_, sums = lax.fori_loop(0, plan.rows // U, body, (near[: W - 1], owners, after, zeros))
         for i, total in enumerate(sums):

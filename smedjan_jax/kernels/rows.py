@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.special import rsqrt, sigmoid
+from smedjan_jax.kernels.special import rsqrt, silu
 from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, padded, partial, power_of_two
 
 Arrays = tuple[jax.Array, ...]
@@ -63,7 +63,7 @@ def gated_norm(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, pla
     def function(tiles, parameters, valid):
         o, gate = tiles
         normed = o * rsqrt(jnp.sum(o * o, axis=1, keepdims=True) / F + eps)
-        return (normed * parameters[0][None, :] * gate * sigmoid(gate),)
+        return (normed * parameters[0][None, :] * silu(gate),)
 
     return rowwise(function, (o, gate), (jnp.broadcast_to(weight, (H, F)),), (gate.dtype,), plan)[0]
 
@@ -117,33 +117,40 @@ def _forward_kernel(*refs, function, counts, F, R, steps):
     tiles, parameters, outputs = _split(refs, counts)
     valid, fixed = lax.broadcasted_iota(jnp.int32, (outputs[0].shape[-1],), 0) < F, [p[...] for p in parameters]
 
-    def body(i, _):
-        at = pl.ds(i * R, R)
-        results = function([x[at].astype(FLOAT32) for x in tiles], fixed, valid)
+    def body(i, read):
+        ahead, at = _read(tiles, i + 1, R, steps), pl.ds(i * R, R)
+        results = function([x.astype(FLOAT32) for x in read], fixed, valid)
         for out, result in zip(outputs, results, strict=True):
             out[at, :] = result.astype(out.dtype)
-        return 0
+        return ahead
 
-    lax.fori_loop(0, steps, body, 0)
+    lax.fori_loop(0, steps, body, _read(tiles, 0, R, steps))
+
+
+def _read(refs: Any, i: Any, R: int, steps: int) -> list[jax.Array]:
+    """Tile i of each, or the last: read while the one before it is being worked on, so that memory is never waited for by all threads."""
+    at = pl.ds(jnp.minimum(i, steps - 1) * R, R)
+    return [x[at] for x in refs]
 
 
 def _backward_kernel(*refs, function, counts, F, R, steps, through):
     tiles, parameters, cotangents, outputs = _split(refs, counts)
     valid, fixed = lax.broadcasted_iota(jnp.int32, (outputs[0].shape[-1],), 0) < F, [p[...] for p in parameters]
 
-    def body(i, totals):
-        at = pl.ds(i * R, R)
-        _, pull = jax.vjp(lambda xs, ps: function(xs, ps, valid), [x[at].astype(FLOAT32) for x in tiles], fixed)
-        slopes = [c[at, :].astype(FLOAT32) for c in cotangents]
+    def body(i, carried):
+        (totals, read), ahead, at = carried, _read([*tiles, *cotangents], i + 1, R, steps), pl.ds(i * R, R)
+        _, pull = jax.vjp(lambda xs, ps: function(xs, ps, valid), [x.astype(FLOAT32) for x in read[: len(tiles)]], fixed)
+        slopes = [c.astype(FLOAT32) for c in read[len(tiles) :]]
         later = None if through is None else slopes.pop()
         dtiles, dparameters = pull(tuple(slopes))
         if through is not None:
             dtiles[through] = dtiles[through] + later
         for out, gradient in zip(outputs, dtiles, strict=False):
             out[at] = gradient.astype(out.dtype)
-        return [total + gradient for total, gradient in zip(totals, dparameters, strict=True)]
+        return [total + gradient for total, gradient in zip(totals, dparameters, strict=True)], ahead
 
-    totals = lax.fori_loop(0, steps, body, [jnp.zeros(p.shape, FLOAT32) for p in fixed])
+    first = [jnp.zeros(p.shape, FLOAT32) for p in fixed], _read([*tiles, *cotangents], 0, R, steps)
+    totals, _ = lax.fori_loop(0, steps, body, first)
     for out, total in zip(outputs[len(tiles) :], totals, strict=True):
         out[...] = total
 

@@ -47,15 +47,28 @@ def _rsqrt_jvp(primals, tangents):
 
 @jax.custom_jvp
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + e^-x) as the square of a reciprocal root, one instruction where a division takes a dozen."""
-    root = rsqrt(1 + exp2(x * -LOG2_E))
-    return root * root
+    """1 / (1 + e^-x), float32, with a reciprocal of one instruction where a division takes a dozen; the last bit may be another."""
+    y = 1 + exp2(x * -LOG2_E)
+    return 1 / y if _plain(x) else _instruction("rcp.approx.ftz.f32", y)
 
 
 @sigmoid.defjvp
 def _sigmoid_jvp(primals, tangents):
     y = sigmoid(primals[0])
     return y, tangents[0] * (y * (1 - y))
+
+
+@jax.custom_jvp
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+@silu.defjvp
+def _silu_jvp(primals, tangents):
+    gate = sigmoid(primals[0])
+    active = primals[0] * gate
+    return active, tangents[0] * (gate + active * (1 - gate))
 
 
 def wide(x: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from smedjan_common.config import ModelConfig
 from smedjan_common.model.mixers.ssm import convolved_dim, inner_dim
@@ -91,7 +90,7 @@ class Mamba2(nnx.Module):
         from smedjan_jax.kernels import scalar_decay
         from smedjan_jax.kernels.conv import Part, conv_silu
         from smedjan_jax.kernels.rows import rowwise
-        from smedjan_jax.kernels.special import sigmoid
+        from smedjan_jax.kernels.special import rsqrt, silu
 
         (B, T, H), G, N, P = dt.shape, self.groups, self.state_dim, self.head_dim
         E, size = self.inner, math.gcd(self.inner, G * N, 64)
@@ -106,8 +105,8 @@ class Mamba2(nnx.Module):
 
         def function(tiles, parameters, valid):
             (y, z), (weight,) = tiles, parameters
-            gated = y * z * sigmoid(z)
-            return (gated * lax.rsqrt(jnp.sum(gated * gated, axis=1, keepdims=True) / F + eps) * weight[None, :],)
+            gated = y * silu(z)
+            return (gated * rsqrt(jnp.sum(gated * gated, axis=1, keepdims=True) / F + eps) * weight[None, :],)
 
         out = rowwise(function, (y.reshape(rows), gate.reshape(rows)), (self.norm.weight.reshape(G, F),), (gate.dtype,))[0]
         return self.out_proj(out.reshape(B, T, E))

@@ -137,12 +137,12 @@ def test_products_in_kernels_stay_on_tensor_cores_whatever_the_precision_of_floa
     assert not slow, slow[:2]
 
 
-@pytest.mark.parametrize("name", ["exp", "rsqrt", "sigmoid"])
+@pytest.mark.parametrize("name", ["exp", "rsqrt", "sigmoid", "silu"])
 def test_functions_of_kernels_have_the_derivatives_of_what_they_stand_for(name: str):
     from smedjan_jax.kernels import special
 
     x = jnp.linspace(0.1, 5.0, 50) * (1 if name == "rsqrt" else jnp.resize(jnp.asarray([1.0, -1.0]), 50))
-    twin = {"exp": jnp.exp, "rsqrt": jax.lax.rsqrt, "sigmoid": jax.nn.sigmoid}[name]
+    twin = {"exp": jnp.exp, "rsqrt": jax.lax.rsqrt, "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}[name]
     found, wanted = ([f(x), jax.vmap(jax.grad(f))(x)] for f in (getattr(special, name), twin))
     demand([Difference(what, relative_l2(a, b), 1e-6) for what, a, b in zip(("value", "slope"), found, wanted, strict=True)])
 
