@@ -34,7 +34,6 @@ from smedjan_jax.kernels.tiles import (
     FLOAT32,
     SHARED_BYTES,
     SMALLEST,
-    Launch,
     borders_at,
     call,
     decay_gradient,
@@ -72,8 +71,9 @@ def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
     C = plan.chunk
     forward = width * C * (K + V) * (Q + 1)
     return plan._replace(
-        forward=fitting(Launch(4, 3 if R > 1 else 2), forward),
+        forward=fitting(plan.forward, forward),
         backward=fitting(plan.backward, step(C)),
+        values=fitting(plan.values, 2 * width * C * (K + V)),
         pieces=fitting(plan.pieces, width * 2 * V * (C + K)),
     )
 

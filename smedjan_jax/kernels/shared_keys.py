@@ -1,9 +1,12 @@
 """What the sweeps of scalar_decay.py share with those of many values that share a query and a key, and these.
 
 Mamba-2 brings a step for each value, which scales it, and a skip for each head, which adds the value itself to the output; both are done
-inside of the kernels: steps in the columns of the products of queries and keys and in what decays a key to the chunk's end, so that
-no scaled values are made. Backward, what a chunk leaves to later ones is <value, its gradient> as much as <key, its gradient>, so that
-queries and keys are gone through for all values of a chunk together.
+inside of the kernels: steps in the exponents of the decays that leave a position, so that no scaled values are made. Backward, what a chunk
+leaves to later ones is <value, its gradient> as much as <key, its gradient>, so that queries and keys are gone through for all values of a
+chunk together.
+
+Programs of all heads of a row run side by side: they read the same queries and keys, and their values lie together in memory. An array is
+read where it is needed: loads are in flight long before, and what is read at once lies in registers at once.
 
 Shapes: as in scalar_decay.py; vectors here are [B, H, T], a head's numbers side by side.
 """
@@ -17,41 +20,46 @@ from jax.experimental import pallas as pl
 
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
+    LOG2_E,
+    NEVER,
+    Borders,
     Launch,
     borders_at,
-    bounded_decays,
     call,
     chunk_specs,
     documents_or_none,
     dot,
-    edge_decays,
+    exp2,
     of_chunks,
     of_head,
+    only,
     partial,
     row_sums,
     seen_turned,
     walk,
-    walk_numbers,
     whole_specs,
 )
+
+HIGHEST = 60.0  # an exponent of two that is finite, and above those of all steps
 
 
 class Scale(NamedTuple):
     """Values become step * value, and skip * value is added to the outputs, float32."""
 
-    step: jax.Array  # [B, T, G, R]
+    step: jax.Array  # [B, T, G, R], none below 0; where one is 0 so is its gradient
     skip: jax.Array  # [G, R]
 
 
 class Plan(NamedTuple):
-    """How a problem is run. segments 0: as many as fill the GPU."""
+    """How a problem is run. segments 0: as many as fill the GPU; parts: of K, in the gradients of queries and keys that values share."""
 
     chunk: int = 64
     segments: int = 0
     forward: Launch = Launch(4, 2)
     backward: Launch = Launch(4, 2)
-    values: Launch = Launch(4, 1)
-    pieces: Launch = Launch(8, 3)
+    values: Launch = Launch(4, 2)
+    pieces: Launch = Launch(8, 2)
+    parts: int = 1
 
 
 def scale_inputs(scale: Scale | None, vector: pl.BlockSpec) -> tuple[list[jax.Array], list[pl.BlockSpec], bool]:
@@ -85,21 +93,42 @@ def unscaled(dvalue, value, out, step, skip, dstep, at, dskip):
     return dvalue * step[:, None] + skip * out, dskip + jnp.sum(row_sums(value, out.astype(FLOAT32)))
 
 
-def shared_sweep(q, k, v, total, scale, state, docs: Any, plan: Plan) -> Any:
-    """What `_sweep` of scalar_decay.py gives, for R values that share a query and a key."""
-    (B, T, G, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
-    docs, masked = documents_or_none(docs)
-    scale, n = _turned(scale), T // C
-    factors, places, scaled = scale_inputs(scale, _vector(T))
-    kernel = partial(_shared_sweep_kernel, C=C, n=n, masked=masked, scaled=scaled)
-    specs = [heads_of(T, K, G, H), heads_of(T, K, G, H), walk(T, V), _vector(T), *places, of_head(K, V), *whole_specs(masked, T, n)]
-    outputs = [(v.shape, v.dtype, walk(T, V)), ((B, H, n, K, V), v.dtype, of_chunks(n, K, V)), ((B, H, K, V), FLOAT32, of_head(K, V))]
-    return call(kernel, plan.forward, (B, H), [q, k, v, total.swapaxes(1, 2), *factors, state, *docs], specs, outputs)
+class _Exponents(NamedTuple):
+    """Powers of two [B, H, T]: a decay from j to i >= j times j's step is 2^(late_i - early_j)."""
+
+    late: jax.Array
+    early: jax.Array
 
 
-def _turned(scale: Scale | None) -> Scale | None:
-    """Steps [B, H, T]."""
-    return scale and scale._replace(step=scale.step.swapaxes(1, 2))
+def _exponents(total: jax.Array, scale: Scale | None) -> _Exponents:
+    late = total.swapaxes(1, 2) * LOG2_E
+    return _Exponents(late, late if scale is None else late - jnp.log2(scale.step.swapaxes(1, 2)))
+
+
+class _Edges(NamedTuple):
+    """What stands in tiles.Decays beside `between`, with the steps in `end`."""
+
+    start: jax.Array  # [C]
+    end: jax.Array  # [C]
+    whole: jax.Array
+
+
+def _edges(late: jax.Array, early: jax.Array, last: jax.Array, b: Borders) -> _Edges:
+    whole = exp2(last) if b.keeps is None else jnp.where(b.keeps, exp2(last), 0.0)
+    end = exp2(last - early if b.writes is None else jnp.where(b.writes, last - early, NEVER))
+    return _Edges(only(b.reads, exp2(late)), end, whole)
+
+
+def _skips(scale: Scale | None) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """Skips [H, 1], or a dummy, and their spec."""
+    if scale is None:
+        return [jnp.zeros((1, 1), FLOAT32)], [pl.BlockSpec((None, 1), lambda *_: (0, 0))]
+    return [scale.skip], [pl.BlockSpec((None, 1), lambda b, h: (h, 0))]
+
+
+def _shared_key(T: int, K: int, R: int) -> pl.BlockSpec:
+    """[B, T, G, K], for a program (b, h)."""
+    return pl.BlockSpec((None, T, None, K), lambda b, h: (b, 0, h // R, 0))
 
 
 def _vector(T: int) -> pl.BlockSpec:
@@ -107,22 +136,34 @@ def _vector(T: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, T), lambda b, h: (b, h, 0))
 
 
-def _shared_sweep_kernel(q, k, v, total, step, skip, state, documents, edges, o, states, last, *, C, n, masked, scaled):
+def shared_sweep(q, k, v, total, scale, state, docs: Any, plan: Plan) -> Any:
+    """What `_sweep` of scalar_decay.py gives, for R values that share a query and a key."""
+    (B, T, G, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
+    docs, masked = documents_or_none(docs)
+    n, key, (skips, places) = T // C, _shared_key(T, K, H // G), _skips(scale)
+    kernel = partial(_shared_sweep_kernel, C=C, n=n, masked=masked, scaled=scale is not None)
+    specs = [key, key, walk(T, V), _vector(T), _vector(T), *places, of_head(K, V), *whole_specs(masked, T, n)]
+    outputs = [(v.shape, v.dtype, walk(T, V)), ((B, H, n, K, V), v.dtype, of_chunks(n, K, V)), ((B, H, K, V), FLOAT32, of_head(K, V))]
+    inputs = [q, k, v, *_exponents(total, scale), *skips, state, *docs]
+    return call(kernel, plan.forward, (B, H), inputs, specs, outputs, together=True)
+
+
+def _shared_sweep_kernel(q, k, v, late, early, skip, state, documents, edges, o, states, last, *, C, n, masked, scaled):
     def body(i, S):
         at = pl.ds(i * C, C)
-        query, key, own, here = q[at, 0, :], k[at, 0, :], v[at, :], total[at]
-        dtype = own.dtype
-        b = borders_at(C, i, documents, edges, masked)
-        start, end, whole = edge_decays(here, total[i * C + C - 1], b)
-        between = bounded_decays(here)
-        if scaled:
-            between, end = between * step[at][None, :], end * step[at]
+        query, key, dtype = q[at, :], k[at, :], v.dtype
+        b, behind, ahead = borders_at(C, i, documents, edges, masked), late[at], early[at]
+        e = _edges(behind, ahead, late[i * C + C - 1], b)
         small = S.astype(dtype)
         states[i] = small
-        scores = jnp.where(b.seen, dot(query, key, turn_b=True), 0.0)
-        out = dot(query, small) * start[:, None] + dot((scores * between).astype(dtype), own)
-        o[at, :] = (out + skip[0] * own if scaled else out).astype(o.dtype)
-        return whole * S + dot(key, (own * end[:, None]).astype(dtype), turn_a=True)
+        out = dot(query, small) * e.start[:, None]
+        # of pairs that are not seen the power may be anything
+        scores = dot(query, key, turn_b=True) * exp2(behind[:, None] - ahead[None, :])
+        inside = jnp.where(b.seen, scores, 0.0).astype(dtype)
+        own = v[at, :]
+        out = out + dot(inside, own)
+        o[at, :] = (out + skip[0] * own if scaled else out).astype(dtype)
+        return e.whole * S + dot(key, (own * e.end[:, None]).astype(dtype), turn_a=True)
 
     last[...] = lax.fori_loop(0, n, body, state[...])
 
@@ -133,97 +174,121 @@ def shared_back(q, k, v, total, scale, states, do, dlast, docs: Any, plan: Plan)
 
     Inside a chunk these are products with the sum of all slopes: one for each chunk, not one for each value.
     """
+    (B, T), H, C = q.shape[:2], v.shape[2], plan.chunk
+    exponents, n = _exponents(total, scale), T // C
+    dv, after, leaves, written, read, dstate, dskip = values_back(q, k, v, exponents, scale, do, dlast, docs, plan)
+    dq, dk, reads, kept = pieces(q, k, v, exponents, states, do, after, docs, plan)
+    flow = jnp.sum(leaves.reshape(B, H, n, C), axis=3) + jnp.sum(kept, axis=3)
+    change = jnp.sum(reads, axis=1) + read - written
+    dscale = ()
+    if scale is not None:
+        step = scale.step.swapaxes(1, 2)
+        dscale = jnp.where(step > 0, written / step, 0.0).swapaxes(1, 2), jnp.sum(dskip, axis=2, keepdims=True)
+    return dq, dk, dv, change.swapaxes(1, 2), flow[..., None], dstate, *dscale
+
+
+def values_back(q, k, v, exponents: _Exponents, scale, do, dlast, docs: Any, plan: Plan) -> Any:
+    """dv; the gradients of the states after the chunks [B, H, n, K, V]; for each position [B, H, T], <value, its gradient> through the
+    state that goes out, and in all, and what it reads inside of the chunk; the gradient of the state; <value, gradient of the output> of
+    the positions of a chunk [B, H, C], summed over the chunks.
+
+    What is read and what is written inside of a chunk are of the same numbers, so that over the chunk they add up to the same.
+    """
     (B, T, G, K), (H, V), C = q.shape, v.shape[2:], plan.chunk
     docs, masked = documents_or_none(docs)
-    total, scale, n, R = total.swapaxes(1, 2), _turned(scale), T // C, H // G
-    factors, places, scaled = scale_inputs(scale, _vector(T))
-    specs = [heads_of(T, K, G, H), heads_of(T, K, G, H), walk(T, V), _vector(T), *places, walk(T, V), of_head(K, V)]
-    outputs = [(v.shape, v.dtype, walk(T, V)), ((B, H, n, K, V), v.dtype, of_chunks(n, K, V)), ((B, H, T), FLOAT32, _vector(T))]
-    outputs += [((B, H, n, 1), FLOAT32, walk_numbers(n)), ((B, H, K, V), FLOAT32, of_head(K, V))]
-    outputs += scale_outputs(scaled, B, H, (B, H, T), _vector(T))
-    kernel = partial(_values_back_kernel, C=C, n=n, masked=masked, scaled=scaled)
-    inputs = [q, k, v, total, *factors, do, dlast, *docs]
-    found = call(kernel, plan.values, (B, H), inputs, [*specs, *whole_specs(masked, T, n)], outputs)
-    dv, after, less, leaves, dstate, *dscale = found
-    if scaled:
-        dscale[0] = dscale[0].swapaxes(1, 2)
-
-    shared = pl.BlockSpec((None, C, None, K), lambda b, g, i: (b, i, g, 0))
-    several = pl.BlockSpec((None, C, R, V), lambda b, g, i: (b, i, g, 0))
-    vectors = pl.BlockSpec((None, R, C), lambda b, g, i: (b, g, i))
-    matrices = pl.BlockSpec((None, R, None, K, V), lambda b, g, i: (b, g, i, 0, 0))
-    specs = [shared, shared, several, vectors, vectors if scaled else places[0], matrices, several, matrices, *chunk_specs(masked, C, n)]
+    n, key, (skips, places) = T // C, _shared_key(T, K, H // G), _skips(scale)
+    specs = [key, key, walk(T, V), _vector(T), _vector(T), *places, walk(T, V), of_head(K, V), *whole_specs(masked, T, n)]
     outputs = [
-        *((q.shape, q.dtype, shared), (k.shape, k.dtype, shared)),
-        ((B, H, T), FLOAT32, vectors),
-        ((B, H, n, 1), FLOAT32, pl.BlockSpec((None, R, None, 1), lambda b, g, i: (b, g, i, 0))),
+        *((v.shape, v.dtype, walk(T, V)), ((B, H, n, K, V), v.dtype, of_chunks(n, K, V))),
+        *[((B, H, T), FLOAT32, _vector(T))] * 3,
+        ((B, H, K, V), FLOAT32, of_head(K, V)),
+        ((B, H, C), FLOAT32, _vector(C)),
     ]
-    kernel = partial(_shared_pieces_kernel, C=C, R=R, masked=masked, scaled=scaled)
-    inputs = [q, k, v, total, factors[0], states, do, after, *docs]
-    dq, dk, more, kept = call(kernel, plan.pieces, (B, G, n), inputs, specs, outputs)
-    return dq, dk, dv, (more - less).swapaxes(1, 2), kept + leaves, dstate, *dscale
+    kernel = partial(_values_back_kernel, C=C, n=n, masked=masked, scaled=scale is not None)
+    inputs = [q, k, v, *exponents, *skips, do, dlast, *docs]
+    return call(kernel, plan.values, (B, H), inputs, specs, outputs, together=True)
 
 
-def _values_back_kernel(q, k, v, total, step, skip, do, dlast, documents, edges, *outputs, C, n, masked, scaled):
-    dv, after, less, leaves, dstate, *dscale = outputs
+def _values_back_kernel(q, k, v, late, early, skip, do, dlast, documents, edges, *outputs, C, n, masked, scaled):
+    dv, after, leaves, written, read, dstate, dskip = outputs
 
     def body(m, carried):
-        (dS, dskip), i = carried, n - 1 - m
+        (dS, skipped), i = carried, n - 1 - m
         at = pl.ds(i * C, C)
-        query, key, own, out = q[at, 0, :], k[at, 0, :], v[at, :], do[at, :]
-        dtype = out.dtype
-        here = total[at]
-        b = borders_at(C, i, documents, edges, masked)
-        start, end, whole = edge_decays(here, total[i * C + C - 1], b)
+        query, key, dtype = q[at, :], k[at, :], v.dtype
+        b, behind, ahead = borders_at(C, i, documents, edges, masked), late[at], early[at]
+        e = _edges(behind, ahead, late[i * C + C - 1], b)
+        # of keys and queries: the values are the rows
+        scores = dot(key, query, turn_b=True) * exp2(behind[None, :] - ahead[:, None])
+        inside = jnp.where(seen_turned(b, C), scores, 0.0).astype(dtype)
         small = dS.astype(dtype)
         after[i] = small
-        # of keys and queries: the values are the rows
-        inside = (jnp.where(seen_turned(b, C), dot(key, query, turn_b=True), 0.0) * bounded_decays(here, turn=True)).astype(dtype)
-        through = dot(key, small) * end[:, None]
+        own = v[at, :]
+        through = dot(key, small) * e.end[:, None]
+        leaves[at] = row_sums(own, through)
+        out = do[at, :]
         dvalue = through + dot(inside, out)
-        leaving = row_sums(own, through)
+        written[at] = row_sums(own, dvalue)
+        read[at] = row_sums(out, dot(inside, own, turn_a=True))
         if scaled:
-            rate = step[at]
-            dscale[0][at] = row_sums(own, dvalue)
-            dskip = dskip + jnp.sum(row_sums(own, out.astype(FLOAT32)))
-            leaving, dvalue = leaving * rate, dvalue * rate[:, None] + skip[0] * out
+            skipped, dvalue = skipped + row_sums(own, out.astype(FLOAT32)), dvalue + skip[0] * out
         dv[at, :] = dvalue.astype(dtype)
-        less[at] = leaving
-        leaves[i, 0] = jnp.sum(leaving)
-        return whole * dS + dot(query, (out * start[:, None]).astype(dtype), turn_a=True), dskip
+        return e.whole * dS + dot(query, (out * e.start[:, None]).astype(dtype), turn_a=True), skipped
 
-    dstate[...], dskip = lax.fori_loop(0, n, body, (dlast[...], jnp.float32(0)))
-    if scaled:
-        dscale[1][0] = dskip
+    dstate[...], dskip[...] = lax.fori_loop(0, n, body, (dlast[...], jnp.zeros((C,), FLOAT32)))
 
 
-def _shared_pieces_kernel(q, k, v, total, step, states, do, after, documents, edges, *outputs, C, R, masked, scaled):
-    dq, dk, more, kept = outputs
-    query, key = q[...], k[...]
-    dtype = key.dtype
+def pieces(q, k, v, exponents: _Exponents, states, do, after, docs: Any, plan: Plan) -> Any:
+    """dq, dk, what positions read of the state that comes in [B, parts, H, T], and <state, its gradient> over each chunk for each row of
+    the state [B, H, n, K]."""
+    (B, T, G, K), (H, V), C, P = q.shape, v.shape[2:], plan.chunk, plan.parts
+    docs, masked = documents_or_none(docs)
+    n, R, N = T // C, H // G, K // P
+    shared = pl.BlockSpec((None, C, None, N), lambda x, g, i: (x // P, i, g, x % P))
+    several = pl.BlockSpec((None, C, R, V), lambda x, g, i: (x // P, i, g, 0))
+    vectors = pl.BlockSpec((None, R, C), lambda x, g, i: (x // P, g, i))
+    matrices = pl.BlockSpec((None, R, None, N, V), lambda x, g, i: (x // P, g, i, x % P, 0))
+    specs = [shared, shared, several, vectors, vectors, matrices, several, matrices, *_of_parts(chunk_specs(masked, C, n), P)]
+    outputs = [
+        *((q.shape, q.dtype, shared), (k.shape, k.dtype, shared)),
+        ((B, P, H, T), FLOAT32, pl.BlockSpec((None, None, R, C), lambda x, g, i: (x // P, x % P, g, i))),
+        ((B, H, n, K), FLOAT32, pl.BlockSpec((None, R, None, N), lambda x, g, i: (x // P, g, i, x % P))),
+    ]
+    kernel = partial(_shared_pieces_kernel, C=C, R=R, masked=masked)
+    return call(kernel, plan.pieces, (B * P, G, n), [q, k, v, *exponents, states, do, after, *docs], specs, outputs)
+
+
+def _of_parts(specs: list[pl.BlockSpec], P: int) -> list[pl.BlockSpec]:
+    def turned(at: Any) -> Any:
+        return lambda x, g, i: at(x // P, g, i)
+
+    return [pl.BlockSpec(spec.block_shape, turned(spec.index_map)) for spec in specs]
+
+
+def _shared_pieces_kernel(q, k, v, late, early, states, do, after, documents, edges, *outputs, C, R, masked):
+    dq, dk, reads, kept = outputs
+    query = q[...]
+    dtype = query.dtype
     b = borders_at(C, pl.program_id(2), documents, edges, masked, whole=False)
-    scores = jnp.where(b.seen, dot(query, key, turn_b=True), 0.0)
 
     def body(r, sums):
-        own, out, S, dS = v[:, r, :], do[:, r, :], states[r], after[r]
-        here = total[r]
-        start, end, whole = edge_decays(here, total[r, C - 1], b)
-        between = bounded_decays(here)
-        if scaled:
-            rate = step[r]
-            between, end = between * rate[None, :], end * rate
-        slope = dot(out, own, turn_b=True) * between
-        owed = (out * start[:, None]).astype(dtype)
-        dquery = dot(owed, S, turn_b=True)
-        # what a position reads inside of the chunk less what is read of it, of the same numbers: over the chunk they add up to zero
-        within = slope * scores
-        more[r] = jnp.sum(within, axis=1) - jnp.sum(within, axis=0) + row_sums(query, dquery)
-        kept[r, 0] = whole * jnp.sum(S.astype(FLOAT32) * dS)
-        dkey = dot((own * end[:, None]).astype(dtype), dS, turn_b=True)
-        return sums[0] + dquery, sums[1] + dkey, sums[2] + slope
+        dquery, dkey, slopes = sums
+        behind, ahead = late[r], early[r]
+        e = _edges(behind, ahead, late[r, C - 1], b)
+        S, dS = states[r], after[r]
+        kept[r] = e.whole * row_sums(S, dS.astype(FLOAT32))
+        out = do[:, r, :]
+        owed = out * e.start[:, None]
+        reads[r] = row_sums(owed, dot(query, S))
+        dquery = dquery + dot(owed.astype(dtype), S, turn_b=True)
+        own = v[:, r, :]
+        dkey = dkey + dot((own * e.end[:, None]).astype(dtype), dS, turn_b=True)
+        # of pairs that are not seen it is finite
+        slope = dot(out, own, turn_b=True) * exp2(jnp.minimum(behind[:, None] - ahead[None, :], HIGHEST))
+        return dquery, dkey, slopes + slope
 
     zeros = jnp.zeros(query.shape, FLOAT32)
     dquery, dkey, slopes = lax.fori_loop(0, R, body, (zeros, zeros, jnp.zeros((C, C), FLOAT32)))
     slopes = jnp.where(b.seen, slopes, 0.0).astype(dtype)
-    dq[...] = (dquery + dot(slopes, key)).astype(dtype)
+    dq[...] = (dquery + dot(slopes, k[...])).astype(dtype)
     dk[...] = (dkey + dot(slopes, query, turn_a=True)).astype(dtype)

@@ -58,12 +58,12 @@ def call(
 ) -> Any:
     """pallas_call of `kernel` over `grid`; inputs beside their BlockSpecs, outputs as (shape, dtype, BlockSpec).
 
-    aliases: number of an input -> number of the output that is written over it. together: of a grid (b, h, i), programs of all h at one
+    aliases: number of an input -> number of the output that is written over it. together: of a grid (b, h[, i]), programs of all h at one
     place run side by side, and what they read at one time lies together in memory; the kernel finds i with `place`. The first axis is the
     one whose programs do so otherwise.
     """
     if together:
-        grid, specs = (grid[1], grid[2], grid[0]), [_turned(spec) for spec in specs]
+        grid, specs = (*grid[1:], grid[0]), [_turned(spec) for spec in specs]
         outputs = [(shape, dtype, _turned(spec)) for shape, dtype, spec in outputs]
     how: dict[str, Any] = {"interpret": True, "name": getattr(kernel, "func", kernel).__name__.strip("_")}
     if jax.default_backend() != "cpu":
@@ -77,7 +77,7 @@ def call(
 
 def _turned(spec: pl.BlockSpec) -> pl.BlockSpec:
     at: Any = spec.index_map
-    return pl.BlockSpec(spec.block_shape, lambda h, i, b: at(b, h, i))
+    return pl.BlockSpec(spec.block_shape, lambda *there: at(there[-1], *there[:-1]))
 
 
 def place() -> Any:
@@ -187,22 +187,9 @@ class Decays(NamedTuple):
 def decays(total: jax.Array, last: jax.Array, b: Borders) -> Decays:
     """Of running sums [C] float32, the last of which is `last`."""
     between = exp(jnp.where(b.seen, total[:, None] - total[None, :], NEVER))
-    return Decays(between, *edge_decays(total, last, b))
-
-
-def bounded_decays(total: jax.Array, turn: bool = False) -> jax.Array:
-    """`between` of Decays (turned over: from the row to the column) but for the pairs that are not seen, which are left to whoever hides
-    them in the other factor; finite and at most 1 everywhere."""
-    total = total * LOG2_E
-    later, earlier = (total[None, :], total[:, None]) if turn else (total[:, None], total[None, :])
-    return exp2(jnp.minimum(later - earlier, 0.0))
-
-
-def edge_decays(total: jax.Array, last: jax.Array, b: Borders) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`start`, `end` and `whole` of Decays alone."""
     whole = exp(last) if b.keeps is None else jnp.where(b.keeps, exp(last), 0.0)
     end = exp(last - total if b.writes is None else jnp.where(b.writes, last - total, NEVER))
-    return only(b.reads, exp(total)), end, whole
+    return Decays(between, only(b.reads, exp(total)), end, whole)
 
 
 def running_sums(log_decay: jax.Array, documents: jax.Array | None, C: int) -> jax.Array:
