@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from smedjan_jax.kernels.special import exp
 from smedjan_jax.kernels.tiles import FLOAT32, Launch, call, dot, partial
 
 FORWARD, BACKWARD = Launch(4, 1), Launch(4, 1)
@@ -125,7 +126,7 @@ def _forward_kernel(query, key, value, slots, start, count, out, lse, *, S, E, T
         scores = dot(query[row, :], k, turn_b=True) * scale
         scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
         largest = jnp.max(scores, axis=1)
-        powers = jnp.exp(scores - largest[:, None])
+        powers = exp(scores - largest[:, None])
         total = jnp.sum(powers, axis=1)
         out[slot, :] = (dot(powers.astype(v.dtype), v) / total[:, None]).astype(out.dtype)
         lse[slot] = largest + jnp.log(total)
@@ -149,7 +150,7 @@ def _backward_kernel(query, key, value, slots, start, count, do, total, owed, dq
 
     def tile(slot, row, seen, sums):
         q, out = query[row, :], do[row, :]
-        weights = jnp.exp(dot(q, k, turn_b=True) * scale - total[row][:, None])
+        weights = exp(dot(q, k, turn_b=True) * scale - total[row][:, None])
         weights = jnp.where(seen, weights, 0.0)
         slopes = (weights * (dot(out, v, turn_b=True) - owed[row][:, None]) * scale).astype(q.dtype)
         dq[slot, :] = dot(slopes, k).astype(dq.dtype)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from smedjan_jax.kernels.special import exp
 from smedjan_jax.kernels.tiles import FILLED, FLOAT32, Launch, call, dot, partial, power_of_two
 
 LOWEST = -1e30  # of a score that is not seen: not -inf, whose differences are not numbers
@@ -102,7 +103,7 @@ def _kernel(position, active, query, new_key, new_value, key, value, key_out, va
         seen = (behind > 0) & (behind <= at) & (behind < reach)
         scores = jnp.where(seen if L % C == 0 else seen & (entries >= block * C), scores, LOWEST)
         larger = jnp.maximum(most, jnp.max(scores, axis=1))
-        weights, kept = jnp.exp(scores - larger[:, None]), jnp.exp(most - larger)
+        weights, kept = exp(scores - larger[:, None]), exp(most - larger)
         mixed = mixed * kept[:, None] + dot(weights.astype(q.dtype), value[span, :])
         return larger, total * kept + jnp.sum(weights, axis=1), mixed
 
