@@ -31,9 +31,11 @@ from smedjan_jax.kernels.shared_keys import (
     unscaled,
 )
 from smedjan_jax.kernels.tiles import (
+    FILLED,
     FLOAT32,
     SHARED_BYTES,
     SMALLEST,
+    Launch,
     borders_at,
     call,
     decay_gradient,
@@ -54,10 +56,16 @@ from smedjan_jax.kernels.tiles import (
     whole_specs,
 )
 
+PART = 64  # of the features of queries and keys, in the gradients of those that values share
+
 
 def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
     """What was fastest on an H100 (of values that share a key on an H200), with smaller chunks and fewer loads in flight where shared
     memory would not hold them.
+
+    Of Mamba-2 (64 x 1024 positions, 16 heads of 64, state 128), microseconds: the sweep 284 with three loads in flight, 290 with two, 334
+    with one and 496 on 8 warps; back, the values 377 with two, 474 with one, 516 with three and 708 on 8 warps; queries and keys 299 in
+    two parts, 309 and 401 in one on 8 warps (three and two loads in flight). Chunks of 128 positions: 368, 628 and 546 at best.
 
     width: bytes of a number.
     """
@@ -65,7 +73,7 @@ def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
     def step(C: int) -> int:  # of the backward sweep, which reads queries and the outputs' gradients twice
         return width * (C * (2 * Q + 1) * (K + V) + K * V)
 
-    plan = Plan(64 if width == 2 else 32)
+    plan = Plan(64 if width == 2 else 32, forward=Launch(4, 3 if R > 1 else 2), parts=max(1, K // PART))
     while step(plan.chunk) > SHARED_BYTES and plan.chunk > SMALLEST:
         plan = plan._replace(chunk=plan.chunk // 2)
     C = plan.chunk
@@ -74,8 +82,14 @@ def _plan(width: int, Q: int, R: int, K: int, V: int) -> Plan:
         forward=fitting(plan.forward, forward),
         backward=fitting(plan.backward, step(C)),
         values=fitting(plan.values, 2 * width * C * (K + V)),
-        pieces=fitting(plan.pieces, width * 2 * V * (C + K)),
+        pieces=fitting(plan.pieces, width * 2 * V * (C + K // plan.parts)),
     )
+
+
+def _segments(programs: int, T: int, R: int) -> int:
+    """Sweeps of values that share a key fill a GPU with two programs for each of its processors: 8 x 8192 positions of Mamba-2 take 1,148
+    microseconds in two segments, 1,320 in one."""
+    return fill_segments(programs, T, 2 * FILLED if R > 1 else FILLED)
 
 
 def scalar_decay(
@@ -97,7 +111,7 @@ def scalar_decay(
     assert scale is None or Q == 1, "several queries of scaled values"
     plan = plan or _plan(value.dtype.itemsize, Q, R, power_of_two(K), power_of_two(V))
     H, C, wide_K, wide_V = G * R, plan.chunk, power_of_two(K), power_of_two(V)
-    N = plan.segments or fill_segments(B * H, T)
+    N = plan.segments or _segments(B * H, T, R)
     size = N * C * -(-T // (N * C))
     query, key, value = (padded(x.astype(value.dtype), -1, w) for x, w in ((query, wide_K), (key, wide_K), (value, wide_V)))
     query, key, value, log_decay = (padded(x, 1, size) for x in (query, key, value, log_decay))
@@ -172,7 +186,8 @@ def _sum(k: jax.Array, v: jax.Array, total: jax.Array, scale: Any, docs: Any, pl
     factors, places, scaled = scale_inputs(scale, walk_vector(T))
     kernel = partial(_sum_kernel, C=C, n=n, masked=masked, back=back, count=count, scaled=scaled)
     specs = [heads_of(T, K, heads, H), heads_of(T, V, H * count, H), walk_vector(T), *places, *whole_specs(masked, T, n)]
-    return call(kernel, plan.forward, (B, H), [k, v, total, *factors, *docs], specs, [((B, H, K, V), FLOAT32, of_head(K, V))])[0]
+    outputs = [((B, H, K, V), FLOAT32, of_head(K, V))]
+    return call(kernel, plan.forward, (B, H), [k, v, total, *factors, *docs], specs, outputs, together=True)[0]
 
 
 def _sum_kernel(k, v, total, step, skip, documents, edges, out, *, C, n, masked, back, count, scaled):
@@ -202,7 +217,7 @@ def _sweep(q: jax.Array, k: jax.Array, v: jax.Array, total: jax.Array, scale: An
         ((B, H, K, V), FLOAT32, of_head(K, V)),
     ]
     specs = [*rows, *places, of_head(K, V), *whole_specs(masked, T, n)]
-    return call(kernel, plan.forward, (B, H), [q, k, v, total, *factors, state, *docs], specs, outputs)
+    return call(kernel, plan.forward, (B, H), [q, k, v, total, *factors, state, *docs], specs, outputs, together=True)
 
 
 def _sweep_kernel(q, k, v, total, step, skip, state, documents, edges, o, states, last, *, C, n, masked, count, scaled):
@@ -243,7 +258,8 @@ def _sweep_back(q, k, v, total, scale, states, do, dlast, docs: Any, plan: Plan)
         ((B, H, K, V), FLOAT32, of_head(K, V)),
         *scale_outputs(scaled, B, H, (B, T, H), walk_vector(T)),
     ]
-    return call(kernel, plan.backward, (B, H), [q, k, v, total, *factors, states, do, dlast, *docs], specs, outputs)
+    inputs = [q, k, v, total, *factors, states, do, dlast, *docs]
+    return call(kernel, plan.backward, (B, H), inputs, specs, outputs, together=True)
 
 
 def _sweep_back_kernel(q, k, v, total, step, skip, states, do, dlast, documents, edges, *outputs, C, n, masked, count, scaled):

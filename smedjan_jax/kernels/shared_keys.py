@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     forward: Launch = Launch(4, 2)
     backward: Launch = Launch(4, 2)
     values: Launch = Launch(4, 2)
-    pieces: Launch = Launch(8, 2)
+    pieces: Launch = Launch(4, 3)
     parts: int = 1
 
 

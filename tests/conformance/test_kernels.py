@@ -33,7 +33,7 @@ WITH_KERNELS = [name for name, row in MIXERS.items() if row.training is Chunked]
 SMALL = {
     "linear-groups-documents-odd": ("linear", {"chunk": 16, "segments": 1}, {"B": 1, "T": 37, "K": 8, "V": 9, "Q": 2}, True),
     "linear-segments": ("linear", {"chunk": 16, "segments": 2}, {"B": 1, "T": 50, "K": 8, "V": 8}, True),
-    "ssm-segments-documents-odd": ("ssm", {"chunk": 16, "segments": 2}, {"B": 1, "T": 37, "K": 8, "V": 9, "R": 3}, True),
+    "ssm-segments-documents-odd": ("ssm", {"chunk": 16, "segments": 2, "parts": 2}, {"B": 1, "T": 37, "K": 8, "V": 9, "R": 3}, True),
     "gated-deltanet-halves-parts-odd": ("gated-deltanet", {"chunk": 32, "parts": 2}, {"B": 1, "T": 37, "K": 8, "V": 32}, True),
     "gated-deltanet-segments": (
         "gated-deltanet",
