@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from smedjan_jax.kernels.special import LOG2_E, exp2
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
-    LOG2_E,
     NEVER,
     Borders,
     Launch,
@@ -29,7 +29,6 @@ from smedjan_jax.kernels.tiles import (
     chunk_specs,
     documents_or_none,
     dot,
-    exp2,
     of_chunks,
     of_head,
     only,

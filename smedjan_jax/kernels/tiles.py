@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from smedjan_jax.kernels.compat import plgpu
-from smedjan_jax.kernels.special import LOG2_E, exp, exp2
+from smedjan_jax.kernels.special import exp
 
 FLOAT32 = jnp.float32
 SHARED_BYTES = 200 << 10  # of a multiprocessor, with something left for operands: an H100 has 227 KiB
