@@ -25,10 +25,11 @@ from smedjan_common.training.mesh import ONE_DEVICE, MeshShape, check_mesh
 from smedjan_common.training.objectives import OBJECTIVES, Counts, Rows
 from smedjan_common.training.optimizers import EMA, check_state
 from smedjan_common.training.precision import PRECISIONS, compute_dtype
-from smedjan_jax import adapters, experts, held, kernels, optim, products, sharding
+from smedjan_jax import adapters, experts, held, kernels, optim, sharding
 from smedjan_jax.checkpoint import Orbax
 from smedjan_jax.decoder import JaxDecoder, decoder_class
 from smedjan_jax.distillation import distilled_cross_entropy
+from smedjan_jax.float8 import refuse_float8
 from smedjan_jax.guard import guarded
 from smedjan_jax.loss import cross_entropy, cross_entropy_by_kernel, forward_loss, token_losses
 from smedjan_jax.mixers.attention import refuse_fused
@@ -94,6 +95,8 @@ class JaxBackend:
         model, train, dtype = self.model, self.train, compute_dtype(self.train.dtype)
         if train.kernels == "auto":
             held.ask(model, dtype, train.seq_len)
+            if kernels.for_float8(train, self.mesh.size):
+                held.float8(dtype)
         attention = "reproducible" if train.deterministic and train.attention == "auto" else train.attention
         told = kernels.summary(train.kernels, model, dtype), kernels.blocks_summary(attention, model, dtype, train.seq_len)
         return ", ".join(filter(None, told))
@@ -381,7 +384,7 @@ class JaxBackend:
 def training_backend(model: ModelConfig, train: TrainConfig, mesh: MeshShape | None = ONE_DEVICE) -> JaxBackend:
     """The backend of a run. Raises ConfigError where --attention fused or --dtype float8 cannot run, as the first step would find."""
     if PRECISIONS[train.dtype].float8:
-        products.refuse_float8()
+        refuse_float8()
     if train.attention == "fused":
         sizes = {"attention": model.head_dim, "mla": model.head_dim + rope_dim(model)}
         for name in sizes.keys() & set(model.mixer):

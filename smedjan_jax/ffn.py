@@ -30,6 +30,13 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(params, f"{name}.down_proj")
 
     def __call__(self, x: jax.Array, carried: Carried) -> tuple[jax.Array, Carried]:
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        if all(linear.float8 == "pallas" and linear.bias is None and linear.lora_a is None for linear in linears):
+            from smedjan_jax.swiglu import fits, swiglu_by_kernels
+
+            gate, up, down = (linear.weight for linear in linears)
+            if fits(x, gate):
+                return swiglu_by_kernels(x, (gate, up), down), carried
         return self.mix(self.project(x), carried)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,12 +24,14 @@ from smedjan_common.files.atomic_file import write_atomically
 from smedjan_common.model.mixers import gated_deltanet
 from smedjan_common.model.params import initial_params
 from smedjan_jax import kernels
+from smedjan_jax.ffn import swiglu
 from smedjan_jax.kernels import SHORTEST_RING
 from smedjan_jax.model import Model
+from smedjan_jax.products import linear
 
 LENGTH, ROWS = 200, 2  # no multiple of a chunk; several documents in each row
 SLACK = 2.0, 2e-3  # how much farther from float32 a kernel may be than the plain form of its dtype: times, and plus
-DECODING = "decoding"  # the name of its kernel, beside those of mixers
+DECODING, FLOAT8 = "decoding", "float8"  # names of their kernels, beside those of mixers
 DRAWS = 4  # of tokens and weights, taken together: a sum of a few values over all positions cancels in one of them by chance
 
 
@@ -54,6 +56,14 @@ def decoding(model: ModelConfig, dtype: str, entries: int) -> bool:
     if why := _reason(DECODING, layer, dtype):
         notice(f"the kernel of decoding is not taken on this device: {why}.")
     return not why
+
+
+def float8(dtype: str) -> None:
+    """Let no run take the kernels of float8 that are not their plain form here. dtype: in which it computes otherwise."""
+    feed = ModelConfig.build(vocab_size=64, layers=1, dim=128, heads=2, ffn_dim=192, context_length=LENGTH)
+    if why := _reason(FLOAT8, feed, dtype):
+        kernels.REFUSED.add(FLOAT8)
+        notice(f"the kernels of float8 are not taken on this device: {why}.")
 
 
 def small(mixer: str, model: ModelConfig) -> ModelConfig:
@@ -97,6 +107,8 @@ def _layers(mixer: str, model: ModelConfig, dtype: str, form: str) -> dict[str, 
     """What the layer gives, and the gradient of every parameter, of every draw [DRAWS, ...], on the host."""
     if mixer == DECODING:
         return _steps(model, dtype, form)
+    if mixer == FLOAT8:
+        return _fed(model, dtype, form)
     forms: dict[str, Any]
     if mixer == "block-sparse":
         forms = {"attention": "plain" if form == "plain" else "reproducible"}  # which is its kernel wherever that can run
@@ -133,6 +145,27 @@ def _steps(model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
     tokens = rng.integers(0, model.vocab_size, (len(positions), 1)).astype(np.int32)
     logits, after = step(params, tokens, {"position": jnp.asarray(positions), "layers": layers})
     return {"the output": np.asarray(logits)} | {f"the {name}": np.asarray(a, np.float32) for name, a in after["layers"][0].items()}
+
+
+def _fed(model: ModelConfig, dtype: str, form: str) -> dict[str, np.ndarray]:
+    """What a projection and SwiGLU give in float8 (form "plain" in float32: without it), and every gradient, on the host."""
+    from smedjan_jax.swiglu import swiglu_by_kernels
+
+    rng, D, F = np.random.default_rng(0), model.dim, model.ffn_dim
+    x, weight = (jnp.asarray(rng.standard_normal((256, D)), dtype) for _ in range(2))
+    weights = [jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32) for shape in ((D, D), (F, D), (F, D), (D, F))]
+    by = "pallas" if form == "kernel" else "" if dtype == "float32" else "plain"
+
+    def fed(x: jax.Array, first: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        x = linear(x, [first], by)
+        if form == "kernel":
+            return swiglu_by_kernels(x, (gate, up), down)
+        return linear(swiglu(linear(x, [gate], by), linear(x, [up], by)), [down], by)
+
+    y, pull = jax.jit(functools.partial(jax.vjp, fed))(x, *weights)
+    names = "the output", *(f"the gradient of {name}" for name in ("the input", "the projection", "gate", "up", "down"))
+    found = zip(names, (y, *pull(weight)), strict=True)
+    return {name: np.asarray(value, np.float32) for name, value in found}
 
 
 def _not_zero(rng: np.random.Generator, value: np.ndarray) -> jax.Array:

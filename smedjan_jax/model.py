@@ -25,7 +25,7 @@ from smedjan_common.model.rope import settled
 from smedjan_common.training.mesh import MeshShape
 from smedjan_common.training.precision import PRECISIONS, compute_dtype, multiplied_in_float8
 from smedjan_jax.ffn import ffn_class
-from smedjan_jax.kernels import chosen, for_norms
+from smedjan_jax.kernels import chosen, for_float8, for_norms
 from smedjan_jax.mixers import mixer_class
 from smedjan_jax.modules import Block, Carried, Context, Embedding, Linear, Params, RMSNorm, Rope
 
@@ -64,7 +64,7 @@ class Model(nnx.Module):
         if PRECISIONS[dtype].float8:
             for _, module in nnx.iter_modules(self.layers):
                 if isinstance(module, Linear):
-                    module.float8 = multiplied_in_float8(module.weight.shape)
+                    module.float8 = "plain" if multiplied_in_float8(module.weight.shape) else ""
         self.norm = RMSNorm(params, "norm", config.norm_eps)
         self.head = self.embed if config.tied_head else Embedding(params, "head")
 
@@ -138,10 +138,15 @@ class Model(nnx.Module):
 
 
 def folded(model: Model, train: TrainConfig, mesh: MeshShape) -> Model:
-    """The model of a training step, the norms of its blocks in the matrices that read them where that is worth it."""
+    """The model of a training step: where that is worth it, with the norms of its blocks in the matrices that read them, and with the
+    kernels of float8."""
     if for_norms(model.config, train, mesh.size):
         for block in model.layers:
             block.fold()
+    if for_float8(train, mesh.size):
+        for _, module in nnx.iter_modules(model.layers):
+            if isinstance(module, Linear) and module.float8:
+                module.float8 = "pallas"
     return model
 
 

@@ -37,7 +37,7 @@ class Linear(nnx.Module):
         self.bias = nnx.data(params.get(f"{name}.bias"))
         self.lora_a: Any = nnx.data(params.get(f"{name}.{LORA_A}"))
         self.lora_b: Any = nnx.data(params.get(f"{name}.{LORA_B}"))
-        self.float8 = False
+        self.float8 = ""  # one of float8.FORMS where it is multiplied in it
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self._completed(products.linear(x, [self.weight], self.float8), *_lowered([self], x))

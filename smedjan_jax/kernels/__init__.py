@@ -17,7 +17,7 @@ from smedjan_common.config import ModelConfig, TrainConfig
 from smedjan_common.errors import ConfigError
 from smedjan_common.model.mixers import MIXERS
 from smedjan_common.model.mixers.shared import Chunked
-from smedjan_common.training.precision import compute_dtype
+from smedjan_common.training.precision import PRECISIONS, compute_dtype
 from smedjan_jax import sharding
 
 SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
@@ -28,7 +28,7 @@ SIZES = {  # mixer -> the fields of ModelConfig that are features of its tiles
 }
 FASTER = (32, 64, 128)  # the sizes of those in which they were measured faster (layers-heads32-h200.json, layers-heads128-h100.json)
 MEASURED = "bfloat16", "9.0"  # dtype and compute capability of that
-REFUSED: set[str] = set()  # mixers whose kernels are not their plain form on this device; "auto" does not take them
+REFUSED: set[str] = set()  # mixers, and "float8", whose kernels are not their plain form on this device; "auto" does not take them
 LARGEST = 128  # features of a tile
 LARGEST_FLOAT32 = {"rwkv": 64}  # where shared memory does not hold the tiles in float32
 LARGEST_VOCABULARY = 1 << 16  # logits of a token that a program holds
@@ -92,6 +92,14 @@ def for_norms(model: ModelConfig, train: TrainConfig, devices: int = 1) -> bool:
     if train.kernels == "plain" or train.adapters or train.gradient_checkpointing != "none" or devices > 1 or _no_device():
         return False
     if model.block_norms != ("mixer_norm", "ffn_norm") or model.dim not in NORMED.get(train.dtype, ()):
+        return False
+    return (compute_dtype(train.dtype), getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
+
+
+def for_float8(train: TrainConfig, devices: int = 1) -> bool:
+    """Whether matrices are rounded to 8 bits by kernels in training (kernels/float8.py): where --kernels does not say plain, they can run
+    and were measured faster, on one device: XLA would not part them. The device is asked too (held.float8)."""
+    if not PRECISIONS[train.dtype].float8 or train.kernels == "plain" or devices > 1 or "float8" in REFUSED or _no_device():
         return False
     return (compute_dtype(train.dtype), getattr(jax.devices()[0], "compute_capability", "")) == MEASURED
 

@@ -39,7 +39,7 @@ def losses_and_gradients(
 def _kernel(logits, *refs, z_loss, V, K):
     """K: targets with weights of a token; 0: one target without a weight."""
     *aims, losses, lse, dlogits = refs
-    targets, cuts = [ref[0] for ref in aims[: K or 1]], _powers_of_two(V)
+    targets, cuts = [ref[0] for ref in aims[: K or 1]], powers_of_two(V)
     weights = [jnp.where(target >= 0, ref[0], 0.0) for target, ref in zip(targets, aims[K:], strict=True)] if K else [1.0]
     counted = functools.reduce(jnp.logical_or, [target >= 0 for target in targets])
     parts = [logits[cut] for cut in cuts]
@@ -58,7 +58,7 @@ def _kernel(logits, *refs, z_loss, V, K):
         dlogits[cut] = jnp.where(counted, each * scale - aim, 0.0).astype(dlogits.dtype)
 
 
-def _powers_of_two(V: int) -> list[Any]:
+def powers_of_two(V: int) -> list[Any]:
     """[0, V) cut into slices whose sizes are powers of two, which tiles must have."""
     cuts, start = [], 0
     while start < V:

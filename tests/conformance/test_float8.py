@@ -40,7 +40,7 @@ def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("size", [1e-25, 3e-9, 1.0, 448.0, 7e6])
 def test_numbers_of_8_bits_are_those_of_ml_dtypes_and_the_scale_a_power_of_two(dtype: str, size: float):
-    from smedjan_jax.products import quantised
+    from smedjan_jax.float8 import quantised
 
     x = (np.random.default_rng(1).standard_normal((64, 32)) * size).astype(np.float32)
     got, scale = quantised(jnp.asarray(x), getattr(jnp, dtype))
@@ -56,13 +56,13 @@ def test_what_is_not_finite_stays_so(bad: float):
     from smedjan_jax.products import linear
 
     x = jnp.ones((2, 128), jnp.bfloat16).at[1, 3].set(bad)
-    assert not np.isfinite(np.asarray(linear(x, [jnp.ones((128, 128))], float8=True), np.float32)).all()
+    assert not np.isfinite(np.asarray(linear(x, [jnp.ones((128, 128))], float8="plain"), np.float32)).all()
 
 
 def test_zeros_are_zeros():
     from smedjan_jax.products import linear
 
-    assert not np.asarray(linear(jnp.zeros((2, 128), jnp.bfloat16), [jnp.zeros((128, 128))], float8=True), np.float32).any()
+    assert not np.asarray(linear(jnp.zeros((2, 128), jnp.bfloat16), [jnp.zeros((128, 128))], float8="plain"), np.float32).any()
 
 
 def test_the_three_products_are_those_of_the_formula():
@@ -70,7 +70,7 @@ def test_the_three_products_are_those_of_the_formula():
     from smedjan_jax.products import linear
 
     x, weight, dy = (each.astype(ml_dtypes.bfloat16) for each in arrays())
-    y, backward = jax.vjp(lambda x, w: linear(x, [w], float8=True), jnp.asarray(x), jnp.asarray(weight, jnp.float32))
+    y, backward = jax.vjp(lambda x, w: linear(x, [w], float8="plain"), jnp.asarray(x), jnp.asarray(weight, jnp.float32))
     dx, dweight = backward(jnp.asarray(dy))
     (x8, a), (w8, b) = (formula(each.astype(np.float64), "float8_e4m3fn") for each in (x, weight))
     dy8, c = formula(dy.astype(np.float64), "float8_e5m2")

@@ -20,7 +20,8 @@ ONE_SIDED_FILES = {
     "spread.py": "sums over the hosts of a run; in JAX they are those of its mesh",
     "startup.py": "XLA reads its flags once, before the device starts",
     "held.py": "asks a GPU whether JAX's kernels are their plain forms there",
-    "products.py": "products of split matrices, and float8, which MLX does not multiply with float32 sums",
+    "products.py": "products of split matrices",
+    **dict.fromkeys(("float8.py", "swiglu.py"), "MLX does not multiply in float8 with float32 sums"),
     "openblas.py": "MLX's wheel for a Linux CPU brings a slow BLAS",
     "mixers/cudnn.py": "cuDNN's attention through JAX; MLX brings its own kernels",
     **dict.fromkeys(
@@ -29,7 +30,7 @@ ONE_SIDED_FILES = {
                 f"kernels/{name}.py"
                 for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay", "channel_tiles", "channel_pieces", "norm")
             ),
-            *(f"kernels/{name}.py" for name in ("special", "compat")),
+            *(f"kernels/{name}.py" for name in ("special", "compat", "float8")),
             *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks", "segments", "decode_attention")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
@@ -55,6 +56,7 @@ ONE_SIDED_NAMES = {
             "MOST_SHARING",
             "SHORTEST_RING",
             "for_decoding",
+            "for_float8",
             "for_loss",
             "for_norms",
             "NORMED",
