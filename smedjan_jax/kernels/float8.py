@@ -92,7 +92,7 @@ def numbers(made: Made, inputs: tuple[jax.Array, ...], to: Any, dtype: Any, turn
 
 def _largest(made: Made, inputs: tuple[jax.Array, ...], N: int, F: int, dtype: Any, plan: Plan) -> jax.Array:
     """The bits of the largest magnitude of every tile, int32 [tiles]."""
-    _, (n, m), specs = _tiles(made, N, F, plan)
+    _, (n, m), specs = _tiles(made, N, F, plan, backwards=True)
     output = ((n * m,), jnp.int32, pl.BlockSpec((1,), lambda i, j: (i * m + j,)))
     return call(partial(_largest_kernel, make=made.make, dtype=dtype), plan.launch, (n, m), inputs, specs, [output])[0]
 
@@ -103,11 +103,13 @@ def _scales(bits: jax.Array, to: Any) -> tuple[jax.Array, jax.Array]:
     return call(partial(_scales_kernel, to=to), Launch(8, 1), (1,), [bits], [whole], [((1,), FLOAT32, one)] * 2)
 
 
-def _tiles(made: Made, N: int, F: int, plan: Plan) -> tuple[tuple[int, int], tuple[int, int], list[pl.BlockSpec]]:
-    """(R, C), how many of them, and the blocks of the inputs."""
+def _tiles(made: Made, N: int, F: int, plan: Plan, backwards: bool = False) -> tuple[tuple[int, int], tuple[int, int], list[pl.BlockSpec]]:
+    """(R, C), how many of them, and the blocks of the inputs. backwards: from the last rows on, which whoever wrote them left in the cache,
+    as this reading leaves the first ones for the next."""
     R, C = math.gcd(N, plan.rows), math.gcd(F, plan.columns)
-    m = F // C
-    return (R, C), (N // R, m), [pl.BlockSpec((R, C), lambda i, j, begin=begin: (i, begin * m + j)) for begin in made.begins]
+    n, m = N // R, F // C
+    row = (lambda i: n - 1 - i) if backwards else (lambda i: i)
+    return (R, C), (n, m), [pl.BlockSpec((R, C), lambda i, j, begin=begin: (row(i), begin * m + j)) for begin in made.begins]
 
 
 def _largest_kernel(*refs, make, dtype):
