@@ -8,7 +8,6 @@ one of both matrices, so a matrix is kept as it lies or turned over, as its prod
 Shapes: N rows, D columns.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ LIMIT = 120
 INFINITE = 0x7F800000  # its bits
 CAPABILITY = 9.0  # Hopper
 SMALLEST_TILE = 64  # rows and columns that divide the sides of a matrix which the kernels round
+LARGEST = 1 << 31  # numbers of it: Pallas counts the places of bytes in 32 bits up to twice as many
 
 
 class Numbers(NamedTuple):
@@ -45,9 +45,10 @@ class Numbers(NamedTuple):
 Side = tuple[jax.Array, jax.Array]  # of a product: numbers of 8 bits that are summed along the minor axis, and their scale
 
 
-def fitting(form: str, sizes: Sequence[int]) -> str:
-    """`form`, or the plain one where the kernels' tiles do not divide matrices of these sides."""
-    return "plain" if form and any(size % SMALLEST_TILE for size in sizes) else form
+def fitting(form: str, *shapes: tuple[int, int]) -> str:
+    """`form`, or the plain one where the kernels cannot round matrices of these shapes."""
+    fits = all(not N % SMALLEST_TILE and not D % SMALLEST_TILE and N * D <= LARGEST for N, D in shapes)
+    return form if fits or not form else "plain"
 
 
 def quantised(x: jax.Array, to: Any) -> tuple[jax.Array, jax.Array]:

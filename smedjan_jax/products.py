@@ -54,8 +54,8 @@ def linear(x: jax.Array, weights: Sequence[Weight | Quantized], float8: str = ""
     """x W^T, W being the weights one under the other. float8: in it, by one of float8.FORMS; empty: in the dtype of x."""
     weights = [weight.astype(x.dtype) if isinstance(weight, Quantized) else weight for weight in weights]
     if float8 or any(isinstance(weight, Shard) for weight in weights):
-        sizes = flat(x).shape[0], *(side for weight in weights for side in weight.shape)
-        return _linear(fitting(float8, sizes), x, tuple(weights))
+        (N, D), outputs = flat(x).shape, sum(weight.shape[0] for weight in weights)
+        return _linear(fitting(float8, (N, D), (N, outputs), (outputs, D)), x, tuple(weights))
     return x @ _joined(tuple(weights), x.dtype).T
 
 

@@ -20,8 +20,9 @@ Weights = tuple[Weight, Weight]  # of gate and up
 
 
 def fits(x: jax.Array, gate: jax.Array) -> bool:
-    """Whether the kernels' tiles divide such matrices."""
-    return fitting("pallas", (flat(x).shape[0], *gate.shape)) == "pallas"
+    """Whether the kernels can round what is made of such matrices."""
+    (N, D), F = flat(x).shape, gate.shape[0]
+    return fitting("pallas", (N, D), (N, 2 * F), (F, D)) == "pallas"
 
 
 @jax.custom_vjp

@@ -56,12 +56,13 @@ def test_a_linear_map_by_the_kernels_has_the_bits_of_the_plain_one():
         assert all(map(same_bits, plain, kernel))
 
 
-def test_sides_that_no_tile_divides_take_the_plain_form():
+def test_sides_that_no_tile_divides_and_matrices_too_large_for_pallas_take_the_plain_form():
     from smedjan_jax.float8 import fitting
 
     assert fitting("pallas", (128, 64)) == "pallas"
-    assert fitting("pallas", (128, 48)) == fitting("plain", (128, 64)) == "plain"
-    assert fitting("", (48,)) == ""
+    for shape in ((128, 48), (80, 64), (1 << 20, 4096)):
+        assert fitting("pallas", (64, 64), shape) == fitting("plain", shape) == "plain"
+        assert fitting("", shape) == ""
 
 
 def test_swiglu_by_kernels_is_swiglu_of_the_same_numbers(monkeypatch: pytest.MonkeyPatch):
