@@ -12,6 +12,9 @@ programs ran at a time: 394), then a sweep with S in registers, which leaves U a
 dS that makes dV and dz and leaves dS after each chunk; the rest takes every chunk by itself, all at once. The log decay's gradient is the
 running sum of what each channel reads more than it adds (tiles.decay_gradient), channel by channel.
 
+Where heads and rows are far too few to fill the GPU a sequence is cut into N segments, as in delta_rule.py (segments.py,
+channel_segments.py).
+
 Since -0.607 < log w no factor exceeds e^39 in a chunk of 64, which float32 and bfloat16 hold. Sweeps may take parts of V.
 
 Shapes: as in tiles.py; r, log w, k, a, b [B, T, H, K], v [B, T, H, V]; tiles L and N [2C, K] of a chunk.
@@ -25,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from smedjan_jax.kernels.channel_pieces import pieces
+from smedjan_jax.kernels.channel_segments import summaries, summaries_back, walks
 from smedjan_jax.kernels.channel_tiles import (
     Arrays,
     How,
@@ -40,6 +44,7 @@ from smedjan_jax.kernels.channel_tiles import (
     scores_of,
     split_refs,
 )
+from smedjan_jax.kernels.segments import cut, join, joined, segment_documents, segments_that_pay
 from smedjan_jax.kernels.special import wide
 from smedjan_jax.kernels.tiles import (
     FLOAT32,
@@ -53,7 +58,6 @@ from smedjan_jax.kernels.tiles import (
     fill_parts,
     fitting,
     in_rows,
-    numbers,
     of_chunk,
     of_chunks,
     of_head,
@@ -113,16 +117,18 @@ def _run(raw, parameters, v, state, documents, prepare, more, plan):
     """o, the last state, and the row's numbers and v where there are more."""
     plan = plan or _plan(v.dtype.itemsize, power_of_two(raw[0].shape[-1]), power_of_two(v.shape[-1]))
     (B, T, H, K), V, C = raw[0].shape, v.shape[-1], plan.chunk
-    wide_K, wide_V, size = power_of_two(K), power_of_two(V), C * -(-T // C)
-    raw = tuple(padded(padded(x, -1, wide_K), 1, size) for x in raw)
+    wide_K, wide_V, N = power_of_two(K), power_of_two(V), plan.segments or segments_that_pay(B * H, T)
+    size = N * C * -(-T // (N * C))
+    raw = tuple(cut(padded(padded(x, -1, wide_K), 1, size), N) for x in raw)
     small = tuple(padded(p.astype(FLOAT32), -1, wide_K) for p in parameters)
-    wide_v = padded(padded(v, -1, wide_V), 1, size)
+    wide_v = cut(padded(padded(v, -1, wide_V), 1, size), N)
     state = padded(padded(state.swapaxes(-1, -2), -1, wide_V), -2, wide_K)
-    docs = None if documents is None else numbers(documents, None, size, C)
-    parts = plan.parts or max(fill_parts(B * H, wide_V), wide_V // 64)  # with more than 64 columns of a state a program spills
-    how = How(prepare, more, plan._replace(parts=parts))
+    docs = segment_documents(documents, size, N, C)
+    parts = plan.parts or max(fill_parts(B * H * N, wide_V), wide_V // 64)  # with more than 64 columns of a state a program spills
+    how = How(prepare, more, plan._replace(parts=parts, segments=N))
     o, last, *others = _core(raw, small, wide_v, state, docs, how)
-    return o[:, :T, :, :V], last[:, :, :K, :V].swapaxes(-1, -2), [x[:, :T] if x.ndim == 3 else x[:, :T, :, :V] for x in others]
+    o, *others = (join(x, N)[:, :T] for x in (o, *others))
+    return o[..., :V], last[:, :, :K, :V].swapaxes(-1, -2), [x if x.ndim == 3 else x[..., :V] for x in others]
 
 
 def _outputs(raw, parameters, v, state, docs, how):
@@ -130,17 +136,23 @@ def _outputs(raw, parameters, v, state, docs, how):
 
 
 def _forward(raw, parameters, v, state, docs, how):
-    left, right, x, end, *number = _tiles(raw, parameters, v.dtype, docs, how)
-    o, u, states, last = _sweep(v, left, right, x, end, state, docs, how.plan)
-    return (o, last, *number, *([v] if how.more else [])), (raw, parameters, v, u, left, right, x, end, states, docs)
+    """raw and v [B N, T / N, H, K or V], docs of segments; state [B, H, K, V]."""
+    *tiles, number = _tiles(raw, parameters, v.dtype, docs, how)
+    N, whole, starts = how.plan.segments, None, state
+    if N > 1:
+        own, whole = summaries(v, tiles, docs, how.plan)
+        starts = joined(own, whole, state, N)
+    o, u, states, ends = _sweep(v, tiles, starts, docs, how.plan)
+    return (o, ends[N - 1 :: N], *number, *([v] if how.more else [])), (raw, parameters, v, u, tiles, states, whole, docs)
 
 
 def _backward(how, saved, cotangents):
-    raw, parameters, v, u, left, right, x, end, states, docs = saved
-    do, dlast, *others = cotangents
-    dv, dz, after, dstate = _sweep_back(left, right, x, end, do, others[1:], dlast, docs, how.plan)
-    draw, dparameters = pieces(raw, parameters, (v, u, do, dz), (left, right), (states, after), others[:1], docs, how)
-    return draw, dparameters, dv, dstate, None
+    raw, parameters, v, u, tiles, states, whole, docs = saved
+    (do, dlast, *others), N = cotangents, how.plan.segments
+    ends = dlast if whole is None else joined(summaries_back(do, tiles, docs, how.plan), whole, dlast, N, back=True)
+    dv, dz, after, dstates = _sweep_back(tiles, do, others[1:], ends, docs, how.plan)
+    draw, dparameters = pieces(raw, parameters, (v, u, do, dz), tiles[:2], (states, after), others[:1], docs, how)
+    return draw, dparameters, dv, dstates[::N], None
 
 
 _core: Any = jax.custom_vjp(_outputs, nondiff_argnums=(5,))
@@ -148,7 +160,8 @@ _core.defvjp(_forward, _backward)
 
 
 def _tiles(raw: Arrays, parameters: Arrays, dtype: Any, docs: Any, how: How) -> Any:
-    """L, N [B, H, n, 2C, K] and X [B, H, n, C, C] in the compute dtype, e^G at the chunks' ends [B, H, n, K] float32, the rows' numbers."""
+    """L, N [B, H, n, 2C, K] and X [B, H, n, C, C] in the compute dtype, e^G at the chunks' ends [B, H, n, K] float32; a list of the rows'
+    numbers."""
     (B, T, H, K), C = raw[0].shape, how.plan.chunk
     n = T // C
     kernel = partial(_tiles_kernel, prepare=how.prepare, counts=(len(raw), len(parameters)), C=C)
@@ -161,7 +174,7 @@ def _tiles(raw: Arrays, parameters: Arrays, dtype: Any, docs: Any, how: How) -> 
     kernel = partial(_inverse_kernel, C=C, masked=masked, exact=dtype == FLOAT32)
     specs = [of_chunk(2 * C, K)] * 2 + chunk_specs(masked, C, n)
     (x,) = call(kernel, how.plan.inverse, (B, H, n), [left, right, *docs], specs, [((B, H, n, C, C), dtype, of_chunk(C, C))])
-    return left, right, x, end, *numbers
+    return left, right, x, end, numbers
 
 
 def _tiles_kernel(*refs, prepare, counts, C):
@@ -204,24 +217,19 @@ def _inverse_kernel(left, right, documents, edges, x, *, C, masked, exact):
             x[parts[i], parts[j]] = (found[i, j] if j <= i else jnp.zeros((size, size), FLOAT32)).astype(x.dtype)
 
 
-def _walks(n: int, K: int, C: int) -> list[pl.BlockSpec]:
-    """Of what `_tiles` gives, for programs that walk."""
-    return [of_chunks(n, 2 * C, K)] * 2 + [of_chunks(n, C, C), of_head(n, K)]
-
-
-def _sweep(v: jax.Array, left: jax.Array, right: jax.Array, x: jax.Array, end: jax.Array, state: jax.Array, docs: Any, plan: DeltaPlan):
+def _sweep(v: jax.Array, tiles: Any, state: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
     """Outputs and U [B, T, H, V], the state before every chunk [B, H, n, K, V], the last one [B, H, K, V] float32."""
-    (B, T, H, V), K, C, parts = v.shape, left.shape[-1], plan.chunk, plan.parts
+    (B, T, H, V), K, C, parts = v.shape, tiles[0].shape[-1], plan.chunk, plan.parts
     docs, masked = documents_or_none(docs)
     n = T // C
-    specs = [walk(T, V, parts), *_walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n)]
+    specs = [walk(T, V, parts), *walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n)]
     outputs = [
         *[(v.shape, v.dtype, walk(T, V, parts))] * 2,
         ((B, H, n, K, V), v.dtype, of_chunks(n, K, V, parts)),
         ((B, H, K, V), FLOAT32, of_head(K, V, parts)),
     ]
     kernel = partial(_sweep_kernel, C=C, n=n, masked=masked)
-    return call(kernel, plan.forward, (B, H, parts), [v, left, right, x, end, state, *docs], specs, outputs, together=True)
+    return call(kernel, plan.forward, (B, H, parts), [v, *tiles, state, *docs], specs, outputs, together=True)
 
 
 def _sweep_kernel(v, left, right, x, end, state, documents, edges, o, u, states, last, *, C, n, masked):
@@ -243,20 +251,20 @@ def _sweep_kernel(v, left, right, x, end, state, documents, edges, o, u, states,
     last[...], _ = lax.fori_loop(0, n, body, (state[...], end[0, :]))
 
 
-def _sweep_back(left, right, x, end, do: jax.Array, through: list[jax.Array], dlast: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
+def _sweep_back(tiles: Any, do: jax.Array, through: list[jax.Array], dlast: jax.Array, docs: Any, plan: DeltaPlan) -> Any:
     """d v, with `through` added, and d z [B, T, H, V], d of what is decayed into the state after every chunk [B, H, n, K, V], d of the
     first state float32."""
-    (B, T, H, V), K, C, parts = do.shape, left.shape[-1], plan.chunk, plan.parts
+    (B, T, H, V), K, C, parts = do.shape, tiles[0].shape[-1], plan.chunk, plan.parts
     docs, masked = documents_or_none(docs)
     n = T // C
-    specs = [*_walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n), *[walk(T, V, parts)] * (1 + len(through))]
+    specs = [*walks(n, K, C), of_head(K, V, parts), *whole_specs(masked, T, n), *[walk(T, V, parts)] * (1 + len(through))]
     outputs = [
         *[(do.shape, do.dtype, walk(T, V, parts))] * 2,
         ((B, H, n, K, V), do.dtype, of_chunks(n, K, V, parts)),
         ((B, H, K, V), FLOAT32, of_head(K, V, parts)),
     ]
     kernel = partial(_sweep_back_kernel, C=C, n=n, masked=masked)
-    return call(kernel, plan.backward, (B, H, parts), [left, right, x, end, dlast, *docs, do, *through], specs, outputs, together=True)
+    return call(kernel, plan.backward, (B, H, parts), [*tiles, dlast, *docs, do, *through], specs, outputs, together=True)
 
 
 def _sweep_back_kernel(left, right, x, end, dlast, documents, edges, do, *refs, C, n, masked):

@@ -26,17 +26,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from smedjan_jax.kernels.segments import cut, fill_segments, join, segment_documents
+from smedjan_jax.kernels.segments import cut, first_state, join, joined, segment_documents, segments_that_pay
 from smedjan_jax.kernels.special import exp
 from smedjan_jax.kernels.tiles import (
-    FILLED,
     FLOAT32,
     NEVER,
     SMALLEST,
     Launch,
     borders_at,
     call,
-    carried,
     chunk_specs,
     decay_gradient,
     decays,
@@ -87,16 +85,6 @@ def _plan(width: int, K: int, V: int) -> Plan:
     return plan._replace(forward=fitting(plan.forward, step), backward=fitting(plan.backward, step))
 
 
-def _segments(programs: int, T: int) -> int:
-    """Into how many segments sequences of T positions are cut, by heads and rows.
-
-    Segments cost three sweeps more, which few of them do not earn. On an H200, forward and backward of 65,536 tokens: 16 programs take
-    2.34 ms in four parts of V, 1.43 in 8 segments, 1.36 in 16; 64 programs take 1.24 in two parts, and some 1.4 in two segments.
-    """
-    N = fill_segments(programs, T, 2 * FILLED)
-    return N if 2 * programs < FILLED and N > 2 else 1
-
-
 def gated_delta_rule(
     arrays: Arrays, state: jax.Array, documents: jax.Array | None, plan: Plan | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +95,7 @@ def gated_delta_rule(
     q, k, v, g, beta = arrays
     plan = plan or _plan(q.dtype.itemsize, power_of_two(q.shape[-1]), power_of_two(v.shape[-1]))
     (B, T, H, K), V, C = q.shape, v.shape[-1], plan.chunk
-    wide_K, wide_V, N = power_of_two(K), power_of_two(V), plan.segments or _segments(B * H, T)
+    wide_K, wide_V, N = power_of_two(K), power_of_two(V), plan.segments or segments_that_pay(B * H, T)
     size = N * C * -(-T // (N * C))
     q, k, v = (padded(padded(x, -1, w), 1, size) for x, w in ((q, wide_K), (k, wide_K), (v, wide_V)))
     g, beta = padded(g, 1, size), padded(beta, 1, size)
@@ -131,7 +119,7 @@ def _forward(q, k, v, g, beta, state, docs, plan):
     starts = state
     if N > 1:
         own, whole = _summaries(k, v, total, beta, x, docs, plan)
-        starts = _joined(own, whole, state, plan, back=False)
+        starts = joined(own, whole, state, N)
     o, states, ends, u = _sweep(q, k, v, total, beta, x, starts, docs, plan)
     return (o, ends[N - 1 :: N]), (q, k, u, total, beta, x, states, whole, docs)
 
@@ -143,7 +131,7 @@ def _backward(plan, saved, cotangents):
     if whole is not None:
         empty = jnp.zeros((*states.shape[:2], *states.shape[3:]), FLOAT32)
         added = _sweep_back(q, k, total, beta, x, do, empty, docs, plan, kept=False)[0]
-        ends = _joined(added, whole, dlast, plan, back=True)
+        ends = joined(added, whole, dlast, N, back=True)
     dv, after, dstates = _sweep_back(q, k, total, beta, x, do, ends, docs, plan)
     dq, dk, change, flow, dbeta = _pieces(q, k, u, total, beta, states, do, dv, after, docs, plan)
     dg = decay_gradient(change, flow, docs and docs[0], plan.chunk)
@@ -213,32 +201,7 @@ def _summary_kernel(k, v, total, beta, x, documents, edges, out, *, C, n, masked
         u = dot(x[i], ((read if identity else v[at, :] + read) * beta[at][:, None]).astype(dtype)).astype(dtype)
         return d.whole * S + dot((key * d.end[:, None]).astype(dtype), u, turn_a=True)
 
-    first = jnp.zeros(out.shape, FLOAT32)
-    if identity:
-        row, column = (lax.broadcasted_iota(jnp.int32, out.shape, axis) for axis in (0, 1))
-        first = jnp.where(row == column + pl.program_id(2) * out.shape[1], 1.0, 0.0)
-    out[...] = lax.fori_loop(0, n, body, first)
-
-
-def _joined(own: jax.Array, whole: jax.Array, state: jax.Array, plan: Plan, back: bool) -> jax.Array:
-    """The states before the segments [B N, H, K, V]; with `back` the gradients of those after them, from that of the last, `state`."""
-    (B, H, K, V), N, parts = state.shape, plan.segments, state.shape[3] // SMALLEST  # the smallest: programs are few here
-
-    def columns(size: int, parts: int) -> pl.BlockSpec:
-        return pl.BlockSpec((N, None, K, size // parts), lambda b, h, p: (b, h, 0, p if parts > 1 else 0))
-
-    kernel, outputs = partial(_join_kernel, N=N, back=back), [((B * N, H, K, V), FLOAT32, columns(V, parts))]
-    specs = [columns(V, parts), columns(K, 1), of_head(K, V, parts)]
-    return call(kernel, Launch(4, 1), (B, H, parts), [own, whole, state], specs, outputs)[0]
-
-
-def _join_kernel(own, whole, state, out, *, N, back):
-    def body(m, S):
-        i = N - 1 - m if back else m
-        out[i] = S
-        return carried(whole[i], S, turn=back) + own[i]
-
-    lax.fori_loop(0, N, body, state[...])
+    out[...] = lax.fori_loop(0, n, body, first_state(out, identity, pl.program_id(2)))
 
 
 def _sweep(q, k, v, total, beta, x, state, docs, plan: Plan) -> Any:

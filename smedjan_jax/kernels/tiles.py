@@ -35,10 +35,11 @@ class Launch(NamedTuple):
 
 
 class DeltaPlan(NamedTuple):
-    """How a delta rule is run. parts 0: of V, as many as fill the GPU."""
+    """How a delta rule is run. parts of V and segments of the sequence, 0: as many as fill the GPU."""
 
     chunk: int
     parts: int = 0
+    segments: int = 0
     tiles: Launch = Launch(4, 1)
     inverse: Launch = Launch(1, 1)
     forward: Launch = Launch(4, 3)

@@ -41,7 +41,7 @@ SMALL = {
         {"B": 1, "T": 50, "K": 8, "V": 32},
         True,
     ),
-    "rwkv-parts-odd": ("rwkv", {"chunk": 16, "parts": 2}, {"B": 1, "T": 37, "K": 32, "V": 32}, True),
+    "rwkv-segments-parts-odd": ("rwkv", {"chunk": 16, "parts": 2, "segments": 2}, {"B": 1, "T": 37, "K": 32, "V": 32}, True),
 }
 
 

@@ -30,7 +30,7 @@ ONE_SIDED_FILES = {
                 f"kernels/{name}.py"
                 for name in ("tiles", "scalar_decay", "delta_rule", "channel_decay", "channel_tiles", "channel_pieces", "norm")
             ),
-            *(f"kernels/{name}.py" for name in ("special", "compat", "float8")),
+            *(f"kernels/{name}.py" for name in ("special", "compat", "float8", "channel_segments")),
             *(f"kernels/{name}.py" for name in ("conv", "rows", "shift", "loss", "shared_keys", "blocks", "segments", "decode_attention")),
         ),
         "kernels in Pallas, a part of JAX; MLX takes the plain forms",
