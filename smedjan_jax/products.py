@@ -59,6 +59,15 @@ def linear(x: jax.Array, weights: Sequence[Weight | Quantized], float8: str = ""
     return x @ _joined(tuple(weights), x.dtype).T
 
 
+def copies(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """x for each of `count` products. Backward, every product but the first adds its gradient to those of the ones before.
+
+    Of a sum in the order that differentiation gives it XLA makes every second addition a pass of its own, 0.05 ms for 65,536 rows of
+    `medium` on an H200, since a matmul that adds one array takes no other. Take the first for whose gradient is known first.
+    """
+    return _copies(x, count)
+
+
 def whole(weight: Weight) -> jax.Array:
     """All of a matrix, which then stays for the backward pass."""
     return gather(weight.array, weight.dimension, weight.dtype) if isinstance(weight, Shard) else weight
@@ -78,6 +87,21 @@ gather.defvjp(
     lambda part, dimension, dtype: (gather(part, dimension, dtype), None),
     lambda dimension, dtype, _, grad: (_scatter(grad, dimension),),
 )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copies(x: jax.Array, count: int) -> Any:
+    return (x,) * count
+
+
+def _added(count: int, _: None, grads: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    total = grads[0]
+    for own in grads[1:]:
+        total = own + total
+    return (total,)
+
+
+_copies.defvjp(lambda x, count: (_copies(x, count), None), _added)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

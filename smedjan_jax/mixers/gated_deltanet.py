@@ -27,7 +27,7 @@ from smedjan_jax.mixers.chunks import borders, cut, join, matmul, running_sum, s
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.triangular import unit_lower_inverse
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
-from smedjan_jax.products import linear, whole
+from smedjan_jax.products import copies, linear, whole
 from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
@@ -63,7 +63,9 @@ class GatedDeltaNet(nnx.Module):
         plain = all(linear.lora_a is None for linear in linears)
         if plain and around(self.implementation, context.position):  # a matmul each for what kernels read: else they would get copies
             convolved: Any = [each.weight for each in (self.q_proj, self.k_proj, self.v_proj)]
-            return linear(x, convolved, self.q_proj.float8), self.z_proj(x), *apply_together([self.a_proj, self.b_proj], x)
+            of_z, of_convolved, of_gates = copies(x, 3)
+            gates = apply_together([self.a_proj, self.b_proj], of_gates)
+            return linear(of_convolved, convolved, self.q_proj.float8), self.z_proj(of_z), *gates
         q, k, v, z, a, b = apply_together(linears, x)
         return jnp.concatenate([q, k, v], axis=-1), z, a, b
 

@@ -17,6 +17,7 @@ from smedjan_common.model.mixers.linear import DECAY_DIVISOR, DENOMINATOR_EPS, f
 from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, RMSNorm, State, apply_together, together
+from smedjan_jax.products import copies
 from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
@@ -48,9 +49,12 @@ class LinearAttention(nnx.Module):
         """q [B, T, D], k and v [B, T, G K], the gate [B, T, D] and, where it is learned, what makes the decay [B, T, G], of x [B, T, D]."""
         if not around(self.implementation, context.position):
             return tuple(apply_together(together(self), x))
-        q_proj, *others = together(self)  # a matmul each: of one matmul the kernels would get copies
-        query = x @ (q_proj.weight * self.config.head_dim**-0.5).astype(x.dtype).T if self._scales_weight(context) else q_proj(x)
-        return query, *(linear(x) for linear in others)
+        # a matmul each: of one matmul the kernels would get copies
+        of_gate, of_query, of_key, of_value, *of_decay = copies(x, len(self.together))
+        scaled, weight = self._scales_weight(context), self.q_proj.weight
+        query = of_query @ (weight * self.config.head_dim**-0.5).astype(x.dtype).T if scaled else self.q_proj(of_query)
+        decay = [self.decay_proj(each) for each in of_decay]
+        return query, self.k_proj(of_key), self.v_proj(of_value), self.gate_proj(of_gate), *decay
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:
         """What `project` gave, mixed over the positions and projected back to [B, T, D]."""

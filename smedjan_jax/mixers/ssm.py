@@ -21,7 +21,7 @@ from smedjan_jax.kernels import SHORTEST, around
 from smedjan_jax.mixers.conv import causal_conv
 from smedjan_jax.mixers.decay import scalar_decay
 from smedjan_jax.modules import Carried, Context, Linear, Params, State
-from smedjan_jax.products import whole
+from smedjan_jax.products import copies, whole
 from smedjan_jax.sharding import over_tensor
 
 Arrays = tuple[jax.Array, ...]
@@ -54,7 +54,8 @@ class Mamba2(nnx.Module):
         weight, bounds = self.in_proj.weight, [self.inner, self.inner + self.convolved]
         plain = isinstance(weight, jax.Array) and not self.in_proj.float8 and self.in_proj.lora_a is None
         if plain and around(self.implementation, context.position):
-            return tuple(x @ part.T for part in jnp.split(weight.astype(x.dtype), bounds))  # of one matmul kernels would get copies
+            parts = jnp.split(weight.astype(x.dtype), bounds)  # a matmul each: of one matmul kernels would get copies
+            return tuple(each @ part.T for each, part in zip(copies(x, 3), parts, strict=True))
         return tuple(jnp.split(self.in_proj(x), bounds, axis=-1))
 
     def mix(self, projected: Arrays, context: Context, carried: Carried) -> tuple[jax.Array, Carried]:

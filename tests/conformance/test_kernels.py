@@ -147,6 +147,26 @@ def test_functions_of_kernels_have_the_derivatives_of_what_they_stand_for(name: 
     demand([Difference(what, relative_l2(a, b), 1e-6) for what, a, b in zip(("value", "slope"), found, wanted, strict=True)])
 
 
+def test_each_product_of_a_copy_adds_to_those_before_it():
+    """The product stands first in every sum: so XLA makes none of these a pass of its own."""
+    from smedjan_jax.products import copies
+
+    rng = np.random.default_rng(0)
+    x, weights = jnp.asarray(rng.standard_normal((4, 8))), [jnp.asarray(rng.standard_normal((8, n))) for n in (3, 2, 5)]
+
+    def loss(arrays: Any) -> jax.Array:
+        return sum((jnp.sum(jax.lax.dot(x, w) ** 2) for x, w in zip(arrays, weights, strict=True)), jnp.zeros(()))
+
+    def copied(x: jax.Array) -> jax.Array:
+        return loss(copies(x, 3))
+
+    equations = jax.make_jaxpr(jax.grad(copied))(x).eqns
+    made = {out: eqn.primitive.name for eqn in equations for out in eqn.outvars}
+    sums = [eqn for eqn in equations if eqn.primitive.name.startswith("add") and eqn.outvars[0].aval.shape == x.shape]
+    assert [made[eqn.invars[0]] for eqn in sums] == ["dot_general"] * 2
+    demand([Difference("gradient", relative_l2(jax.grad(copied)(x), sum(jax.grad(loss)([x] * 3))), 1e-6)])
+
+
 def inside_kernels(jaxpr: Any, inside: bool = False) -> Iterator[Any]:
     """The equations of the kernels that a jaxpr calls."""
     for eqn in jaxpr.eqns:
