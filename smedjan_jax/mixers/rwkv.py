@@ -53,6 +53,8 @@ class Rwkv(nnx.Module):
         self.first = f"{name}.v0" not in params
         if not self.first:
             (self.v0,), (self.v1, self.v2) = vectors("v0"), linears("v1", "v2")
+        # the token shift blends each feature by itself, so a factor of it may come after
+        self.reads = ("r_proj", "k_proj", "v_proj", "w1", "a1", "g1", *([] if self.first else ["v1"]))
         self.ln_x = GroupNorm(params, f"{name}.ln_x")
         self.head_dim, self.implementation = config.rwkv_head_dim, implementation
 
