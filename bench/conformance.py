@@ -75,6 +75,9 @@ def settle(device: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, two frameworks, one device
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # as many threads as cores in every process: four times the minutes
         os.environ.setdefault(name, "1")
+    full = "--xla_backend_optimization_level=3"  # XLA's own; the tests compile for less
+    if device == "cpu" and full not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {full}".strip()
     importlib.import_module("tests.conftest")
 
 

@@ -38,8 +38,10 @@ if DEVICE != "gpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    single += " --xla_llvm_disable_expensive_passes=true"  # compiles a sixth faster; the stored rows keep every bit
+    # no word without dashes may stand here: XLA reads no flag behind it
+    single = "--xla_cpu_multi_thread_eigen=false"
+    if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+        single += " --xla_backend_optimization_level=0"  # tests mostly compile: those that train take two fifths less CPU
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {single}".strip()
 elif os.environ.get("SMEDJAN_TEST_DETERMINISTIC", "1") == "1":
     # a repeated run has the same bits only without atomic sums; cuDNN attention does not run with this flag (jaxlib 0.11.2)

@@ -15,6 +15,7 @@ CHATS = "".join(f'{{"prompt": "Who is in village {i}?", "completion": "A smith w
 PAIRS = "".join(f'{{"prompt": "Who is in village {i}?", "chosen": "A smith.", "rejected": "{i % 7} anvils."}}\n' for i in range(60))
 
 
+FAST = os.environ.get("XLA_FLAGS", "").replace("optimization_level=0", "optimization_level=3")  # pays where dozens of steps are trained
 PAGES = ("README.md", "docs/training.md", "docs/mixers.md", "docs/troubleshooting.md", "docs/fine-tuning.md")
 
 
@@ -48,6 +49,7 @@ def test_every_command_of_the_page_runs(tmp_path, page):
     (tmp_path / "chats.jsonl").write_text(CHATS)
     (tmp_path / "pairs.jsonl").write_text(PAIRS)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
+    env |= {"XLA_FLAGS": FAST} if page == "docs/fine-tuning.md" else {}
     for command in commands(page):
         done = subprocess.run(
             ["bash", "-c", shortened(command)], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL
@@ -64,6 +66,7 @@ def test_the_talk_of_the_first_screen_is_had_by_its_commands(tmp_path):
     train, chat = [line for line in commands("README.md") if "runs/smith" in line]
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SMEDJAN_NO_OPENBLAS": "1"}
+    env |= {"XLA_FLAGS": FAST}
     quick = "--sample-every 0 --eval-every 0 --checkpoint-every 0"
     subprocess.run(["bash", "-c", f"{train} {quick}"], cwd=tmp_path, env=env, check=True, capture_output=True, timeout=400)
     words = ["bash", "-c", f"{chat} --temperature 0"]
