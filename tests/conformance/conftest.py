@@ -46,6 +46,7 @@ ONCE = {  # what no mixer changes, or what costs most, is checked with attention
     "test_scores_of_both_backends_are_equal",
     "test_a_full_device_is_told_with_what_scoring_can_lower",
 }
+WITHOUT_EXPERTS = {"test_compiled_mlx_trains_as_the_uncompiled"}  # of those the ones where g++ compiles for ten seconds and more
 ONE_OF_SEVERAL = {"cut": "in chunks", "kept": "full", "position": 8, "length": 48}  # parameters of checks that other mixers take once
 VARIANTS = ("attention-swiglu-gqa", "attention-swiglu-gqa-yarn", "attention-swiglu-mha-window")
 OF_THE_PATTERN = {  # what all mixers together are checked for: their layers are checked one by one
@@ -90,7 +91,7 @@ def _in_short_form(item: pytest.Item) -> bool:
     if key.startswith("all-"):
         return key in DEFAULT_CASES and name in OF_THE_PATTERN
     if key in ("attention-swiglu-mha", "attention-experts-mha"):
-        return True
+        return key == "attention-swiglu-mha" or name not in WITHOUT_EXPERTS
     if name in ONCE or any(params.get(each, value) != value for each, value in ONE_OF_SEVERAL.items()):
         return False
     return key in DEFAULT_CASES or key in VARIANTS
