@@ -33,6 +33,7 @@ def length() -> str | None:
         lengths = sorted({row["seq_len"] for row in rows})
         framework = {"jax": "JAX", "mlx": "MLX"}[rows[0]["backend"]]
         stack = f"{framework}, {report['layers']} layers of width {report['dim']}, {report['tokens']} tokens a step, {report['dtype']}"
+        stack += f" ({report['note']})" if "note" in report else ""
         for field, text, shown in (("microseconds_per_token", "Microseconds", "{:.3g}"), ("bytes_per_token", "KiB", "{:.0f}")):
             scale = 1 if field == "microseconds_per_token" else 1024
             by = {(row["mixer"], row["seq_len"]): cell(row, field, scale, shown) for row in rows}
@@ -56,7 +57,8 @@ def medium() -> str | None:
     )
     body = [[f"`{row['mixer']}`", *(cell(row, *column) for column in shown)] for row in rows]
     head = ["medium, 64 x 1024", "parameters", "tokens/s", "TFLOP/s", "KiB per token"]
-    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}:\n\n" + table(head, body)
+    note = f" ({report['note']})" if "note" in report else ""
+    return f"{report['device']}, {report['dtype']}, JAX {report['versions']['jax']}{note}:\n\n" + table(head, body)
 
 
 def learning() -> str | None:

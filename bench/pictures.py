@@ -100,9 +100,8 @@ def mixers(report: Row, output: pathlib.Path) -> None:
         axes.set_title(f"{title}, training step", loc="left", fontsize=10)
         _clean(axes, "both")
     memory.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.suptitle(
-        f"{report['device']}, {report['layers']} layers of width {report['dim']}, {report['dtype']}", fontsize=9, x=0.01, ha="left"
-    )
+    about = f"{report['device']}, {report['layers']} layers of width {report['dim']}, {report['dtype']}"
+    figure.suptitle(f"{about} ({report['note']})" if "note" in report else about, fontsize=9, x=0.01, ha="left")
     figure.savefig(output)
 
 

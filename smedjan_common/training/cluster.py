@@ -58,11 +58,11 @@ LATENCY = 20e-6  # seconds of a message
 SPEED = {
     "attention": 1.0,
     "mla": 0.83,
-    "linear": 1.05,
-    "ssm": 0.70,
-    "rwkv": 0.61,
-    "gated-deltanet": 0.80,
-    "block-sparse": 0.87,
+    "linear": 1.04,
+    "ssm": 0.79,
+    "rwkv": 0.69,
+    "gated-deltanet": 0.90,
+    "block-sparse": 0.86,
 }
 MEASURED_LENGTH = 1024
 KERNEL_SIZES = {
@@ -73,7 +73,7 @@ KERNEL_SIZES = {
 }
 KERNEL_FEATURES = {32, 64, 128}  # of those sizes
 EXPERTS_SPEED = 0.65  # of a dense model with as many active parameters: 8 experts at medium on an H100
-FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.30, 4096: 1.50}  # tokens/s over those of bfloat16, by width
+FLOAT8 = {512: 1.0, 1024: 1.04, 2048: 1.37, 4096: 1.50}  # tokens/s over those of bfloat16, by width
 FORWARD_SHARE = {"data": 0.0, "fsdp": 0.25, "tensor": 0.5}  # of what a step sends: its forward pass, in bfloat16
 RECOMPUTING = {"none": 1.0, "dots": 1.05, "full": 4 / 3}
 
