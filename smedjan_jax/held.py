@@ -32,6 +32,8 @@ from smedjan_jax.products import linear
 LENGTH, ROWS = 200, 2  # no multiple of a chunk; several documents in each row
 SLACK = 2.0, 2e-3  # how much farther from float32 a kernel may be than the plain form of its dtype: times, and plus
 DECODING, FLOAT8 = "decoding", "float8"  # names of their kernels, beside those of mixers
+# what a kernel computes is written in mixers too, and the scales of float8 beside its plain form
+FOLDER, SOURCES = Path(__file__).parent, ("kernels/*.py", "mixers/*.py", "float8.py", "swiglu.py", "held.py")
 DRAWS = 4  # of tokens and weights, taken together: a sum of a few values over all positions cancels in one of them by chance
 
 
@@ -60,7 +62,8 @@ def decoding(model: ModelConfig, dtype: str, entries: int) -> bool:
 
 def float8(dtype: str) -> None:
     """Let no run take the kernels of float8 that are not their plain form here. dtype: in which it computes otherwise."""
-    feed = ModelConfig.build(vocab_size=64, layers=1, dim=128, heads=2, ffn_dim=192, context_length=LENGTH)
+    # sides that the largest tile of every kernel divides, so that these are the programs that models of usual sizes run
+    feed = ModelConfig.build(vocab_size=64, layers=1, dim=256, heads=2, ffn_dim=512, context_length=LENGTH)
     if why := _reason(FLOAT8, feed, dtype):
         kernels.REFUSED.add(FLOAT8)
         notice(f"the kernels of float8 are not taken on this device: {why}.")
@@ -179,7 +182,7 @@ def _distance(found: np.ndarray, right: np.ndarray) -> float:
 def _key(model: ModelConfig, dtype: str) -> str:
     """This device, these versions, these sources, these sizes."""
     device = jax.devices()[0]
-    sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "kernels").glob("*.py")))
+    sources = b"".join(path.read_bytes() for pattern in SOURCES for path in sorted(FOLDER.glob(pattern)))
     said = [device.device_kind, jax.__version__, str(getattr(device.client, "platform_version", "")), dtype, model.to_dict()]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + sources).hexdigest()
 

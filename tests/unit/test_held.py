@@ -79,6 +79,30 @@ def test_a_damaged_memory_is_none(tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert len(asked) == 3
 
 
+@pytest.mark.parametrize("name", ["kernels/rows.py", "mixers/rwkv.py", "float8.py"])
+def test_another_source_of_what_kernels_compute_is_asked_anew(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(held, "FOLDER", tmp_path)
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    keys = set()
+    for text in ("1", "2"):
+        source.write_text(text)
+        keys.add(held._key(MODEL, "bfloat16"))
+    assert len(keys) == 2
+
+
+def test_float8_is_asked_with_the_tiles_that_models_of_usual_sizes_take(monkeypatch: pytest.MonkeyPatch):
+    from smedjan_jax.kernels.float8 import PLANS
+
+    asked = []
+    monkeypatch.setattr(held, "_compare", lambda mixer, model, dtype: asked.append(model) or "they differ")
+    with pytest.warns(match="the kernels of float8 are not taken on this device: they differ"):
+        held.float8("bfloat16")
+    assert {held.FLOAT8} == kernels.REFUSED
+    [model] = asked
+    assert all(side % plan.columns == 0 for plans in PLANS.values() for plan in plans for side in (model.dim, model.ffn_dim))
+
+
 def test_the_layer_has_the_heads_and_states_of_the_model_and_both_forms_compute_it():
     """On a CPU the plain form stands on both sides: the layer itself, its documents and gradients work for every mixer."""
     for mixer, more in {"linear": {}, "ssm": {"ssm_head_dim": 64}, "rwkv": {}, "gated-deltanet": {}, "block-sparse": {}}.items():
