@@ -5,8 +5,6 @@ eight more. What these kernels make of powers and roots are decays, gates and no
 RWKV-7's tiles were those.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -76,7 +74,7 @@ def wide(x: jax.Array) -> jax.Array:
     it; what it cannot read it does not compute twice."""
     if _plain(x) or x.dtype != jnp.bfloat16:
         return x.astype(jnp.float32)
-    return _packed("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", x, jnp.float32)
+    return _inline("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", x, pack=2)
 
 
 def _plain(x: jax.Array) -> bool:
@@ -85,14 +83,10 @@ def _plain(x: jax.Array) -> bool:
 
 
 def _instruction(name: str, x: jax.Array) -> jax.Array:
-    return _inline(f"{name} $0, $1;", "=f,f", x, jnp.float32, 1)
+    return _inline(f"{name} $0, $1;", "=f,f", x)
 
 
-def _packed(code: str, constraints: str, x: jax.Array, dtype: Any) -> jax.Array:
-    """Of two numbers at a time."""
-    return _inline(code, constraints, x, dtype, 2)
-
-
-def _inline(code: str, constraints: str, x: jax.Array, dtype: Any, pack: int) -> jax.Array:
-    like = [jax.ShapeDtypeStruct(x.shape, dtype)]
+def _inline(code: str, constraints: str, x: jax.Array, pack: int = 1) -> jax.Array:
+    """What PTX makes of `pack` numbers of x at a time, float32."""
+    like = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
     return plgpu.elementwise_inline_asm(code, args=[x], constraints=constraints, pack=pack, result_shape_dtypes=like)[0]
